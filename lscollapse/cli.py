@@ -1,0 +1,166 @@
+"""Typer verbs, a few lines each; what they do is elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lscollapse import __version__
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+app = typer.Typer(
+    help="Is my deep sequence model collapsing, and what would stop it? Rank collapse and lambda-skip connections.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Config = Annotated[Path | None, typer.Option("--config", help="YAML file; flags override it.")]
+Model = Annotated[list[str] | None, typer.Option("--model", help="Short name, folder or hub id; repeat for several.")]
+Lambdas = Annotated[str | None, typer.Option(help='Comma-separated, such as "-2,0,0.5,1".')]
+LambdasFile = Annotated[Path | None, typer.Option(help="CSV layer,lam: one lambda per layer, measured beside the others.")]
+Excerpts = Annotated[int | None, typer.Option(help="How many excerpts.  [default: 32]")]
+Tokens = Annotated[int | None, typer.Option(help="Tokens of each excerpt.  [default: 128]")]
+Source = Annotated[str | None, typer.Option(help="packaged, wikipedia, datasets, or a .txt, .jsonl or .parquet file.")]
+Titles = Annotated[Path | None, typer.Option(help="File with one Wikipedia title a line (source wikipedia).")]
+Tokenizer = Annotated[str | None, typer.Option(help="bert, native, or a folder or hub id.  [default: bert]")]
+SkipSite = Annotated[str | None, typer.Option(help="residual or mixer; ffn or both for BERT and ALBERT.  [default: residual]")]
+NormSite = Annotated[str | None, typer.Option(help="Which norm LN=False removes: mixer, block or both.  [default: both]")]
+Gating = Annotated[bool | None, typer.Option("--gating/--no-gating", help="Only with, or only without the gate.  [default: both]")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float64.  [default: float32]")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.  [default: auto]")]
+Seed = Annotated[int | None, typer.Option(help="Which excerpts are drawn, and random initial weights.  [default: 0]")]
+RandomInit = Annotated[bool | None, typer.Option("--random-init", help="Measure freshly initialised weights too.")]
+Offline = Annotated[bool | None, typer.Option("--offline", help="Make no call to the hub.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="key=value, any setting of the configuration; repeat for several.")]
+Out = Annotated[Path | None, typer.Option(help="Run folder.  [default: runs/VERB]")]
+Yscale = Annotated[str, typer.Option(help="linear or log vertical axis.")]
+
+
+def _experiment(config: Path | None, settings: list[str] | None, lambdas: str | None, model: list[str] | None, **flags: Any) -> Any:
+    from lscollapse import config as schema
+
+    if lambdas is not None:
+        flags["lambdas"] = schema.parse_lambdas(lambdas)
+    return schema.load(config, {"models": model or None, **flags}, settings)
+
+
+def _titles(titles: Path | None) -> list[str]:
+    return [] if titles is None else [f"wikipedia.titles={titles}"]
+
+
+@app.command()
+def sweep_lambda(
+    config: Config = None, model: Model = None, lambdas: Lambdas = None, lambdas_file: LambdasFile = None,
+    excerpts: Excerpts = None, tokens: Tokens = None, source: Source = None, titles: Titles = None,
+    tokenizer: Tokenizer = None, skip_site: SkipSite = None, norm_site: NormSite = None, gating: Gating = None,
+    dtype: Dtype = None, device: Device = None, seed: Seed = None, random_init: RandomInit = None,
+    offline: Offline = None, settings: Set = None, out: Out = None, yscale: Yscale = "linear",
+) -> None:  # fmt: skip
+    """Measure every lambda: Figure 1 (relative mu against layer) and Figure 2 (last layer against lambda)."""
+    from lscollapse import experiments
+    from lscollapse.console import Bar, last_layer_table
+
+    experiment = _experiment(
+        config, [*(settings or []), *_titles(titles)], lambdas, model, lambdas_file=lambdas_file, excerpts=excerpts,
+        tokens=tokens, source=source, tokenizer=tokenizer, skip_site=skip_site, norm_site=norm_site, gating=gating,
+        dtype=dtype, device=device, seed=seed, random_init=random_init, offline=offline,
+    )  # fmt: skip
+    out = out or Path("runs/sweep-lambda")
+    with Bar() as bar:
+        rows = experiments.sweep_lambda(experiment, out, bar)
+    last_layer_table(rows)
+    _draw(rows, out, yscale)
+
+
+@app.command()
+def figures(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
+    to: Annotated[Path | None, typer.Option(help="Where to put the figures.  [default: each run's folder]")] = None,
+    yscale: Yscale = "linear",
+) -> None:
+    """Draw the figures of finished runs again, without computing."""
+    from lscollapse.results import read_rows
+
+    for run in runs:
+        _draw(read_rows(run), to or run, yscale, run)
+
+
+def _draw(rows: pd.DataFrame, folder: Path, yscale: str, run: Path | None = None) -> None:
+    from lscollapse import figures
+    from lscollapse.results import read_manifest
+
+    experiment = read_manifest(run or folder)["identity"]["experiment"]
+    for path in figures.draw(experiment, rows, folder, yscale):
+        typer.echo(f"wrote {path}")
+
+
+@app.command()
+def excerpts(
+    out: Annotated[Path, typer.Argument(help="The JSONL file to write.")],
+    source: Source = None, titles: Titles = None, excerpts: Excerpts = None, tokens: Tokens = None,
+    tokenizer: Tokenizer = None, seed: Seed = None, config: Config = None, settings: Set = None,
+) -> None:  # fmt: skip
+    """Freeze the excerpts to a file that every command takes as --source, so that somebody else runs on the same ids."""
+    from lscollapse import corpus, experiments
+
+    experiment = _experiment(
+        config, [*(settings or []), *_titles(titles)], None, None, excerpts=excerpts, tokens=tokens, source=source,
+        tokenizer=tokenizer, seed=seed,
+    )  # fmt: skip
+    chosen = corpus.tokenizer(experiment.tokenizer) if experiment.tokenizer else None
+    drawn = experiments.load_corpus(experiment, chosen)
+    corpus.freeze(drawn, out)
+    typer.echo(f"wrote {len(drawn.excerpts)} excerpts of {drawn.source} to {out} ({drawn.skipped} texts were too short)")
+
+
+@app.command()
+def models() -> None:
+    """List the models that can be loaded by a short name, and where their weights come from."""
+    from lscollapse.console import models_table
+
+    models_table()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lscollapse {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _global(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
+) -> None:
+    global show_traceback
+    show_traceback = debug
+
+
+show_traceback = False
+
+
+def main() -> None:
+    """Entry point: errors of the input are one line and exit code 2."""
+    from lscollapse import allocation
+
+    allocation.keep_freed_memory()
+    try:
+        app()
+    except ValueError as error:
+        if show_traceback:
+            raise
+        typer.echo(f"lscollapse: {' '.join(str(error).split())}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("lscollapse: stopped; the same command continues the run", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""The experiment schema. YAML files, flags and `--set key=value` all end here; an unknown key is an error naming the nearest."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+EMBEDDED_MODELS = ["mamba2-tiny", "minilm-l6", "albert-smiles"]
+DEFAULT_LAMBDAS = [-8.0, -4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0]
+
+
+class ConfigError(ValueError):
+    """A configuration has an unknown key or a value that is not allowed."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class WikipediaSection(Section):
+    """Settings of the `wikipedia` source."""
+
+    language: str = "en"
+    contact: str = ""
+    endpoint: str | None = None
+    titles: Path | None = None
+    cache_dir: Path | None = None
+
+
+class Experiment(Section):
+    """Everything that decides the rows of a run."""
+
+    models: list[str] = Field(default=EMBEDDED_MODELS, min_length=1)
+    revision: str | None = None
+    lambdas: list[float] = Field(default=DEFAULT_LAMBDAS, min_length=1)
+    lambdas_file: Path | None = None
+    excerpts: int = Field(default=32, ge=1)
+    tokens: int = Field(default=128, ge=2)
+    source: str = "packaged"
+    tokenizer: str | None = None
+    gating: bool | None = None
+    skip_site: Literal["residual", "mixer", "ffn", "both"] = "residual"
+    norm_site: Literal["both", "mixer", "block"] = "both"
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    device: str = "auto"
+    seed: int = Field(default=0, ge=0)
+    random_init: bool = False
+    offline: bool = False
+    cache_dir: Path | None = None
+    wikipedia: WikipediaSection = WikipediaSection()
+
+    @field_validator("lambdas")
+    @classmethod
+    def _finite_and_distinct(cls, values: list[float]) -> list[float]:
+        if not all(math.isfinite(v) for v in values):
+            raise ValueError("lambdas must be finite numbers")
+        if len(set(values)) != len(values):
+            raise ValueError("a lambda is given twice")
+        return sorted(values)
+
+    @property
+    def torch_dtype(self) -> str:
+        return "float32" if self.dtype == "auto" else self.dtype
+
+
+def load(file: Path | None = None, flags: Mapping[str, Any] | None = None, settings: list[str] | None = None) -> Experiment:
+    """The experiment of a YAML file, overridden by flags (None = not given), then by `key=value` settings.
+
+    Raises:
+        ConfigError: one line: what came, what is allowed.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        values = _read_yaml(file)
+    values |= {key: value for key, value in (flags or {}).items() if value is not None}
+    for setting in settings or []:
+        key, separator, text = setting.partition("=")
+        if not separator:
+            raise ConfigError(f"--set takes key=value, got {setting!r}")
+        target = values
+        *parents, leaf = key.strip().split(".")
+        for parent in parents:
+            target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"--set {key}: {parent} is not a section")
+        target[leaf] = yaml.safe_load(text)
+    try:
+        return Experiment.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error)) from None
+
+
+def parse_lambdas(text: str) -> list[float]:
+    """A comma-separated list such as "-2,0,0.5" as numbers."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--lambdas takes numbers separated by commas, such as -2,0,0.5,1; got {text!r}") from None
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise ConfigError(f"no configuration file {file}")
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file} must hold `key: value` lines")
+    return values
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        section = WikipediaSection if where.startswith("wikipedia.") else Experiment
+        leaf = where.rsplit(".", 1)[-1]
+        near = difflib.get_close_matches(leaf, section.model_fields, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else f": known are {', '.join(section.model_fields)}"
+        return f"unknown setting {where!r}{hint}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {message[0].lower()}{message[1:]}, got {first['input']!r}"

@@ -1,0 +1,135 @@
+"""What the rest of the package knows of a model: an embedding, a stack of blocks, and where a block adds its skip.
+
+An adapter wraps a loaded transformers model and owns nothing of its own: `block(k)` are the model's modules, so that hooks
+on them act on any forward of the model. One file per architecture subclasses `Adapter`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+class UnsupportedModel(ValueError):
+    """No adapter knows this architecture, or the model does not look as its architecture should."""
+
+
+class Adapter(ABC):
+    """A transformers model as embed -> blocks 0..K-1 (-> final norm, not used).
+
+    Class attributes:
+        has_gate: whether the mixer has a multiplicative gate that `gating=False` can remove.
+        skip_sites: where lambda can act, the default first.
+        norm_sites: which norms `layernorm=False` can remove, the default first.
+        pre_norm: the block adds O = mixer(norm(X)) to X and no norm follows, so O does not depend on the scale of X.
+    """
+
+    model_types: ClassVar[tuple[str, ...]] = ()
+    has_gate: ClassVar[bool] = False
+    skip_sites: ClassVar[tuple[str, ...]] = ("residual",)
+    norm_sites: ClassVar[tuple[str, ...]] = ("both",)
+    pre_norm: ClassVar[bool] = False
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.config = model.config
+
+    @property
+    @abstractmethod
+    def n_layers(self) -> int: ...
+
+    @abstractmethod
+    def block(self, layer: int) -> nn.Module:
+        """The module that computes layer `layer` (0-based); the same module for several layers where weights are shared."""
+
+    @abstractmethod
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids (B, N) -> the input of the first block (B, N, d)."""
+
+    @abstractmethod
+    def run(self, layer: int, X: Tensor) -> Tensor:
+        """Output of block `layer` for its input X, (B, N, d) -> (B, N, d), as the untouched forward calls it."""
+
+    @abstractmethod
+    def install(self, block: nn.Module, edit: Edit, hooks: HookSet) -> None:
+        """Register on `hooks` everything that turns `block` into the edited block."""
+
+    def layers_of(self, block: nn.Module) -> list[int]:
+        """The layers that `block` computes, in the order of its calls within one forward."""
+        return [layer for layer in range(self.n_layers) if self.block(layer) is block]
+
+
+@dataclass
+class Edit:
+    """What a block should compute instead of what it is.
+
+    Attributes:
+        lam: the lambda of the layer that the current call of the block stands for.
+        changes_sum: the block's own X + O must become lam*X + o_scale*O.
+        changes_mixer: lam*V must be added to the scan output (skip_site `mixer`).
+        o_scale: power of two, one or per excerpt (B, 1, 1), where X is carried scaled down (see forward.py).
+    """
+
+    lam: Callable[[], float]
+    changes_sum: bool
+    changes_mixer: bool
+    gating: bool
+    layernorm: bool
+    skip_site: str
+    norm_site: str
+    o_scale: float | Tensor = 1.0
+
+    def removes_norm(self, site: str) -> bool:
+        return not self.layernorm and self.norm_site in (site, "both")
+
+    def add(self, X: Tensor, O: Tensor) -> Tensor:  # noqa: E741  (the paper's name)
+        """lam*X + O, Eq. (3), arXiv:2410.10609v3: formed from X and O, so that lam = 0 is exactly O."""
+        lam = 1.0 if self.skip_site == "mixer" else self.lam()
+        O = O * self.o_scale  # noqa: E741
+        return O.to(torch.promote_types(X.dtype, O.dtype)) if lam == 0.0 else lam * X + O
+
+
+class HookSet:
+    """Registers hooks on modules, counts how often each fires, and removes every one."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+        self._handles: list[Any] = []
+        self._restores: list[Callable[[], None]] = []
+
+    def before(self, module: nn.Module, name: str, function: Callable[[tuple, dict], tuple | None]) -> None:
+        """`function(args, kwargs)` runs before `module`; it may return new positional arguments."""
+        self.counts[name] = 0
+
+        def hook(_module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+            self.counts[name] += 1
+            replaced = function(args, kwargs)
+            return None if replaced is None else (replaced, kwargs)
+
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def after(self, module: nn.Module, name: str, function: Callable[[tuple, dict, Any], Any]) -> None:
+        """`function(args, kwargs, output)` runs after `module`; what it returns (unless None) replaces the output."""
+        self.counts[name] = 0
+
+        def hook(_module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+            self.counts[name] += 1
+            return function(args, kwargs, output)
+
+        self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+
+    def on_exit(self, restore: Callable[[], None]) -> None:
+        self._restores.append(restore)
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for restore in self._restores:
+            restore()
+        self._handles.clear()
+        self._restores.clear()

@@ -1,0 +1,38 @@
+"""BERT (and MiniLM, which is a BERT): post-norm encoder blocks with weights of their own."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lscollapse.models.adapter import Adapter, Edit, HookSet, UnsupportedModel
+from lscollapse.models.post_norm import PostNormAdd
+
+
+class BertAdapter(Adapter):
+    model_types = ("bert",)
+    skip_sites = ("residual", "ffn", "both")
+    norm_sites = ("both", "block")
+
+    @property
+    def n_layers(self) -> int:
+        return self.config.num_hidden_layers
+
+    def block(self, layer: int) -> nn.Module:
+        return self.model.encoder.layer[layer]
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.model.embeddings(ids)
+
+    def run(self, layer: int, X: Tensor) -> Tensor:
+        return self.block(layer)(X, None)
+
+    def install(self, block: nn.Module, edit: Edit, hooks: HookSet) -> None:
+        if self.config.chunk_size_feed_forward:
+            raise UnsupportedModel("chunk_size_feed_forward is set: set it to 0, the edited sum needs the whole sequence")
+        for name, output, sites in (
+            ("attention", block.attention.output, ("residual", "both")),
+            ("ffn", block.output, ("ffn", "both")),
+        ):
+            add = PostNormAdd(name, edit, hooks, edit.changes_sum and edit.skip_site in sites, output.LayerNorm)
+            add.skip_is_argument(output, 1)
+            add.mechanism_is_output(output.dropout)

@@ -1,0 +1,287 @@
+"""Reading checkpoints: HF layout of all architectures, and the original mamba_ssm layout of Mamba-2.
+
+Every way in ends in the same two things: a transformers config built here, and the tensors of the base model under
+transformers' names, memory mapped. Heads and poolers are left out; of the rest nothing may be missing, left over, or of
+another shape. Code from a repository is never run, pickles are read with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lscollapse.models import hub, mamba_ssm, registry
+from lscollapse.models.registry import Entry
+from lscollapse.models.tensors import CheckpointError, base_tensors, converted, first_line, read_tensors, sha256
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Where a model came from, for the record.
+
+    Attributes:
+        sha256: of the weights file; of several, that of the lines "<sha256>  <name>" as sha256sum prints them; of
+            random weights, "random-init-SEED".
+        n_parameters: of the base model, without pooler and heads.
+    """
+
+    name: str
+    architecture: str
+    location: str
+    revision: str
+    sha256: str
+    text: str
+    n_layers: int
+    n_parameters: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A transformers base model (Mamba2Model, AlbertModel or BertModel; eval mode, no pooler) and its origin."""
+
+    model: Any
+    info: ModelInfo
+
+
+@dataclass(frozen=True)
+class LayerReader:
+    """A Mamba-2 checkpoint of which only what is asked for is read from disk, in the dtype of the file."""
+
+    config: Any
+    info: ModelInfo
+    tensors: dict[str, Tensor]
+
+    def globals(self) -> dict[str, Tensor]:
+        """What belongs to no layer: `embeddings.weight` (V, d) and `norm_f.weight` (d,)."""
+        return {name: tensor for name, tensor in self.tensors.items() if not name.startswith("layers.")}
+
+    def layer(self, k: int) -> dict[str, Tensor]:
+        """Tensors of block `k` (0-based), named as in Mamba2Block: `norm.weight`, `mixer.in_proj.weight`, ..."""
+        prefix = f"layers.{k}."
+        return {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    cache_dir: str | Path | None = None,
+    offline: bool = False,
+    random_init: int | None = None,
+) -> Checkpoint:
+    """A model by short name (see registry.ENTRIES), local folder, or hub id.
+
+    Args:
+        revision: of a hub repository, instead of the one that the registry pins.
+        dtype: of the loaded weights, whatever the file holds.
+        cache_dir: for what is fetched and converted; the default is the hub's cache and LSCOLLAPSE_CACHE
+            (~/.cache/lscollapse).
+        offline: make no call.
+        random_init: a seed; no weights are read, and the model of this config is initialised afresh by transformers.
+
+    Raises:
+        CheckpointError, ModelNameError, HubError, AssetError: one line each.
+    """
+    found = _locate(registry.resolve(name_or_path), revision, cache_dir, offline, random_init is not None)
+    config = _config(found)
+    if random_init is None:
+        tensors = _tensors(found, config.model_type, cache_dir)
+        _match(found, config, tensors)
+        model = _filled(config, tensors, dtype)
+        digest = sha256(found.weights)
+    else:
+        model = _random(config, random_init, dtype)
+        digest = f"random-init-{random_init}"
+    return Checkpoint(model.eval(), _info(found, config, digest))
+
+
+def open_layers(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    offline: bool = False,
+) -> LayerReader:
+    """A Mamba-2 checkpoint to be read layer by layer; arguments and errors as for `load`."""
+    found = _locate(registry.resolve(name_or_path), revision, cache_dir, offline, config_only=False)
+    config = _config(found)
+    if config.model_type != "mamba2":
+        raise CheckpointError(f"{found.where} is {config.model_type}: only Mamba-2 checkpoints are read layer by layer")
+    tensors = _tensors(found, config.model_type, cache_dir)
+    _match(found, config, tensors)
+    return LayerReader(config, _info(found, config, sha256(found.weights)), tensors)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The files of a checkpoint on this machine. `where` names them in errors."""
+
+    entry: Entry
+    where: str
+    revision: str
+    config: Mapping[str, Any]
+    weights: tuple[Path, ...]
+
+
+def _locate(
+    entry: Entry, revision: str | None, cache_dir: str | Path | None, offline: bool, config_only: bool
+) -> _Found:
+    if revision and entry.source != "hub":
+        raise CheckpointError(f"{entry.name} is not on the hub: a revision ({revision}) cannot be chosen")
+    revision = revision or entry.revision
+    if config_only and entry.config is not None:
+        return _Found(entry, entry.name, "", entry.config, ())
+    if entry.source == "package":
+        config, file = registry.embedded_files(entry)
+        return _Found(entry, entry.name, revision, _read_json(config), (file,))
+    if entry.source == "hub":
+        cache = Path(cache_dir).expanduser() / "hub" if cache_dir else None
+        files = ["config.json"] if config_only else None
+        folder = hub.fetch(entry.location, revision=revision, files=files, cache_dir=cache, offline=offline)
+        where, revision = entry.location, folder.name
+    else:
+        folder = Path(entry.location).expanduser()
+        where = str(folder)
+    weight_files = () if config_only else _weights(folder, where)
+    return _Found(entry, where, revision, _read_json(folder / "config.json"), weight_files)
+
+
+def _weights(folder: Path, where: str) -> tuple[Path, ...]:
+    names = hub.weights_files([path.name for path in folder.iterdir()])
+    if hub.INDEX in names:
+        names = sorted(set(_read_json(folder / hub.INDEX).get("weight_map", {}).values()))
+    files = tuple(folder / name for name in names)
+    missing = [file.name for file in files if not file.is_file()]
+    if missing or not files:
+        wanted = ", ".join(missing) or f"model.safetensors, {hub.INDEX} or pytorch_model.bin"
+        raise CheckpointError(f"no weights in {where}: expected {wanted}")
+    return files
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"no {path.name} in {path.parent}: a checkpoint folder needs it") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}): fetch it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no JSON object: fetch it again")
+    return content
+
+
+def _classes() -> dict[str, tuple[Any, Any, dict[str, Any]]]:
+    """model_type -> (config class, base model class, arguments that leave out its pooler)."""
+    from transformers import AlbertConfig, AlbertModel, BertConfig, BertModel, Mamba2Config, Mamba2Model
+
+    return {
+        "mamba2": (Mamba2Config, Mamba2Model, {}),
+        "albert": (AlbertConfig, AlbertModel, {"add_pooling_layer": False}),
+        "bert": (BertConfig, BertModel, {"add_pooling_layer": False}),
+    }
+
+
+def _config(found: _Found) -> Any:
+    """The transformers config, from either layout of config.json."""
+    raw, classes = found.config, _classes()
+    model_type = raw.get("model_type")
+    try:
+        if model_type in classes:
+            config = classes[model_type][0].from_dict(dict(raw))
+        elif model_type is None and "d_model" in raw and "n_layer" in raw:
+            config = mamba_ssm.read_config(raw, found.where)
+        else:
+            came = f"model_type {model_type!r}" if model_type else "neither model_type nor d_model and n_layer"
+            raise CheckpointError(
+                f"config.json of {found.where} has {came}: readable are {', '.join(classes)} and mamba_ssm's own layout"
+            )
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError) as error:  # transformers' own validation
+        raise CheckpointError(f"config.json of {found.where} is not valid: {first_line(error)}") from error
+    if found.entry.architecture not in ("", config.model_type):
+        raise CheckpointError(f"{found.where} holds {config.model_type}, expected {found.entry.architecture}")
+    return config
+
+
+def _tensors(found: _Found, model_type: str, cache_dir: str | Path | None) -> dict[str, Tensor]:
+    """Tensors of the base model under transformers' names, memory mapped: nothing is read before it is used."""
+    files = found.weights
+    if model_type == "mamba2" and files[0].suffix == ".bin":
+        files = (converted(files[0], cache_dir),)
+    return {name: tensor for file in files for name, tensor in base_tensors(read_tensors(file)).items()}
+
+
+def _match(found: _Found, config: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Raise unless the tensors are those of the config's base model in name, shape and number of parameters."""
+    expected = {name: tuple(tensor.shape) for name, tensor in _on_meta(config).state_dict().items()}
+    missing = [name for name in expected if name not in tensors]
+    unexpected = [name for name in tensors if name not in expected]
+    shapes = [
+        f"{name} {tuple(tensors[name].shape)} instead of {shape}"
+        for name, shape in expected.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
+    ]
+    wrong = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    parts = [f"{len(names)} {what} ({_some(names)})" for what, names in wrong.items() if names]
+    if parts:
+        raise CheckpointError(f"the weights of {found.where} do not fit its config.json: tensors " + ", ".join(parts))
+    n_parameters, published = _n_parameters(config), found.entry.n_parameters
+    if published not in (None, n_parameters):
+        raise CheckpointError(
+            f"{found.where} has {n_parameters:,} parameters, {found.entry.name} should have {published:,}"
+        )
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def _on_meta(config: Any) -> Any:
+    _, model_class, arguments = _classes()[config.model_type]
+    with torch.device("meta"):
+        return model_class(config, **arguments)
+
+
+def _n_parameters(config: Any) -> int:
+    return sum(parameter.numel() for parameter in _on_meta(config).parameters())
+
+
+def _filled(config: Any, tensors: dict[str, Tensor], dtype: torch.dtype) -> Any:
+    from transformers.utils import logging
+
+    _, model_class, arguments = _classes()[config.model_type]
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return model_class.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, **arguments)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _random(config: Any, seed: int, dtype: torch.dtype) -> Any:
+    _, model_class, arguments = _classes()[config.model_type]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return model_class(config, **arguments).to(dtype)
+
+
+def _info(found: _Found, config: Any, digest: str) -> ModelInfo:
+    return ModelInfo(
+        name=found.entry.name,
+        architecture=config.model_type,
+        location=found.entry.location,
+        revision=found.revision,
+        sha256=digest,
+        text=found.entry.text,
+        n_layers=config.num_hidden_layers,
+        n_parameters=_n_parameters(config),
+    )

@@ -1,0 +1,85 @@
+"""Mamba-2 (transformers' Mamba2Model): pre-norm block, X + mixer(norm(X)), with a gated RMSNorm before out_proj."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lscollapse.models.adapter import Adapter, Edit, HookSet
+
+
+class Mamba2Adapter(Adapter):
+    model_types = ("mamba2",)
+    has_gate = True
+    skip_sites = ("residual", "mixer")
+    norm_sites = ("both", "mixer", "block")
+    pre_norm = True
+
+    @property
+    def n_layers(self) -> int:
+        return self.config.num_hidden_layers
+
+    def block(self, layer: int) -> nn.Module:
+        return self.model.layers[layer]
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.model.embeddings(ids)
+
+    def run(self, layer: int, X: Tensor) -> Tensor:
+        return self.model.layers[layer](X)
+
+    def install(self, block: nn.Module, edit: Edit, hooks: HookSet) -> None:
+        if edit.changes_sum:
+            _residual_skip(block, edit, hooks)
+        if edit.changes_mixer:
+            _mixer_skip(block.mixer, edit, hooks)
+        if edit.removes_norm("mixer"):
+
+            def ungated(args: tuple, kwargs: dict, _output: Tensor) -> Tensor:
+                y, gate = _norm_arguments(args, kwargs)
+                return y * F.silu(gate) if edit.gating else y
+
+            hooks.after(block.mixer.norm, "mixer.norm (removed)", ungated)
+        elif not edit.gating:
+            hooks.before(block.mixer.norm, "mixer.norm (gate)", lambda args, kwargs: (args[0], None))
+        if edit.removes_norm("block"):
+            hooks.after(block.norm, "norm (removed)", lambda args, kwargs, output: args[0].to(output.dtype))
+
+
+def _norm_arguments(args: tuple, kwargs: dict) -> tuple[Tensor, Tensor]:
+    return args[0], args[1] if len(args) > 1 else kwargs["gate"]
+
+
+def _residual_skip(block: nn.Module, edit: Edit, hooks: HookSet) -> None:
+    """lam*X + O around the whole block (skip_site residual)."""
+    seen: dict[str, Tensor] = {}
+
+    def keep_input(args: tuple, kwargs: dict) -> None:
+        seen["X"] = args[0]
+
+    def keep_output(args: tuple, kwargs: dict, output: Tensor) -> None:
+        seen["O"] = output
+
+    def add(args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+        return edit.add(seen.pop("X").to(output.dtype), seen.pop("O"))
+
+    hooks.before(block, "block input", keep_input)
+    hooks.after(block.mixer, "mixer output", keep_output)
+    hooks.after(block, "block output", add)
+
+
+def _mixer_skip(mixer: nn.Module, edit: Edit, hooks: HookSet) -> None:
+    """lam*V added to the scan output in place of the gate (skip_site mixer): D + lam while the mixer runs."""
+    original = mixer.D.data
+
+    def restore(*_: Any) -> None:
+        mixer.D.data = original
+
+    def shift(args: tuple, kwargs: dict) -> None:
+        mixer.D.data = original + edit.lam()
+
+    hooks.before(mixer, "mixer.D shifted", shift)
+    hooks.after(mixer, "mixer.D restored", restore)
+    hooks.on_exit(restore)

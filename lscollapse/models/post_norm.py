@@ -1,0 +1,41 @@
+"""What ALBERT and BERT share: post-norm blocks, LayerNorm(X + O), for attention and for the feed-forward part."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lscollapse.models.adapter import Edit, HookSet
+
+
+class PostNormAdd:
+    """One LayerNorm(X + O) inside a block: edits it to LayerNorm(lam*X + O), or without the norm."""
+
+    def __init__(self, name: str, edit: Edit, hooks: HookSet, scales_skip: bool, norm: nn.Module) -> None:
+        self._seen: dict[str, Tensor] = {}
+        self._name, self._edit, self._hooks = name, edit, hooks
+        self._scales_skip = scales_skip
+        if scales_skip:
+            hooks.before(norm, f"{name} skip", self._replace_sum)
+        if edit.removes_norm("block"):
+            hooks.after(norm, f"{name} norm (removed)", lambda args, kwargs, output: args[0])
+
+    def skip_is_argument(self, module: nn.Module, position: int) -> None:
+        """X is the `position`-th positional argument of `module`."""
+        if self._scales_skip:
+            self._hooks.before(module, f"{self._name} input", lambda args, kwargs: self._keep("X", args[position]))
+
+    def skip_is_output(self, module: nn.Module) -> None:
+        """X is the output (or the first of the outputs) of `module`."""
+        if self._scales_skip:
+            self._hooks.after(module, f"{self._name} input", lambda args, kwargs, out: self._keep("X", out))
+
+    def mechanism_is_output(self, module: nn.Module) -> None:
+        """O is the output of `module`."""
+        if self._scales_skip:
+            self._hooks.after(module, f"{self._name} mechanism", lambda args, kwargs, out: self._keep("O", out))
+
+    def _keep(self, key: str, value: Tensor | tuple) -> None:
+        self._seen[key] = value[0] if isinstance(value, tuple) else value
+
+    def _replace_sum(self, args: tuple, kwargs: dict) -> tuple:
+        return (self._edit.add(self._seen.pop("X"), self._seen.pop("O")),)

@@ -1,0 +1,184 @@
+"""Short names of the models and where their weights come from. Reads no weights and imports nothing heavy."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lscollapse import assets
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+class ModelNameError(ValueError):
+    """The name is neither a known model, nor a folder, nor a hub id."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model that can be loaded.
+
+    Attributes:
+        architecture: "mamba2", "albert" or "bert"; "" for a folder or hub id until its config.json is read.
+        location: the data package, the folder, or the hub id, as `source` says.
+        revision: package version or hub revision; "main" is resolved to a commit when it is fetched, "" for a folder.
+        text: what the model reads, "english" or "smiles".
+        n_parameters: of the base model without pooler and heads, asserted on loading; None where it is not known ahead.
+        config: contents of config.json where they are published, so that random weights of this shape need no download.
+    """
+
+    name: str
+    architecture: str
+    source: Literal["package", "folder", "hub"]
+    location: str
+    revision: str = ""
+    text: Literal["english", "smiles"] = "english"
+    description: str = ""
+    n_parameters: int | None = None
+    config: Mapping[str, Any] | None = None
+
+    @property
+    def embedded(self) -> bool:
+        """True where the weights come with the installed packages and nothing is downloaded."""
+        return self.source == "package"
+
+
+def _mamba2(size: str, d_model: int, n_layer: int, n_parameters: int, revision: str = "main") -> Entry:
+    config = {
+        "d_model": d_model,
+        "d_intermediate": 0,
+        "n_layer": n_layer,
+        "vocab_size": 50288,
+        "ssm_cfg": {"layer": "Mamba2"},
+        "attn_layer_idx": [],
+        "rms_norm": True,
+        "residual_in_fp32": True,
+        "pad_vocab_size_multiple": 16,
+        "tie_embeddings": True,
+    }
+    return Entry(
+        name=f"mamba2-{size}",
+        architecture="mamba2",
+        source="hub",
+        location=f"state-spaces/mamba2-{size}",
+        revision=revision,
+        description=f"Mamba-2, {n_layer} layers, hidden {d_model} (Dao and Gu, 2024)",
+        n_parameters=n_parameters,
+        config=config,
+    )
+
+
+def _albert(size: str, version: str, shape: str, n_parameters: int, revision: str = "main") -> Entry:
+    return Entry(
+        name=f"albert-{size}-{version}",
+        architecture="albert",
+        source="hub",
+        location=f"albert/albert-{size}-{version}",
+        revision=revision,
+        description=f"ALBERT {version}, {shape}, one shared layer (Lan et al., 2020)",
+        n_parameters=n_parameters,
+    )
+
+
+_ALBERT_SIZES = {
+    "base": ("12 layers, hidden 768", 11_092_992),
+    "large": ("24 layers, hidden 1024", 16_634_368),
+    "xlarge": ("24 layers, hidden 2048", 54_528_512),
+    "xxlarge": ("12 layers, hidden 4096", 205_814_272),
+}
+_ALBERT_REVISIONS = {("base", "v2"): "8e2f239c5f8a2c0f253781ca60135db913e5c80c"}
+
+_ALL = (
+    Entry(
+        name="mamba2-tiny",
+        architecture="mamba2",
+        source="package",
+        location="lscollapse",
+        description="Mamba-2 with the BERT vocabulary, trained by scripts/train_tiny_mamba2.py on Wikipedia summaries",
+    ),
+    Entry(
+        name="minilm-l6",
+        architecture="bert",
+        source="package",
+        location=assets.MINILM,
+        revision="0.1.0",
+        description="BERT, 6 layers, hidden 384: all-MiniLM-L6-v2",
+        n_parameters=22_565_376,
+    ),
+    Entry(
+        name="albert-smiles",
+        architecture="albert",
+        source="package",
+        location=assets.SMILES_WEIGHTS.package,
+        revision="0.4.3",
+        text="smiles",
+        description="ALBERT, 12 layers, hidden 256, trained on chemical reactions (SMILES), not English: rxnmapper",
+        n_parameters=701_824,
+    ),
+    _mamba2("130m", 768, 24, 128_989_632),
+    _mamba2("370m", 1024, 48, 368_346_624),
+    _mamba2("780m", 1536, 48, 780_161_280),
+    _mamba2("1.3b", 2048, 48, 1_343_757_312),
+    _mamba2("2.7b", 2560, 64, 2_702_599_680, "99b226cc377d131cccc610ed4346db564f381f1e"),
+    *(
+        _albert(size, version, *_ALBERT_SIZES[size], _ALBERT_REVISIONS.get((size, version), "main"))
+        for version in ("v1", "v2")
+        for size in _ALBERT_SIZES
+    ),
+    Entry(
+        name="bert-base-uncased",
+        architecture="bert",
+        source="hub",
+        location="google-bert/bert-base-uncased",
+        revision="86b5e0934494bd15c9632b12f734a8a67f723594",
+        description="BERT, 12 layers, hidden 768 (Devlin et al., 2019)",
+        n_parameters=108_891_648,
+    ),
+)
+ENTRIES: dict[str, Entry] = {entry.name: entry for entry in _ALL}
+
+
+def resolve(name_or_path: str | Path) -> Entry:
+    """The entry of a short name, a local folder, or a hub id "owner/name", in this order.
+
+    Raises:
+        ModelNameError: none of the three; names the nearest short name.
+    """
+    name = str(name_or_path)
+    if name in ENTRIES:
+        return ENTRIES[name]
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return Entry(name=path.resolve().name, architecture="", source="folder", location=str(path))
+    if path.is_file():
+        raise ModelNameError(f"{name} is a file: give the folder that holds config.json and the weights")
+    if isinstance(name_or_path, str) and _HUB_ID.fullmatch(name):
+        return Entry(name=name, architecture="", source="hub", location=name, revision="main")
+    if "/" in name or "\\" in name:
+        raise ModelNameError(f"no folder {name}, and it is not a hub id of the form owner/name")
+    near = difflib.get_close_matches(name, ENTRIES, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    raise ModelNameError(
+        f"unknown model {name!r}{hint}: known are {', '.join(ENTRIES)}; or a folder, or a hub id owner/name"
+    )
+
+
+def embedded_files(entry: Entry) -> tuple[Path, Path]:
+    """config.json and the weights file of an embedded model.
+
+    Raises:
+        AssetError: the package that holds them is not installed, or a file is missing or altered.
+    """
+    if entry.name == "minilm-l6":
+        return assets.locate(assets.MINILM_CONFIG), assets.locate(assets.MINILM_WEIGHTS)
+    if entry.name == "albert-smiles":
+        return assets.locate(assets.SMILES_CONFIG), assets.locate(assets.SMILES_WEIGHTS)
+    folder = Path(__file__).parent / "weights" / entry.name
+    files = folder / "config.json", folder / "model.safetensors"
+    if not all(file.is_file() for file in files):
+        raise assets.AssetError(f"the weights of {entry.name} are missing from the installed package: install it again")
+    return files

@@ -1,0 +1,179 @@
+"""A run folder: rows.parquet, rows.csv and manifest.json, written so that killing the process loses one work item at most.
+
+Each work item's rows become one file under parts/, complete or absent. `finish` joins them in the order of the items, so a
+run that was killed and continued ends with the same bytes as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLUMNS = (
+    "model", "revision", "checkpoint_sha256", "init", "text", "tokenizer", "arm", "lam", "gating", "layernorm", "skip_site",
+    "norm_site", "dtype", "backend", "seed", "excerpt", "n_tokens", "layer", "measure", "value", "log10", "status", "floor",
+)  # fmt: skip
+RECORDED_PACKAGES = ("lscollapse", "torch", "transformers", "numpy", "pandas", "tokenizers", "mamba-ssm", "causal-conv1d")
+
+
+class RunFolderError(ValueError):
+    """A run folder cannot be written, or belongs to another configuration."""
+
+
+class RunFolder:
+    """One run on disk. Opening an existing folder continues it when its configuration is the same.
+
+    Args:
+        path: the folder; made if absent.
+        identity: everything that decides the rows (JSON values): experiment name, configuration, weights, texts.
+
+    Raises:
+        RunFolderError: not writable, or made with another identity (says what differs).
+    """
+
+    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+        self.path = path
+        self.identity = json.loads(json.dumps(identity))
+        self.parts = path / "parts"
+        self._began = time.monotonic()
+        manifest = path / "manifest.json"
+        if manifest.exists():
+            self._refuse_other(read_manifest(path))
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if manifest.exists():
+                return
+            if any(path.iterdir()):
+                raise RunFolderError(f"{path} is not empty and not a run folder: give an empty or new folder with --out")
+            write_atomic(manifest, _json({"complete": False, "identity": self.identity}))
+        except OSError as error:
+            raise RunFolderError(f"cannot write the run folder {path} ({error.strerror}): choose another with --out") from None
+
+    @property
+    def complete(self) -> bool:
+        return bool(read_manifest(self.path).get("complete"))
+
+    def has(self, item: str) -> bool:
+        """Whether a work item's rows are there."""
+        return (self.parts / f"{item}.parquet").exists()
+
+    def add(self, item: str, rows: pd.DataFrame) -> None:
+        """Store one work item's rows, whole or not at all."""
+        self.parts.mkdir(exist_ok=True)
+        write_parquet(rows, self.parts / f"{item}.parquet")
+
+    def finish(self, items: list[str], facts: dict[str, Any]) -> pd.DataFrame:
+        """Join the items' rows into rows.parquet and rows.csv and complete the manifest with `facts`."""
+        import pandas as pd
+
+        rows = pd.concat([pd.read_parquet(self.parts / f"{item}.parquet") for item in items], ignore_index=True)
+        write_parquet(rows, self.path / "rows.parquet")
+        write_atomic(self.path / "rows.csv", rows.to_csv(index=False, float_format="%.10g"))
+        record = {"complete": True, "identity": self.identity, **environment(), **facts}
+        record["wall_seconds"] = round(time.monotonic() - self._began, 1)
+        write_atomic(self.path / "manifest.json", _json(record))
+        for item in items:
+            (self.parts / f"{item}.parquet").unlink()
+        self.parts.rmdir()
+        return rows
+
+    def _refuse_other(self, manifest: dict[str, Any]) -> None:
+        different = differences(manifest.get("identity", {}), self.identity)
+        if different:
+            raise RunFolderError(
+                f"{self.path} holds a run of another configuration ({'; '.join(different[:4])}):"
+                " give a new folder with --out, or remove this one"
+            )
+
+
+def read_rows(path: Path) -> pd.DataFrame:
+    """The table of a finished run folder."""
+    import pandas as pd
+
+    file = path / "rows.parquet"
+    if not file.is_file():
+        raise RunFolderError(f"{path} has no rows.parquet: give the folder of a finished run")
+    return pd.read_parquet(file)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        raise RunFolderError(f"{path}/manifest.json is missing or unreadable: not a run folder") from None
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """What differs between two JSON values, as "key: old, now new"."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(key for key in new if key not in old)]
+        return [line for key in keys for line in differences(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))]
+    return [] if old == new else [f"{where}: {_short(old)}, now {_short(new)}"]
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and code state for the manifest. No paths, host names or environment variables."""
+    versions = {}
+    for package in RECORDED_PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "git": _git_state(),
+        "peak_rss_bytes": peak,
+    }
+
+
+def write_parquet(rows: pd.DataFrame, path: Path) -> None:
+    temporary = path.with_suffix(".tmp")
+    rows.to_parquet(temporary, compression="zstd", index=False)
+    _commit(temporary, path)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file so that it is there whole or not at all."""
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    _commit(temporary, path)
+
+
+def _commit(temporary: Path, path: Path) -> None:
+    with temporary.open("rb") as handle:
+        os.fsync(handle.fileno())
+    temporary.replace(path)
+
+
+def _git_state() -> dict[str, Any] | None:
+    def git(*arguments: str) -> str:
+        folder = Path(__file__).parent
+        return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2) + "\n"

@@ -1,0 +1,153 @@
+"""One arm of an experiment as a `Variant`, and `surgery`: forward hooks that make a loaded model compute it.
+
+    with lscollapse.surgery(model, Variant(lam=-2.0, gating=False)):
+        model(input_ids)
+
+The hooks count their firings: one that did not fire as often as its block ran is an error, because then the model took a
+path on which the edit had no effect. On exit, also after an exception, the model is as it was, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lscollapse.models import Adapter, adapt
+from lscollapse.models.adapter import Edit, HookSet
+
+
+class SurgeryError(ValueError):
+    """A variant cannot be made of this model, or an edit did not take effect."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One arm of an experiment.
+
+    Attributes:
+        lam: strength of the skip, Eq. (3): one value for all layers, or a tuple with one per layer.
+        gating: False removes the multiplicative gate (no effect on a model without one).
+        layernorm: False removes the norms named by `norm_site`.
+        skip_site: where lambda acts: `residual` (lam*X + O around the mixer), `mixer` (Mamba-2: lam*V added to the scan
+            output), `ffn` or `both` (post-norm transformers: the feed-forward skip, or both skips).
+        norm_site: `both`, `mixer` (the gated norm before out_proj) or `block` (the norms of the block itself).
+    """
+
+    lam: float | tuple[float, ...] = 1.0
+    gating: bool = True
+    layernorm: bool = True
+    skip_site: str = "residual"
+    norm_site: str = "both"
+
+    def __post_init__(self) -> None:
+        values = self.lam if isinstance(self.lam, tuple) else (self.lam,)
+        if not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
+            raise SurgeryError(f"lambda must be finite numbers, got {self.lam!r}")
+
+    def lam_at(self, layer: int) -> float:
+        """Lambda of layer 0..K-1."""
+        return float(self.lam[layer]) if isinstance(self.lam, tuple) else float(self.lam)
+
+    def arm(self, has_gate: bool = True) -> str:
+        """Short name of the arm, without lambda."""
+        words = [] if not has_gate else ["gate"] if self.gating else ["no gate"]
+        words.append("LN" if self.layernorm else "no LN" if self.norm_site == "both" else f"no {self.norm_site} LN")
+        if self.skip_site != "residual":
+            words.append(f"{self.skip_site} skip" if self.skip_site != "both" else "both skips")
+        return ", ".join(words)
+
+
+def check(adapter: Adapter, variant: Variant) -> None:
+    """Raise SurgeryError where the model has no such skip or norm, or another number of layers."""
+    what = adapter.config.model_type
+    if variant.skip_site not in adapter.skip_sites:
+        raise SurgeryError(f"skip_site {variant.skip_site!r} does not exist in {what}: use one of {', '.join(adapter.skip_sites)}")
+    if variant.norm_site not in adapter.norm_sites:
+        raise SurgeryError(f"norm_site {variant.norm_site!r} does not exist in {what}: use one of {', '.join(adapter.norm_sites)}")
+    if isinstance(variant.lam, tuple) and len(variant.lam) != adapter.n_layers:
+        raise SurgeryError(f"{len(variant.lam)} lambdas for {adapter.n_layers} layers of {what}: give one per layer")
+
+
+@contextmanager
+def surgery(model: Any, variant: Variant) -> Iterator[Adapter]:
+    """Make every block of `model` compute `variant` while the context is open.
+
+    Args:
+        model: a transformers model with or without a head, or an Adapter; in eval mode.
+        variant: what to compute.
+
+    Yields:
+        The adapter of the model.
+
+    Raises:
+        SurgeryError: the variant does not exist for the model, or a hook did not fire.
+    """
+    adapter = adapt(model)
+    check(adapter, variant)
+    blocks = {id(block): block for block in map(adapter.block, range(adapter.n_layers))}
+    with _edited(adapter, [(block, adapter.layers_of(block)) for block in blocks.values()], variant, None):
+        yield adapter
+
+
+@contextmanager
+def surgery_on_layer(adapter: Adapter, layer: int, variant: Variant, o_scale: Tensor | None = None) -> Iterator[None]:
+    """The same for one call of one layer, with O multiplied by the power of two `o_scale` (see forward.py)."""
+    with _edited(adapter, [(adapter.block(layer), [layer])], variant, o_scale):
+        yield
+
+
+@contextmanager
+def _edited(
+    adapter: Adapter, blocks: list[tuple[nn.Module, list[int]]], variant: Variant, o_scale: Tensor | None
+) -> Iterator[None]:
+    if adapter.model.training:
+        raise SurgeryError("the model is in training mode, where fused kernels bypass the hooks: call model.eval() first")
+    installed: list[tuple[HookSet, dict[str, int]]] = []
+    try:
+        for block, layers in blocks:
+            installed.append(_install(adapter, block, layers, variant, o_scale))
+        yield
+    finally:
+        for hooks, _ in installed:
+            hooks.remove()
+    for hooks, calls in installed:
+        idle = [name for name, count in hooks.counts.items() if count != calls["block"]]
+        if idle or calls["block"] == 0:
+            which = ", ".join(idle) or "all"
+            raise SurgeryError(f"hooks that did not fire as often as their block ({calls['block']} calls): {which}")
+
+
+def _install(
+    adapter: Adapter, block: nn.Module, layers: list[int], variant: Variant, o_scale: Tensor | None
+) -> tuple[HookSet, dict[str, int]]:
+    lams = {variant.lam_at(layer) for layer in layers}
+    on_mixer = variant.skip_site == "mixer"
+    calls = {"block": 0}
+    hooks = HookSet()
+
+    def count(*_: Any) -> None:
+        calls["block"] += 1
+
+    handle = block.register_forward_pre_hook(count)
+    hooks.on_exit(handle.remove)
+    edit = Edit(
+        lam=lambda: variant.lam_at(layers[(calls["block"] - 1) % len(layers)]),
+        changes_sum=o_scale is not None or (not on_mixer and lams != {1.0}),
+        changes_mixer=on_mixer and lams != {0.0},
+        gating=variant.gating or not adapter.has_gate,
+        layernorm=variant.layernorm,
+        skip_site=variant.skip_site,
+        norm_site=variant.norm_site,
+        o_scale=1.0 if o_scale is None else o_scale,
+    )
+    try:
+        adapter.install(block, edit, hooks)
+    except BaseException:
+        hooks.remove()
+        raise
+    return hooks, calls
