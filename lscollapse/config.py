@@ -64,10 +64,6 @@ class Experiment(Section):
             raise ValueError("a lambda is given twice")
         return sorted(values)
 
-    @property
-    def torch_dtype(self) -> str:
-        return "float32" if self.dtype == "auto" else self.dtype
-
 
 def load(file: Path | None = None, flags: Mapping[str, Any] | None = None, settings: list[str] | None = None) -> Experiment:
     """The experiment of a YAML file, overridden by flags (None = not given), then by `key=value` settings.

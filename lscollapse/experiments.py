@@ -99,6 +99,42 @@ def sweep_variants(adapter: Adapter, config: Experiment) -> list[Variant]:
     ]
 
 
+def ablate_gating(config: Experiment, out: Path, progress: Progress = Silent()) -> pd.DataFrame:
+    """Figure 3: gating x LayerNorm at lambda = 1 (or at the per-layer lambdas of `config.lambdas_file`)."""
+    return run("ablate-gating", config, out, ablation_variants, progress)
+
+
+def ablation_variants(adapter: Adapter, config: Experiment) -> list[Variant]:
+    _needs_gate(adapter)
+    lam = read_lambdas(config.lambdas_file, adapter.n_layers) if config.lambdas_file else 1.0
+    arms = itertools.product((True, False), (True, False))
+    return [Variant(lam, gating, layernorm, config.skip_site, config.norm_site) for gating, layernorm in arms]
+
+
+def all_readings(config: Experiment, out: Path, progress: Progress = Silent()) -> pd.DataFrame:
+    """Figures 1 and 3 under every reading of where lambda acts and which norm goes: skip_site x norm_site x gating."""
+    return run("all-readings", config, out, reading_variants, progress)
+
+
+def reading_variants(adapter: Adapter, config: Experiment) -> list[Variant]:
+    _needs_gate(adapter)
+    variants: dict[Variant, None] = {}
+    for skip_site in adapter.skip_sites:
+        for norm_site in adapter.norm_sites:
+            for gating in (True, False):
+                variants[Variant(1.0, gating, False, skip_site, norm_site)] = None
+        for gating in (True, False):
+            variants[Variant(1.0, gating, True, skip_site)] = None
+        for lam in config.lambdas:
+            variants[Variant(lam, False, True, skip_site)] = None
+    return list(variants)
+
+
+def _needs_gate(adapter: Adapter) -> None:
+    if not adapter.has_gate:
+        raise ConfigError(f"{adapter.config.model_type} has no gate to ablate: choose a Mamba-2 model with --model")
+
+
 def _lambdas(adapter: Adapter, config: Experiment) -> list[float | tuple[float, ...]]:
     """The sweep's lambdas, and the per-layer ones of `lambdas_file` if given."""
     per_layer = [read_lambdas(config.lambdas_file, adapter.n_layers)] if config.lambdas_file else []
@@ -155,7 +191,7 @@ def _subjects(config: Experiment, variants: Variants, progress: Progress) -> Ite
 
     from lscollapse.models import adapt, checkpoint
 
-    dtype = getattr(torch, config.torch_dtype)
+    dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
     inits = ("trained", "random") if config.random_init else ("trained",)
     for name, init in itertools.product(config.models, inits):
         loaded = checkpoint.load(
@@ -223,11 +259,14 @@ def _units(subject: Subject, start: int) -> float:
 
 
 def _measure(subject: Subject, start: int, config: Experiment, progress: Progress) -> pd.DataFrame:
+    import torch
+
     from lscollapse.forward import measure
     from lscollapse.results import COLUMNS
 
+    dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
     ids = subject.ids[start : start + TILE]
-    rows = measure(subject.adapter, ids, subject.variants, lambda done: progress.advance(done * subject.cost))
+    rows = measure(subject.adapter, ids, subject.variants, dtype, lambda done: progress.advance(done * subject.cost))
     rows["excerpt"] += start
     info = subject.info
     rows = rows.assign(

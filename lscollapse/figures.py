@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import re
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -52,13 +53,16 @@ STYLE = {
     "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6, "xtick.minor.size": 0,
     "xtick.major.size": 2.5, "ytick.major.size": 2.5, "ytick.minor.size": 1.5, "ytick.minor.width": 0.4,
     "axes.grid": True, "grid.color": "0.92", "grid.linewidth": 0.5, "axes.axisbelow": True,
-    "axes.titlelocation": "left", "lines.linewidth": 1.2, "lines.markersize": 3.5, "lines.markeredgewidth": 0.8, "legend.frameon": False,
-    "figure.constrained_layout.h_pad": 0.06, "figure.constrained_layout.w_pad": 0.04, "pdf.fonttype": 42,
+    "axes.titlelocation": "left", "lines.linewidth": 1.2, "lines.markersize": 3.5, "lines.markeredgewidth": 0.8,
+    "legend.frameon": False, "figure.constrained_layout.h_pad": 0.06, "figure.constrained_layout.w_pad": 0.04,
+    "pdf.fonttype": 42,
 }  # fmt: skip
 # Okabe-Ito and Tol: safe for the colour-blind
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#56B4E9", "#882255", "#999933")
 NEGATIVE = LinearSegmentedColormap.from_list("negative", ["#8CC5EE", "#2F86C9", "#0B2A63"])
 POSITIVE = LinearSegmentedColormap.from_list("positive", ["#F7B267", "#DD5A25", "#6B0F0F"])
+Curve = tuple[str, str, Any, pd.DataFrame]  # name, colour, line style, points
+Label = tuple[float, float, str, str]  # x and y of the curve's end, text, colour
 styled = style.context(["default", STYLE])  # whatever the user's matplotlibrc says
 
 
@@ -77,10 +81,10 @@ def figure1(rows: pd.DataFrame, model: str, yscale: str = "linear", note: str = 
     rows = _without_gate(rows[rows["layernorm"].astype(bool)])
     rows = rows[rows["init"] == _first(rows["init"], "trained")]
     data = summarise(rows, ("relative_mu", "rank1_residual"))
-    lams = data["lam"].fillna(np.inf).unique()  # a schedule of lambdas has none of its own
+    lams = list(data["lam"].unique())  # NaN for a schedule of lambdas
     curves = [
         ("per layer" if np.isnan(lam) else _number(lam), lambda_colour(lam, lams), "-", points)
-        for (lam, _), points in data.groupby(["lam", "arm"], dropna=False)
+        for (lam, _), points in _groups(data, ["lam", "arm"])
     ]
     gating = data["gating"].iloc[0]
     title = ", ".join((model, *(() if pd.isna(gating) else (_gate_word(gating),)), "LayerNorm on"))
@@ -114,7 +118,7 @@ def figure2(rows: pd.DataFrame, yscale: str = "linear", note: str = "") -> tuple
         _limits(ax, [part], yscale, "last-layer relative μ")
         ax.set_xscale("symlog", linthresh=1, linscale=0.6)
         labels = []
-        for i, ((name, gating), line) in enumerate(part.groupby(["model", "gating"], dropna=False)):
+        for i, ((name, gating), line) in enumerate(_groups(part, ["model", "gating"])):
             what = f"reads {_kind_of_text(texts[name])}" if pd.isna(gating) else _gate_word(gating)
             label = "\n".join((name, *textwrap.wrap(what, 18)))
             labels += _against_lambda(ax, line, label, next(colours), 0.98 - 0.04 * i)
@@ -136,8 +140,8 @@ def figure3(rows: pd.DataFrame, model: str, note: str = "", lam: float = 1.0) ->
     rows = rows[rows["lam"] == lam]
     measures = ("relative_mu", "rank1_residual") if lam < 0 else ("relative_mu",)
     data = summarise(rows, measures)
-    curves = []
-    for (gating, layernorm, init), points in data.groupby(["gating", "layernorm", "init"], dropna=False, sort=False):
+    curves: list[Curve] = []
+    for (gating, layernorm, init), points in _groups(data, ["gating", "layernorm", "init"]):
         gate = () if pd.isna(gating) else ("gate" if gating else "no gate",)
         name = " + ".join((*gate, "LN")) if layernorm else ", ".join((*gate, "no LN"))
         colour = PALETTE[2 * (not layernorm) + (not pd.isna(gating) and not gating)]
@@ -175,6 +179,26 @@ def summarise(rows: pd.DataFrame, measures: Sequence[str]) -> pd.DataFrame:
     unresolved = data["below_floor"] == data[list(STATUSES)].sum(axis=1)
     data["drawn"] = np.select([masked, unresolved], ["masked", "at_floor"], "point")
     return pd.concat([data[data["measure"] == measure] for measure in measures], ignore_index=True)
+
+
+def draw(experiment: str, rows: pd.DataFrame, folder: str | Path, yscale: str = "linear") -> list[Path]:
+    """Save the figures of one experiment: 1 (each model) and 2 of `sweep-lambda`, 3 (each model) of `ablate-gating`.
+
+    The first model with a gate (else the first) gives figure1 or figure3, another one figure1-NAME or figure3-NAME.
+    Raises FigureError for an experiment without figures.
+    """
+    models = list(dict.fromkeys([*rows["model"][rows["gating"].notna()], *rows["model"]]))
+    stems = {model: "" if model == models[0] else "-" + re.sub(r"[^\w.-]+", "_", model) for model in models}
+    made: dict[str, tuple[Figure, pd.DataFrame]] = {}
+    if experiment == "sweep-lambda":
+        for model, stem in stems.items():
+            made[f"figure1{stem}"] = figure1(rows, model, yscale, _embedded_note([model]))
+        made["figure2"] = figure2(rows, yscale, _embedded_note(models))
+    elif experiment == "ablate-gating":
+        made = {f"figure3{stem}": figure3(rows, model, _embedded_note([model])) for model, stem in stems.items()}
+    else:
+        raise FigureError(f"no figure is drawn of {experiment!r}: give a run of sweep-lambda or ablate-gating")
+    return [path for stem, (figure, data) in made.items() for path in save(figure, data, folder, stem)]
 
 
 @styled
@@ -236,6 +260,10 @@ def _reading(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts) if parts else rows
 
 
+def _groups(rows: pd.DataFrame, keys: list[str]) -> list[tuple[tuple[Any, ...], pd.DataFrame]]:
+    return [(key, part) for key, part in rows.groupby(keys, dropna=False, sort=False)]  # type: ignore[misc]
+
+
 def _without_gate(rows: pd.DataFrame) -> pd.DataFrame:
     gated = rows["gating"].fillna(False).astype(bool)
     return rows if gated.all() else rows[~gated]
@@ -248,7 +276,7 @@ def _number(lam: float) -> str:
     return f"{lam:g}".replace("-", "\N{MINUS SIGN}")
 
 
-def _gate_word(gating: object) -> str:
+def _gate_word(gating: Any) -> str:
     return "no gate" if pd.isna(gating) else "full architecture" if gating else "gate removed"
 
 
@@ -259,13 +287,23 @@ def _kind_of_text(text: str) -> str:
 def describe(rows: pd.DataFrame) -> str:
     """Who read what: models, text, number of excerpts, tokens and dtype, models of one kind together."""
     kinds: dict[str, list[str]] = {}
-    for model, part in rows.groupby("model", sort=False):
+    for (model,), part in _groups(rows, ["model"]):
         texts, dtypes = " / ".join(part["text"].unique()), ", ".join(sorted(set(part["dtype"])))
         n, low, high = part["excerpt"].nunique(), part["n_tokens"].min(), part["n_tokens"].max()
         tokens = f"{low}" if low == high else f"{low} to {high}"
         what = f"{texts}, n = {n} excerpt{'s' * (n > 1)} of {tokens} tokens, {dtypes}."
-        kinds.setdefault(what, []).append(str(model))
+        kinds.setdefault(what, []).append(model)
     return " ".join(f"{', '.join(models)}: {what}" for what, models in kinds.items())
+
+
+def _embedded_note(models: Sequence[str]) -> str:
+    from lscollapse.models import registry  # brings torch, which the rest does without
+
+    small = [model for model in models if model in registry.ENTRIES and registry.ENTRIES[model].embedded]
+    if not small:
+        return ""
+    what = "are small embedded models" if len(small) > 1 else "is a small embedded model"
+    return f"{', '.join(small)} {what}, not the paper's."
 
 
 def _words(rows: pd.DataFrame, data: pd.DataFrame) -> list[str]:
@@ -274,6 +312,7 @@ def _words(rows: pd.DataFrame, data: pd.DataFrame) -> list[str]:
     drawn = set(data["drawn"])
     return [
         describe(rows),
+        "Weights: random, not trained." if set(data["init"]) == {"random"} else "",
         f"λ acts on {', '.join(sites)}." if sites else "",
         "Line and band: mean and one standard deviation over excerpts." if (data["n"] > 1).any() else "",
         "Triangles: under the floor, below which the dtype resolves nothing." if "at_floor" in drawn else "",
@@ -291,9 +330,9 @@ def _disagreement(data: pd.DataFrame) -> str:
     if both.empty:
         return ""
     named: dict[str, list[str]] = {}
-    for (model, gating), part in both.groupby(["model", "gating"], dropna=False, sort=False):
+    for (model, gating), part in _groups(both, ["model", "gating"]):
         lams = ",\N{NO-BREAK SPACE}".join(map(_number, sorted(part["lam"].unique())))
-        named.setdefault(lams, []).append(str(model) if pd.isna(gating) else f"{model} ({_gate_word(gating)})")
+        named.setdefault(lams, []).append(model if pd.isna(gating) else f"{model} ({_gate_word(gating)})")
     alone = data["model"].nunique() == 1 and data["gating"].nunique() < 2
     equals = "λ\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}"
     where = [equals + lams + ("" if alone else f" of {', '.join(names)}") for lams, names in named.items()]
@@ -307,7 +346,7 @@ def _ends_with(points: pd.DataFrame) -> str:
     bad = points[points["drawn"] == "masked"]
     if bad.empty:
         return ""
-    first = bad.loc[bad["layer"].idxmin()]
+    first = bad.sort_values("layer").iloc[0]
     status = "overflow" if first["overflow"] else "nan"
     total = int(sum(first[s] for s in STATUSES))
     some = f" ({first[status]} of {total})" if 0 < first[status] < total else ""
@@ -328,7 +367,7 @@ def lambda_colour(lam: float, lams: Sequence[float]) -> str:
 
 
 def spread(wanted: Sequence[float], heights: Sequence[float], low: float, high: float) -> np.ndarray:
-    """Centres nearest to those wanted (least squares) at which labels of these heights fit in low..high without overlap.
+    """Centres nearest to those wanted (least squares) at which labels of these heights fit in low..high, apart.
 
     The order is kept (ties: as given). Pool-adjacent-violators on the centres less the room of the labels below.
     """
@@ -373,7 +412,7 @@ def _canvas(n_panels: int, label_lines: int, words: Sequence[str]) -> tuple[Figu
 def _key(ax: Axes, entries: Sequence[tuple[str, dict]]) -> None:
     """What solid and dashed mean, in a row of its own between the title and the axes."""
     handles = [Line2D([], [], color="0.3", label=name, **kind) for name, kind in entries]
-    place = {"loc": "lower left", "bbox_to_anchor": (0, 0.99), "ncols": len(entries)}
+    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 0.99), "ncols": len(entries)}
     ax.legend(handles=handles, borderpad=0.2, handlelength=2.4, **place)
     ax.set_title(ax.get_title("left"), pad=18)
 
@@ -403,11 +442,8 @@ def _limits(ax: Axes, parts: Sequence[pd.DataFrame], yscale: str, ylabel: str) -
     for floor in floors:
         if floor > bottom:
             ax.axhline(floor, color="0.45", lw=0.7, ls=(0, (4, 3)), zorder=1)
-            small = {"fontsize": SMALL - 1, "color": "0.45"}
+            small: dict[str, Any] = {"fontsize": SMALL - 1, "color": "0.45"}
             ax.annotate("floor", (0, floor), (2, 3), ax.get_yaxis_transform(), "offset points", **small)
-
-
-Label = tuple[float, float, str, str]  # x and y of the curve's end, text, colour
 
 
 def _curve(
@@ -448,10 +484,10 @@ def _against_lambda(ax: Axes, line: pd.DataFrame, label: str, colour: str, top: 
 
 
 def _against_layer(
-    curves: Sequence[tuple[str, str, object, pd.DataFrame]], panels: Sequence[tuple[str, str]], title: str,
+    curves: Sequence[Curve], panels: Sequence[tuple[str, str]], title: str,
     words: Sequence[str], header: str = "",
 ) -> Figure:  # fmt: skip
-    """Panels (measure, yscale) of curves (name, colour, line style, points) against layer."""
+    """Panels (measure, yscale) of the curves against layer."""
     lines = sum(1 + bool(_ends_with(points)) for _, _, _, points in curves)
     figure, axes = _canvas(len(panels), lines, words)
     for letter, ax, (measure, yscale) in zip("abc", axes, panels, strict=False):
@@ -490,7 +526,7 @@ def _label_ends(figure: Figure, ax: Axes, labels: Sequence[Label], header: str =
     leader = {"arrowstyle": "-", "lw": 0.4, "alpha": 0.7, "shrinkA": 1, "shrinkB": 2, "relpos": (0, 0.5)}
     for (x, y, text, colour), centre in zip(labels, spread(wanted, sizes, 0.0, 1.02), strict=True):
         if np.isfinite(y):
-            look["arrowprops"] = leader | {"color": colour}
+            look["arrowprops"] = leader | {"color": colour, "ls": "-" if x == ax.get_xlim()[1] else ":"}
             ax.annotate(text, (x, y), (1.05, centre), color=colour, **look)
         else:
             ax.text(1.05, centre, text, transform=ax.transAxes, va="center", fontsize=SMALL, color=colour)

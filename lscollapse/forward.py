@@ -7,6 +7,7 @@ excerpt, O is scaled by the same exact power of two when it is added, and log10 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from lscollapse import measures
 from lscollapse.models import Adapter, adapt
+from lscollapse.models.adapter import NativeBlock
 from lscollapse.variants import Variant, check, surgery_on_layer
 
 if TYPE_CHECKING:
@@ -30,22 +32,38 @@ LOG10_2 = float(np.log10(2.0))
 class Stream:
     """The residual stream of one variant: X * 2^exponent per excerpt, and what became of excerpts that left the range."""
 
-    def __init__(self, adapter: Adapter, variant: Variant, X: Tensor) -> None:
+    def __init__(self, adapter: Adapter, variant: Variant, X: Tensor, dtype: torch.dtype) -> None:
         self.variant = variant
+        self.dtype = dtype
         self.X = X
         self.exponent = torch.zeros(len(X), dtype=torch.int64, device=X.device)
         self.status = measures.status(X)
-        keeps_pre_norm = variant.layernorm or variant.norm_site == "mixer"
-        self.carries_scale = adapter.pre_norm and keeps_pre_norm
+        self.carries_scale = adapter.pre_norm and not variant.removes_block_norm
 
-    def step(self, adapter: Adapter, layer: int) -> None:
+    @property
+    def lost(self) -> bool:
+        """Whether no excerpt is finite any more."""
+        return all(status != "ok" for status in self.status)
+
+    def step(self, adapter: Adapter, layer: int, native: NativeBlock | None) -> None:
         """X <- block `layer` of this variant."""
-        if all(s in ("overflow", "nan") for s in self.status):
-            return
-        scaled = bool(self.exponent.any())
-        o_scale = torch.ldexp(self.X.new_ones(len(self.X)), -self.exponent)[:, None, None] if scaled else None
-        with surgery_on_layer(adapter, layer, self.variant, o_scale):
-            self.X = adapter.run(layer, self.X)
+        o_scale = None
+        if self.exponent.any():
+            o_scale = torch.ldexp(self.X.new_ones(len(self.X)), -self.exponent)[:, None, None]
+        variant = self.variant
+        if native is not None:
+            self.X = native(
+                self.X,
+                lam=variant.lam_at(layer) if variant.acts else 1.0,
+                gating=variant.gating,
+                layernorm=variant.layernorm,
+                skip_site=variant.skip_site if variant.acts else "residual",
+                norm_site=variant.norm_site,
+                o_scale=1.0 if o_scale is None else o_scale,
+            )
+        else:
+            with surgery_on_layer(adapter, layer, variant, o_scale):
+                self.X = adapter.run(layer, self.X)
         if self.carries_scale:
             self._rescale()
         for i, found in enumerate(measures.status(self.X)):
@@ -65,6 +83,7 @@ def measure(
     model: Any,
     ids: Tensor | Sequence[Sequence[int]] | np.ndarray,
     variants: Sequence[Variant] = (Variant(),),
+    dtype: torch.dtype | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> pd.DataFrame:
     """Measure every variant of `model` on every excerpt, layer 0 (embeddings) to K.
@@ -73,6 +92,8 @@ def measure(
         model: a transformers model of a supported architecture, in eval mode, or its Adapter.
         ids: token ids, (excerpts, N).
         variants: the arms; each layer's weights are touched once for all of them.
+        dtype: what every arm computes in. Default: the dtype of the model's weights, and float64 for arms whose blocks have
+            lost their norm, since their values leave float32 within a few layers.
         progress: called after each block pass with the number of excerpts it was for.
 
     Returns:
@@ -87,19 +108,49 @@ def measure(
         check(adapter, variant)
     tokens = _checked_ids(adapter, ids)
     with torch.inference_mode():
-        X = adapter.embed(tokens)
-        streams = [Stream(adapter, variant, X) for variant in variants]
+        engines = Engines(adapter, variants, dtype)
         table = _Table(n_tokens=tokens.shape[1])
-        first = measures.measure_all(X)
+        streams = [Stream(adapter, v, engines.embed(tokens, kind), kind) for v, kind in engines.dtypes.items()]
+        first = measures.measure_all(adapter.embed(tokens))
         for stream in streams:
             table.add(adapter, stream, 0, first)
         for layer in range(adapter.n_layers):
+            blocks = engines.blocks(layer)
             for stream in streams:
-                stream.step(adapter, layer)
+                if not stream.lost:
+                    stream.step(engines.adapter(stream.dtype), layer, blocks[stream.dtype])
                 table.add(adapter, stream, layer + 1, measures.measure_all(stream.X))
                 if progress is not None:
                     progress(len(tokens))
     return table.frame()
+
+
+class Engines:
+    """Which dtype each variant computes in, and what computes a block in that dtype."""
+
+    def __init__(self, adapter: Adapter, variants: Sequence[Variant], dtype: torch.dtype | None) -> None:
+        own = next(adapter.model.parameters()).dtype
+        self._adapters = {own: adapter}
+        self.dtypes = {v: dtype or (torch.float64 if v.removes_block_norm else own) for v in variants}
+
+    def adapter(self, dtype: torch.dtype) -> Adapter:
+        """The model in `dtype`: itself, or a converted copy where its modules have to compute in another one."""
+        if dtype not in self._adapters:
+            original = next(iter(self._adapters.values()))
+            needs_copy = original.native_block(0, dtype) is None
+            model = copy.deepcopy(original.model).to(dtype) if needs_copy else original.model
+            self._adapters[dtype] = adapt(model)
+        return self._adapters[dtype]
+
+    def embed(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        """The first residual stream; float32 at least where the package's own blocks keep it so."""
+        adapter = self.adapter(dtype)
+        X = adapter.embed(tokens)
+        return X.to(torch.promote_types(dtype, torch.float32)) if adapter.native_block(0, dtype) else X
+
+    def blocks(self, layer: int) -> dict[torch.dtype, NativeBlock | None]:
+        """The package's own block `layer` for every dtype in use; None where the model's module computes it."""
+        return {dtype: self.adapter(dtype).native_block(layer, dtype) for dtype in set(self.dtypes.values())}
 
 
 def _checked_ids(adapter: Adapter, ids: Any) -> Tensor:
@@ -126,7 +177,7 @@ class _Table:
 
     def add(self, adapter: Adapter, stream: Stream, layer: int, values: dict[str, Tensor]) -> None:
         variant = stream.variant
-        floor = measures.floor(stream.X.dtype)
+        floor = measures.floor(stream.dtype)
         arrays = {name: value.cpu().numpy() for name, value in values.items()}
         exponent = stream.exponent.cpu().numpy()
         common = {
@@ -136,7 +187,7 @@ class _Table:
             "layernorm": variant.layernorm,
             "skip_site": variant.skip_site,
             "norm_site": variant.norm_site,
-            "dtype": str(stream.X.dtype).removeprefix("torch."),
+            "dtype": str(stream.dtype).removeprefix("torch."),
             "n_tokens": self.n_tokens,
             "layer": layer,
             "floor": floor,

@@ -7,6 +7,7 @@ import json
 import os
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +60,7 @@ class Transport:
             return httpx.Response(429, headers={"Retry-After": str(failure.wait)})
         self.retrieved = datetime.now(UTC).isoformat(timespec="seconds")
         if keep:
-            self.cache.put(str(url), {"url": str(url), "retrieved": self.retrieved, "answer": answer})
+            self.cache.put(str(url), {"retrieved": self.retrieved, "answer": answer})
         return httpx.Response(200, json=answer)
 
     def _complete(self, url: httpx.URL, agent: str) -> dict[str, Any]:
@@ -85,7 +86,7 @@ class Transport:
         if response.status_code == 429 or response.status_code >= 500:
             raise _Transient(f"HTTP {response.status_code} {response.reason_phrase}", wait)
         if response.status_code != 200:
-            raise CorpusError(f"{url.copy_with(query=None)} answered HTTP {response.status_code}: is it an api.php?")
+            raise CorpusError(f"{url.host}{url.path} answered HTTP {response.status_code}: is it a wiki's api.php?")
         try:
             answer = response.json()
         except ValueError as error:
@@ -97,7 +98,7 @@ class Transport:
         problem = f"the API's error {fault.get('code')!r} ({fault.get('info', '')})"
         if fault.get("code") in TRANSIENT_CODES or str(fault.get("code")).startswith("internal_api_error"):
             raise _Transient(problem, wait)
-        raise CorpusError(f"{url.copy_with(query=None)} answered with {problem}")
+        raise CorpusError(f"{url.host}{url.path} answered with {problem}")
 
 
 class Cache:
@@ -143,13 +144,10 @@ def _retry_after(response: httpx.Response) -> int | None:
     if not value:
         return None
     try:
-        wait = (
-            int(value)
-            if value.isdigit()
-            else (parsedate_to_datetime(value) - datetime.now(UTC)) // timedelta(seconds=1)
-        )
+        until = timedelta(seconds=int(value)) if value.isdigit() else parsedate_to_datetime(value) - datetime.now(UTC)
     except (ValueError, TypeError):  # neither a number nor a date with a time zone
         return None
+    wait = ceil(until.total_seconds())
     if wait > LONGEST_WAIT:
         raise CorpusError(f"{response.url.host} asks for a wait of {wait} s: try again after that")
     return max(wait, 0)

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lscollapse import assets
 CC_BY_SA = "CC BY-SA 4.0"
 DUMP = "20231101"  # the dump of wikimedia/wikipedia that is streamed
 DUMP_LICENCE = "CC BY-SA 3.0, GFDL"  # as the data set's card states it
-SHUFFLE_BUFFER = 1000
+WINDOW = 1000  # rows of a stream that are put into the order of the seed at a time
 
 
 class CorpusError(ValueError):
@@ -94,7 +95,9 @@ def json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
 
 
 def parquet_stream(path: Path | None, seed: int, language: str = "en") -> Iterator[Text]:
-    """Texts of Parquet rows with columns id, url, title, text, streamed and shuffled by `datasets`.
+    """Texts of Parquet rows with columns id, url, title, text, streamed by `datasets`.
+
+    The seed draws the shard (of the many on the hub) and the order within each `WINDOW` rows, so that little is fetched.
 
     Args:
         path: a local file, or None for `wikimedia/wikipedia` on the hub (the dump of November 2023 in `language`).
@@ -112,7 +115,8 @@ def parquet_stream(path: Path | None, seed: int, language: str = "en") -> Iterat
             rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
         else:
             rows = datasets.load_dataset("wikimedia/wikipedia", f"{DUMP}.{language}", split="train", streaming=True)
-        for row in rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER):
+        shard = sampling_order(map(str, range(rows.num_shards)), seed)[0]
+        for row in _in_windows(iter(rows.shard(rows.num_shards, int(shard))), seed):
             if not isinstance(row.get("text"), str):
                 raise CorpusError(f'{name}: no column "text" of strings; its columns are {sorted(row)}')
             yield _from_row(row, title=str(row.get("id", "")), revision=revision, licence=licence)
@@ -120,6 +124,11 @@ def parquet_stream(path: Path | None, seed: int, language: str = "en") -> Iterat
         raise
     except (OSError, ValueError, httpx.HTTPError) as error:
         raise CorpusError(f"{name} cannot be read: {first_line(error)}") from error
+
+
+def _in_windows(rows: Iterator[dict[str, Any]], seed: int) -> Iterator[dict[str, Any]]:
+    while window := {str(number): row for number, row in enumerate(islice(rows, WINDOW))}:
+        yield from (window[number] for number in sampling_order(window, seed))
 
 
 def first_line(error: BaseException) -> str:

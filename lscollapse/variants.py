@@ -34,7 +34,8 @@ class Variant:
         gating: False removes the multiplicative gate (no effect on a model without one).
         layernorm: False removes the norms named by `norm_site`.
         skip_site: where lambda acts: `residual` (lam*X + O around the mixer), `mixer` (Mamba-2: lam*V added to the scan
-            output), `ffn` or `both` (post-norm transformers: the feed-forward skip, or both skips).
+            output in place of the gate, so without effect while the gate is on), `ffn` or `both` (post-norm transformers:
+            the feed-forward skip, or both skips).
         norm_site: `both`, `mixer` (the gated norm before out_proj) or `block` (the norms of the block itself).
     """
 
@@ -52,6 +53,16 @@ class Variant:
     def lam_at(self, layer: int) -> float:
         """Lambda of layer 0..K-1."""
         return float(self.lam[layer]) if isinstance(self.lam, tuple) else float(self.lam)
+
+    @property
+    def acts(self) -> bool:
+        """Whether lambda acts at all: at `mixer` it stands in place of the gate, so with the gate on it is absent."""
+        return self.skip_site != "mixer" or not self.gating
+
+    @property
+    def removes_block_norm(self) -> bool:
+        """Whether the norms of the block itself are gone, so that its values may grow without bound."""
+        return not self.layernorm and self.norm_site != "mixer"
 
     def arm(self, has_gate: bool = True) -> str:
         """Short name of the arm, without lambda."""
@@ -138,7 +149,7 @@ def _install(
     edit = Edit(
         lam=lambda: variant.lam_at(layers[(calls["block"] - 1) % len(layers)]),
         changes_sum=o_scale is not None or (not on_mixer and lams != {1.0}),
-        changes_mixer=on_mixer and lams != {0.0},
+        changes_mixer=on_mixer and variant.acts and lams != {0.0},
         gating=variant.gating or not adapter.has_gate,
         layernorm=variant.layernorm,
         skip_site=variant.skip_site,

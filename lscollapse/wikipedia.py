@@ -59,7 +59,7 @@ class Articles:
     """
 
     def __init__(self, settings: WikiSettings, seed: int, titles: list[str] | None, limit: int) -> None:
-        """`titles`: the articles to take; None draws at most `limit` random ones (those in the cache for `seed`, if any)."""
+        """`titles`: the articles to take; None draws at most `limit` random ones, kept in the cache for `seed`."""
         import wikipediaapi
 
         _check(settings)

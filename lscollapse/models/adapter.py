@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -59,9 +59,29 @@ class Adapter(ABC):
     def install(self, block: nn.Module, edit: Edit, hooks: HookSet) -> None:
         """Register on `hooks` everything that turns `block` into the edited block."""
 
+    def native_block(self, layer: int, dtype: torch.dtype) -> NativeBlock | None:
+        """The package's own computation of block `layer` in `dtype` on CPU, or None where the model's module is used."""
+        return None
+
     def layers_of(self, block: nn.Module) -> list[int]:
         """The layers that `block` computes, in the order of its calls within one forward."""
         return [layer for layer in range(self.n_layers) if self.block(layer) is block]
+
+
+class NativeBlock(Protocol):
+    """A block as a function that computes a variant directly, without hooks; arguments as in variants.Variant."""
+
+    def __call__(
+        self,
+        X: Tensor,
+        *,
+        lam: float,
+        gating: bool,
+        layernorm: bool,
+        skip_site: str,
+        norm_site: str,
+        o_scale: float | Tensor,
+    ) -> Tensor: ...
 
 
 @dataclass

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lscollapse.models import hub, mamba_ssm, registry
 from lscollapse.models.registry import Entry
-from lscollapse.models.tensors import CheckpointError, base_tensors, converted, first_line, read_tensors, sha256
+from lscollapse.models.tensors import CheckpointError, base_tensors, converted, read_tensors, sha256
 
 
 @dataclass(frozen=True)
@@ -190,6 +190,8 @@ def _classes() -> dict[str, tuple[Any, Any, dict[str, Any]]]:
 
 def _config(found: _Found) -> Any:
     """The transformers config, from either layout of config.json."""
+    from huggingface_hub.errors import StrictDataclassError
+
     raw, classes = found.config, _classes()
     model_type = raw.get("model_type")
     try:
@@ -204,8 +206,8 @@ def _config(found: _Found) -> Any:
             )
     except CheckpointError:
         raise
-    except (ValueError, TypeError) as error:  # transformers' own validation
-        raise CheckpointError(f"config.json of {found.where} is not valid: {first_line(error)}") from error
+    except (StrictDataclassError, ValueError, TypeError, ZeroDivisionError) as error:  # transformers' own validation
+        raise CheckpointError(f"config.json of {found.where} is not valid: {' '.join(str(error).split())}") from error
     if found.entry.architecture not in ("", config.model_type):
         raise CheckpointError(f"{found.where} holds {config.model_type}, expected {found.entry.architecture}")
     return config

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lscollapse import ssd
 from lscollapse.models.adapter import Adapter, Edit, HookSet
+from lscollapse.models.mamba2_native import Mamba2Shape, NativeBlock
 
 
 class Mamba2Adapter(Adapter):
@@ -16,6 +19,10 @@ class Mamba2Adapter(Adapter):
     skip_sites = ("residual", "mixer")
     norm_sites = ("both", "mixer", "block")
     pre_norm = True
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self._workspace = ssd.Workspace()
 
     @property
     def n_layers(self) -> int:
@@ -29,6 +36,20 @@ class Mamba2Adapter(Adapter):
 
     def run(self, layer: int, X: Tensor) -> Tensor:
         return self.model.layers[layer](X)
+
+    def native_block(self, layer: int, dtype: torch.dtype) -> NativeBlock | None:
+        block = self.model.layers[layer]
+        if block.norm.weight.device.type != "cpu" or self.config.hidden_act != "silu":
+            return None
+        return NativeBlock(dict(block.named_parameters()), self.shape, dtype, self._workspace)
+
+    @property
+    def shape(self) -> Mamba2Shape:
+        c = self.config
+        return Mamba2Shape(
+            c.hidden_size, c.num_heads, c.head_dim, c.state_size, c.n_groups, c.conv_kernel, c.layer_norm_epsilon,
+            tuple(c.time_step_limit),
+        )  # fmt: skip
 
     def install(self, block: nn.Module, edit: Edit, hooks: HookSet) -> None:
         if edit.changes_sum:

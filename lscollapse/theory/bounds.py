@@ -86,12 +86,15 @@ def entry_factor(W_BC: ArrayLike, phi: float) -> float:
     """Lemma A.4 corrected: M_ij >= alpha^(i-j) * this, for unit rows with inner products at least phi.
 
     ((l + L) phi - (L - l)) / 2 - ||A||_2 sqrt(1 - phi^2), with l, L the extreme eigenvalues of the symmetric part of
-    W_BC and A its antisymmetric part. The printed lam_min * phi holds only on the diagonal or for W_BC = w I.
+    W_BC and A its antisymmetric part; if l + L < 0 the first term is l. 0 <= phi <= 1. The printed lam_min * phi holds
+    only on the diagonal or for W_BC = w I.
     """
     W = square(W_BC, "W_BC")
-    low, *_, high = np.linalg.eigvalsh((W + W.T) / 2)[[0, -1]]
-    twist = spectral_norm((W - W.T) / 2) * np.sqrt(max(0.0, 1.0 - phi**2))
-    return float(((low + high) * phi - (high - low)) / 2 - twist)
+    if not 0.0 <= phi <= 1.0:
+        raise TheoryError(f"phi = {phi}: give a smallest inner product of tokens in [0, 1]")
+    low, high = np.linalg.eigvalsh((W + W.T) / 2)[[0, -1]]
+    twist = spectral_norm((W - W.T) / 2) * np.sqrt(1.0 - phi**2)
+    return float((min((low + high) * phi, low + high) - (high - low)) / 2 - twist)
 
 
 def layernorm_factor(W_BC: ArrayLike, N: int) -> float:

@@ -123,7 +123,7 @@ def lti(norm_A: float, norm_B: float, norm_C: float, N: int) -> DecayNorms:
 
 
 def selective(W_BC: ArrayLike, alpha: float, N: int) -> DecayNorms:
-    """Footnote 3 corrected for selective SSMs, unit rows: `lti` with ||W_C W_B^T||_2 for ||B|| ||C||, |alpha| for ||A||."""
+    """Footnote 3 corrected for selective SSMs, unit rows: `lti` with ||W_BC||_2 for ||B|| ||C||, |alpha| for ||A||."""
     return lti(abs(alpha), spectral_norm(W_BC), 1.0, N)
 
 

@@ -3,13 +3,14 @@
 Sys-1 is an LTI SSM, M = [[1, 0], [alpha, 1]] with alpha = 2 and Y0 = I. Sys-2 is a selective SSM with W_B = W_C = I and
 alpha = 1, M_21 = <y_2, y_1>, and Y0 with rows e1 and (a0, b0) normalised. Both have LayerNorm and a skip lam != -1.
 
-Paper: collapse (mu -> 0) for lam > -2 and lam > -3/2. True (a0 > 0): mu -> 0 only for lam > -1. In Sys-1 below -1 and in
-Sys-2 between -3/2 and -1 the rows become antipodal: mu -> sqrt 2 (Sys-1) or alternates between 0 and sqrt 2 (Sys-2), and
-the matrix does become rank 1. In Sys-2 below -3/2 the rows become orthogonal, mu -> 1.
+Paper: collapse (mu -> 0) for lam > -2 and lam > -3/2. True (a0 > 0): mu -> 0 only for lam > -1. In Sys-1 below -1 and
+in Sys-2 between -3/2 and -1 the rows become antipodal: mu -> sqrt 2 (Sys-1) or alternates between 0 and sqrt 2 (Sys-2),
+and the matrix does become rank 1. In Sys-2 below -3/2 the rows become orthogonal, mu -> 1.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -67,7 +68,7 @@ def _from_angle(log_sine: Array, same_side: Array) -> Exact:
 
 
 def sys1_exact(lam: float, K: int, alpha: float = 2.0) -> Exact:
-    """Sys-1 by its scalar recurrence, alpha > 0: a' = a (1 + q^2) + 2 q sqrt(a (a-1)), q = alpha/|1+lam|, a_0 = 1.
+    """Sys-1 by its scalar recurrence: a' = a (1 + q^2) + 2 q sqrt(a (a-1)), q = alpha/|1+lam|, a_0 = 1, alpha > 0.
 
     1/a is the squared sine of the angle between the rows; it is carried as a logarithm. The rows' inner product has the
     sign of 1 + lam. Deviation: the paper writes 4/(1+lam) for the last factor, losing the sign of the LayerNorm divisor.
@@ -76,10 +77,10 @@ def sys1_exact(lam: float, K: int, alpha: float = 2.0) -> Exact:
         raise TheoryError(f"alpha = {alpha}: the closed form is for alpha > 0")
     s = _defined(lam)
     q = alpha / abs(s)
-    log_a = np.zeros(K + 1)
-    for k in range(K):
-        log_a[k + 1] = log_a[k] + np.log1p(q**2 + 2 * q * np.sqrt(-np.expm1(-log_a[k])))
-    return _from_angle(-log_a / 2, np.full(K + 1, s > 0.0))
+    log_a = [0.0]
+    for _ in range(K):
+        log_a.append(log_a[-1] + math.log1p(q**2 + 2 * q * math.sqrt(-math.expm1(-log_a[-1]))))
+    return _from_angle(-np.array(log_a) / 2, np.full(K + 1, s > 0.0))
 
 
 def sys2_exact(lam: float, K: int, a0: float = 1.0, b0: float = 1.0) -> Exact:

@@ -137,9 +137,7 @@ def test_layer_reader(tmp_path):
     assert torch.equal(reader.globals()["embeddings.weight"], state["backbone.embeddings.weight"])
     block = checkpoint.load(tmp_path).model.layers[1]
     assert set(reader.layer(1)) == set(block.state_dict())
-    assert torch.equal(
-        reader.layer(1)["mixer.in_proj.weight"], state["backbone.layers.1.mixer.in_proj.weight"]
-    )
+    assert torch.equal(reader.layer(1)["mixer.in_proj.weight"], state["backbone.layers.1.mixer.in_proj.weight"])
     assert reader.config.num_hidden_layers == N_LAYER
     assert reader.info.n_parameters == PARAMETERS
 
@@ -167,7 +165,7 @@ def test_embedded_albert_is_that_of_transformers():
     loaded = checkpoint.load("albert-smiles")
     config = AlbertConfig.from_json_file(assets.locate(assets.SMILES_CONFIG))
     plain = AlbertForMaskedLM(config).eval()
-    state = torch.load(assets.locate(assets.SMILES_WEIGHTS), weights_only=True)
+    state = torch.load(assets.locate(assets.SMILES_WEIGHTS), weights_only=True, map_location="cpu")
     plain.load_state_dict(state, strict=False)
     assert torch.equal(output(loaded.model), output(plain.albert))
     assert (loaded.info.architecture, loaded.info.n_layers, loaded.info.text) == ("albert", 12, "smiles")
@@ -177,9 +175,7 @@ def test_names_of_old_bert_checkpoints(tmp_path):
     from transformers import BertConfig, BertForMaskedLM
 
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
-    )
+    config = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
     model = BertForMaskedLM(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -223,7 +219,8 @@ def test_missing_unexpected_and_misshapen_tensors(tmp_path, write):
         ({"attn_layer_idx": [1]}, "attn_layer_idx=[1]"),
         ({"d_intermediate": 32}, "d_intermediate=32"),
         ({"rms_norm": False}, "rms_norm=False"),
-        ({"ssm_cfg": {"layer": "Mamba2", "headdim": 5}}, "not valid"),
+        ({"ssm_cfg": {"layer": "Mamba2", "headdim": 5}}, "must equal num_heads * head_dim"),
+        ({"d_model": "sixteen"}, "not valid"),
         ({"model_type": "gpt2"}, "model_type 'gpt2'"),
     ],
 )

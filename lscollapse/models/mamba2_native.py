@@ -1,0 +1,240 @@
+"""One Mamba-2 block on CPU, from a layer's tensors, near the speed of its two matrix products.
+
+Same function as transformers' Mamba2Block edited by `models/mamba2.py`; a variant does not compute what it does not use: with
+the gate off, the z half of in_proj is never multiplied. Between the two products one excerpt is worked on at a time, in buffers
+that are reused, and its result overwrites its own projection. So the excerpts of a batch cannot influence each other there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lscollapse import ssd
+
+SKIP_SITES = ("residual", "mixer")
+NORM_SITES = ("both", "mixer", "block")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+class BlockError(ValueError):
+    """The tensors are not those of a Mamba-2 block of this shape, or the variant asked for does not exist."""
+
+
+@dataclass(frozen=True)
+class Mamba2Shape:
+    """The sizes of a block; `inner` = heads * head_dim channels go through the scan, `conv_dim` through the convolution."""
+
+    hidden: int
+    heads: int
+    head_dim: int
+    state: int
+    groups: int = 1
+    conv_kernel: int = 4
+    eps: float = 1e-5
+    dt_limit: tuple[float, float] = (0.0, math.inf)
+
+    @property
+    def inner(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def conv_dim(self) -> int:
+        return self.inner + 2 * self.groups * self.state
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Name (transformers' layout, within a layer) -> shape of every tensor that a block must have."""
+        return {
+            "norm.weight": (self.hidden,),
+            "mixer.in_proj.weight": (self.inner + self.conv_dim + self.heads, self.hidden),
+            "mixer.conv1d.weight": (self.conv_dim, 1, self.conv_kernel),
+            "mixer.dt_bias": (self.heads,),
+            "mixer.A_log": (self.heads,),
+            "mixer.D": (self.heads,),
+            "mixer.norm.weight": (self.inner,),
+            "mixer.out_proj.weight": (self.hidden, self.inner),
+        }
+
+    def optional_tensors(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of the biases, each of which a block may lack."""
+        return {
+            "mixer.conv1d.bias": (self.conv_dim,),
+            "mixer.in_proj.bias": (self.inner + self.conv_dim + self.heads,),
+            "mixer.out_proj.bias": (self.hidden,),
+        }
+
+
+class NativeBlock:
+    """A Mamba-2 block as a function X, (B, N, hidden) -> Y, (B, N, hidden).
+
+    dtype float32 or float64 computes everything in it. bfloat16 keeps the weights of in_proj and out_proj in bfloat16 and rounds
+    what goes into and comes out of these two products; the scan, the norms and the residual stream stay float32.
+    Give all blocks of a model one workspace: their scratch buffers are then shared.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        shape: Mamba2Shape,
+        dtype: torch.dtype = torch.float32,
+        workspace: ssd.Workspace | None = None,
+    ) -> None:
+        """Tensors are shared, not copied, where they have the dtype asked for.
+
+        Raises:
+            BlockError: a tensor is missing, not known, or of another shape; or a dtype not in DTYPES.
+        """
+        _check_tensors(tensors, shape)
+        if dtype not in DTYPES:
+            raise BlockError(f"dtype {dtype} is not supported: choose one of {', '.join(map(str, DTYPES))}")
+        self.shape, self.dtype = shape, dtype
+        self.stream = ssd.compute_dtype(dtype)
+        self.workspace = workspace or ssd.Workspace()
+        weights = {name: t.to(dtype if "_proj" in name else self.stream) for name, t in tensors.items()}
+        self._norm, self._mixer_norm = weights["norm.weight"], weights["mixer.norm.weight"]
+        self._in_proj, self._in_bias = weights["mixer.in_proj.weight"], weights.get("mixer.in_proj.bias")
+        self._out_proj, self._out_bias = weights["mixer.out_proj.weight"], weights.get("mixer.out_proj.bias")
+        self._conv = weights["mixer.conv1d.weight"].flatten(1).T.contiguous().T  # (conv_dim, K), taps contiguous
+        self._conv_bias = weights.get("mixer.conv1d.bias")
+        self._A = -weights["mixer.A_log"].exp()
+        self._D, self._dt_bias = weights["mixer.D"], weights["mixer.dt_bias"]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        X: Tensor,
+        *,
+        lam: float = 1.0,
+        gating: bool = True,
+        layernorm: bool = True,
+        skip_site: str = "residual",
+        norm_site: str = "both",
+        o_scale: float | Tensor = 1.0,
+    ) -> Tensor:
+        """The block of one variant, with O = mixer(norm(X)).
+
+        Args:
+            X: (B, N, hidden).
+            lam: strength of the skip. At skip_site `residual`, Y = lam*X + o_scale*O; lam = 0 gives exactly o_scale*O. At
+                `mixer`, lam times the scan's input is added to its output (D + lam in the place of D), and Y = X + o_scale*O.
+            gating: False takes the gate, silu(z), out of the mixer.
+            layernorm: False takes out the norms that norm_site names: `mixer` (before out_proj), `block` (the pre-norm), `both`.
+            o_scale: scales O, one number or one an excerpt (B, 1, 1), where X is carried scaled.
+
+        Returns:
+            Y, (B, N, hidden), a new tensor, float32 (float64 for a float64 block).
+
+        Raises:
+            BlockError: an unknown site, or an X of another width.
+        """
+        self._check_call(X, skip_site, norm_site)
+        batch, N, hidden = X.shape
+        keep_block = layernorm or norm_site == "mixer"
+        keep_mixer = layernorm or norm_site == "block"
+        X = X.to(self.stream)
+        D = self._D + lam if skip_site == "mixer" else self._D
+        lam = 1.0 if skip_site == "mixer" else lam
+
+        normed = self.workspace.take("normed", X.shape, self.dtype)
+        for one_X, one_normed in zip(X, normed, strict=True):
+            if keep_block:
+                rms_norm(one_X, self._norm, self.shape.eps, one_normed, self.workspace)
+            else:
+                one_normed.copy_(one_X)
+        skipped = 0 if gating else self.shape.inner  # rows of in_proj that make z
+        projected = self.workspace.take("projected", (batch, N, len(self._in_proj) - skipped), self.dtype)
+        bias = None if self._in_bias is None else self._in_bias[skipped:]
+        _linear(normed.flatten(0, 1), self._in_proj[skipped:], bias, projected.flatten(0, 1))
+
+        mixed = projected[..., : self.shape.inner]
+        for one_projected, one_mixed in zip(projected, mixed, strict=True):
+            self._mix(one_projected, D, gating, keep_mixer, one_mixed)
+        O = normed  # noqa: E741  (the paper's name; the buffer is free again)
+        _linear(mixed.flatten(0, 1), self._out_proj, self._out_bias, O.flatten(0, 1))
+
+        Y = torch.empty_like(X)
+        scales = torch.as_tensor(o_scale).flatten().expand(batch).tolist()
+        for one_X, one_O, one_Y, scale in zip(X, O, Y, scales, strict=True):
+            torch.mul(one_O, scale, out=one_Y)
+            if lam:
+                one_Y.add_(one_X, alpha=lam)
+        return Y
+
+    def _mix(self, projected: Tensor, D: Tensor, gating: bool, keep_norm: bool, out: Tensor) -> None:
+        """Conv, scan, gate and norm of one excerpt: projected (N, [z] + conv_dim + heads) -> out (N, inner), which may alias."""
+        s, N = self.shape, len(projected)
+        if projected.dtype != self.stream:
+            projected = self.workspace.take("widened", projected.shape, self.stream).copy_(projected)
+        gate = projected[:, : s.inner] if gating else None
+        xBC, dt = projected[:, -s.conv_dim - s.heads : -s.heads], projected[:, -s.heads :]
+        convolved = self.workspace.take("convolved", xBC.shape, self.stream)
+        ssd.conv(xBC[None], self._conv, self._conv_bias, out=convolved[None])
+        x, B, C = convolved[None].split([s.inner, s.groups * s.state, s.groups * s.state], dim=-1)
+        y = self.workspace.take("y", (N, s.inner), self.stream)
+        ssd.scan(
+            x.unflatten(-1, (s.heads, s.head_dim)),
+            dt[None],
+            self._A,
+            B.unflatten(-1, (s.groups, s.state)),
+            C.unflatten(-1, (s.groups, s.state)),
+            D,
+            self._dt_bias,
+            dt_limit=s.dt_limit,
+            out=y.view(1, N, s.heads, s.head_dim),
+            workspace=self.workspace,
+        )
+        if gate is not None:
+            y.mul_(F.silu(gate, inplace=True))
+        if keep_norm:
+            rms_norm(y, self._mixer_norm, s.eps, out, self.workspace, s.groups)
+        else:
+            out.copy_(y)
+
+    def _check_call(self, X: Tensor, skip_site: str, norm_site: str) -> None:
+        if X.ndim != 3 or X.shape[-1] != self.shape.hidden:
+            raise BlockError(f"X has shape {tuple(X.shape)}, expected (B, N, {self.shape.hidden})")
+        if skip_site not in SKIP_SITES:
+            raise BlockError(f"skip_site {skip_site!r} does not exist: choose one of {', '.join(SKIP_SITES)}")
+        if norm_site not in NORM_SITES:
+            raise BlockError(f"norm_site {norm_site!r} does not exist: choose one of {', '.join(NORM_SITES)}")
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, workspace: ssd.Workspace, groups: int = 1) -> None:
+    """out = weight * x / rms(x), the rms over each of `groups` equal parts of the last axis; x (N, width) and out may alias.
+
+    Deviation: where the squares of a finite x overflow, the result is still right (transformers' would be zero).
+    """
+    parts = x.unflatten(-1, (groups, -1))  # (N, groups, width / groups)
+    rms = torch.linalg.vector_norm(parts, dim=-1, keepdim=True) / math.sqrt(parts.shape[-1])
+    if torch.isfinite(rms).all():
+        rms = rms.square_().add_(eps).sqrt_()
+    else:
+        largest = parts.abs().amax(-1, keepdim=True)
+        rms = (parts / largest).square_().mean(-1, keepdim=True).add_(eps / largest / largest).sqrt_() * largest
+    unit = torch.div(parts, rms, out=workspace.take("unit", parts.shape, x.dtype))
+    torch.mul(unit.flatten(1), weight, out=out)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(x, weight.T, out=out)
+    else:
+        torch.addmm(bias, x, weight.T, out=out)
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], shape: Mamba2Shape) -> None:
+    required = shape.tensors()
+    known = required | shape.optional_tensors()
+    for name in required:
+        if name not in tensors:
+            raise BlockError(f"the block has no tensor {name!r}: expected {', '.join(required)}")
+    for name, tensor in tensors.items():
+        if name not in known:
+            raise BlockError(f"unknown tensor {name!r} in a Mamba-2 block: known are {', '.join(known)}")
+        if tuple(tensor.shape) != known[name]:
+            raise BlockError(f"{name} has shape {tuple(tensor.shape)}, expected {known[name]} for {shape}")

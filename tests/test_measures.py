@@ -1,0 +1,267 @@
+"""Measures against closed forms, exact rational and 40-digit arithmetic, and numpy's/torch's singular values."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from torch import Tensor
+
+from lscollapse import measures
+from lscollapse.measures import dong_residual, mean_cosine, measure_all, mu, rank1_residual, relative_mu, stable_rank
+from tests.equivalence.plain_models import plain_measures
+
+TV1 = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 9.0]], dtype=torch.float64)
+FUNCTIONS = {
+    "mu": mu, "relative_mu": relative_mu, "rank1_residual": rank1_residual, "stable_rank": stable_rank,
+    "mean_cosine": mean_cosine, "dong_residual": dong_residual,
+}  # fmt: skip
+SHAPES = st.tuples(st.integers(2, 7), st.integers(1, 7))
+ENTRIES = st.floats(-1e3, 1e3, allow_subnormal=False).map(lambda x: 0.0 if abs(x) < 1e-100 else x)
+MATRICES = hnp.arrays(np.float64, SHAPES, elements=ENTRIES).filter(lambda Y: np.abs(Y).max() > 0)
+
+
+def random_matrix(n: int, d: int, seed: int = 0) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal((n, d)))
+
+
+def exact_mu(Y: np.ndarray) -> tuple[float, float]:
+    """mu and relative mu of the float64 numbers as they are, in rational arithmetic up to the last square root."""
+    rows = [[Fraction(float(y)) for y in row] for row in Y]
+    n = len(rows)
+    means = [sum(column) / n for column in zip(*rows, strict=True)]
+    squares = sum((y - m) ** 2 for row in rows for y, m in zip(row, means, strict=True))
+    total = sum(y**2 for row in rows for y in row)
+    with mpmath.workdps(40):
+        centred = mpmath.sqrt(mpmath.mpf(squares.numerator) / squares.denominator)
+        whole = mpmath.sqrt(mpmath.mpf(total.numerator) / total.denominator)
+        return float(centred), float(centred / whole)
+
+
+def exact_rank1_residual(Y: np.ndarray) -> float:
+    with mpmath.workdps(60):
+        sigma = mpmath.svd_r(mpmath.matrix(Y.tolist()), compute_uv=False)
+        squares = [s * s for s in sigma]
+        return float(mpmath.sqrt((sum(squares) - max(squares)) / sum(squares)))
+
+
+def test_vector_of_the_theory() -> None:
+    found = {name: float(value) for name, value in measure_all(TV1).items()}
+    assert found["mu"] == pytest.approx(5.830951895, rel=1e-9)
+    assert found["mu"] == pytest.approx(math.sqrt(34), rel=1e-15)
+    assert found["relative_mu"] == pytest.approx(0.5, rel=1e-15)
+    assert found["rank1_residual"] == pytest.approx(0.05411214359, rel=1e-9)
+    assert found["stable_rank"] == pytest.approx(1.002936723, rel=1e-9)
+    assert found["dong_residual"] == pytest.approx(0.4780914437, rel=1e-9)
+
+
+def test_vector_with_unit_rows() -> None:
+    """m = 0.0765... and m^2 = 1 - (1/N^2) sum_ij cos_ij, which gives the mean over distinct pairs."""
+    Y = TV1 / TV1.norm(dim=1, keepdim=True)
+    m = 0.07653953509
+    assert float(relative_mu(Y)) == pytest.approx(m, rel=1e-9)
+    assert float(mean_cosine(Y)) == pytest.approx((9 * (1 - m**2) - 3) / 6, rel=1e-9)
+    assert float(mean_cosine(TV1)) == pytest.approx((9 * (1 - m**2) - 3) / 6, rel=1e-9)
+
+
+def test_every_function_agrees_with_measure_all() -> None:
+    together = measure_all(TV1)
+    assert tuple(together) == measures.MEASURES == tuple(FUNCTIONS)
+    for name, function in FUNCTIONS.items():
+        assert torch.equal(function(TV1), together[name]), name
+
+
+def test_closed_forms() -> None:
+    eye = torch.eye(4, dtype=torch.float64)  # orthonormal rows: mu^2 = N - 1, sigma all 1
+    found = {name: float(value) for name, value in measure_all(eye).items()}
+    assert found == pytest.approx(
+        {"mu": math.sqrt(3), "relative_mu": math.sqrt(3) / 2, "rank1_residual": math.sqrt(3) / 2, "stable_rank": 4.0,
+         "mean_cosine": 0.0, "dong_residual": 1.5}, rel=1e-14, abs=1e-15,
+    )  # fmt: skip
+    single = torch.zeros(4, 3, dtype=torch.float64)
+    single[0, 0] = 1.0
+    assert float(dong_residual(single)) == pytest.approx(1.060660172, rel=1e-9)  # above 1: the mean is not the minimiser
+    simplex = torch.eye(5, dtype=torch.float64) - 0.2  # mean row 0, all cosines -1/(N-1)
+    assert float(relative_mu(simplex)) == pytest.approx(1.0, abs=1e-15)
+    assert float(mean_cosine(simplex)) == pytest.approx(-0.25, rel=1e-12)
+
+
+def test_antipodal_rows_are_seen_by_the_rank_only() -> None:
+    u = random_matrix(1, 6)
+    Y = torch.cat([u, -u, u, -u])
+    assert float(relative_mu(Y)) == pytest.approx(1.0, abs=1e-15)
+    assert float(rank1_residual(Y)) < 1e-15
+    assert float(stable_rank(Y)) == pytest.approx(1.0, abs=1e-15)
+    assert float(mean_cosine(Y)) == pytest.approx(-1 / 3, rel=1e-12)
+
+
+@pytest.mark.parametrize(("n", "d"), [(3, 3), (17, 5), (5, 17), (128, 64), (64, 128), (9, 1), (2, 40)])
+def test_against_singular_values(n: int, d: int) -> None:
+    Y = random_matrix(n, d, seed=n * d) + 0.7
+    sigma = torch.linalg.svdvals(Y)
+    residual = float(sigma[1:].norm() / sigma.norm())
+    assert float(rank1_residual(Y)) == pytest.approx(residual, rel=1e-12, abs=1e-15)
+    assert float(stable_rank(Y)) == pytest.approx(float(sigma.square().sum() / sigma[0] ** 2), rel=1e-12)
+    centred = torch.linalg.svdvals(Y - Y.mean(0))  # mu is the Frobenius norm of the centred matrix: all its singular values
+    assert float(mu(Y)) == pytest.approx(float(centred.norm()), rel=1e-12)
+    assert {name: float(value) for name, value in measure_all(Y).items()} == pytest.approx(
+        plain_measures(Y.numpy()), rel=1e-11, abs=1e-14
+    )
+
+
+@pytest.mark.parametrize("collapse", [1e-2, 1e-6, 1e-10, 1e-12, 1e-14])
+@pytest.mark.parametrize(("n", "d"), [(5, 3), (3, 6)])
+def test_collapsed_rows_keep_their_digits(collapse: float, n: int, d: int) -> None:
+    Y = (random_matrix(1, d, seed=1) * 3.7 + collapse * random_matrix(n, d, seed=2)).numpy()
+    expected_mu, expected_relative = exact_mu(Y)
+    assert 0 < expected_relative < 2 * collapse
+    assert float(mu(torch.from_numpy(Y))) == pytest.approx(expected_mu, rel=1e-9)
+    assert float(relative_mu(torch.from_numpy(Y))) == pytest.approx(expected_relative, rel=1e-9)
+
+
+@pytest.mark.parametrize("collapse", [1e-3, 1e-6, 1e-9, 1e-12, 1e-14])
+@pytest.mark.parametrize(("n", "d"), [(5, 3), (3, 6)])
+def test_rank1_residual_of_nearly_rank_one(collapse: float, n: int, d: int) -> None:
+    """Rows +-c_i u with a small rest: right to the rounding of the largest singular value, a few 1e-16 of it."""
+    Y = (random_matrix(n, 1, seed=3) @ random_matrix(1, d, seed=4) + collapse * random_matrix(n, d, seed=5)).numpy()
+    expected = exact_rank1_residual(Y)
+    assert collapse / 10 < expected < 10 * collapse
+    assert float(rank1_residual(torch.from_numpy(Y))) == pytest.approx(expected, rel=1e-9, abs=6e-16)
+
+
+def test_identical_rows_are_zero() -> None:
+    Y = random_matrix(1, 9, seed=6).expand(7, 9)
+    assert float(mu(Y)) == 0.0
+    assert float(relative_mu(Y)) == 0.0
+    assert float(dong_residual(Y)) == 0.0
+    assert float(rank1_residual(Y)) < 1e-15
+    assert float(mean_cosine(Y)) == pytest.approx(1.0, rel=1e-14)
+
+
+@pytest.mark.parametrize("exponent", [-1000, -600, 600, 1000])
+def test_scale_leaves_everything_but_mu(exponent: int) -> None:
+    """2^+-1000 is about 1e+-301; an exact power of two must not change one bit."""
+    Y = random_matrix(6, 4, seed=7)
+    base, scaled = measure_all(Y), measure_all(torch.ldexp(Y, torch.tensor(exponent)))
+    for name in measures.MEASURES:
+        expected = float(base[name]) * (2.0**exponent if name == "mu" else 1.0)
+        assert float(scaled[name]) == pytest.approx(expected, rel=1e-14), name
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e300])
+def test_decimal_scale(scale: float) -> None:
+    found = measure_all(TV1 * scale)
+    assert float(found["mu"]) == pytest.approx(math.sqrt(34) * scale, rel=1e-12)
+    assert float(found["relative_mu"]) == pytest.approx(0.5, rel=1e-12)
+    assert float(found["rank1_residual"]) == pytest.approx(0.05411214359, rel=1e-9)
+
+
+def test_low_precision_input_is_measured_in_float64() -> None:
+    big = (TV1 * 2.0**120).float()  # squares overflow float32
+    assert float(mu(big)) == pytest.approx(math.sqrt(34) * 2.0**120, rel=1e-14)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert relative_mu(TV1.to(dtype)).dtype == torch.float64
+        assert float(relative_mu(TV1.to(dtype))) == pytest.approx(0.5, rel=1e-15)
+
+
+def test_batch_is_a_loop() -> None:
+    Y = random_matrix(2 * 3 * 5, 4, seed=8).reshape(2, 3, 5, 4)
+    Y[0, 1] = float("nan")
+    Y[1, 0] = 0.0
+    Y[1, 2] *= 1e200
+    together = measure_all(Y)
+    for name, function in FUNCTIONS.items():
+        assert together[name].shape == (2, 3)
+        for i in range(2):
+            for j in range(3):
+                alone = float(function(Y[i, j]))
+                assert float(together[name][i, j]) == pytest.approx(alone, rel=1e-14, nan_ok=True), (name, i, j)
+                assert math.isnan(alone) == ((i, j) == (0, 1) or ((i, j) == (1, 0) and name != "mu"))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_nan_and_infinity_give_nan_and_a_status(bad: float) -> None:
+    Y = torch.stack([TV1, TV1, TV1])
+    Y[1, 2, 0] = bad
+    found = measure_all(Y)
+    for name in measures.MEASURES:
+        assert found[name].isnan().tolist() == [False, True, False], name
+    assert measures.status(Y) == ["ok", "nan" if math.isnan(bad) else "overflow", "ok"]
+
+
+def test_infinity_beside_nan_is_an_overflow() -> None:
+    Y = TV1.clone()
+    Y[0, 0], Y[1, 1] = math.nan, math.inf
+    assert measures.status(Y[None]) == ["overflow"]
+
+
+def test_zero_matrix() -> None:
+    found = measure_all(torch.zeros(4, 3))
+    assert float(found.pop("mu")) == 0.0
+    assert all(value.isnan() for value in found.values())
+
+
+def test_a_zero_row_has_no_cosine() -> None:
+    Y = TV1.clone()
+    Y[1] = 0.0
+    assert mean_cosine(Y).isnan()
+    assert relative_mu(Y).isfinite()
+
+
+def test_one_row() -> None:
+    found = measure_all(TV1[:1])
+    assert float(found["relative_mu"]) == 0.0
+    assert float(found["stable_rank"]) == 1.0
+    assert found["mean_cosine"].isnan()
+
+
+def test_floors_are_the_spacing_of_the_format() -> None:
+    assert measures.floor(torch.float32) == 2.0**-23
+    assert measures.floor(torch.bfloat16) == 2.0**-7
+    assert measures.floor(torch.float64) == 2.0**-52
+
+
+@given(MATRICES)
+def test_ranges(Y: np.ndarray) -> None:
+    found = {name: float(value) for name, value in measure_all(torch.from_numpy(Y)).items()}
+    n, d = Y.shape
+    assert 0.0 <= found["relative_mu"] <= 1.0
+    assert 0.0 <= found["rank1_residual"] <= found["relative_mu"] * (1 + 1e-12) + 1e-15
+    assert 1.0 <= found["stable_rank"] <= min(n, d) * (1 + 1e-12)
+    assert 0.0 <= found["dong_residual"] < 2.0
+    assert math.isnan(found["mean_cosine"]) or -1 / (n - 1) - 1e-12 <= found["mean_cosine"] <= 1 + 1e-12
+
+
+@given(MATRICES)
+def test_mu_is_exact(Y: np.ndarray) -> None:
+    expected_mu, expected_relative = exact_mu(Y)
+    size = float(np.linalg.norm(Y))
+    assert float(mu(torch.from_numpy(Y))) == pytest.approx(expected_mu, rel=1e-12, abs=1e-15 * size)
+    assert float(relative_mu(torch.from_numpy(Y))) == pytest.approx(expected_relative, rel=1e-12, abs=1e-15)
+
+
+@given(MATRICES, st.integers(-290, 290), st.randoms(use_true_random=False))
+def test_invariance(Y: np.ndarray, decade: int, random: object) -> None:
+    """Under a scale and a permutation of the rows."""
+    order = list(range(len(Y)))
+    random.shuffle(order)  # type: ignore[attr-defined]
+    base = measure_all(torch.from_numpy(Y))
+    moved = measure_all(torch.from_numpy(Y[order] * 10.0**decade))
+    lost = np.abs(Y[Y != 0]).min() * 10.0**decade < 1e-300  # entries that became subnormal
+    for name in set(measures.MEASURES) - {"mu"}:
+        if not lost:
+            assert float(moved[name]) == pytest.approx(float(base[name]), rel=1e-9, abs=1e-14, nan_ok=True), name
+
+
+@given(MATRICES)
+def test_rank1_residual_is_that_of_the_singular_values(Y: np.ndarray) -> None:
+    sigma = np.linalg.svd(Y, compute_uv=False)
+    expected = np.linalg.norm(sigma[1:] / sigma[0]) / np.linalg.norm(sigma / sigma[0])
+    assert float(rank1_residual(torch.from_numpy(Y))) == pytest.approx(expected, rel=1e-9, abs=3e-15)

@@ -1,0 +1,254 @@
+"""The source `wikipedia` through the real wikipedia-api client, against a MediaWiki on loopback."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from lscollapse import corpus
+from lscollapse.corpus import CorpusError, WikiSettings
+from tests.servers.mediawiki import MediaWikiServer, Page
+
+ENGLISH = "The lighthouse keeper wrote down the weather every evening before the lamp was lit."
+RUSSIAN = "Смотритель маяка каждый вечер записывал погоду, прежде чем зажечь лампу."
+JAPANESE = "灯台守は毎晩ランプを灯す前に天気を書き留めた。"
+
+PAGES = {
+    "Lighthouse": Page(ENGLISH),
+    "Маяк": Page(RUSSIAN),
+    "灯台": Page(JAPANESE),
+    "Pharos": Page(redirect="Lighthouse"),
+    "Light": Page("Light may refer to: a lamp, a colour, a weight, and many another thing.", disambiguation=True),
+    "Lamp": Page("A lamp."),
+    "Wick": Page("  \n"),
+    "Harbour wall": Page("The harbour wall kept the long waves out of the basin all winter.", in_parts=True),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+@pytest.fixture
+def wiki() -> Iterator[MediaWikiServer]:
+    with MediaWikiServer(PAGES) as server:
+        yield server
+
+
+def settings(wiki: MediaWikiServer, **options: object) -> WikiSettings:
+    return WikiSettings(contact="keeper@example.org", endpoint=wiki.endpoint, retry_wait=0, **options)  # type: ignore[arg-type]
+
+
+def load(
+    wiki: MediaWikiServer, titles: list[str] | None, n_excerpts: int, n_tokens: int = 8, **options: object
+) -> corpus.Corpus:
+    return corpus.load(
+        "wikipedia",
+        n_excerpts,
+        n_tokens,
+        seed=options.pop("seed", 0),
+        titles=titles,
+        wiki=settings(wiki, **options),  # type: ignore[arg-type]
+    )
+
+
+def test_provenance_of_an_article(wiki: MediaWikiServer) -> None:
+    before = datetime.now(UTC).replace(microsecond=0)
+    excerpt = load(wiki, ["Lighthouse"], 1).excerpts[0]
+    assert (excerpt.title, excerpt.page_id, excerpt.revision) == ("Lighthouse", "1", "1001")
+    assert excerpt.url == "https://wiki.example/wiki/Lighthouse"
+    assert excerpt.licence == "CC BY-SA 4.0"
+    assert excerpt.source == "MediaWiki (127.0.0.1)"
+    assert excerpt.text_sha256 == hashlib.sha256(ENGLISH.encode()).hexdigest()
+    assert before <= datetime.fromisoformat(excerpt.retrieved) <= datetime.now(UTC)
+    assert excerpt.retrieved.endswith("+00:00")
+
+
+def test_text_is_that_of_the_article_in_any_script(wiki: MediaWikiServer) -> None:
+    found = load(wiki, ["Маяк", "灯台"], 2).excerpts
+    assert [excerpt.title for excerpt in found] == ["Маяк", "灯台"]
+    assert [excerpt.text_sha256 for excerpt in found] == [
+        hashlib.sha256(t.encode()).hexdigest() for t in (RUSSIAN, JAPANESE)
+    ]
+
+
+def test_one_request_an_article_names_tool_and_contact(wiki: MediaWikiServer) -> None:
+    load(wiki, ["Lighthouse", "Маяк"], 2)
+    assert [call.query["titles"] for call in wiki.calls] == ["Lighthouse", "Маяк"]
+    assert {call.query["maxlag"] for call in wiki.calls} == {"5"}
+    assert {call.path for call in wiki.calls} == {"/mirror/api.php"}
+    for call in wiki.calls:
+        assert re.fullmatch(r"lscollapse/\S+ \(keeper@example\.org\) Wikipedia-API/\S+; \S+", call.user_agent)
+    assert wiki.most_at_once == 1
+
+
+def test_what_is_no_article_is_counted(wiki: MediaWikiServer) -> None:
+    titles = ["Pharos", "Light", "Lamp", "Wick", "No such page", "de:Leuchtturm", "Lighthouse", "Harbour_wall"]
+    found = load(wiki, titles, 2)
+    assert [excerpt.title for excerpt in found.excerpts] == ["Lighthouse", "Harbour wall"]
+    assert found.skipped == 1
+    assert found.counts == {"redirect": 1, "disambiguation": 1, "empty": 1, "missing": 2, "repeated": 1}
+    assert found.titles == tuple(titles)
+
+
+def test_an_answer_in_parts_is_put_together(wiki: MediaWikiServer) -> None:
+    excerpt = load(wiki, ["Harbour wall"], 1).excerpts[0]
+    assert excerpt.text_sha256 == hashlib.sha256(PAGES["Harbour wall"].text.encode()).hexdigest()
+    assert (excerpt.page_id, excerpt.revision) == ("8", "1008")
+    assert [call.query.get("excontinue") for call in wiki.calls] == [None, "1"]
+
+
+def test_too_few_articles_say_what_was_passed_over(wiki: MediaWikiServer) -> None:
+    with pytest.raises(
+        CorpusError, match=r"has 1 texts .* \(1 are shorter, 1 disambiguation, 1 missing\), 3 were asked"
+    ):
+        load(wiki, ["Lighthouse", "Light", "Lamp", "Nowhere"], 3)
+
+
+@pytest.mark.parametrize("fault", ["maxlag", "429", "503", "html", "truncated", "cut"])
+def test_a_passing_fault_is_retried(wiki: MediaWikiServer, fault: str) -> None:
+    wiki.faults = [fault, fault]
+    assert load(wiki, ["Lighthouse"], 1).excerpts[0].text_sha256 == hashlib.sha256(ENGLISH.encode()).hexdigest()
+    assert len(wiki.calls) == 3
+
+
+@pytest.mark.parametrize("fault", ["maxlag", "429", "html"])
+def test_a_random_draw_is_retried(wiki: MediaWikiServer, fault: str) -> None:
+    wiki.faults = [fault]
+    assert load(wiki, None, 1).excerpts[0].title == "Lighthouse"
+
+
+@pytest.mark.parametrize(
+    ("fault", "line"),
+    [
+        ("maxlag", "the API's error 'maxlag' (Waiting for db1: 7 seconds lagged.), also after 2 retries"),
+        ("429", "HTTP 429 Too Many Requests, also after 2 retries"),
+        ("503", "HTTP 503 Service Unavailable, also after 2 retries"),
+        ("html", "an answer that is not JSON (text/html, 41 bytes), also after 2 retries"),
+        ("truncated", "an answer that is not JSON (application/json"),
+        ("cut", "no answer (RemoteProtocolError"),
+    ],
+)
+def test_a_lasting_fault_is_one_line(wiki: MediaWikiServer, fault: str, line: str) -> None:
+    wiki.faults = [fault] * 9
+    with pytest.raises(CorpusError) as caught:
+        load(wiki, ["Lighthouse"], 1, max_retries=2)
+    assert line in str(caught.value) and "\n" not in str(caught.value)
+    assert len(wiki.calls) == 3
+
+
+@pytest.mark.parametrize(
+    ("fault", "line"), [("denied", "'readapidenied'"), ("404", "HTTP 404: is it a wiki's api.php")]
+)
+def test_what_does_not_pass_is_not_retried(wiki: MediaWikiServer, fault: str, line: str) -> None:
+    wiki.faults = [fault]
+    with pytest.raises(CorpusError, match=line):
+        load(wiki, ["Lighthouse"], 1)
+    assert len(wiki.calls) == 1
+
+
+@pytest.mark.parametrize("when", ["0", "Sun, 06 Nov 1994 08:49:37 GMT"])
+def test_retry_after_comes_before_the_growing_wait(wiki: MediaWikiServer, when: str) -> None:
+    """With a base wait of a day the test would not end if the header were not obeyed."""
+    wiki.faults, wiki.retry_after = ["429", "503", "maxlag"], when
+    patient = WikiSettings(contact="keeper@example.org", endpoint=wiki.endpoint, retry_wait=86400)
+    assert corpus.load("wikipedia", 1, 8, titles=["Lighthouse"], wiki=patient).excerpts
+
+
+def test_a_server_that_wants_a_long_wait_is_left_alone(wiki: MediaWikiServer) -> None:
+    wiki.faults, wiki.retry_after = ["429"], "3600"
+    with pytest.raises(CorpusError, match="asks for a wait of 3600 s"):
+        load(wiki, ["Lighthouse"], 1)
+    assert len(wiki.calls) == 1
+
+
+def test_nobody_listens() -> None:
+    with MediaWikiServer(PAGES) as closed:
+        pass
+    with pytest.raises(CorpusError, match=r"no answer \(ConnectError"):
+        load(closed, ["Lighthouse"], 1, max_retries=1)
+
+
+def test_random_articles_are_drawn_in_batches_without_repeats() -> None:
+    batches = [["Lamp", "Lighthouse"], ["Lighthouse", "Light", "Маяк"], ["灯台"]]
+    with MediaWikiServer(PAGES, random=batches) as wiki:
+        found = load(wiki, None, 3)
+    assert [excerpt.title for excerpt in found.excerpts] == ["Lighthouse", "Маяк", "灯台"]
+    assert found.titles == ("Lamp", "Lighthouse", "Light", "Маяк", "灯台")
+
+
+def test_the_recorded_titles_replay_a_random_draw() -> None:
+    with MediaWikiServer(PAGES, random=[["Light", "Pharos", "灯台"]]) as wiki:
+        drawn = load(wiki, None, 2)
+        replayed = load(wiki, list(drawn.titles), 2)
+    assert [(e.title, e.ids, e.text_sha256) for e in replayed.excerpts] == [
+        (e.title, e.ids, e.text_sha256) for e in drawn.excerpts
+    ]
+
+
+def test_a_small_wiki_runs_out() -> None:
+    with MediaWikiServer({"Lighthouse": Page(ENGLISH)}) as wiki:
+        with pytest.raises(CorpusError, match="has 1 texts"):
+            load(wiki, None, 2)
+        assert len(wiki.calls) < 20
+
+
+def test_the_cache_answers_for_the_wiki(wiki: MediaWikiServer, tmp_path: Path) -> None:
+    wiki.random = [["Lighthouse", "Маяк"], ["灯台"]]
+    first = load(wiki, None, 2, cache_dir=tmp_path / "cache")
+    asked = len(wiki.calls)
+    again = load(wiki, None, 2, cache_dir=tmp_path / "cache")
+    assert again == first  # the time of retrieval too
+    assert len(wiki.calls) == asked
+    assert load(wiki, None, 1, cache_dir=tmp_path / "cache", seed=1).titles == ("灯台",)
+
+
+def test_a_spoilt_cache_file_is_fetched_again(wiki: MediaWikiServer, tmp_path: Path) -> None:
+    load(wiki, ["Lighthouse"], 1, cache_dir=tmp_path)
+    for path in tmp_path.iterdir():
+        path.write_text('{"retr')
+    assert load(wiki, ["Lighthouse"], 1, cache_dir=tmp_path).excerpts
+    assert len(wiki.calls) == 2
+    assert all(json.loads(path.read_text()) for path in tmp_path.iterdir())
+
+
+def test_faults_are_not_cached(wiki: MediaWikiServer, tmp_path: Path) -> None:
+    wiki.faults = ["html"]
+    with pytest.raises(CorpusError):
+        load(wiki, ["Lighthouse"], 1, max_retries=0, cache_dir=tmp_path)
+    assert load(wiki, ["Lighthouse"], 1, max_retries=0, cache_dir=tmp_path).excerpts
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({}, "asks every tool for a contact"),
+        ({"contact": "a\nb"}, "one line of ASCII"),
+        ({"contact": "a@b", "language": "en.evil/"}, "no language code"),
+        ({"contact": "a@b", "endpoint": "wiki.example/api.php"}, "must be the URL of an api.php"),
+        ({"contact": "a@b", "max_retries": -1}, "must not be negative"),
+    ],
+)
+def test_settings_that_cannot_work(options: dict[str, object], line: str) -> None:
+    with pytest.raises(CorpusError, match=line):
+        corpus.load("wikipedia", 1, 8, titles=["X"], wiki=WikiSettings(**options))  # type: ignore[arg-type]
+
+
+def test_a_title_is_one_title(wiki: MediaWikiServer) -> None:
+    with pytest.raises(CorpusError, match="one article a line"):
+        load(wiki, ["Lighthouse|Lamp"], 1)
+    assert wiki.calls == []
+
+
+def test_a_password_in_the_endpoint_is_not_recorded(wiki: MediaWikiServer, tmp_path: Path) -> None:
+    private = WikiSettings(endpoint=wiki.endpoint.replace("//", "//user:secret@"), cache_dir=tmp_path)
+    found = corpus.load("wikipedia", 1, 8, titles=["Lighthouse"], wiki=private)
+    corpus.freeze(found, tmp_path / "frozen.jsonl")
+    assert not any("secret" in path.read_text() for path in tmp_path.iterdir())
