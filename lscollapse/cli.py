@@ -63,8 +63,7 @@ def sweep_lambda(
     offline: Offline = None, settings: Set = None, out: Out = None, yscale: Yscale = "linear",
 ) -> None:  # fmt: skip
     """Measure every lambda: Figure 1 (relative mu against layer) and Figure 2 (last layer against lambda)."""
-    from lscollapse import experiments
-    from lscollapse.console import Bar, last_layer_table
+    from lscollapse import console, experiments
 
     experiment = _experiment(
         config, [*(settings or []), *_titles(titles)], lambdas, model, lambdas_file=lambdas_file, excerpts=excerpts,
@@ -72,10 +71,60 @@ def sweep_lambda(
         dtype=dtype, device=device, seed=seed, random_init=random_init, offline=offline,
     )  # fmt: skip
     out = out or Path("runs/sweep-lambda")
-    with Bar() as bar:
+    with console.Bar() as bar:
         rows = experiments.sweep_lambda(experiment, out, bar)
-    last_layer_table(rows)
+    console.last_layer_table(rows)
+    console.claims_table(rows)
     _draw(rows, out, yscale)
+
+
+@app.command()
+def ablate_gating(
+    config: Config = None, model: Model = None, lambdas: Lambdas = None, lambdas_file: LambdasFile = None,
+    excerpts: Excerpts = None, tokens: Tokens = None, source: Source = None, titles: Titles = None,
+    tokenizer: Tokenizer = None, skip_site: SkipSite = None, norm_site: NormSite = None, dtype: Dtype = None,
+    device: Device = None, seed: Seed = None, random_init: RandomInit = None, offline: Offline = None,
+    all_readings: Annotated[bool, typer.Option("--all-readings", help="Cross skip_site, norm_site and gating.")] = False,
+    settings: Set = None, out: Out = None,
+) -> None:  # fmt: skip
+    """Gating x LayerNorm at lambda = 1: Figure 3. With --all-readings, every place where lambda and the norm could sit."""
+    from lscollapse import console, experiments
+
+    experiment = _experiment(
+        config, [*(settings or []), *_titles(titles)], lambdas, model, lambdas_file=lambdas_file, excerpts=excerpts,
+        tokens=tokens, source=source, tokenizer=tokenizer, skip_site=skip_site, norm_site=norm_site, dtype=dtype,
+        device=device, seed=seed, random_init=random_init, offline=offline,
+    )  # fmt: skip
+    if model is None:
+        experiment = experiments.with_gated_models(experiment)
+    verb = "all-readings" if all_readings else "ablate-gating"
+    out = out or Path("runs") / verb
+    with console.Bar() as bar:
+        rows = (experiments.all_readings if all_readings else experiments.ablate_gating)(experiment, out, bar)
+    if all_readings:
+        console.readings_table(rows, out)
+    else:
+        console.arms_table(rows)
+        console.claims_table(rows)
+    _draw(rows, out, "linear")
+
+
+@app.command()
+def check_identity(
+    model: Annotated[str, typer.Argument(help="Short name, folder or hub id.")],
+    excerpts: Annotated[int, typer.Option(help="How many excerpts.")] = 2,
+    tokens: Tokens = None, source: Source = None, tokenizer: Tokenizer = None, dtype: Dtype = None,
+    offline: Offline = None, settings: Set = None,
+) -> None:  # fmt: skip
+    """Compare the instrumented model (lambda = 1, gate and norms on) with the untouched one; exit 1 over 1e-5. Run this first."""
+    from lscollapse import console, experiments
+
+    experiment = _experiment(
+        None, settings, None, [model], excerpts=excerpts, tokens=tokens, source=source, tokenizer=tokenizer, dtype=dtype,
+        offline=offline,
+    )  # fmt: skip
+    if not console.identity_table(experiments.check_identity(experiment, console.Bar())):
+        raise typer.Exit(1)
 
 
 @app.command()

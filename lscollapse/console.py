@@ -13,6 +13,8 @@ from rich.table import Table
 if TYPE_CHECKING:
     import pandas as pd
 
+    from lscollapse.identity import LayerDifference
+
 
 class Bar:
     """An experiments.Progress on the terminal; off a terminal it prints notes only."""
@@ -43,19 +45,66 @@ class Bar:
 
 
 def last_layer_table(rows: pd.DataFrame) -> None:
-    """Print the mean last-layer relative mu of every model and arm (lines) and lambda (columns)."""
+    """Print the mean last-layer relative mu: a line per lambda, a column per model and arm."""
     last = rows[(rows["measure"] == "relative_mu") & (rows["layer"] == rows.groupby("model")["layer"].transform("max"))]
-    last = last.assign(lam=last["lam"].map("{:g}".format), subject=last["model"] + (last["init"] == "random").map({True: " (random)", False: ""}))
-    lams = sorted(last["lam"].unique(), key=lambda text: (text == "nan", float(text)))
-    means = last.groupby(["subject", "arm", "lam"], sort=False)["value"].mean()
+    means = last.groupby(["lam", "model", "init", "arm"], sort=False, dropna=False)["value"].mean()
     table = Table(title="last-layer relative mu, mean over excerpts", box=box.SIMPLE, title_justify="left")
-    table.add_column("model")
-    table.add_column("arm")
-    for lam in lams:
-        table.add_column("per layer" if lam == "nan" else lam, justify="right", no_wrap=True)
-    for subject, arm in dict.fromkeys(zip(last["subject"], last["arm"], strict=True)):
-        table.add_row(subject, arm, *(f"{means.get((subject, arm, lam), float('nan')):.3f}" for lam in lams))
+    table.add_column("lambda", justify="right")
+    subjects = list(dict.fromkeys(zip(last["model"], last["init"], last["arm"], strict=True)))
+    for model, init, arm in subjects:
+        table.add_column(f"{model}{_of(init)}\n{arm}", justify="right")
+    for lam in sorted(last["lam"].unique()):
+        cells = (f"{means.get((lam, *subject), float('nan')):.3f}" for subject in subjects)
+        table.add_row("per layer" if lam != lam else f"{lam:g}", *cells)
     Console().print(table)
+
+
+def arms_table(rows: pd.DataFrame) -> None:
+    """Print of every arm the first, least and last mean relative mu, and the layer at which it overflowed."""
+    relative = rows[rows["measure"] == "relative_mu"]
+    table = Table(title="relative mu, mean over excerpts", box=box.SIMPLE, title_justify="left")
+    for heading in ("model", "arm", "computed in", "first", "least", "last", "overflow"):
+        table.add_column(heading, justify="left" if heading in ("model", "arm", "computed in") else "right")
+    for (model, init, arm, dtype), part in relative.groupby(["model", "init", "arm", "dtype"], sort=False):
+        lost = part.loc[part["status"].isin(["overflow", "nan"]), "layer"]
+        finite = part[part["layer"] < lost.min()] if len(lost) else part
+        curve = finite.groupby("layer")["value"].mean()
+        ends = f"layer {lost.min()}" if len(lost) else "none"
+        least = f"{curve.min():.3f} (layer {curve.idxmin()})"
+        table.add_row(f"{model}{_of(init)}", arm, dtype, f"{curve.iloc[0]:.3f}", least, f"{curve.iloc[-1]:.3f}", ends)
+    Console().print(table)
+
+
+def claims_table(rows: pd.DataFrame) -> None:
+    """Print the verdict on each sentence of the paper that these rows can judge."""
+    from lscollapse import claims
+
+    table = Table(title="what the paper writes, on these models", box=box.SIMPLE, title_justify="left")
+    for heading in ("", "sentence", "model", "verdict", "numbers"):
+        table.add_column(heading, overflow="fold")
+    for finding in claims.judge(rows):
+        if finding.verdict != claims.NOT_MEASURED:
+            table.add_row(finding.claim, finding.sentence, finding.model, finding.verdict, finding.numbers)
+    Console().print(table)
+
+
+def identity_table(differences: list[LayerDifference], tolerance: float = 1e-5) -> bool:
+    """Print the largest differences of each path and their layers; True where all are within `tolerance`."""
+    table = Table(title="instrumented against untouched, largest over layers and excerpts", box=box.SIMPLE, title_justify="left")
+    for heading in ("path", "output, relative", "at layer", "mu, relative", "at layer"):
+        table.add_column(heading, justify="left" if heading == "path" else "right")
+    for path in dict.fromkeys(d.path for d in differences):
+        own = [d for d in differences if d.path == path]
+        output, mu = max(own, key=lambda d: d.output), max(own, key=lambda d: d.mu)
+        table.add_row(path, f"{output.output:.1e}", str(output.layer), f"{mu.mu:.1e}", str(mu.layer))
+    Console().print(table)
+    good = all(d.output <= tolerance and d.mu <= tolerance for d in differences)
+    print(f"{'identical' if good else 'NOT identical'} within {tolerance:g}")
+    return good
+
+
+def _of(init: str) -> str:
+    return " (random)" if init == "random" else ""
 
 
 def models_table() -> None:

@@ -287,7 +287,7 @@ def _excerpt(row: dict[str, Any], where: str) -> Excerpt:
     ids = row.get("ids")
     if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
         raise CorpusError(f'{where}: "ids" must be a list of token numbers')
-    if missing := [name for name in ("title", "text_sha256", "tokenizer", "source") if name not in row]:
+    known = {item.name: str(row[item.name]) for item in fields(Excerpt) if row.get(item.name) is not None}
+    if missing := [name for name in ("title", "text_sha256", "tokenizer", "source") if name not in known]:
         raise CorpusError(f"{where}: a frozen excerpt needs {missing[0]!r}")
-    known = {item.name: str(row[item.name]) for item in fields(Excerpt) if item.name in row and item.name != "ids"}
-    return Excerpt(ids=tuple(ids), **known)
+    return Excerpt(**{**known, "ids": tuple(ids)})  # type: ignore[arg-type]

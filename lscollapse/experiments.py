@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from lscollapse.corpus import Corpus, Tokenizer
+    from lscollapse.identity import LayerDifference
     from lscollapse.models import Adapter
     from lscollapse.models.checkpoint import ModelInfo
 
@@ -128,6 +129,20 @@ def reading_variants(adapter: Adapter, config: Experiment) -> list[Variant]:
         for lam in config.lambdas:
             variants[Variant(lam, False, True, skip_site)] = None
     return list(variants)
+
+
+def with_gated_models(config: Experiment) -> Experiment:
+    """The same experiment without the embedded models that have no gate."""
+    gated = [name for name in config.models if registry.resolve(name).architecture not in ("albert", "bert")]
+    return config.model_copy(update={"models": gated or config.models})
+
+
+def check_identity(config: Experiment, progress: Progress = Silent()) -> list[LayerDifference]:
+    """How far the instrumented model (lambda = 1) is from the untouched one, layer by layer, for every model."""
+    from lscollapse.identity import differences
+
+    subjects = _subjects(config, lambda adapter, config: [Variant()], progress)
+    return [difference for subject in subjects for difference in differences(subject.adapter, subject.ids)]
 
 
 def _needs_gate(adapter: Adapter) -> None:

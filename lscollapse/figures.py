@@ -113,20 +113,20 @@ def figure2(rows: pd.DataFrame, yscale: str = "linear", note: str = "") -> tuple
     most_lines = max(len(part[["model", "gating"]].drop_duplicates()) for part in panels.values())
     figure, axes = _canvas(len(panels), 4 * most_lines, [*words, note])
     colours = itertools.cycle(PALETTE)
+    labels: dict[Axes, list[Label]] = {ax: [] for ax in axes}
     for letter, ax, (title, part) in zip("ab", axes, panels.items(), strict=False):
         ax.set_title(f"$\\bf{{{letter}}}$  {title}")
         _limits(ax, [part], yscale, "last-layer relative μ")
         ax.set_xscale("symlog", linthresh=1, linscale=0.6)
-        labels = []
         for i, ((name, gating), line) in enumerate(_groups(part, ["model", "gating"])):
             what = f"reads {_kind_of_text(texts[name])}" if pd.isna(gating) else _gate_word(gating)
             label = "\n".join((name, *textwrap.wrap(what, 18)))
-            labels += _against_lambda(ax, line, label, next(colours), 0.98 - 0.04 * i)
+            labels[ax] += _against_lambda(ax, line, label, next(colours), 0.98 - 0.04 * i)
         ticks = sorted(data["lam"].unique())
         ax.set_xticks(ticks, [_number(lam) if len(ticks) < 14 or lam == int(lam) else "" for lam in ticks])
-        _label_ends(figure, ax, labels)
     _key(axes[0], [("relative μ", {"lw": 1.2}), ("rank-1 residual", {"lw": 0.7, "ls": (0, (4, 2))})])
     axes[-1].set_xlabel("λ (linear between −1 and 1)")
+    _label_ends(figure, labels)
     return figure, data
 
 
@@ -400,7 +400,7 @@ def _wrap(text: str, width: float) -> str:
 
 def _canvas(n_panels: int, label_lines: int, words: Sequence[str]) -> tuple[Figure, list[Axes]]:
     """Panels under each other, sharing x, tall enough for their labels, and the caption under them."""
-    caption = _wrap(" ".join(filter(None, words)), 72 * (WIDTH - 0.16))
+    caption = _wrap(" ".join(filter(None, words)), 0.94 * 72 * (WIDTH - 0.16))  # hinting widens text at low dpi
     panel = max(PANEL, label_lines * LABEL_LINE)
     height = n_panels * (panel + 0.3) + 0.3 + (caption.count("\n") + 1) * 1.25 * (SMALL - 0.5) / 72
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -438,7 +438,7 @@ def _limits(ax: Axes, parts: Sequence[pd.DataFrame], yscale: str, ylabel: str) -
         if bottom > 0.005:  # few decades: 0.2 0.5 1 rather than powers of ten
             ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             ax.yaxis.set_major_formatter("{x:g}")
-            ax.yaxis.set_minor_formatter(NullFormatter())
+        ax.yaxis.set_minor_formatter(NullFormatter())
     for floor in floors:
         if floor > bottom:
             ax.axhline(floor, color="0.45", lw=0.7, ls=(0, (4, 3)), zorder=1)
@@ -453,7 +453,7 @@ def _curve(
     points = points.sort_values(x)
     shown = points["drawn"] != "masked"
     log, bottom = ax.get_yscale() == "log", ax.get_ylim()[0]
-    low = points["floor"].clip(lower=bottom).fillna(bottom) if log else 0.0
+    low = points["floor"].where(points["floor"] > 0, bottom) if log else 0.0
     y = points["mean"].where(shown)
     at_floor = (points["drawn"] == "at_floor") | (log & (y <= 0))
     y = y.clip(lower=bottom) if log else y
@@ -490,31 +490,37 @@ def _against_layer(
     """Panels (measure, yscale) of the curves against layer."""
     lines = sum(1 + bool(_ends_with(points)) for _, _, _, points in curves)
     figure, axes = _canvas(len(panels), lines, words)
+    labels: dict[Axes, list[Label]] = {ax: [] for ax in axes}
     for letter, ax, (measure, yscale) in zip("abc", axes, panels, strict=False):
         parts = [points[points["measure"] == measure] for *_, points in curves]
         again = "log scale" if measure == panels[0][0] else NAMES[measure]
         ax.set_title(f"$\\bf{{{letter}}}$  {title if letter == 'a' else again}")
         _limits(ax, parts, yscale, NAMES[measure])
         ax.set_xlim(0, max(1, max(part["layer"].max() for part in parts)))
-        labels: list[Label] = []
         for (name, colour, dash, _), part in zip(curves, parts, strict=True):
             shown = _curve(ax, part, "layer", colour, ls=dash)
             end = _ends_with(part)
             x, y = (shown["layer"].iloc[-1], shown["y"].iloc[-1]) if len(shown) else (0.0, np.nan)
             if end and len(shown):
                 ax.plot(x, y, "x", color=colour, ms=5, mew=1.2, clip_on=False, zorder=4)
-            labels.append((x, y, "\n".join(filter(None, (name, end))), colour))
-        _label_ends(figure, ax, [label for label in labels if label[2]], header)
+            if name or end:
+                labels[ax].append((x, y, "\n".join(filter(None, (name, end))), colour))
     axes[-1].set_xlabel("layer")
+    _label_ends(figure, labels, header)
     return figure
 
 
-def _label_ends(figure: Figure, ax: Axes, labels: Sequence[Label], header: str = "") -> None:
+def _label_ends(figure: Figure, panels: dict[Axes, list[Label]], header: str = "") -> None:
     """Labels right of the axes at the heights where the curves end, moved apart, each with a thin line to its curve.
 
     A curve with no point has its label at the bottom, without a line.
     """
-    figure.draw_without_rendering()  # the height of the axes is known after this
+    figure.draw_without_rendering()  # the heights of the axes are known after this
+    for ax, labels in panels.items():
+        _label_panel(figure, ax, labels, header)
+
+
+def _label_panel(figure: Figure, ax: Axes, labels: Sequence[Label], header: str) -> None:
     height = ax.get_window_extent().height / figure.dpi
     wanted = []
     for x, y, _, _ in labels:

@@ -106,7 +106,7 @@ def measure(
     adapter = adapt(model)
     for variant in variants:
         check(adapter, variant)
-    tokens = _checked_ids(adapter, ids)
+    tokens = checked_ids(adapter, ids)
     with torch.inference_mode():
         engines = Engines(adapter, variants, dtype)
         table = _Table(n_tokens=tokens.shape[1])
@@ -153,7 +153,8 @@ class Engines:
         return {dtype: self.adapter(dtype).native_block(layer, dtype) for dtype in set(self.dtypes.values())}
 
 
-def _checked_ids(adapter: Adapter, ids: Any) -> Tensor:
+def checked_ids(adapter: Adapter, ids: Any) -> Tensor:
+    """ids as a tensor (excerpts, N) on the model's device, or a ValueError that says what is wrong with them."""
     tokens = torch.as_tensor(np.asarray(ids) if not isinstance(ids, Tensor) else ids).long()
     if tokens.ndim != 2 or 0 in tokens.shape:
         raise ValueError(f"ids have shape {tuple(tokens.shape)}, expected (excerpts, tokens), both at least 1")

@@ -1,16 +1,15 @@
 """The two sequence operations of Mamba-2 on CPU: the SSD scan and the causal depthwise convolution (torch ops, no autograd).
 
-The scan is the recurrence (Dao and Gu, arXiv:2405.21060), per head, with a state S of shape (state, head_dim):
+The scan is the recurrence of Dao and Gu (arXiv:2405.21060), per head, with a state S of shape (state, head_dim):
 
     dt_t = clamp(softplus(dt_t + dt_bias), dt_limit)
     S_t  = exp(dt_t A) S_{t-1} + dt_t B_t x_t^T
     y_t  = C_t^T S_t + D x_t
 
-Inside a chunk it is one lower triangular matrix per head, M_ij = C_i.B_j exp(cum_i - cum_j) dt_j, applied to x; chunks hand the
-state on. What makes it fast on a CPU: C_i.B_j is formed once per group of heads; M is formed for ROWS rows at a time, in a
-buffer that stays in cache, so that the upper triangle costs almost nothing; off the diagonal block its decay is a product of
-two vectors, so that exp runs on ROWS x ROWS blocks only; nothing is padded; and one excerpt is worked on at a time, which
-also makes its result independent of the excerpts beside it.
+Within a chunk that is one lower triangular matrix per head, M_ij = C_i.B_j exp(cum_i - cum_j) dt_j, applied to x; chunks hand
+the state on. What makes it fast: C_i.B_j is formed once per group of heads; M is formed for ROWS rows at a time, up to its
+diagonal, in a buffer that stays in cache; left of the diagonal block its decay is a product of two vectors, so that exp runs
+on ROWS x ROWS blocks only; nothing is padded. One excerpt is worked on at a time, so its result cannot depend on the others.
 
 No exponent is ever positive, and cum is kept in float64: a float32 result is good to float32 under any decay.
 """
@@ -106,12 +105,13 @@ def _check_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None, chunk: int
 ) -> None:
     if x.ndim != 4 or B.ndim != 4:
-        raise ScanError(f"x and B must have four axes (batch, L, heads or groups, width), not {tuple(x.shape)}, {tuple(B.shape)}")
+        raise ScanError(f"x {tuple(x.shape)} and B {tuple(B.shape)} must have the four axes of `scan`")
     heads, groups = x.shape[2], B.shape[2]
     if B.shape != C.shape or B.shape[:2] != x.shape[:2] or dt.shape != x.shape[:3]:
-        raise ScanError(f"x {tuple(x.shape)}, dt {tuple(dt.shape)}, B {tuple(B.shape)}, C {tuple(C.shape)} do not fit together")
+        found = ", ".join(f"{name} {tuple(t.shape)}" for name, t in (("x", x), ("dt", dt), ("B", B), ("C", C)))
+        raise ScanError(f"the shapes do not fit together: {found}")
     if groups == 0 or heads % groups:
-        raise ScanError(f"{heads} heads cannot be shared by {groups} groups: the number of heads must be a multiple of it")
+        raise ScanError(f"{heads} heads cannot share {groups} groups: the heads must be a multiple of the groups")
     for name, vector in (("A", A), ("D", D), ("dt_bias", dt_bias)):
         if vector is not None and vector.shape != (heads,):
             raise ScanError(f"{name} has shape {tuple(vector.shape)}, expected ({heads},): one entry a head")
@@ -120,7 +120,15 @@ def _check_scan(
 
 
 def _scan_excerpt(
-    x: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, y: Tensor, chunk: int, workspace: Workspace
+    x: Tensor,
+    step: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    y: Tensor,
+    chunk: int,
+    workspace: Workspace,
 ) -> None:
     """One excerpt: x, y (L, heads, head_dim), step (heads, L), A (heads, 1), B, C (L, groups, state)."""
     L, heads, head_dim = x.shape
@@ -207,7 +215,7 @@ def _by_group(target: Tensor, left: Tensor, right: Tensor, accumulate: bool) -> 
 
 
 def _exp(log: Tensor, dtype: torch.dtype) -> Tensor:
-    return log.to(dtype).exp_()
+    return log.to(dtype).exp()
 
 
 @torch.no_grad()
@@ -221,13 +229,14 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor |
         out: written to and returned if given, (batch, L, channels).
 
     Returns:
-        (batch, L, channels): silu(bias + sum_s weight[:, K-1-s] x_{t-s}, s = 0..K-1), with x_t = 0 before the first token.
+        (batch, L, channels): silu(bias + sum of weight[:, K-1-s] x_{t-s} over s = 0..K-1), x being 0 before its first token.
 
     Raises:
         ScanError: shapes that do not fit together.
     """
     if x.ndim != 3 or len(weight) != x.shape[-1] or (bias is not None and bias.shape != x.shape[-1:]):
-        raise ScanError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit: (batch, L, channels), (channels, 1, K)")
+        found = f"x {tuple(x.shape)}, weight {tuple(weight.shape)}"
+        raise ScanError(f"the shapes do not fit (batch, L, channels), (channels, 1, K) and a bias (channels,): {found}")
     dtype = compute_dtype(x.dtype)
     taps = weight.to(dtype).flatten(1).T.contiguous()  # (K, channels)
     offset = torch.zeros_like(taps[0]) if bias is None else bias.to(dtype)

@@ -97,7 +97,7 @@ def json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
 def parquet_stream(path: Path | None, seed: int, language: str = "en") -> Iterator[Text]:
     """Texts of Parquet rows with columns id, url, title, text, streamed by `datasets`.
 
-    The seed draws the shard (of the many on the hub) and the order within each `WINDOW` rows, so that little is fetched.
+    The seed draws the shard (of the many on the hub) and the order within each `WINDOW` rows: little is fetched.
 
     Args:
         path: a local file, or None for `wikimedia/wikipedia` on the hub (the dump of November 2023 in `language`).

@@ -151,6 +151,25 @@ def test_parquet_without_text(tmp_path: Path) -> None:
         corpus.load(str(tmp_path / "b.parquet"), 1, 1, tokenizer=WORDS)
 
 
+def test_a_stream_is_drawn_by_seed_and_loses_no_row(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"id": str(n), "url": "", "title": "same title", "text": f"{n} {SENTENCES[0]}"} for n in range(2300)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    draws = [
+        [e.page_id for e in corpus.load(str(tmp_path / "a.parquet"), 2300, 2, seed, WORDS).excerpts] for seed in (0, 1)
+    ]
+    assert sorted(map(int, draws[0])) == sorted(map(int, draws[1])) == list(range(2300))
+    assert set(draws[0][:20]) != set(draws[1][:20])
+
+
+def test_the_hub_out_of_reach_is_one_line() -> None:
+    with pytest.raises(CorpusError, match=r"wikimedia/wikipedia 20231101\.en cannot be read: ") as caught:
+        corpus.load("datasets", 1, 8, tokenizer=WORDS)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("source", "options", "line"),
     [
@@ -286,7 +305,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_published_tokenizer_neither_adds_cuts_nor_pads(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     found = corpus.tokenizer(str(folder))
-    with caplog.at_level(logging.DEBUG):
+    with caplog.at_level(logging.DEBUG, logger="transformers"):
         logging.getLogger("transformers").addHandler(caplog.handler)
         ids = found.encode_batch(["salt on the salt road on the road", "on ice"])
         logging.getLogger("transformers").removeHandler(caplog.handler)

@@ -32,10 +32,7 @@ def elements(text: str) -> Counter[str]:
     ("text", "parts"),
     [
         ("CC(=O)Cl.N", ["C", "C", "(", "=", "O", ")", "Cl", ".", "N"]),
-        (
-            "c1ccc([C@@H](N)Br)cc1>>[Na+]",
-            ["c", "1", "c", "c", "c", "(", "[C@@H]", "(", "N", ")", "Br", ")", "c", "c", "1", ">>", "[Na+]"],
-        ),
+        ("c1([C@@H](N)Br)c1>>[Na+]", ["c", "1", "(", "[C@@H]", "(", "N", ")", "Br", ")", "c", "1", ">>", "[Na+]"]),
         ("C%12=C/C#N%12", ["C", "%12", "=", "C", "/", "C", "#", "N", "%12"]),
         ("C C\n", ["C", "C"]),
     ],
@@ -70,7 +67,8 @@ def test_every_token_is_known_and_there_are_enough() -> None:
 def test_parentheses_and_rings_close() -> None:
     for reaction in SAMPLE:
         for molecule in molecules(reaction.smiles):
-            depth, rings = 0, set()
+            depth = 0
+            rings: set[int] = set()
             for match in re.finditer(r"\[[^\]]*\]|%\d\d|.", molecule):
                 depth += {"(": 1, ")": -1}.get(match[0], 0)
                 assert depth >= 0, molecule

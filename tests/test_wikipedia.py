@@ -47,16 +47,14 @@ def settings(wiki: MediaWikiServer, **options: object) -> WikiSettings:
 
 
 def load(
-    wiki: MediaWikiServer, titles: list[str] | None, n_excerpts: int, n_tokens: int = 8, **options: object
+    wiki: MediaWikiServer,
+    titles: list[str] | None,
+    n_excerpts: int,
+    n_tokens: int = 8,
+    seed: int = 0,
+    **options: object,
 ) -> corpus.Corpus:
-    return corpus.load(
-        "wikipedia",
-        n_excerpts,
-        n_tokens,
-        seed=options.pop("seed", 0),
-        titles=titles,
-        wiki=settings(wiki, **options),  # type: ignore[arg-type]
-    )
+    return corpus.load("wikipedia", n_excerpts, n_tokens, seed, titles=titles, wiki=settings(wiki, **options))
 
 
 def test_provenance_of_an_article(wiki: MediaWikiServer) -> None:

@@ -87,9 +87,9 @@ def fetch(
 
 
 def _fetch(repo_id: str, revision: str, files: Sequence[str] | None, cache: Path) -> Path:
-    from huggingface_hub import HfApi, constants, hf_hub_download
+    from huggingface_hub import HfApi, hf_hub_download
 
-    api = HfApi(endpoint=constants.ENDPOINT)
+    api = HfApi()
     info = _patiently(lambda: api.model_info(repo_id, revision=revision, files_metadata=True))
     commit = str(info.sha)
     known = {sibling.rfilename: sibling for sibling in info.siblings or []}
@@ -100,7 +100,7 @@ def _fetch(repo_id: str, revision: str, files: Sequence[str] | None, cache: Path
             raise HubError(f"{repo_id} has no file {name} at revision {revision}: there are {', '.join(sorted(known))}")
         if known[name].lfs:
             _fetch_large(repo_id, commit, known[name], storage / "blobs")
-        path = hf_hub_download(repo_id, name, revision=commit, cache_dir=cache, endpoint=constants.ENDPOINT)
+        path = hf_hub_download(repo_id, name, revision=commit, cache_dir=cache)
         _check(Path(path), known[name], repo_id)
     if revision != commit:  # so that the name is known offline too; only complete fetches get this far
         ref = storage / "refs" / revision
@@ -127,14 +127,14 @@ def _default_files(repo_id: str, names: Collection[str]) -> list[str]:
 
 def _fetch_large(repo_id: str, commit: str, sibling: RepoSibling, blobs: Path) -> None:
     """Bring one LFS file into the cache under its sha256, going on from where an earlier run stopped."""
-    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import WeakFileLock, build_hf_headers
 
     assert sibling.lfs is not None
     size, sha256, name = sibling.lfs.size, sibling.lfs.sha256, sibling.rfilename
     blob, partial = blobs / sha256, blobs / f"{sha256}.partial"
-    url = hf_hub_url(repo_id, name, revision=commit, endpoint=constants.ENDPOINT)
+    url = hf_hub_url(repo_id, name, revision=commit)
     headers = build_hf_headers() | {"Accept-Encoding": "identity"}
 
     def go_on() -> None:

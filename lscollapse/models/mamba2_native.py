@@ -1,8 +1,8 @@
 """One Mamba-2 block on CPU, from a layer's tensors, near the speed of its two matrix products.
 
-Same function as transformers' Mamba2Block edited by `models/mamba2.py`; a variant does not compute what it does not use: with
-the gate off, the z half of in_proj is never multiplied. Between the two products one excerpt is worked on at a time, in buffers
-that are reused, and its result overwrites its own projection. So the excerpts of a batch cannot influence each other there.
+The same function as transformers' Mamba2Block edited by `models/mamba2.py`. What a variant does not use is not computed:
+with the gate off, the z half of in_proj is never multiplied. Between the two products one excerpt is worked on at a time,
+in buffers that are reused, and its result overwrites its own projection.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class BlockError(ValueError):
 
 @dataclass(frozen=True)
 class Mamba2Shape:
-    """The sizes of a block; `inner` = heads * head_dim channels go through the scan, `conv_dim` through the convolution."""
+    """The sizes of a block: `inner` channels go through the scan, `conv_dim` through the convolution."""
 
     hidden: int
     heads: int
@@ -72,9 +72,10 @@ class Mamba2Shape:
 class NativeBlock:
     """A Mamba-2 block as a function X, (B, N, hidden) -> Y, (B, N, hidden).
 
-    dtype float32 or float64 computes everything in it. bfloat16 keeps the weights of in_proj and out_proj in bfloat16 and rounds
-    what goes into and comes out of these two products; the scan, the norms and the residual stream stay float32.
-    Give all blocks of a model one workspace: their scratch buffers are then shared.
+    float32 and float64 compute everything in that dtype. bfloat16 keeps the weights of in_proj and out_proj in bfloat16 and
+    rounds what goes into and comes out of these two products; the scan, the norms and the residual stream are float32.
+    An excerpt's result does not depend on the others in the batch, up to the rounding of the two products.
+    Give all blocks of a model one workspace: they then share their scratch buffers.
     """
 
     def __init__(
@@ -120,10 +121,12 @@ class NativeBlock:
 
         Args:
             X: (B, N, hidden).
-            lam: strength of the skip. At skip_site `residual`, Y = lam*X + o_scale*O; lam = 0 gives exactly o_scale*O. At
-                `mixer`, lam times the scan's input is added to its output (D + lam in the place of D), and Y = X + o_scale*O.
+            lam: strength of the skip.
             gating: False takes the gate, silu(z), out of the mixer.
-            layernorm: False takes out the norms that norm_site names: `mixer` (before out_proj), `block` (the pre-norm), `both`.
+            layernorm: False takes out the norms that norm_site names.
+            skip_site: `residual`: Y = lam*X + o_scale*O, exactly o_scale*O for lam = 0. `mixer`: lam times the scan's input
+                is added to its output (D + lam in the place of D), and Y = X + o_scale*O.
+            norm_site: `mixer` (the norm before out_proj), `block` (the pre-norm) or `both`.
             o_scale: scales O, one number or one an excerpt (B, 1, 1), where X is carried scaled.
 
         Returns:
@@ -133,7 +136,7 @@ class NativeBlock:
             BlockError: an unknown site, or an X of another width.
         """
         self._check_call(X, skip_site, norm_site)
-        batch, N, hidden = X.shape
+        batch, N, _ = X.shape
         keep_block = layernorm or norm_site == "mixer"
         keep_mixer = layernorm or norm_site == "block"
         X = X.to(self.stream)
@@ -154,7 +157,7 @@ class NativeBlock:
         mixed = projected[..., : self.shape.inner]
         for one_projected, one_mixed in zip(projected, mixed, strict=True):
             self._mix(one_projected, D, gating, keep_mixer, one_mixed)
-        O = normed  # noqa: E741  (the paper's name; the buffer is free again)
+        O = normed  # its buffer is free again
         _linear(mixed.flatten(0, 1), self._out_proj, self._out_bias, O.flatten(0, 1))
 
         Y = torch.empty_like(X)
@@ -166,7 +169,7 @@ class NativeBlock:
         return Y
 
     def _mix(self, projected: Tensor, D: Tensor, gating: bool, keep_norm: bool, out: Tensor) -> None:
-        """Conv, scan, gate and norm of one excerpt: projected (N, [z] + conv_dim + heads) -> out (N, inner), which may alias."""
+        """Conv, scan, gate and norm of one excerpt: projected (N, [z,] xBC, dt) -> out (N, inner), which may alias."""
         s, N = self.shape, len(projected)
         if projected.dtype != self.stream:
             projected = self.workspace.take("widened", projected.shape, self.stream).copy_(projected)
@@ -205,7 +208,7 @@ class NativeBlock:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, workspace: ssd.Workspace, groups: int = 1) -> None:
-    """out = weight * x / rms(x), the rms over each of `groups` equal parts of the last axis; x (N, width) and out may alias.
+    """out = weight * x / rms(x), x (N, width), the rms over each of `groups` equal parts of a row; x and out may alias.
 
     Deviation: where the squares of a finite x overflow, the result is still right (transformers' would be zero).
     """

@@ -116,7 +116,7 @@ def dong_residual(Y: ArrayLike) -> float:
 def min_cosine(Y: ArrayLike) -> float:
     """phi(Y) = min over pairs of rows of their inner product, for Y with unit rows; 1 for a single row."""
     Y = require_unit_rows(Y, "Y")
-    return float((Y @ Y.T).min())
+    return min(1.0, float((Y @ Y.T).min()))
 
 
 def spectral_norm(A: ArrayLike) -> float:

@@ -20,7 +20,7 @@ Instance = dict[str, Any]
 Printed = Callable[[], tuple[str, str]]
 
 TOLERANCE = 1e-9
-FLOOR = 1e-6  # bounds on mu under this are not compared: rounding would decide
+FLOOR = 1e-5  # bounds on mu under this are not compared: rounding would decide
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Statement:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Outcome for one statement. `informative` counts instances with a margin; worst_margin is the smallest of them.
+    """Outcome for one statement. `informative` counts the instances with a margin; worst_margin is the smallest one.
 
-    printed: "holds", "fails", "void", "existence only", "definition" or "new" (not in the paper). corrected: "holds",
-    "violated", "untested", or "-" when the printed statement itself was checked. counterexample: the worst instance,
-    only when it violates the statement.
+    printed: "holds", "fails", "void" (nothing it applies to, or is computed from), "existence only", "definition" or
+    "new" (not in the paper). corrected: "holds", "violated", "untested", or "-" when the printed statement itself was
+    checked. counterexample: the worst instance, only when it violates the statement.
     """
 
     statement: str
@@ -81,6 +81,11 @@ def equal(actual: float, expected: float) -> float:
     return -abs(actual - expected) / max(abs(actual), abs(expected), 1.0)
 
 
+def smallest(margins: list[float | None]) -> float | None:
+    """The smallest margin; None when there is none."""
+    return min((margin for margin in margins if margin is not None), default=None)
+
+
 def check(statement: Statement, instances: int, rng: Rng) -> Verdict:
     """Draw `instances` instances, climb from the worst for half as many steps more, and report."""
     tried, informative, worst, worst_at = 0, 0, float("inf"), None
@@ -112,9 +117,8 @@ def check(statement: Statement, instances: int, rng: Rng) -> Verdict:
     elif not statement.correction:
         printed = "fails"
     counterexample = _plain(worst_at) if corrected == "violated" and worst_at else None
-    return Verdict(
-        statement.name, printed, evidence, statement.correction, corrected, tried, informative, worst, counterexample
-    )
+    counts = tried, informative, worst + 0.0
+    return Verdict(statement.name, printed, evidence, statement.correction, corrected, *counts, counterexample)
 
 
 def _perturbed(instance: Instance | None, step: float, rng: Rng) -> Instance:
@@ -131,6 +135,11 @@ def _perturbed(instance: Instance | None, step: float, rng: Rng) -> Instance:
 
 def _plain(instance: Instance) -> Instance:
     return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in instance.items()}
+
+
+def fails_unless(holds: bool, text: str) -> tuple[str, str]:
+    """The printed verdict of a counterexample, with its numbers."""
+    return ("holds" if holds else "fails"), text
 
 
 # --- instances ---
@@ -195,3 +204,11 @@ def pulled(fixed: Array, Y: Array, pull: float) -> Array:
 def rows_of_length(Z: Array, G: float) -> Array:
     """Rows of Z scaled to norm G."""
     return G * unit_rows(Z)
+
+
+def draw_decay(rng: Rng) -> Instance:
+    """Tokens, W_BC and a decay in [-1, 1] of a selective SSM."""
+    N, d = shape(rng)
+    W = rng.standard_normal((d, d))
+    alpha = float(rng.choice([-1.0, 1.0]) * rng.uniform(0.1, 1.0))
+    return {"Y": tokens(rng, N, d), "W_BC": W @ W.T if rng.integers(2) else W, "alpha": alpha}

@@ -68,7 +68,7 @@ def _from_angle(log_sine: Array, same_side: Array) -> Exact:
 
 
 def sys1_exact(lam: float, K: int, alpha: float = 2.0) -> Exact:
-    """Sys-1 by its scalar recurrence: a' = a (1 + q^2) + 2 q sqrt(a (a-1)), q = alpha/|1+lam|, a_0 = 1, alpha > 0.
+    """Sys-1 (alpha > 0): a' = a (1 + q^2) + 2 q sqrt(a (a-1)), a_0 = 1, q = alpha/|1+lam|.
 
     1/a is the squared sine of the angle between the rows; it is carried as a logarithm. The rows' inner product has the
     sign of 1 + lam. Deviation: the paper writes 4/(1+lam) for the last factor, losing the sign of the LayerNorm divisor.

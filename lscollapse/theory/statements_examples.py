@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from . import constants, examples, onestep, spectral
-from .arrays import Array, TheoryError, mu, rank1_residual, relative_mu
-from .checking import Instance, Rng, Statement, equal, mixing, shape, tokens, upper
+from .arrays import Array, TheoryError, mu, rank1_residual, relative_mu, spectral_norm, unit_rows
+from .checking import Instance, Rng, Statement, equal, fails_unless, mixing, shape, smallest, tokens, upper
 from .layers import softmax
 
 
 def _limit(system: str, lam: float, exact: examples.Exact) -> str:
-    return f"{system} at lam = {lam}: mu_59 = {exact.mu[-2]:.4g}, mu_60 = {exact.mu[-1]:.4g}, r1 = {exact.rank1_residual[-1]:.1g}"
+    residual = exact.rank1_residual[-1]
+    return f"{system}, lam = {lam}: mu_59 = {exact.mu[-2]:.5g}, mu_60 = {exact.mu[-1]:.5g}, r1_60 = {residual:.1g}"
 
 
 def _proposition1() -> tuple[str, str]:
     exact = examples.sys1_exact(-1.5, 60)
-    return ("holds" if exact.mu[-1] < 1e-3 else "fails"), _limit("Sys-1", -1.5, exact)
+    return fails_unless(bool(exact.mu[-1] < 1e-3), _limit("Sys-1", -1.5, exact))
 
 
 def _proposition2() -> tuple[str, str]:
     exact = examples.sys2_exact(-1.25, 60)
-    return ("holds" if exact.mu[-2:].max() < 1e-3 else "fails"), _limit("Sys-2", -1.25, exact)
+    return fails_unless(bool(exact.mu[-2:].max() < 1e-3), _limit("Sys-2", -1.25, exact))
 
 
 def _draw_example(rng: Rng) -> Instance:
@@ -41,9 +40,8 @@ def _closed_form(Ys: Array, exact: examples.Exact) -> float:
     return min(equal(mu(last[0]) ** 2, last[1]), equal(rank1_residual(last[0]) ** 2, last[2]))
 
 
-def _limits(lam: float, predict: Callable[[], tuple[float, float, float]], exact: examples.Exact) -> float:
+def _limits(even: float, odd: float, residual: float, exact: examples.Exact) -> float:
     """Margin 1 when mu at even and odd depth and r1 are within 1e-3 of their limits, else the miss."""
-    even, odd, residual = predict()
     miss = max(abs(exact.mu[-1] - even), abs(exact.mu[-2] - odd), abs(exact.rank1_residual[-1] - residual))
     return 1.0 if miss < 1e-3 else -float(miss)
 
@@ -52,7 +50,7 @@ def _proposition1_margin(lam: float, K: int) -> float | None:
     if abs(lam + 1) < 1e-2 or abs(lam) > 10:
         return None
     limit = 0.0 if lam > -1.0 else np.sqrt(2.0)
-    found = _limits(lam, lambda: (limit, limit, 0.0), examples.sys1_exact(lam, 400))
+    found = _limits(limit, limit, 0.0, examples.sys1_exact(lam, 400))
     return min(found, _closed_form(examples.sys1(lam, K), examples.sys1_exact(lam, K)))
 
 
@@ -60,8 +58,8 @@ def _proposition2_margin(lam: float, K: int, a0: float, b0: float) -> float | No
     if abs(lam + 1) < 1e-2 or abs(lam + 1.5) < 1e-2 or abs(lam) > 10 or a0 <= 0.0:
         return None
     root = np.sqrt(2.0)
-    limits = (0.0, 0.0, 0.0) if lam > -1.0 else (0.0, root, 0.0) if lam > -1.5 else (1.0, 1.0, np.sqrt(0.5))
-    found = _limits(lam, lambda: limits, examples.sys2_exact(lam, 2000, a0, b0))
+    even, odd, r1 = (0.0, 0.0, 0.0) if lam > -1.0 else (0.0, root, 0.0) if lam > -1.5 else (1.0, 1.0, np.sqrt(0.5))
+    found = _limits(even, odd, r1, examples.sys2_exact(lam, 2000, a0, b0))
     return min(found, _closed_form(examples.sys2(lam, K, a0, b0), examples.sys2_exact(lam, K, a0, b0)))
 
 
@@ -74,7 +72,8 @@ def _new() -> tuple[str, str]:
 
 def _draw_pair(rng: Rng) -> Instance:
     N, d = shape(rng)
-    return {"X": tokens(rng, N, d), "out": tokens(rng, N, d), "lam": float(rng.choice([-1.0, 1.0]) * 10 ** rng.uniform(-1, 1))}
+    lam = float(rng.choice([-1.0, 1.0]) * 10 ** rng.uniform(-1, 1))
+    return {"X": tokens(rng, N, d), "out": tokens(rng, N, d), "lam": lam}
 
 
 def _response_margin(X: Array, out: Array, lam: float) -> float | None:
@@ -90,28 +89,41 @@ def _response_margin(X: Array, out: Array, lam: float) -> float | None:
 def _draw_gains(rng: Rng) -> Instance:
     N, d = shape(rng)
     h, e = int(rng.integers(1, 4)), int(rng.integers(1, 4))
-    return {"Y": tokens(rng, N, d), "logits": 2 * rng.standard_normal((h, N, N)), "W_V": rng.standard_normal((h, d, e)),
-            "W_O": rng.standard_normal((h, e, d)), "kernel": rng.standard_normal((2, N))}  # fmt: skip
+    weights = {"W_V": rng.standard_normal((h, d, e)), "W_O": rng.standard_normal((h, e, d))}
+    return {"Y": tokens(rng, N, d), "logits": 2 * rng.standard_normal((h, N, N)), **weights}
 
 
-def _gains_margin(Y: Array, logits: Array, W_V: Array, W_O: Array, kernel: Array) -> float | None:
-    """Multi-head attention and S4D gains against the materialised layer."""
-    Ms = np.array([softmax(A) for A in logits])
+def _gains_margin(Y: Array, logits: Array, W_V: Array, W_O: Array) -> float | None:
+    """Multi-head attention on unit rows against its bounds, row by row and in Frobenius norm."""
+    Y, Ms = unit_rows(Y), np.array([softmax(A) for A in logits])
     limit = constants.attention(Ms, W_V, W_O)
     found = constants.measured(Y, np.einsum("hij,jd,hde,hef->if", Ms, Y, W_V, W_O))
-    unit = constants.measured(Y / np.linalg.norm(Y, axis=1, keepdims=True),
-                              np.einsum("hij,jd,hde,hef->if", Ms, Y / np.linalg.norm(Y, axis=1, keepdims=True), W_V, W_O))  # fmt: skip
-    toeplitz, N = constants.s4d(kernel), kernel.shape[1]
-    lag = np.abs(np.subtract.outer(np.arange(N), np.arange(N)))
-    channels = [upper(float(np.linalg.norm(np.tril(k[lag]), 2)), float(s), 0.0)
-                for k, s in zip(kernel, toeplitz.spectral, strict=True)]  # fmt: skip
-    margins = [upper(found.frobenius, limit.frobenius, 0.0), upper(unit.row, limit.row, 0.0), *channels]
-    return min(margin for margin in margins if margin is not None)
+    return smallest([upper(found.frobenius, limit.frobenius, 1e-4), upper(found.row, limit.row, 1e-4)])
+
+
+def _draw_kernel(rng: Rng) -> Instance:
+    return {"kernel": rng.standard_normal((1, int(rng.integers(2, 9)))), "D": rng.standard_normal(1)}
+
+
+def _kernel_margin(kernel: Array, D: Array) -> float | None:
+    """One S4D channel: the spectral norm of its Toeplitz matrix under the padded FFT, the Frobenius norm exact."""
+    N = kernel.shape[1]
+    M = np.tril(kernel[0][np.abs(np.subtract.outer(np.arange(N), np.arange(N)))]) + D * np.eye(N)
+    found = constants.s4d(kernel, D)
+    return smallest([upper(spectral_norm(M), float(found.spectral[0])), equal(float(np.linalg.norm(M)), found.C_M)])
+
+
+def _kernel() -> tuple[str, str]:
+    kernel = np.array([[4.0, -6.0, -10.0]])
+    size = spectral_norm(np.array([[4.0, 0.0, 0.0], [-6.0, 4.0, 0.0], [-10.0, -6.0, 4.0]]))
+    short, padded = float(np.abs(np.fft.fft(kernel)).max()), float(constants.s4d(kernel).spectral[0])
+    return "new", f"kernel (4, -6, -10): norm_2(M) = {size:.4f}; FFT on N points {short:.4f}, padded to 2N {padded:.4f}"
 
 
 def _draw_mixing(rng: Rng) -> Instance:
     N, _ = shape(rng)
-    M = softmax(2 * rng.standard_normal((N, N))) if rng.integers(2) else np.tril(np.abs(mixing(rng, N))) + 0.1 * np.tri(N)
+    causal = np.tril(np.abs(mixing(rng, N))) + 0.1 * np.tri(N)
+    M = softmax(2 * rng.standard_normal((N, N))) if rng.integers(2) else causal
     return {"M": M, "offset": float(rng.choice([-1.0, 1.0]) * 10 ** rng.uniform(-2, 0.5))}
 
 
@@ -129,11 +141,20 @@ def _spectral_margin(M: Array, offset: float) -> float | None:
 
 
 STATEMENTS = (
-    Statement("Proposition 4.3.1 (Sys-1)", _proposition1, "mu -> 0 iff lam > -1; r1 -> 0 for all; closed form",
-              _draw_example, _proposition1_margin),
-    Statement("Proposition 4.3.2 (Sys-2)", _proposition2, "mu -> 0 iff lam > -1; r1 -> 0 iff lam > -3/2; closed form",
-              _draw_example2, _proposition2_margin),
-    Statement("One-step response to lambda", _new, "six scalars give relative mu for every lam", _draw_pair, _response_margin),
-    Statement("Gains of attention and S4D", _new, "bounds hold for materialised layers", _draw_gains, _gains_margin),
-    Statement("Spectral threshold lambda_c", _new, "consensus attracts iff lam > lambda_c", _draw_mixing, _spectral_margin),
+    Statement(
+        "Proposition 4.3.1 (Sys-1)", _proposition1, "mu -> 0 iff lam > -1; r1 -> 0 always; closed form",
+        _draw_example, _proposition1_margin,
+    ),
+    Statement(
+        "Proposition 4.3.2 (Sys-2)", _proposition2, "mu -> 0 iff lam > -1; r1 -> 0 iff lam > -3/2; closed form",
+        _draw_example2, _proposition2_margin,
+    ),
+    Statement(
+        "One-step response to lambda", _new, "six scalars give relative mu at every lam", _draw_pair, _response_margin
+    ),
+    Statement("Gains of multi-head attention", _new, "row and Frobenius bounds", _draw_gains, _gains_margin),
+    Statement("Norms of an S4D channel", _kernel, "norm_2(M) <= max of the padded FFT", _draw_kernel, _kernel_margin),
+    Statement(
+        "Spectral threshold lambda_c", _new, "consensus attracts iff lam > lambda_c", _draw_mixing, _spectral_margin
+    ),
 )  # fmt: skip

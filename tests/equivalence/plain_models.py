@@ -65,7 +65,8 @@ def mamba2(
     w: Weights, config: Any, ids: np.ndarray, lam: Lam = 1.0, gating: bool = True, layernorm: bool = True,
     skip_site: str = "residual", norm_site: str = "both",
 ) -> list[np.ndarray]:  # fmt: skip
-    """X' = lam*X + O with O = mixer(norm(X)); at skip_site `mixer` X' = X + O with lam*V inside the mixer."""
+    """X' = lam*X + O with O = mixer(norm(X)); at skip_site `mixer` X' = X + O, with lam*V inside the mixer in place of the
+    gate, so nowhere while the gate is on."""
     block_norm = layernorm or norm_site == "mixer"
     mixer_norm = layernorm or norm_site == "block"
     X = w["embeddings.weight"][ids]
@@ -74,7 +75,8 @@ def mamba2(
         part = {n.removeprefix(f"layers.{k}."): a for n, a in w.items() if n.startswith(f"layers.{k}.")}
         u = _rms_norm(part["norm.weight"], X, config.layer_norm_epsilon) if block_norm else X
         strength = _lam(lam, k)
-        O = mamba2_mixer(part, config, u, gating, mixer_norm, strength if skip_site == "mixer" else 0.0)
+        inside = strength if skip_site == "mixer" and not gating else 0.0
+        O = mamba2_mixer(part, config, u, gating, mixer_norm, inside)
         X = X + O if skip_site == "mixer" else strength * X + O
         outputs.append(X)
     return outputs

@@ -95,7 +95,7 @@ def test_sharded(tmp_path):
     printed = subprocess.run(["sha256sum", *parts], cwd=folder, check=True, capture_output=True).stdout
     assert loaded.info.sha256 == hashlib.sha256(printed).hexdigest()
     (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="expected model-00002-of-00002.safetensors"):
+    with pytest.raises(CheckpointError, match="expected model-00002-of-00002"):
         checkpoint.load(folder)
 
 
@@ -191,7 +191,7 @@ def test_names_of_old_bert_checkpoints(tmp_path):
 
 
 def _error(folder, **arguments):
-    with pytest.raises(CheckpointError, match=".") as caught:
+    with pytest.raises(CheckpointError) as caught:
         checkpoint.load(folder, **arguments)
     message = str(caught.value)
     assert "\n" not in message

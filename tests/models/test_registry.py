@@ -80,7 +80,7 @@ def test_folder_and_hub_id(tmp_path, monkeypatch):
     ],
 )
 def test_unknown_names(name, says):
-    with pytest.raises(ModelNameError, match=".") as caught:
+    with pytest.raises(ModelNameError) as caught:
         resolve(name)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)

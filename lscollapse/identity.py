@@ -1,0 +1,83 @@
+"""Is the instrumented model the model? lam = 1, gate and norms on, against the untouched transformers forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lscollapse import measures
+from lscollapse.forward import checked_ids
+from lscollapse.models import Adapter, adapt
+from lscollapse.variants import Variant, surgery_on_layer
+
+
+class LayerDifference(NamedTuple):
+    """Largest difference over the excerpts at one layer, relative to the untouched model."""
+
+    layer: int
+    path: str
+    output: float  # ||Y - Y_ref||_F / ||Y_ref||_F
+    mu: float  # |mu - mu_ref| / mu_ref
+
+
+def differences(model: Any, ids: Any) -> Iterator[LayerDifference]:
+    """Compare every layer's output and mu with what the untouched model computes for the same ids (excerpts, N).
+
+    Two paths are checked: `hooks`, the model's own blocks with every edit hook in place and lambda = 1 (so lam*X + O is
+    formed anew), and, where the architecture has them, the package's own blocks (`native`).
+    """
+    adapter = adapt(model)
+    tokens = checked_ids(adapter, ids)
+    with torch.inference_mode():
+        reference = _untouched(adapter, tokens)
+        streams = {"hooks": adapter.embed(tokens)}
+        if adapter.native_block(0, reference[0].dtype) is not None:
+            streams["native"] = streams["hooks"]
+        for path, X in streams.items():
+            yield _difference(0, path, X, reference[0])
+        for layer in range(adapter.n_layers):
+            for path in streams:
+                streams[path] = _step(adapter, layer, path, streams[path])
+                yield _difference(layer + 1, path, streams[path], reference[layer + 1])
+
+
+def _untouched(adapter: Adapter, tokens: Tensor) -> list[Tensor]:
+    """Embedding and block outputs of one plain forward, seen by hooks that change nothing."""
+    seen: list[Tensor] = []
+    blocks = {id(block): block for block in map(adapter.block, range(adapter.n_layers))}
+
+    def first_input(_module: Any, args: tuple, _kwargs: dict) -> None:
+        if not seen:
+            seen.append(args[0])
+
+    def output(_module: Any, _args: tuple, value: Any) -> None:
+        seen.append(value[0] if isinstance(value, tuple) else value)
+
+    handles = [adapter.block(0).register_forward_pre_hook(first_input, with_kwargs=True)]
+    handles += [block.register_forward_hook(output) for block in blocks.values()]
+    try:
+        adapter.model(tokens)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _step(adapter: Adapter, layer: int, path: str, X: Tensor) -> Tensor:
+    if path == "native":
+        block = adapter.native_block(layer, X.dtype)
+        assert block is not None
+        return block(X, lam=1.0, gating=True, layernorm=True, skip_site="residual", norm_site="both", o_scale=1.0)
+    with surgery_on_layer(adapter, layer, Variant(), o_scale=X.new_ones(())):
+        return adapter.run(layer, X)
+
+
+def _difference(layer: int, path: str, Y: Tensor, reference: Tensor) -> LayerDifference:
+    Y, reference = Y.double(), reference.double()
+    size = torch.linalg.vector_norm(reference, dim=(1, 2))
+    output = torch.linalg.vector_norm(Y - reference, dim=(1, 2)) / size
+    mu = measures.mu(reference)
+    return LayerDifference(layer, path, float(output.max()), float(((measures.mu(Y) - mu).abs() / mu).max()))
