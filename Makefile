@@ -24,8 +24,10 @@ $(BIN)/python:
 	$(BIN)/python -m pip install --no-deps --require-hashes -r configs/embedded-packages.txt
 	@touch $@
 
-figures: setup  ## the main job: results/$(PRESET); PRESET=paper for the paper's own models
-	$(BIN)/lscollapse sweep-lambda --config configs/$(PRESET).yaml --out results/$(PRESET)
+figures: setup  ## the main job: Figures 1-3 in results/$(PRESET); PRESET=paper for the paper's own models
+	$(BIN)/lscollapse sweep-lambda --config configs/$(PRESET).yaml --out runs/$(PRESET)/sweep-lambda
+	$(BIN)/lscollapse ablate-gating --config configs/$(PRESET).yaml --out runs/$(PRESET)/ablate-gating
+	$(BIN)/lscollapse figures runs/$(PRESET)/sweep-lambda runs/$(PRESET)/ablate-gating --to results/$(PRESET)
 
 test: setup  ## the suite without the slow tests
 	$(BIN)/python -m pytest -m "not slow"

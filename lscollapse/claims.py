@@ -10,7 +10,7 @@ A curve is the mean over excerpts of relative mu. Thresholds, fixed before any r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -85,7 +85,9 @@ def deep_minimum_near_zero(curves: Curves) -> Judgement:
     if len(last) < 3 or 0.0 not in last:
         return None
     lowest = min(last, key=lambda lam: last[lam])
-    return abs(lowest) <= SMALL and last[lowest] < COLLAPSED, f"lowest {last[lowest]:.3f} at lambda {lowest:g}; at 0: {last[0.0]:.3f}"
+    return abs(lowest) <= SMALL and last[
+        lowest
+    ] < COLLAPSED, f"lowest {last[lowest]:.3f} at lambda {lowest:g}; at 0: {last[0.0]:.3f}"
 
 
 def negative_is_higher(curves: Curves) -> Judgement:
@@ -99,7 +101,9 @@ def negative_is_higher(curves: Curves) -> Judgement:
 
 def full_model_does_not_collapse(curves: Curves) -> Judgement:
     curve = curves.curve(1.0, gating=True, layernorm=True)
-    return (bool(curve.min() >= COLLAPSED), f"lowest {curve.min():.3f}, last {curve.iloc[-1]:.3f}") if len(curve) else None
+    return (
+        (bool(curve.min() >= COLLAPSED), f"lowest {curve.min():.3f}, last {curve.iloc[-1]:.3f}") if len(curve) else None
+    )
 
 
 def ungated_falls(curves: Curves) -> Judgement:
@@ -109,17 +113,19 @@ def ungated_falls(curves: Curves) -> Judgement:
     half, last = len(curve) // 2, curve.iloc[-1]
     early, late = curve.iloc[:half].mean(), curve.iloc[half:].mean()
     good = last < COLLAPSED and late <= early
-    return bool(good), f"first {curve.iloc[0]:.3f}, mean of the early half {early:.3f}, of the later half {late:.3f}, last {last:.3f}"
+    return bool(
+        good
+    ), f"first {curve.iloc[0]:.3f}, mean of the early half {early:.3f}, of the later half {late:.3f}, last {last:.3f}"
 
 
 def ungated_unnormed_drops_then_rises(curves: Curves) -> Judgement:
     curve = curves.curve(1.0, gating=False, layernorm=False)
     if not len(curve):
         return None
-    lowest = curve.idxmin()
-    after = curve.loc[lowest:].max()
-    good = curve.iloc[0] - curve[lowest] >= RISE and after - curve[lowest] >= RISE
-    return bool(good), f"first {curve.iloc[0]:.3f}, lowest {curve[lowest]:.3f} (layer {lowest}), then up to {after:.3f}"
+    at = int(curve.argmin())
+    lowest, after = curve.iloc[at], curve.iloc[at:].max()
+    good = curve.iloc[0] - lowest >= RISE and after - lowest >= RISE
+    return bool(good), f"first {curve.iloc[0]:.3f}, lowest {lowest:.3f} (layer {curve.index[at]}), then up to {after:.3f}"
 
 
 def gated_unnormed_rises(curves: Curves) -> Judgement:
@@ -127,7 +133,9 @@ def gated_unnormed_rises(curves: Curves) -> Judgement:
     if not len(curve):
         return None
     gains = curve - curve.cummin()
-    return bool(gains.max() >= RISE), f"lowest {curve.min():.3f}, greatest gain {gains.max():.3f}, last finite {curve.iloc[-1]:.3f}"
+    return bool(
+        gains.max() >= RISE
+    ), f"lowest {curve.min():.3f}, greatest gain {gains.max():.3f}, last finite {curve.iloc[-1]:.3f}"
 
 
 CLAIMS: dict[str, tuple[str, Callable[[Curves], Judgement]]] = {
@@ -159,3 +167,20 @@ def judge(rows: pd.DataFrame) -> Iterator[Finding]:
                 yield Finding(claim, sentence, model, NOT_MEASURED, "")
             else:
                 yield Finding(claim, sentence, model, AGREE if result[0] else DISAGREE, result[1])
+
+
+def judge_readings(rows: pd.DataFrame) -> pd.DataFrame:
+    """The claims on Figures 1 and 3 under every reading: columns model, skip_site, norm_site, claim, sentence, verdict, numbers.
+
+    Of a reading (skip_site, norm_site), the arms with LayerNorm are those of its skip_site, whatever norm_site they carry.
+    """
+    import pandas as pd
+
+    found = []
+    without = rows[~rows["layernorm"].astype(bool)]
+    for skip_site, norm_site in dict.fromkeys(zip(without["skip_site"], without["norm_site"], strict=True)):
+        chosen = (rows["skip_site"] == skip_site) & (rows["layernorm"].astype(bool) | (rows["norm_site"] == norm_site))
+        for finding in judge(rows[chosen]):
+            if finding.claim.startswith(NEEDS_GATE):
+                found.append({"skip_site": skip_site, "norm_site": norm_site, **asdict(finding)})
+    return pd.DataFrame(found)

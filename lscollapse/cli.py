@@ -23,26 +23,38 @@ app = typer.Typer(
 Config = Annotated[Path | None, typer.Option("--config", help="YAML file; flags override it.")]
 Model = Annotated[list[str] | None, typer.Option("--model", help="Short name, folder or hub id; repeat for several.")]
 Lambdas = Annotated[str | None, typer.Option(help='Comma-separated, such as "-2,0,0.5,1".')]
-LambdasFile = Annotated[Path | None, typer.Option(help="CSV layer,lam: one lambda per layer, measured beside the others.")]
+LambdasFile = Annotated[
+    Path | None, typer.Option(help="CSV layer,lam: one lambda per layer, measured beside the others.")
+]
 Excerpts = Annotated[int | None, typer.Option(help="How many excerpts.  [default: 32]")]
 Tokens = Annotated[int | None, typer.Option(help="Tokens of each excerpt.  [default: 128]")]
 Source = Annotated[str | None, typer.Option(help="packaged, wikipedia, datasets, or a .txt, .jsonl or .parquet file.")]
 Titles = Annotated[Path | None, typer.Option(help="File with one Wikipedia title a line (source wikipedia).")]
 Tokenizer = Annotated[str | None, typer.Option(help="bert, native, or a folder or hub id.  [default: bert]")]
-SkipSite = Annotated[str | None, typer.Option(help="residual or mixer; ffn or both for BERT and ALBERT.  [default: residual]")]
-NormSite = Annotated[str | None, typer.Option(help="Which norm LN=False removes: mixer, block or both.  [default: both]")]
-Gating = Annotated[bool | None, typer.Option("--gating/--no-gating", help="Only with, or only without the gate.  [default: both]")]
+SkipSite = Annotated[
+    str | None, typer.Option(help="residual or mixer; ffn or both for BERT and ALBERT.  [default: residual]")
+]
+NormSite = Annotated[
+    str | None, typer.Option(help="Which norm LN=False removes: mixer, block or both.  [default: both]")
+]
+Gating = Annotated[
+    bool | None, typer.Option("--gating/--no-gating", help="Only with, or only without the gate.  [default: both]")
+]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float64.  [default: float32]")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.  [default: auto]")]
 Seed = Annotated[int | None, typer.Option(help="Which excerpts are drawn, and random initial weights.  [default: 0]")]
 RandomInit = Annotated[bool | None, typer.Option("--random-init", help="Measure freshly initialised weights too.")]
 Offline = Annotated[bool | None, typer.Option("--offline", help="Make no call to the hub.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="key=value, any setting of the configuration; repeat for several.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="key=value, any setting of the configuration; repeat for several.")
+]
 Out = Annotated[Path | None, typer.Option(help="Run folder.  [default: runs/VERB]")]
 Yscale = Annotated[str, typer.Option(help="linear or log vertical axis.")]
 
 
-def _experiment(config: Path | None, settings: list[str] | None, lambdas: str | None, model: list[str] | None, **flags: Any) -> Any:
+def _experiment(
+    config: Path | None, settings: list[str] | None, lambdas: str | None, model: list[str] | None, **flags: Any
+) -> Any:
     from lscollapse import config as schema
 
     if lambdas is not None:
@@ -165,7 +177,9 @@ def excerpts(
     chosen = corpus.tokenizer(experiment.tokenizer) if experiment.tokenizer else None
     drawn = experiments.load_corpus(experiment, chosen)
     corpus.freeze(drawn, out)
-    typer.echo(f"wrote {len(drawn.excerpts)} excerpts of {drawn.source} to {out} ({drawn.skipped} texts were too short)")
+    typer.echo(
+        f"wrote {len(drawn.excerpts)} excerpts of {drawn.source} to {out} ({drawn.skipped} texts were too short)"
+    )
 
 
 @app.command()

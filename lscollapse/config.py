@@ -65,7 +65,9 @@ class Experiment(Section):
         return sorted(values)
 
 
-def load(file: Path | None = None, flags: Mapping[str, Any] | None = None, settings: list[str] | None = None) -> Experiment:
+def load(
+    file: Path | None = None, flags: Mapping[str, Any] | None = None, settings: list[str] | None = None
+) -> Experiment:
     """The experiment of a YAML file, overridden by flags (None = not given), then by `key=value` settings.
 
     Raises:

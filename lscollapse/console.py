@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -71,26 +72,58 @@ def arms_table(rows: pd.DataFrame) -> None:
         curve = finite.groupby("layer")["value"].mean()
         ends = f"layer {lost.min()}" if len(lost) else "none"
         least = f"{curve.min():.3f} (layer {curve.idxmin()})"
-        table.add_row(f"{model}{_of(init)}", arm, dtype, f"{curve.iloc[0]:.3f}", least, f"{curve.iloc[-1]:.3f}", ends)
+        table.add_row(
+            f"{model}{_of(str(init))}",
+            str(arm),
+            str(dtype),
+            f"{curve.iloc[0]:.3f}",
+            least,
+            f"{curve.iloc[-1]:.3f}",
+            ends,
+        )
     Console().print(table)
 
 
 def claims_table(rows: pd.DataFrame) -> None:
-    """Print the verdict on each sentence of the paper that these rows can judge."""
+    """Print the verdict on each sentence of the paper that these rows can judge, with its numbers."""
     from lscollapse import claims
 
-    table = Table(title="what the paper writes, on these models", box=box.SIMPLE, title_justify="left")
-    for heading in ("", "sentence", "model", "verdict", "numbers"):
-        table.add_column(heading, overflow="fold")
+    console = Console(soft_wrap=True, highlight=False)
+    console.print("what the paper writes, on these models (thresholds: lscollapse/claims.py)", style="italic")
     for finding in claims.judge(rows):
         if finding.verdict != claims.NOT_MEASURED:
-            table.add_row(finding.claim, finding.sentence, finding.model, finding.verdict, finding.numbers)
+            console.print(
+                f"  {finding.claim}  {finding.model}  [bold]{finding.verdict}[/bold]  {finding.sentence}", markup=True
+            )
+            console.print(f"             {finding.numbers}", style="dim", markup=False)
+
+
+def readings_table(rows: pd.DataFrame, folder: Path) -> None:
+    """Print which reading of the paper agrees with which of its sentences, and save it as readings.csv with the numbers."""
+    from lscollapse import claims
+    from lscollapse.results import write_atomic
+
+    verdicts = claims.judge_readings(rows)
+    write_atomic(folder / "readings.csv", verdicts.to_csv(index=False))
+    cells = verdicts.set_index(["claim", "model", "skip_site", "norm_site"])["verdict"]
+    sentences = dict(zip(verdicts["claim"], verdicts["sentence"], strict=True))
+    table = Table(title="which readings agree with the paper", box=box.SIMPLE, title_justify="left")
+    for heading in ("model", "skip", "norm removed", *sentences):
+        table.add_column(heading.replace("figure ", ""), no_wrap=heading in sentences)
+    marks = {claims.AGREE: "yes", claims.DISAGREE: "no", claims.NOT_MEASURED: "-"}
+    for reading in dict.fromkeys(zip(verdicts["model"], verdicts["skip_site"], verdicts["norm_site"], strict=True)):
+        table.add_row(*reading, *(marks[cells[(claim, *reading)]] for claim in sentences))
     Console().print(table)
+    for claim, sentence in sentences.items():
+        print(f"  {claim.removeprefix('figure ')}  {sentence}")
+    print(f"wrote {folder / 'readings.csv'}")
 
 
 def identity_table(differences: list[LayerDifference], tolerance: float = 1e-5) -> bool:
     """Print the largest differences of each path and their layers; True where all are within `tolerance`."""
-    table = Table(title="instrumented against untouched, largest over layers and excerpts", box=box.SIMPLE, title_justify="left")
+    table = Table(
+        title="instrumented against untouched, largest over layers and excerpts", box=box.SIMPLE, title_justify="left"
+    )
     for heading in ("path", "output, relative", "at layer", "mu, relative", "at layer"):
         table.add_column(heading, justify="left" if heading == "path" else "right")
     for path in dict.fromkeys(d.path for d in differences):
@@ -116,6 +149,8 @@ def models_table() -> None:
         table.add_column(heading, overflow="fold", justify="right" if heading == "parameters" else "left")
     for entry in ENTRIES.values():
         where = f"embedded: {entry.location}" if entry.embedded else f"hub: {entry.location}"
-        table.add_row(entry.name, entry.architecture, f"{entry.n_parameters:,}" if entry.n_parameters else "-", where, entry.text)
+        table.add_row(
+            entry.name, entry.architecture, f"{entry.n_parameters:,}" if entry.n_parameters else "-", where, entry.text
+        )
     Console().print(table)
     print("Any hub id or local folder of these architectures works too.")

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lscollapse.models.checkpoint import ModelInfo
 
 TILE = 8  # excerpts that go through a model together
+THREADED_WIDTH = 1024  # narrower models run on one thread: faster there, and the same bits whatever the number of cores
 
 
 class Progress(Protocol):
@@ -77,7 +78,12 @@ class Subject:
     @property
     def identity(self) -> dict[str, Any]:
         digest = hashlib.sha256(self.ids.astype("<i8").tobytes()).hexdigest()
-        return {"model": self.info.name, "sha256": self.info.sha256, "excerpts_sha256": digest, "text": self.corpus.source}
+        return {
+            "model": self.info.name,
+            "sha256": self.info.sha256,
+            "excerpts_sha256": digest,
+            "text": self.corpus.source,
+        }
 
 
 Variants = Callable[["Adapter", Experiment], list[Variant]]
@@ -194,6 +200,8 @@ def run(name: str, config: Experiment, out: Path, variants: Variants, progress: 
     missing = [item for item in items if not folder.has(item[0])]
     if len(missing) < len(items):
         progress.note(f"{out} is continued: {len(items) - len(missing)} of {len(items)} work items are there")
+    if subjects and max(subject.adapter.config.hidden_size for subject in subjects) < THREADED_WIDTH:
+        _single_thread()
     progress.start(sum(_units(subject, start) for _, subject, start in missing))
     for key, subject, start in missing:
         folder.add(key, _measure(subject, start, config, progress))
@@ -233,7 +241,9 @@ def excerpts_for(info: ModelInfo, adapter: Adapter, config: Experiment, progress
     if info.text == "smiles":
         return corpora.load("smiles", config.excerpts, config.tokens, config.seed)
     native = native_tokenizer(info)
-    tokenizer = corpora.tokenizer(config.tokenizer, native) if config.tokenizer else None  # None: BERT's, or a frozen file's
+    tokenizer = (
+        corpora.tokenizer(config.tokenizer, native) if config.tokenizer else None
+    )  # None: BERT's, or a frozen file's
     size = (tokenizer or corpora.bert_tokenizer()).vocab_size
     if size > adapter.config.vocab_size and not config.source.endswith(".jsonl"):
         progress.note(
@@ -306,6 +316,12 @@ def _excerpt_record(subject: Subject) -> dict[str, Any]:
     }
 
 
+def _single_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
 def _device(config: Experiment) -> str:
     import torch
 
@@ -317,4 +333,3 @@ def _device(config: Experiment) -> str:
     if not config.device.startswith(("cpu", "cuda")):
         raise ConfigError(f"--device {config.device!r} is not known: use auto, cpu or cuda")
     return config.device
-

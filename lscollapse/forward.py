@@ -165,7 +165,9 @@ def checked_ids(adapter: Adapter, ids: Any) -> Tensor:
         )
     limit = getattr(adapter.config, "max_position_embeddings", None)
     if limit is not None and tokens.shape[1] > limit:
-        raise ValueError(f"{tokens.shape[1]} tokens, but the model has {limit} positions: use --tokens {limit} or fewer")
+        raise ValueError(
+            f"{tokens.shape[1]} tokens, but the model has {limit} positions: use --tokens {limit} or fewer"
+        )
     return tokens.to(next(adapter.model.parameters()).device)
 
 

@@ -24,7 +24,16 @@ COLUMNS = (
     "model", "revision", "checkpoint_sha256", "init", "text", "tokenizer", "arm", "lam", "gating", "layernorm", "skip_site",
     "norm_site", "dtype", "backend", "seed", "excerpt", "n_tokens", "layer", "measure", "value", "log10", "status", "floor",
 )  # fmt: skip
-RECORDED_PACKAGES = ("lscollapse", "torch", "transformers", "numpy", "pandas", "tokenizers", "mamba-ssm", "causal-conv1d")
+RECORDED_PACKAGES = (
+    "lscollapse",
+    "torch",
+    "transformers",
+    "numpy",
+    "pandas",
+    "tokenizers",
+    "mamba-ssm",
+    "causal-conv1d",
+)
 
 
 class RunFolderError(ValueError):
@@ -55,10 +64,14 @@ class RunFolder:
             if manifest.exists():
                 return
             if any(path.iterdir()):
-                raise RunFolderError(f"{path} is not empty and not a run folder: give an empty or new folder with --out")
+                raise RunFolderError(
+                    f"{path} is not empty and not a run folder: give an empty or new folder with --out"
+                )
             write_atomic(manifest, _json({"complete": False, "identity": self.identity}))
         except OSError as error:
-            raise RunFolderError(f"cannot write the run folder {path} ({error.strerror}): choose another with --out") from None
+            raise RunFolderError(
+                f"cannot write the run folder {path} ({error.strerror}): choose another with --out"
+            ) from None
 
     @property
     def complete(self) -> bool:
@@ -124,7 +137,7 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
 
 def environment() -> dict[str, Any]:
     """Versions, machine and code state for the manifest. No paths, host names or environment variables."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in RECORDED_PACKAGES:
         try:
             versions[package] = metadata.version(package)
@@ -162,7 +175,9 @@ def _commit(temporary: Path, path: Path) -> None:
 def _git_state() -> dict[str, Any] | None:
     def git(*arguments: str) -> str:
         folder = Path(__file__).parent
-        return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
 
     try:
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}

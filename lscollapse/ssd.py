@@ -1,4 +1,4 @@
-"""The two sequence operations of Mamba-2 on CPU: the SSD scan and the causal depthwise convolution (torch ops, no autograd).
+"""The two sequence operations of Mamba-2 on CPU: the SSD scan and the causal depthwise convolution (torch ops).
 
 The scan is the recurrence of Dao and Gu (arXiv:2405.21060), per head, with a state S of shape (state, head_dim):
 
@@ -6,12 +6,14 @@ The scan is the recurrence of Dao and Gu (arXiv:2405.21060), per head, with a st
     S_t  = exp(dt_t A) S_{t-1} + dt_t B_t x_t^T
     y_t  = C_t^T S_t + D x_t
 
-Within a chunk that is one lower triangular matrix per head, M_ij = C_i.B_j exp(cum_i - cum_j) dt_j, applied to x; chunks hand
-the state on. What makes it fast: C_i.B_j is formed once per group of heads; M is formed for ROWS rows at a time, up to its
-diagonal, in a buffer that stays in cache; left of the diagonal block its decay is a product of two vectors, so that exp runs
-on ROWS x ROWS blocks only; nothing is padded. One excerpt is worked on at a time, so its result cannot depend on the others.
+Within a chunk that is one lower triangular matrix per head, M_ij = C_i.B_j exp(cum_i - cum_j) dt_j, applied to x, and
+chunks hand the state on. What makes it fast: C_i.B_j is formed once per group of heads; M is formed for ROWS rows at a
+time, up to its diagonal, in a buffer that stays in cache; left of the diagonal block its decay is a product of two
+vectors, so that exp runs on ROWS x ROWS blocks only; nothing is padded. One excerpt is worked on at a time, so its
+result cannot depend on the others.
 
-No exponent is ever positive, and cum is kept in float64: a float32 result is good to float32 under any decay.
+No exponent is ever positive, and cum is kept in float64: a float32 result is good to float32 under any decay. There is
+no autograd.
 """
 
 from __future__ import annotations
@@ -229,7 +231,7 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor |
         out: written to and returned if given, (batch, L, channels).
 
     Returns:
-        (batch, L, channels): silu(bias + sum of weight[:, K-1-s] x_{t-s} over s = 0..K-1), x being 0 before its first token.
+        (batch, L, channels): silu(bias + sum of weight[:, K-1-s] x_{t-s} over s < K), x being 0 before its first token.
 
     Raises:
         ScanError: shapes that do not fit together.

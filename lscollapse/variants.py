@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lscollapse.models import Adapter, adapt
 from lscollapse.models.adapter import Edit, HookSet
@@ -77,9 +77,13 @@ def check(adapter: Adapter, variant: Variant) -> None:
     """Raise SurgeryError where the model has no such skip or norm, or another number of layers."""
     what = adapter.config.model_type
     if variant.skip_site not in adapter.skip_sites:
-        raise SurgeryError(f"skip_site {variant.skip_site!r} does not exist in {what}: use one of {', '.join(adapter.skip_sites)}")
+        raise SurgeryError(
+            f"skip_site {variant.skip_site!r} does not exist in {what}: use one of {', '.join(adapter.skip_sites)}"
+        )
     if variant.norm_site not in adapter.norm_sites:
-        raise SurgeryError(f"norm_site {variant.norm_site!r} does not exist in {what}: use one of {', '.join(adapter.norm_sites)}")
+        raise SurgeryError(
+            f"norm_site {variant.norm_site!r} does not exist in {what}: use one of {', '.join(adapter.norm_sites)}"
+        )
     if isinstance(variant.lam, tuple) and len(variant.lam) != adapter.n_layers:
         raise SurgeryError(f"{len(variant.lam)} lambdas for {adapter.n_layers} layers of {what}: give one per layer")
 
@@ -114,10 +118,12 @@ def surgery_on_layer(adapter: Adapter, layer: int, variant: Variant, o_scale: Te
 
 @contextmanager
 def _edited(
-    adapter: Adapter, blocks: list[tuple[nn.Module, list[int]]], variant: Variant, o_scale: Tensor | None
+    adapter: Adapter, blocks: list[tuple[Any, list[int]]], variant: Variant, o_scale: Tensor | None
 ) -> Iterator[None]:
     if adapter.model.training:
-        raise SurgeryError("the model is in training mode, where fused kernels bypass the hooks: call model.eval() first")
+        raise SurgeryError(
+            "the model is in training mode, where fused kernels bypass the hooks: call model.eval() first"
+        )
     installed: list[tuple[HookSet, dict[str, int]]] = []
     try:
         for block, layers in blocks:
@@ -134,7 +140,7 @@ def _edited(
 
 
 def _install(
-    adapter: Adapter, block: nn.Module, layers: list[int], variant: Variant, o_scale: Tensor | None
+    adapter: Adapter, block: Any, layers: list[int], variant: Variant, o_scale: Tensor | None
 ) -> tuple[HookSet, dict[str, int]]:
     lams = {variant.lam_at(layer) for layer in layers}
     on_mixer = variant.skip_site == "mixer"

@@ -10,9 +10,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import pytest
-import torch
-from hypothesis import settings
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 settings.register_profile("lscollapse", deadline=None, max_examples=60)
 settings.load_profile("lscollapse")

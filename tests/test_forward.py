@@ -18,7 +18,7 @@ from lscollapse.models import checkpoint, registry
 from tests.equivalence import plain_models, tiny
 from tests.equivalence.compare import assert_rows_match, by_layer
 
-LAMS = (-2.0, 0.0, 3.0, (1.5, 0.0, -0.5))
+LAMS = (-2.0, 0.0, 3.0)
 
 
 def arms_of(rows: pd.DataFrame, n_arms: int) -> list[pd.DataFrame]:
@@ -37,7 +37,7 @@ def hidden_states(model: Any, ids: np.ndarray) -> list[np.ndarray]:
     return [state.double().numpy() for state in states]
 
 
-# --- lam = 1, nothing removed: transformers itself --------------------------------------------------------------------------
+# --- lam = 1, nothing removed: transformers itself ------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -46,13 +46,28 @@ def hidden_states(model: Any, ids: np.ndarray) -> list[np.ndarray]:
         (lambda: tiny.mamba2(1), 13),
         (lambda: tiny.mamba2(2), 19),
         (lambda: tiny.mamba2(2), 8),
+        (lambda: tiny.mamba2(2), 2),
+        (lambda: tiny.mamba2(2, 2, chunk_size=64), 131),
+        (lambda: tiny.mamba2(2, hidden_act="swish"), 19),
         (lambda: tiny.mamba2(4, use_bias=False, time_step_limit=(0.3, 0.9)), 5),
         (tiny.bert, 7),
         (tiny.albert, 9),
         (lambda: tiny.albert(5, 2, 1), 9),
         (lambda: tiny.albert(3, 1, 1), 2),
     ],
-    ids=["mamba2", "groups, over two chunks", "groups, one chunk", "no biases", "bert", "albert 4x2", "albert 5/2", "albert"],
+    ids=[
+        "mamba2",
+        "over two chunks",
+        "one chunk",
+        "under the kernel",
+        "long",
+        "by hooks",
+        "no biases",
+        "bert",
+        "albert 4x2",
+        "albert 5/2",
+        "albert",
+    ],
 )
 def test_untouched_is_transformers(make: Any, n_tokens: int) -> None:
     model, ids = make(), tiny.ids(3, n_tokens)
@@ -79,31 +94,34 @@ def test_a_head_on_top_changes_nothing(kind: str) -> None:
     from transformers import AlbertForMaskedLM, BertForMaskedLM, Mamba2ForCausalLM
 
     base = getattr(tiny, kind)()
-    whole = {"mamba2": Mamba2ForCausalLM, "bert": BertForMaskedLM, "albert": AlbertForMaskedLM}[kind](base.config).eval()
+    heads = {"mamba2": Mamba2ForCausalLM, "bert": BertForMaskedLM, "albert": AlbertForMaskedLM}
+    whole = heads[kind](base.config).eval()
     whole.base_model.load_state_dict(base.state_dict())
     ids = tiny.ids(2, 9)
     variants = [Variant(), Variant(lam=-2.0, layernorm=False)]
     pd.testing.assert_frame_equal(lscollapse.measure(whole, ids, variants), lscollapse.measure(base, ids, variants))
 
 
-# --- everything else: the plain models ----------------------------------------------------------------------------------------
+# --- everything else: the plain models ------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("n_groups", "n_tokens"), [(1, 13), (2, 19)])
-def test_every_variant_of_mamba2(n_groups: int, n_tokens: int) -> None:
-    model, ids = tiny.mamba2(n_groups), tiny.ids(2, n_tokens)
+@pytest.mark.parametrize(("n_groups", "n_tokens", "act"), [(1, 13, "silu"), (2, 19, "silu"), (2, 11, "swish")])
+def test_every_variant_of_mamba2(n_groups: int, n_tokens: int, act: str) -> None:
+    """By the package's own blocks, and (swish is another name of silu) by hooks on transformers' modules."""
+    model, ids = tiny.mamba2(n_groups, 2, hidden_act=act), tiny.ids(2, n_tokens)
     weights = plain_models.weights_of(model)
     norms = [(True, "both"), (False, "both"), (False, "mixer"), (False, "block")]
     variants = [
         Variant(lam=lam, gating=gating, layernorm=layernorm, norm_site=norm_site, skip_site=skip_site)
         for lam, gating, (layernorm, norm_site), skip_site in itertools.product(
-            LAMS, (True, False), norms, ("residual", "mixer")
+            (*LAMS, (1.5, -0.5)), (True, False), norms, ("residual", "mixer")
         )
     ]
     rows = lscollapse.measure(model, ids, variants)
     for variant, part in zip(variants, arms_of(rows, len(variants)), strict=True):
+        v = variant
         outputs = plain_models.mamba2(
-            weights, model.config, ids, variant.lam, variant.gating, variant.layernorm, variant.skip_site, variant.norm_site
+            weights, model.config, ids, v.lam, v.gating, v.layernorm, v.skip_site, v.norm_site
         )
         assert_rows_match(part, outputs, what=str(variant))
 
@@ -111,12 +129,13 @@ def test_every_variant_of_mamba2(n_groups: int, n_tokens: int) -> None:
 @pytest.mark.parametrize("kind", ["bert", "albert"])
 def test_every_variant_of_post_norm(kind: str) -> None:
     model = tiny.bert(3) if kind == "bert" else tiny.albert(4, 2, 2)
-    per_layer = LAMS[-1] if kind == "bert" else (1.0, -2.0, 0.0, 0.5, 1.0, 1.0, 3.0, -1.0)
+    per_layer = (1.5, 0.0, -0.5) if kind == "bert" else (1.0, -2.0, 0.0, 0.5, 1.0, 1.0, 3.0, -1.0)
+    lams = (*LAMS, per_layer)
     ids, weights = tiny.ids(2, 9), plain_models.weights_of(model)
     plain = getattr(plain_models, kind)
     variants = [
         Variant(lam=lam, layernorm=layernorm, skip_site=site)
-        for lam, layernorm, site in itertools.product((*LAMS[:-1], per_layer), (True, False), ("residual", "ffn", "both"))
+        for lam, layernorm, site in itertools.product(lams, (True, False), ("residual", "ffn", "both"))
     ]
     rows = lscollapse.measure(model, ids, variants)
     for variant, part in zip(variants, arms_of(rows, len(variants)), strict=True):
@@ -124,7 +143,19 @@ def test_every_variant_of_post_norm(kind: str) -> None:
         assert_rows_match(part, outputs, what=str(variant))
 
 
-# --- large lambda -------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("faster", [2.0, 6.0])
+def test_a_state_that_forgets_at_once(faster: float) -> None:
+    """Decays far below the smallest float32 within a chunk: quotients of them must not appear."""
+    model, ids = tiny.mamba2(2), tiny.ids(1, 70)
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.mixer.A_log += faster
+            layer.mixer.dt_bias += faster
+    outputs = plain_models.mamba2(plain_models.weights_of(model), model.config, ids, -2.0)
+    assert_rows_match(lscollapse.measure(model, ids, [Variant(-2.0)]), outputs)
+
+
+# --- large lambda ---------------------------------------------------------------------------------
 
 
 def assert_follows(rows: pd.DataFrame, outputs: list[np.ndarray], rel: float = 1e-4) -> None:
@@ -141,15 +172,15 @@ def assert_follows(rows: pd.DataFrame, outputs: list[np.ndarray], rel: float = 1
             assert mu[1] == pytest.approx(math.log10(expected["mu"]), abs=rel), where
 
 
-@pytest.fixture(scope="module")
-def deep() -> Any:
-    return tiny.mamba2(n_layers=64, seed=1)
+@pytest.fixture(scope="module", params=["silu", "swish"], ids=["own blocks", "hooks"])
+def deep(request: pytest.FixtureRequest) -> Any:
+    return tiny.mamba2(n_layers=64, seed=1, hidden_act=request.param)
 
 
 @pytest.mark.parametrize("lam", [64.0, -64.0, -7.3])
 def test_64_layers_of_large_lambda(deep: Any, lam: float) -> None:
     """64^64 is 1e115: far outside float32, inside the float64 of the plain model."""
-    ids = tiny.ids(2, 6)
+    ids = tiny.ids(1, 5)
     outputs = plain_models.mamba2(plain_models.weights_of(deep), deep.config, ids, lam, gating=False)
     rows = lscollapse.measure(deep, ids, [Variant(lam=lam, gating=False)])
     if abs(lam) == 64.0:
@@ -157,7 +188,7 @@ def test_64_layers_of_large_lambda(deep: Any, lam: float) -> None:
     assert_follows(rows, outputs)
 
 
-def test_excerpts_of_different_size(deep: Any) -> None:
+def test_excerpts_of_different_size() -> None:
     """One excerpt is 2^45 times the other at the embedding: each carries an exponent of its own."""
     model = tiny.mamba2(n_layers=20, seed=2)
     with torch.no_grad():
@@ -177,13 +208,13 @@ PER_LAYER = {
 
 @pytest.mark.parametrize("name", PER_LAYER)
 def test_per_layer_lambdas_may_grow_and_shrink(deep: Any, name: str) -> None:
-    ids = tiny.ids(2, 6)
+    ids = tiny.ids(1, 5)
     lam = PER_LAYER[name]
     outputs = plain_models.mamba2(plain_models.weights_of(deep), deep.config, ids, lam)
     assert_follows(lscollapse.measure(deep, ids, [Variant(lam=lam)]), outputs)
 
 
-# --- statuses -------------------------------------------------------------------------------------------------------------------
+# --- statuses -------------------------------------------------------------------------------------
 
 
 def test_the_arm_that_overflows_leaves_the_others_alone() -> None:
@@ -249,7 +280,7 @@ def test_antipodal_rows_are_not_below_the_floor_of_mu() -> None:
     assert table[0, 0, "rank1_residual"][2] == "below_floor"
 
 
-# --- excerpts, columns, arguments -------------------------------------------------------------------------------------------------
+# --- excerpts, columns, arguments -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["mamba2", "bert", "albert"])

@@ -87,7 +87,7 @@ def test_closed_forms() -> None:
     )  # fmt: skip
     single = torch.zeros(4, 3, dtype=torch.float64)
     single[0, 0] = 1.0
-    assert float(dong_residual(single)) == pytest.approx(1.060660172, rel=1e-9)  # above 1: the mean is not the minimiser
+    assert float(dong_residual(single)) == pytest.approx(1.060660172, rel=1e-9)  # > 1: the mean is not the minimiser
     simplex = torch.eye(5, dtype=torch.float64) - 0.2  # mean row 0, all cosines -1/(N-1)
     assert float(relative_mu(simplex)) == pytest.approx(1.0, abs=1e-15)
     assert float(mean_cosine(simplex)) == pytest.approx(-0.25, rel=1e-12)
@@ -109,7 +109,7 @@ def test_against_singular_values(n: int, d: int) -> None:
     residual = float(sigma[1:].norm() / sigma.norm())
     assert float(rank1_residual(Y)) == pytest.approx(residual, rel=1e-12, abs=1e-15)
     assert float(stable_rank(Y)) == pytest.approx(float(sigma.square().sum() / sigma[0] ** 2), rel=1e-12)
-    centred = torch.linalg.svdvals(Y - Y.mean(0))  # mu is the Frobenius norm of the centred matrix: all its singular values
+    centred = torch.linalg.svdvals(Y - Y.mean(0))  # the Frobenius norm is that of all singular values
     assert float(mu(Y)) == pytest.approx(float(centred.norm()), rel=1e-12)
     assert {name: float(value) for name, value in measure_all(Y).items()} == pytest.approx(
         plain_measures(Y.numpy()), rel=1e-11, abs=1e-14

@@ -1,4 +1,4 @@
-"""Surgery on transformers' own modules: what they compute, that nothing stays behind, and that nothing goes unnoticed."""
+"""Surgery on transformers' own modules: what they compute, that nothing stays behind, that nothing goes unnoticed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def captured(modules: list[nn.Module], what: str) -> Iterator[list[Tensor]]:
         seen.append((output[0] if isinstance(output, tuple) else output).clone())
 
     handles = [
-        m.register_forward_pre_hook(keep_input) if what == "input" else m.register_forward_hook(keep_output) for m in modules
+        m.register_forward_pre_hook(keep_input) if what == "input" else m.register_forward_hook(keep_output)
+        for m in modules
     ]
     try:
         yield seen
@@ -73,7 +74,7 @@ def assert_close(found: list[np.ndarray], plain: list[np.ndarray], what: str) ->
         assert error < 1e-5, f"{what}, layer {layer}: {error}"
 
 
-# --- what an edited model computes ------------------------------------------------------------------------------------------
+# --- what an edited model computes ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("n_groups", "n_tokens"), [(1, 13), (2, 19)])
@@ -129,7 +130,7 @@ def test_surgery_of_a_model_with_a_head() -> None:
     np.testing.assert_allclose(logits.double().numpy(), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-# --- lam = 0 is exactly O -----------------------------------------------------------------------------------------------------
+# --- lam = 0 is exactly O -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gating", [True, False])
@@ -173,8 +174,8 @@ def test_lambda_0_of_post_norm_is_the_mechanism_bit_for_bit(kind: str, site: str
 
 
 def test_the_measured_pass_gives_o_alone_at_lambda_0() -> None:
-    """Also in the package's own blocks. Past the eps of the norm the mixer does not see how large X is, so O is the same for
-    embeddings of 2^40 and 2^50; a skip that was added and taken away would leave noise of 2^-24 of them."""
+    """Also in the package's own blocks. Past the eps of the norm the mixer does not see how large X is, so O is
+    the same for embeddings of 2^40 and 2^50; a skip that was added and taken away would leave 2^-24 of them."""
     ids, tables = tiny.ids(2, 9), []
     for scale in (2.0**40, 2.0**50):
         model = tiny.mamba2(2)
@@ -184,7 +185,7 @@ def test_the_measured_pass_gives_o_alone_at_lambda_0() -> None:
     np.testing.assert_allclose(tables[0], tables[1], rtol=1e-5)
 
 
-# --- nothing stays behind -------------------------------------------------------------------------------------------------------
+# --- nothing stays behind -------------------------------------------------------------------------
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
@@ -258,7 +259,7 @@ def test_the_model_is_as_it_was_after_an_exception(kind: str, variant: Variant) 
     assert torch.equal(forward(model, ids), output)
 
 
-# --- nothing goes unnoticed -----------------------------------------------------------------------------------------------------
+# --- nothing goes unnoticed -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", MAKE)
@@ -294,7 +295,7 @@ def test_a_block_that_is_left_out() -> None:
         model.layers[1](model.layers[0](X))
 
 
-# --- errors ---------------------------------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

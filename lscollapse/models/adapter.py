@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class UnsupportedModel(ValueError):
@@ -44,7 +44,7 @@ class Adapter(ABC):
     def n_layers(self) -> int: ...
 
     @abstractmethod
-    def block(self, layer: int) -> nn.Module:
+    def block(self, layer: int) -> Any:
         """The module that computes layer `layer` (0-based); the same module for several layers where weights are shared."""
 
     @abstractmethod
@@ -56,14 +56,14 @@ class Adapter(ABC):
         """Output of block `layer` for its input X, (B, N, d) -> (B, N, d), as the untouched forward calls it."""
 
     @abstractmethod
-    def install(self, block: nn.Module, edit: Edit, hooks: HookSet) -> None:
+    def install(self, block: Any, edit: Edit, hooks: HookSet) -> None:
         """Register on `hooks` everything that turns `block` into the edited block."""
 
     def native_block(self, layer: int, dtype: torch.dtype) -> NativeBlock | None:
         """The package's own computation of block `layer` in `dtype` on CPU, or None where the model's module is used."""
         return None
 
-    def layers_of(self, block: nn.Module) -> list[int]:
+    def layers_of(self, block: Any) -> list[int]:
         """The layers that `block` computes, in the order of its calls within one forward."""
         return [layer for layer in range(self.n_layers) if self.block(layer) is block]
 
@@ -107,10 +107,10 @@ class Edit:
     def removes_norm(self, site: str) -> bool:
         return not self.layernorm and self.norm_site in (site, "both")
 
-    def add(self, X: Tensor, O: Tensor) -> Tensor:  # noqa: E741  (the paper's name)
+    def add(self, X: Tensor, O: Tensor) -> Tensor:
         """lam*X + O, Eq. (3), arXiv:2410.10609v3: formed from X and O, so that lam = 0 is exactly O."""
         lam = 1.0 if self.skip_site == "mixer" else self.lam()
-        O = O * self.o_scale  # noqa: E741
+        O = O * self.o_scale
         return O.to(torch.promote_types(X.dtype, O.dtype)) if lam == 0.0 else lam * X + O
 
 
@@ -122,22 +122,22 @@ class HookSet:
         self._handles: list[Any] = []
         self._restores: list[Callable[[], None]] = []
 
-    def before(self, module: nn.Module, name: str, function: Callable[[tuple, dict], tuple | None]) -> None:
+    def before(self, module: Any, name: str, function: Callable[[tuple, dict], tuple | None]) -> None:
         """`function(args, kwargs)` runs before `module`; it may return new positional arguments."""
         self.counts[name] = 0
 
-        def hook(_module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+        def hook(_module: Any, args: tuple, kwargs: dict) -> tuple | None:
             self.counts[name] += 1
             replaced = function(args, kwargs)
             return None if replaced is None else (replaced, kwargs)
 
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def after(self, module: nn.Module, name: str, function: Callable[[tuple, dict, Any], Any]) -> None:
+    def after(self, module: Any, name: str, function: Callable[[tuple, dict, Any], Any]) -> None:
         """`function(args, kwargs, output)` runs after `module`; what it returns (unless None) replaces the output."""
         self.counts[name] = 0
 
-        def hook(_module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        def hook(_module: Any, args: tuple, kwargs: dict, output: Any) -> Any:
             self.counts[name] += 1
             return function(args, kwargs, output)
 

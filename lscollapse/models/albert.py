@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import Any
+
+from torch import Tensor
 
 from lscollapse.models.adapter import Adapter, Edit, HookSet, UnsupportedModel
 from lscollapse.models.post_norm import PostNormAdd
@@ -17,7 +19,7 @@ class AlbertAdapter(Adapter):
     def n_layers(self) -> int:
         return self.config.num_hidden_layers * self.config.inner_group_num
 
-    def block(self, layer: int) -> nn.Module:
+    def block(self, layer: int) -> Any:
         outer, inner = divmod(layer, self.config.inner_group_num)
         group = int(outer / (self.config.num_hidden_layers / self.config.num_hidden_groups))
         return self.model.encoder.albert_layer_groups[group].albert_layers[inner]
@@ -28,9 +30,11 @@ class AlbertAdapter(Adapter):
     def run(self, layer: int, X: Tensor) -> Tensor:
         return self.block(layer)(X, None)
 
-    def install(self, block: nn.Module, edit: Edit, hooks: HookSet) -> None:
+    def install(self, block: Any, edit: Edit, hooks: HookSet) -> None:
         if self.config.chunk_size_feed_forward:
-            raise UnsupportedModel("chunk_size_feed_forward is set: set it to 0, the edited sum needs the whole sequence")
+            raise UnsupportedModel(
+                "chunk_size_feed_forward is set: set it to 0, the edited sum needs the whole sequence"
+            )
         attention = block.attention
         edits_attention = edit.changes_sum and edit.skip_site in ("residual", "both")
         first = PostNormAdd("attention", edit, hooks, edits_attention, attention.LayerNorm)

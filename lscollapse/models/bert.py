@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import Any
+
+from torch import Tensor
 
 from lscollapse.models.adapter import Adapter, Edit, HookSet, UnsupportedModel
 from lscollapse.models.post_norm import PostNormAdd
@@ -17,7 +19,7 @@ class BertAdapter(Adapter):
     def n_layers(self) -> int:
         return self.config.num_hidden_layers
 
-    def block(self, layer: int) -> nn.Module:
+    def block(self, layer: int) -> Any:
         return self.model.encoder.layer[layer]
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -26,9 +28,11 @@ class BertAdapter(Adapter):
     def run(self, layer: int, X: Tensor) -> Tensor:
         return self.block(layer)(X, None)
 
-    def install(self, block: nn.Module, edit: Edit, hooks: HookSet) -> None:
+    def install(self, block: Any, edit: Edit, hooks: HookSet) -> None:
         if self.config.chunk_size_feed_forward:
-            raise UnsupportedModel("chunk_size_feed_forward is set: set it to 0, the edited sum needs the whole sequence")
+            raise UnsupportedModel(
+                "chunk_size_feed_forward is set: set it to 0, the edited sum needs the whole sequence"
+            )
         for name, output, sites in (
             ("attention", block.attention.output, ("residual", "both")),
             ("ffn", block.output, ("ffn", "both")),

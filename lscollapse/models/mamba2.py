@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lscollapse import ssd
 from lscollapse.models.adapter import Adapter, Edit, HookSet
@@ -28,7 +28,7 @@ class Mamba2Adapter(Adapter):
     def n_layers(self) -> int:
         return self.config.num_hidden_layers
 
-    def block(self, layer: int) -> nn.Module:
+    def block(self, layer: int) -> Any:
         return self.model.layers[layer]
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class Mamba2Adapter(Adapter):
             tuple(c.time_step_limit),
         )  # fmt: skip
 
-    def install(self, block: nn.Module, edit: Edit, hooks: HookSet) -> None:
+    def install(self, block: Any, edit: Edit, hooks: HookSet) -> None:
         if edit.changes_sum:
             _residual_skip(block, edit, hooks)
         if edit.changes_mixer:
@@ -73,7 +73,7 @@ def _norm_arguments(args: tuple, kwargs: dict) -> tuple[Tensor, Tensor]:
     return args[0], args[1] if len(args) > 1 else kwargs["gate"]
 
 
-def _residual_skip(block: nn.Module, edit: Edit, hooks: HookSet) -> None:
+def _residual_skip(block: Any, edit: Edit, hooks: HookSet) -> None:
     """lam*X + O around the whole block (skip_site residual)."""
     seen: dict[str, Tensor] = {}
 
@@ -91,7 +91,7 @@ def _residual_skip(block: nn.Module, edit: Edit, hooks: HookSet) -> None:
     hooks.after(block, "block output", add)
 
 
-def _mixer_skip(mixer: nn.Module, edit: Edit, hooks: HookSet) -> None:
+def _mixer_skip(mixer: Any, edit: Edit, hooks: HookSet) -> None:
     """lam*V added to the scan output in place of the gate (skip_site mixer): D + lam while the mixer runs."""
     original = mixer.D.data
 

@@ -1,14 +1,16 @@
 """One Mamba-2 block on CPU, from a layer's tensors, near the speed of its two matrix products.
 
-The same function as transformers' Mamba2Block edited by `models/mamba2.py`. What a variant does not use is not computed:
-with the gate off, the z half of in_proj is never multiplied. Between the two products one excerpt is worked on at a time,
-in buffers that are reused, and its result overwrites its own projection.
+The same function as transformers' Mamba2Block edited by `models/mamba2.py`. What a variant does not use is not
+computed: with the gate off, the z half of in_proj is never multiplied. Between the two products each thread works on
+one excerpt at a time, in buffers that are reused, and its result overwrites its own projection.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -69,13 +71,38 @@ class Mamba2Shape:
         }
 
 
+class Workers:
+    """Threads that each work on one excerpt at a time, in scratch buffers of their own.
+
+    A thread runs its torch operations alone: nothing waits for another core inside an excerpt, which on a busy machine
+    costs far more than the work, and results do not depend on the number of threads.
+    """
+
+    def __init__(self) -> None:
+        self.workspace = ssd.Workspace()  # of the calling thread
+        self._threads = torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(self._threads, initializer=self._start)
+        self._local = threading.local()
+
+    def _start(self) -> None:
+        torch.set_num_threads(1)
+        torch.set_grad_enabled(False)
+        self._local.workspace = ssd.Workspace()
+
+    def each(self, function: Callable[..., None], *columns: Iterable) -> None:
+        """function(workspace, *row) for every row of the columns, in any order."""
+        for _ in self._pool.map(lambda *row: function(self._local.workspace, *row), *columns):
+            pass
+        torch.set_num_threads(self._threads)  # threads of others would otherwise start with the setting above
+
+
 class NativeBlock:
     """A Mamba-2 block as a function X, (B, N, hidden) -> Y, (B, N, hidden).
 
-    float32 and float64 compute everything in that dtype. bfloat16 keeps the weights of in_proj and out_proj in bfloat16 and
-    rounds what goes into and comes out of these two products; the scan, the norms and the residual stream are float32.
-    An excerpt's result does not depend on the others in the batch, up to the rounding of the two products.
-    Give all blocks of a model one workspace: they then share their scratch buffers.
+    float32 and float64 compute everything in that dtype. bfloat16 keeps the weights of in_proj and out_proj in bfloat16
+    and rounds what goes into and comes out of these two products; the scan, the norms and the residual stream are
+    float32. An excerpt's result does not depend on the others in the batch, up to the rounding of the two products.
+    Give all blocks of a model the same workers: they then share threads and scratch buffers.
     """
 
     def __init__(
@@ -83,7 +110,7 @@ class NativeBlock:
         tensors: Mapping[str, Tensor],
         shape: Mamba2Shape,
         dtype: torch.dtype = torch.float32,
-        workspace: ssd.Workspace | None = None,
+        workers: Workers | None = None,
     ) -> None:
         """Tensors are shared, not copied, where they have the dtype asked for.
 
@@ -95,7 +122,7 @@ class NativeBlock:
             raise BlockError(f"dtype {dtype} is not supported: choose one of {', '.join(map(str, DTYPES))}")
         self.shape, self.dtype = shape, dtype
         self.stream = ssd.compute_dtype(dtype)
-        self.workspace = workspace or ssd.Workspace()
+        self.workers = workers or Workers()
         weights = {name: t.to(dtype if "_proj" in name else self.stream) for name, t in tensors.items()}
         self._norm, self._mixer_norm = weights["norm.weight"], weights["mixer.norm.weight"]
         self._in_proj, self._in_bias = weights["mixer.in_proj.weight"], weights.get("mixer.in_proj.bias")
@@ -124,8 +151,8 @@ class NativeBlock:
             lam: strength of the skip.
             gating: False takes the gate, silu(z), out of the mixer.
             layernorm: False takes out the norms that norm_site names.
-            skip_site: `residual`: Y = lam*X + o_scale*O, exactly o_scale*O for lam = 0. `mixer`: lam times the scan's input
-                is added to its output (D + lam in the place of D), and Y = X + o_scale*O.
+            skip_site: `residual`: Y = lam*X + o_scale*O, exactly o_scale*O for lam = 0. `mixer`: lam times the scan's
+                input is added to its output (D + lam in the place of D), and Y = X + o_scale*O.
             norm_site: `mixer` (the norm before out_proj), `block` (the pre-norm) or `both`.
             o_scale: scales O, one number or one an excerpt (B, 1, 1), where X is carried scaled.
 
@@ -143,42 +170,51 @@ class NativeBlock:
         D = self._D + lam if skip_site == "mixer" else self._D
         lam = 1.0 if skip_site == "mixer" else lam
 
-        normed = self.workspace.take("normed", X.shape, self.dtype)
-        for one_X, one_normed in zip(X, normed, strict=True):
+        def enter(workspace: ssd.Workspace, X: Tensor, out: Tensor) -> None:
             if keep_block:
-                rms_norm(one_X, self._norm, self.shape.eps, one_normed, self.workspace)
+                rms_norm(X, self._norm, self.shape.eps, out, workspace)
             else:
-                one_normed.copy_(one_X)
+                out.copy_(X)
+
+        def mix(workspace: ssd.Workspace, projected: Tensor, out: Tensor) -> None:
+            self._mix(workspace, projected, D, gating, keep_mixer, out)
+
+        def add(_: ssd.Workspace, X: Tensor, O: Tensor, scale: float, out: Tensor) -> None:
+            torch.mul(O, scale, out=out)
+            if lam:
+                out.add_(X, alpha=lam)
+
+        take = self.workers.workspace.take
+        normed = take("normed", X.shape, self.dtype)
+        self.workers.each(enter, X, normed)
         skipped = 0 if gating else self.shape.inner  # rows of in_proj that make z
-        projected = self.workspace.take("projected", (batch, N, len(self._in_proj) - skipped), self.dtype)
+        projected = take("projected", (batch, N, len(self._in_proj) - skipped), self.dtype)
         bias = None if self._in_bias is None else self._in_bias[skipped:]
         _linear(normed.flatten(0, 1), self._in_proj[skipped:], bias, projected.flatten(0, 1))
 
         mixed = projected[..., : self.shape.inner]
-        for one_projected, one_mixed in zip(projected, mixed, strict=True):
-            self._mix(one_projected, D, gating, keep_mixer, one_mixed)
+        self.workers.each(mix, projected, mixed)
         O = normed  # its buffer is free again
         _linear(mixed.flatten(0, 1), self._out_proj, self._out_bias, O.flatten(0, 1))
 
         Y = torch.empty_like(X)
         scales = torch.as_tensor(o_scale).flatten().expand(batch).tolist()
-        for one_X, one_O, one_Y, scale in zip(X, O, Y, scales, strict=True):
-            torch.mul(one_O, scale, out=one_Y)
-            if lam:
-                one_Y.add_(one_X, alpha=lam)
+        self.workers.each(add, X, O, scales, Y)
         return Y
 
-    def _mix(self, projected: Tensor, D: Tensor, gating: bool, keep_norm: bool, out: Tensor) -> None:
+    def _mix(
+        self, workspace: ssd.Workspace, projected: Tensor, D: Tensor, gating: bool, keep_norm: bool, out: Tensor
+    ) -> None:
         """Conv, scan, gate and norm of one excerpt: projected (N, [z,] xBC, dt) -> out (N, inner), which may alias."""
         s, N = self.shape, len(projected)
         if projected.dtype != self.stream:
-            projected = self.workspace.take("widened", projected.shape, self.stream).copy_(projected)
+            projected = workspace.take("widened", projected.shape, self.stream).copy_(projected)
         gate = projected[:, : s.inner] if gating else None
         xBC, dt = projected[:, -s.conv_dim - s.heads : -s.heads], projected[:, -s.heads :]
-        convolved = self.workspace.take("convolved", xBC.shape, self.stream)
+        convolved = workspace.take("convolved", xBC.shape, self.stream)
         ssd.conv(xBC[None], self._conv, self._conv_bias, out=convolved[None])
         x, B, C = convolved[None].split([s.inner, s.groups * s.state, s.groups * s.state], dim=-1)
-        y = self.workspace.take("y", (N, s.inner), self.stream)
+        y = workspace.take("y", (N, s.inner), self.stream)
         ssd.scan(
             x.unflatten(-1, (s.heads, s.head_dim)),
             dt[None],
@@ -189,12 +225,12 @@ class NativeBlock:
             self._dt_bias,
             dt_limit=s.dt_limit,
             out=y.view(1, N, s.heads, s.head_dim),
-            workspace=self.workspace,
+            workspace=workspace,
         )
         if gate is not None:
             y.mul_(F.silu(gate, inplace=True))
         if keep_norm:
-            rms_norm(y, self._mixer_norm, s.eps, out, self.workspace, s.groups)
+            rms_norm(y, self._mixer_norm, s.eps, out, workspace, s.groups)
         else:
             out.copy_(y)
 

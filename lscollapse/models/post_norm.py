@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import Any
+
+from torch import Tensor
 
 from lscollapse.models.adapter import Edit, HookSet
 
@@ -10,7 +12,7 @@ from lscollapse.models.adapter import Edit, HookSet
 class PostNormAdd:
     """One LayerNorm(X + O) inside a block: edits it to LayerNorm(lam*X + O), or without the norm."""
 
-    def __init__(self, name: str, edit: Edit, hooks: HookSet, scales_skip: bool, norm: nn.Module) -> None:
+    def __init__(self, name: str, edit: Edit, hooks: HookSet, scales_skip: bool, norm: Any) -> None:
         self._seen: dict[str, Tensor] = {}
         self._name, self._edit, self._hooks = name, edit, hooks
         self._scales_skip = scales_skip
@@ -19,17 +21,17 @@ class PostNormAdd:
         if edit.removes_norm("block"):
             hooks.after(norm, f"{name} norm (removed)", lambda args, kwargs, output: args[0])
 
-    def skip_is_argument(self, module: nn.Module, position: int) -> None:
+    def skip_is_argument(self, module: Any, position: int) -> None:
         """X is the `position`-th positional argument of `module`."""
         if self._scales_skip:
             self._hooks.before(module, f"{self._name} input", lambda args, kwargs: self._keep("X", args[position]))
 
-    def skip_is_output(self, module: nn.Module) -> None:
+    def skip_is_output(self, module: Any) -> None:
         """X is the output (or the first of the outputs) of `module`."""
         if self._scales_skip:
             self._hooks.after(module, f"{self._name} input", lambda args, kwargs, out: self._keep("X", out))
 
-    def mechanism_is_output(self, module: nn.Module) -> None:
+    def mechanism_is_output(self, module: Any) -> None:
         """O is the output of `module`."""
         if self._scales_skip:
             self._hooks.after(module, f"{self._name} mechanism", lambda args, kwargs, out: self._keep("O", out))

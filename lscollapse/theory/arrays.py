@@ -1,6 +1,6 @@
 """Checked float64 arrays and the collapse measures of one (N, d) matrix: the numpy ground floor of the theory.
 
-The measures are those of `lscollapse.measure` without torch, so that the theory imports in milliseconds.
+The measures are those of `lscollapse.measures` without torch, so that the theory imports in milliseconds.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ class Gain(NamedTuple):
     frobenius: float
 
 
-def measured(X: ArrayLike, O: ArrayLike) -> Gain:  # noqa: E741
+def measured(X: ArrayLike, O: ArrayLike) -> Gain:
     """Gains of one layer on one excerpt, X and O (N, d): max_i ||O_i|| / ||X_i|| and ||O||_F / ||X||_F.
 
     Valid for heads, convolutions, gates and MLPs alike, but on this input only. TheoryError for a zero row of X.

@@ -71,7 +71,8 @@ def sys1_exact(lam: float, K: int, alpha: float = 2.0) -> Exact:
     """Sys-1 (alpha > 0): a' = a (1 + q^2) + 2 q sqrt(a (a-1)), a_0 = 1, q = alpha/|1+lam|.
 
     1/a is the squared sine of the angle between the rows; it is carried as a logarithm. The rows' inner product has the
-    sign of 1 + lam. Deviation: the paper writes 4/(1+lam) for the last factor, losing the sign of the LayerNorm divisor.
+    sign of 1 + lam. Deviation: the paper writes 4/(1+lam) for the last factor and so loses the sign of the LayerNorm
+    divisor.
     """
     if not alpha > 0.0:
         raise TheoryError(f"alpha = {alpha}: the closed form is for alpha > 0")

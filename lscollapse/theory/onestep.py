@@ -31,25 +31,29 @@ class Response(NamedTuple):
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.where(below > 0.0, above / below, np.nan)
 
+    def _line(self) -> tuple[float, float]:
+        """(slope, offset): the layer raises relative mu iff slope lam + offset > 0."""
+        return 2 * (self.B * self.A_all - self.A * self.B_all), self.C * self.A_all - self.A * self.C_all
+
     def crossing(self) -> float:
         """The one lambda at which the layer leaves relative mu unchanged; NaN when no lambda does, or all do."""
-        slope = 2 * (self.B * self.A_all - self.A * self.B_all)
-        return (self.A * self.C_all - self.C * self.A_all) / slope if slope else float("nan")
+        slope, offset = self._line()
+        return -offset / slope if slope else float("nan")
 
     def raises(self, lam: float) -> bool:
         """True when the layer with this lambda increases relative mu."""
-        slope = 2 * (self.B * self.A_all - self.A * self.B_all)
-        return lam * slope + (self.C * self.A_all - self.A * self.C_all) > 0.0
+        slope, offset = self._line()
+        return slope * lam + offset > 0.0
 
 
-def _pair(X: ArrayLike, O: ArrayLike) -> tuple[Array, Array]:  # noqa: E741
+def _pair(X: ArrayLike, O: ArrayLike) -> tuple[Array, Array]:
     X, out = matrix(X, "X"), matrix(O, "O")
     if X.shape != out.shape:
         raise TheoryError(f"X has shape {X.shape}, O {out.shape}: give input and mixer output of one layer")
     return X, out
 
 
-def response(X: ArrayLike, O: ArrayLike) -> Response:  # noqa: E741
+def response(X: ArrayLike, O: ArrayLike) -> Response:
     """The six scalars of a layer's input and mixer output, both (N, d)."""
     X, out = _pair(X, O)
     PX, PO = centred(X), centred(out)
@@ -57,14 +61,14 @@ def response(X: ArrayLike, O: ArrayLike) -> Response:  # noqa: E741
     return Response(*(float(np.vdot(a, b)) for a, b in pairs))
 
 
-def response_layernorm(X: ArrayLike, O: ArrayLike, lams: ArrayLike) -> Array:  # noqa: E741
+def response_layernorm(X: ArrayLike, O: ArrayLike, lams: ArrayLike) -> Array:
     """Relative mu after rows of lam X + O are normalised, one value a lambda; NaN where a row is zero."""
     X, out = _pair(X, O)
     values = [lam * X + out for lam in np.atleast_1d(np.asarray(lams, dtype=np.float64))]
     return np.array([relative_mu(unit_rows(Z)) if Z.any(1).all() else np.nan for Z in values])
 
 
-def drive(X: ArrayLike, O: ArrayLike) -> float:  # noqa: E741
+def drive(X: ArrayLike, O: ArrayLike) -> float:
     """Collapse drive h of a post-norm layer with unit-row X: relative mu^2 changes by -2 h / lam + O(1 / lam^2).
 
     h = mean_i [xbar . O_i - (xbar . x_i)(x_i . O_i)]. h > 0: a positive lambda collapses, a negative one separates.

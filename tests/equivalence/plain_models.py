@@ -1,8 +1,8 @@
 """Mamba-2, BERT and ALBERT written out plainly in float64 numpy, straight from a dictionary of weights.
 
-They are the oracle for the surgery: nothing of the package and no layer of torch is used, Mamba-2 runs token by token, and
-lambda, the gate and the norms are plain `if`s at the place where the equations have them. Names of weights are those of
-transformers' base models. Every function returns [X_0, ..., X_K]: the embedding and the output of each block, (B, N, d).
+They are the oracle for the surgery: nothing of the package and no layer of torch is used, Mamba-2 runs token by token,
+and lambda, the gate and the norms are plain `if`s where the equations have them. Names of weights are those of
+transformers' base models. Every model returns [X_0, ..., X_K]: the embedding and the output of each block, (B, N, d).
 """
 
 from __future__ import annotations
@@ -58,15 +58,15 @@ def _rms_norm(weight: np.ndarray, x: np.ndarray, eps: float, groups: int = 1) ->
     return parts.reshape(x.shape) * weight
 
 
-# --- Mamba-2 ------------------------------------------------------------------------------------------------------------
+# --- Mamba-2 --------------------------------------------------------------------------------------
 
 
 def mamba2(
     w: Weights, config: Any, ids: np.ndarray, lam: Lam = 1.0, gating: bool = True, layernorm: bool = True,
     skip_site: str = "residual", norm_site: str = "both",
 ) -> list[np.ndarray]:  # fmt: skip
-    """X' = lam*X + O with O = mixer(norm(X)); at skip_site `mixer` X' = X + O, with lam*V inside the mixer in place of the
-    gate, so nowhere while the gate is on."""
+    """X' = lam*X + O with O = mixer(norm(X)); at skip_site `mixer` X' = X + O, with lam*V inside the mixer in place of
+    the gate, so nowhere while the gate is on."""
     block_norm = layernorm or norm_site == "mixer"
     mixer_norm = layernorm or norm_site == "block"
     X = w["embeddings.weight"][ids]
@@ -82,11 +82,9 @@ def mamba2(
     return outputs
 
 
-def mamba2_mixer(
-    w: Weights, config: Any, u: np.ndarray, gating: bool, norm: bool, extra_skip: float
-) -> np.ndarray:
-    """in_proj, causal depthwise convolution, the recurrence h' = exp(dt A) h + dt B x, y = C h + (D + extra_skip) x, gated
-    RMSNorm per group, out_proj. u and the result are (B, N, d)."""
+def mamba2_mixer(w: Weights, config: Any, u: np.ndarray, gating: bool, norm: bool, extra_skip: float) -> np.ndarray:
+    """in_proj, causal depthwise convolution, the recurrence h' = exp(dt A) h + dt B x, y = C h + (D + extra_skip) x,
+    gated RMSNorm per group, out_proj. u and the result are (B, N, d)."""
     n_heads, head_dim, n_groups, n_state = config.num_heads, config.head_dim, config.n_groups, config.state_size
     batch, n_tokens, _ = u.shape
     inner = n_heads * head_dim
@@ -124,7 +122,7 @@ def mamba2_mixer(
     return _linear(w, "mixer.out_proj", y)
 
 
-# --- BERT and ALBERT ----------------------------------------------------------------------------------------------------
+# --- BERT and ALBERT ------------------------------------------------------------------------------
 
 
 def bert(
@@ -147,7 +145,7 @@ def bert(
 def albert(
     w: Weights, config: Any, ids: np.ndarray, lam: Lam = 1.0, layernorm: bool = True, skip_site: str = "residual"
 ) -> list[np.ndarray]:
-    """The same block; `num_hidden_layers` passes are divided over the groups, each pass runs all inner layers of a group."""
+    """The same block; the passes are divided over the groups, and each runs all inner layers of its group."""
     X = _linear(w, "encoder.embedding_hidden_mapping_in", _embedding(w, config, ids))
     outputs = [X]
     names = {
@@ -172,8 +170,9 @@ def _embedding(w: Weights, config: Any, ids: np.ndarray) -> np.ndarray:
 
 
 def _post_norm_block(
-    w: Weights, config: Any, where: str, names: dict[str, str], X: np.ndarray, lam: float, layernorm: bool, skip_site: str
-) -> np.ndarray:
+    w: Weights, config: Any, where: str, names: dict[str, str], X: np.ndarray, lam: float, layernorm: bool,
+    skip_site: str,
+) -> np.ndarray:  # fmt: skip
     def linear(name: str, x: np.ndarray) -> np.ndarray:
         return _linear(w, where + names[name], x)
 
@@ -196,7 +195,7 @@ def _post_norm_block(
     return norm("second norm", (lam if skip_site in ("ffn", "both") else 1.0) * Z + fed)
 
 
-# --- measures of one (N, d) matrix, by their definitions ------------------------------------------------------------------
+# --- measures of one (N, d) matrix, by their definitions ------------------------------------------
 
 
 def plain_measures(Y: np.ndarray) -> dict[str, float]:

@@ -15,7 +15,9 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[..., list[np.ndarray]], int]]
     "mamba2, one group": (lambda: tiny.mamba2(1), plain_models.mamba2, 13),
     "mamba2, two groups, over two chunks": (lambda: tiny.mamba2(2), plain_models.mamba2, 19),
     "mamba2, no biases, clamped dt": (
-        lambda: tiny.mamba2(4, use_bias=False, use_conv_bias=False, time_step_limit=(0.3, 0.9)), plain_models.mamba2, 16,
+        lambda: tiny.mamba2(4, use_bias=False, use_conv_bias=False, time_step_limit=(0.3, 0.9)),
+        plain_models.mamba2,
+        16,
     ),
     "bert": (tiny.bert, plain_models.bert, 7),
     "albert, groups of two": (tiny.albert, plain_models.albert, 9),

@@ -17,7 +17,7 @@ def ids(batch: int, n_tokens: int, seed: int = 0) -> np.ndarray:
 
 
 def _shaken(model: nn.Module, seed: int) -> Any:
-    """Every weight moved off its initial value: biases off 0, norms and D off 1, so that none of them can go missing."""
+    """Every weight moved off its initial value: biases off 0, norms and D off 1, so that none can go missing."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -28,8 +28,9 @@ def _shaken(model: nn.Module, seed: int) -> Any:
 def mamba2(n_groups: int = 1, n_layers: int = 3, seed: int = 0, **changes: Any) -> Any:
     torch.manual_seed(seed)
     settings = {
-        "vocab_size": VOCABULARY, "hidden_size": 16, "state_size": 5, "num_heads": 4, "head_dim": 8, "n_groups": n_groups,
-        "num_hidden_layers": n_layers, "chunk_size": 8, "conv_kernel": 4, "expand": 2, "use_bias": True, "pad_token_id": 0,
+        "vocab_size": VOCABULARY, "hidden_size": 16, "expand": 2, "num_heads": 4, "head_dim": 8, "state_size": 5,
+        "n_groups": n_groups, "num_hidden_layers": n_layers, "chunk_size": 8, "conv_kernel": 4, "use_bias": True,
+        "pad_token_id": 0,
     }  # fmt: skip
     return _shaken(Mamba2Model(Mamba2Config(**settings | changes)), seed)
 

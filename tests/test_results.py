@@ -1,0 +1,153 @@
+"""A run folder: parts that are whole or absent, resuming, and refusing what belongs to another configuration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lscollapse.results import RunFolder, RunFolderError, differences, read_manifest, read_rows
+
+IDENTITY = {"experiment": "sweep-lambda", "config": {"lambdas": [0.0, 1.0], "seed": 0}, "subjects": [{"model": "a"}]}
+ITEMS = ["00-00000", "00-00008", "01-00000"]
+
+
+def part(number: int) -> pd.DataFrame:
+    values = np.random.default_rng(number).standard_normal(5)
+    return pd.DataFrame({"model": "a", "excerpt": range(5), "value": values, "gating": pd.array([None] * 5, "boolean")})
+
+
+def finished(path: Path) -> RunFolder:
+    folder = RunFolder(path, IDENTITY)
+    for number, item in enumerate(ITEMS):
+        folder.add(item, part(number))
+    folder.finish(ITEMS, {"device": "cpu"})
+    return folder
+
+
+def test_rows_are_the_parts_in_order(tmp_path: Path) -> None:
+    finished(tmp_path / "run")
+    rows = read_rows(tmp_path / "run")
+    pd.testing.assert_frame_equal(rows, pd.concat([part(n) for n in range(3)], ignore_index=True))
+    csv = pd.read_csv(tmp_path / "run" / "rows.csv")
+    np.testing.assert_allclose(csv["value"], rows["value"], rtol=1e-9)
+    assert len(csv) == len(rows) and list(csv) == list(rows)
+    assert sorted(file.name for file in (tmp_path / "run").iterdir()) == ["manifest.json", "rows.csv", "rows.parquet"]
+
+
+def test_manifest(tmp_path: Path) -> None:
+    finished(tmp_path / "run")
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["complete"] is True
+    assert manifest["identity"] == IDENTITY
+    assert manifest["device"] == "cpu"
+    assert manifest["versions"]["torch"] and manifest["versions"]["transformers"]
+    assert manifest["wall_seconds"] >= 0
+    assert manifest["peak_rss_bytes"] > 10 * 2**20
+    assert str(Path.home()) not in json.dumps({key: value for key, value in manifest.items() if key != "identity"})
+
+
+def test_order_of_work_does_not_show(tmp_path: Path) -> None:
+    """Parts made in another order, by three processes that each did one: the same bytes."""
+    finished(tmp_path / "one")
+    for number in (2, 0, 1):
+        RunFolder(tmp_path / "two", IDENTITY).add(ITEMS[number], part(number))
+    folder = RunFolder(tmp_path / "two", IDENTITY)
+    assert [folder.has(item) for item in (*ITEMS, "02-00000")] == [True, True, True, False]
+    assert not folder.complete
+    folder.finish(ITEMS, {})
+    assert RunFolder(tmp_path / "two", IDENTITY).complete
+    for name in ("rows.parquet", "rows.csv"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_a_half_written_part_is_not_a_part(tmp_path: Path) -> None:
+    """What a kill leaves: a temporary file with half the bytes. It is not read and does not get in the way."""
+    finished(tmp_path / "one")
+    folder = RunFolder(tmp_path / "two", IDENTITY)
+    folder.add(ITEMS[0], part(0))
+    whole = (tmp_path / "two" / "parts" / f"{ITEMS[0]}.parquet").read_bytes()
+    (tmp_path / "two" / "parts" / f"{ITEMS[1]}.tmp").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "two" / "rows.tmp").write_bytes(b"half")
+    (tmp_path / "two" / "manifest.json.tmp").write_bytes(b'{"half')
+    again = RunFolder(tmp_path / "two", IDENTITY)
+    assert [again.has(item) for item in ITEMS] == [True, False, False]
+    for number in (1, 2):
+        again.add(ITEMS[number], part(number))
+    again.finish(ITEMS, {})
+    assert (tmp_path / "one" / "rows.parquet").read_bytes() == (tmp_path / "two" / "rows.parquet").read_bytes()
+
+
+def test_killed_while_the_first_manifest_is_written(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "manifest.json.tmp").write_text('{"compl', encoding="utf-8")
+    assert not RunFolder(tmp_path / "run", IDENTITY).complete
+
+
+def test_killed_while_the_parts_are_removed(tmp_path: Path) -> None:
+    """The manifest says complete and a part is left over: the run is complete."""
+    finished(tmp_path / "run")
+    (tmp_path / "run" / "parts").mkdir()
+    part(2).to_parquet(tmp_path / "run" / "parts" / f"{ITEMS[2]}.parquet")
+    assert RunFolder(tmp_path / "run", IDENTITY).complete
+    assert len(read_rows(tmp_path / "run")) == 15
+
+
+@pytest.mark.parametrize("complete", [False, True])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": {"lambdas": [0.0, 1.0], "seed": 5}}, r"config\.seed: 0, now 5"),
+        ({"config": {"lambdas": [0.0], "seed": 0}}, r"config\.lambdas: \[0\.0, 1\.0\], now \[0\.0\]"),
+        ({"config": {"lambdas": [0.0, 1.0], "seed": 0, "tokens": 3}}, r"config\.tokens: null, now 3"),
+        ({"experiment": "ablate-gating"}, 'experiment: "sweep-lambda", now "ablate-gating"'),
+    ],
+)
+def test_another_configuration_is_refused(tmp_path: Path, complete: bool, change: dict, message: str) -> None:
+    if complete:
+        finished(tmp_path / "run")
+    else:
+        RunFolder(tmp_path / "run", IDENTITY).add(ITEMS[0], part(0))
+    before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+    with pytest.raises(RunFolderError, match=message):
+        RunFolder(tmp_path / "run", IDENTITY | change)
+    assert before == {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+
+
+def test_a_folder_with_other_things_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("precious", encoding="utf-8")
+    with pytest.raises(RunFolderError, match="not empty and not a run folder"):
+        RunFolder(tmp_path, IDENTITY)
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
+    assert not RunFolder(tmp_path, IDENTITY).complete
+
+
+@pytest.mark.parametrize("where", ["file", "file/run"])
+def test_a_folder_that_cannot_be_made(tmp_path: Path, where: str) -> None:
+    """Also for root, who may write anywhere: a file is in the way."""
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    with pytest.raises(RunFolderError, match="cannot write the run folder") as caught:
+        RunFolder(tmp_path / where, IDENTITY)
+    assert "\n" not in str(caught.value)
+
+
+def test_reading_what_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match=r"has no rows\.parquet"):
+        read_rows(tmp_path)
+    with pytest.raises(RunFolderError, match=r"manifest\.json is missing or unreadable"):
+        read_manifest(tmp_path)
+    (tmp_path / "manifest.json").write_text("{", encoding="utf-8")
+    with pytest.raises(RunFolderError, match=r"manifest\.json is missing or unreadable"):
+        RunFolder(tmp_path, IDENTITY)
+
+
+def test_differences() -> None:
+    assert differences({"a": 1, "b": {"c": [1]}}, {"a": 1, "b": {"c": [1]}}) == []
+    assert differences({"a": 1, "b": {"c": [1]}}, {"a": 2, "b": {"c": [2]}}) == ["a: 1, now 2", "b.c: [1], now [2]"]
+    assert differences({"a": 1}, {"b": 1}) == ["a: 1, now null", "b: null, now 1"]
