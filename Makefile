@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup figures test test-slow lint bench clean
+.PHONY: help setup figures test test-slow test-kernels lint bench clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -34,6 +34,17 @@ test: setup  ## the suite without the slow tests
 
 test-slow: setup  ## the slow tests
 	$(BIN)/python -m pytest -m slow
+
+.venv-kernels/stamp: configs/kernels-packages.txt configs/constraints.txt
+	$(PYTHON) -m venv .venv-kernels
+	.venv-kernels/bin/python -m pip install -c configs/constraints.txt torch numpy pytest setuptools wheel packaging
+	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE \
+	  .venv-kernels/bin/python -m pip install --no-build-isolation --no-deps -r configs/kernels-packages.txt
+	@touch $@
+
+test-kernels:  ## mamba-ssm's Triton kernels without a GPU: interpreted, and compiled for sm_80, sm_90 and sm_100
+	@$(MAKE) .venv-kernels/stamp || { echo "test-kernels: SKIPPED, its packages cannot be installed here (above)" >&2; exit 0; }; \
+	TRITON_INTERPRET=1 .venv-kernels/bin/python -m pytest --confcutdir=tests/kernels tests/kernels
 
 lint: setup  ## ruff (rules and format) and mypy
 	$(BIN)/ruff check

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lscollapse import measures
+from lscollapse import certify, measures
 from lscollapse.models import Adapter, adapt
 from lscollapse.models.adapter import NativeBlock
 from lscollapse.variants import Variant, check, surgery_on_layer
@@ -39,11 +39,42 @@ class Stream:
         self.exponent = torch.zeros(len(X), dtype=torch.int64, device=X.device)
         self.status = measures.status(X)
         self.carries_scale = adapter.pre_norm and not variant.removes_block_norm
+        self.values: dict[str, np.ndarray] = {}  # the measures of X, or of what X was when its excerpt was certified
+        self.power = np.zeros(len(X))  # log2 of what mu in `values` is still to be multiplied with
+        self.bound = np.full(len(X), np.nan)  # of the certified excerpts: how far the values can be off
+        self._left: list[float] | None = None
+        self._proved = self.bound
 
     @property
-    def lost(self) -> bool:
-        """Whether no excerpt is finite any more."""
-        return all(status != "ok" for status in self.status)
+    def running(self) -> bool:
+        """Whether the next block has to be computed: some excerpt is finite and not certified."""
+        return any(s == "ok" and np.isnan(b) for s, b in zip(self.status, self.bound, strict=True))
+
+    def certify_with(self, gains: Sequence[float]) -> None:
+        if certify.applies(self.variant):
+            self._left = certify.remaining(gains, self.variant, self.dtype)
+
+    def record(self, layer: int, values: dict[str, Tensor] | None) -> None:
+        """Take the measures of X, the input of block `layer`; of certified excerpts only mu moves on, with lambda."""
+        settled = ~np.isnan(self.bound)
+        if settled.any():
+            self.power[settled] += np.log2(abs(self.variant.lam_at(layer - 1)))
+        if values is None:
+            return
+        for name, fresh in values.items():
+            new = fresh.cpu().numpy()
+            self.values[name] = np.where(settled, self.values[name], new) if settled.any() else new
+        self.power[~settled] = self.exponent.cpu().numpy()[~settled]
+        self._proved = np.full(len(self.bound), np.nan)
+        if self._left is not None:
+            bound = certify.relative_change(self._left[layer], self.X, self.exponent).cpu().numpy()
+            proved = ~settled & (bound < measures.floor(self.dtype))
+            self._proved = np.where(proved, bound, np.nan)
+
+    def settle(self) -> None:
+        """From the next layer on, the excerpts just proved keep their values."""
+        if self._left is not None:
+            self.bound = np.where(np.isnan(self.bound), self._proved, self.bound)
 
     def step(self, adapter: Adapter, layer: int, native: NativeBlock | None) -> None:
         """X <- block `layer` of this variant."""
@@ -85,6 +116,7 @@ def measure(
     variants: Sequence[Variant] = (Variant(),),
     dtype: torch.dtype | None = None,
     progress: Callable[[int], None] | None = None,
+    gains: Sequence[float] | None = None,
 ) -> pd.DataFrame:
     """Measure every variant of `model` on every excerpt, layer 0 (embeddings) to K.
 
@@ -95,6 +127,8 @@ def measure(
         dtype: what every arm computes in. Default: the dtype of the model's weights, and float64 for arms whose blocks have
             lost their norm, since their values leave float32 within a few layers.
         progress: called after each block pass with the number of excerpts it was for.
+        gains: bounds of every layer's mixer (certify.gains): a variant then stops where they prove that nothing measured
+            can still change by more than the dtype's resolution; its further rows have status `certified` and the bound.
 
     Returns:
         One row per arm, excerpt, layer and measure (docs/table.md lists the columns).
@@ -107,19 +141,27 @@ def measure(
     for variant in variants:
         check(adapter, variant)
     tokens = checked_ids(adapter, ids)
-    with torch.inference_mode():
+    with torch.no_grad():
         engines = Engines(adapter, variants, dtype)
         table = _Table(n_tokens=tokens.shape[1])
         streams = [Stream(adapter, v, engines.embed(tokens, kind), kind) for v, kind in engines.dtypes.items()]
-        first = measures.measure_all(adapter.embed(tokens))
-        for stream in streams:
-            table.add(adapter, stream, 0, first)
-        for layer in range(adapter.n_layers):
-            blocks = engines.blocks(layer)
+        if gains is not None:
             for stream in streams:
-                if not stream.lost:
+                stream.certify_with(gains)
+        first = measures.measure_all(adapter.embed(tokens))
+        for number, stream in enumerate(streams):
+            stream.record(0, first)
+            table.add(adapter, number, stream, 0)
+        for layer in range(adapter.n_layers):
+            blocks = engines.blocks(layer, {s.dtype for s in streams if s.running})
+            for number, stream in enumerate(streams):
+                stream.settle()
+                values = None
+                if stream.running:
                     stream.step(engines.adapter(stream.dtype), layer, blocks[stream.dtype])
-                table.add(adapter, stream, layer + 1, measures.measure_all(stream.X))
+                    values = measures.measure_all(stream.X)
+                stream.record(layer + 1, values)
+                table.add(adapter, number, stream, layer + 1)
                 if progress is not None:
                     progress(len(tokens))
     return table.frame()
@@ -129,28 +171,27 @@ class Engines:
     """Which dtype each variant computes in, and what computes a block in that dtype."""
 
     def __init__(self, adapter: Adapter, variants: Sequence[Variant], dtype: torch.dtype | None) -> None:
-        own = next(adapter.model.parameters()).dtype
-        self._adapters = {own: adapter}
-        self.dtypes = {v: dtype or (torch.float64 if v.removes_block_norm else own) for v in variants}
+        self._adapters = {adapter.dtype: adapter}
+        self._original = adapter
+        self.dtypes = {v: dtype or (torch.float64 if v.removes_block_norm else adapter.dtype) for v in variants}
 
     def adapter(self, dtype: torch.dtype) -> Adapter:
         """The model in `dtype`: itself, or a converted copy where its modules have to compute in another one."""
         if dtype not in self._adapters:
-            original = next(iter(self._adapters.values()))
-            needs_copy = original.native_block(0, dtype) is None
-            model = copy.deepcopy(original.model).to(dtype) if needs_copy else original.model
-            self._adapters[dtype] = adapt(model)
+            original = self._original
+            self._adapters[dtype] = original if original.native else adapt(copy.deepcopy(original.model).to(dtype))
         return self._adapters[dtype]
 
     def embed(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         """The first residual stream; float32 at least where the package's own blocks keep it so."""
         adapter = self.adapter(dtype)
         X = adapter.embed(tokens)
-        return X.to(torch.promote_types(dtype, torch.float32)) if adapter.native_block(0, dtype) else X
+        return X.to(torch.promote_types(dtype, torch.float32)) if adapter.native else X
 
-    def blocks(self, layer: int) -> dict[torch.dtype, NativeBlock | None]:
-        """The package's own block `layer` for every dtype in use; None where the model's module computes it."""
-        return {dtype: self.adapter(dtype).native_block(layer, dtype) for dtype in set(self.dtypes.values())}
+    def blocks(self, layer: int, dtypes: set[torch.dtype]) -> dict[torch.dtype, NativeBlock | None]:
+        """The package's own block `layer` in every dtype; None where the model's module computes it."""
+        adapters = {dtype: self.adapter(dtype) for dtype in dtypes}
+        return {dtype: a.native_block(layer, dtype) if a.native else None for dtype, a in adapters.items()}
 
 
 def checked_ids(adapter: Adapter, ids: Any) -> Tensor:
@@ -168,7 +209,7 @@ def checked_ids(adapter: Adapter, ids: Any) -> Tensor:
         raise ValueError(
             f"{tokens.shape[1]} tokens, but the model has {limit} positions: use --tokens {limit} or fewer"
         )
-    return tokens.to(next(adapter.model.parameters()).device)
+    return tokens.to(adapter.device)
 
 
 class _Table:
@@ -178,12 +219,12 @@ class _Table:
         self.n_tokens = n_tokens
         self.columns: dict[str, list[Any]] = {}
 
-    def add(self, adapter: Adapter, stream: Stream, layer: int, values: dict[str, Tensor]) -> None:
+    def add(self, adapter: Adapter, number: int, stream: Stream, layer: int) -> None:
         variant = stream.variant
         floor = measures.floor(stream.dtype)
-        arrays = {name: value.cpu().numpy() for name, value in values.items()}
-        exponent = stream.exponent.cpu().numpy()
+        arrays, power = stream.values, stream.power
         common = {
+            "variant": number,
             "arm": variant.arm(adapter.has_gate),
             "lam": float("nan") if isinstance(variant.lam, tuple) else float(variant.lam),
             "gating": variant.gating if adapter.has_gate else None,
@@ -197,17 +238,21 @@ class _Table:
         }
         for name in measures.MEASURES:
             mantissa = arrays[name]
-            power = exponent if name == "mu" else np.zeros_like(exponent)
             with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-                value = np.ldexp(mantissa, power)
-                log10 = np.where(mantissa > 0, np.log10(mantissa), np.nan) + power * LOG10_2
+                value, log10 = mantissa, np.where(mantissa > 0, np.log10(mantissa), np.nan)
+                if name == "mu":
+                    whole = np.floor(power)
+                    value = np.ldexp(mantissa * np.exp2(power - whole), whole.astype(int))
+                    log10 = log10 + power * LOG10_2
             hidden = (name in measures.VANISHING) & (arrays["relative_mu" if name == "mu" else name] < floor)
+            flags = zip(stream.status, hidden, np.isnan(mantissa), ~np.isnan(stream.bound), strict=True)
             rows = {
                 "excerpt": range(len(value)),
                 "measure": [name] * len(value),
                 "value": value,
                 "log10": log10,
-                "status": [_status(*row) for row in zip(stream.status, hidden, np.isnan(mantissa), strict=True)],
+                "status": [_status(*row) for row in flags],
+                "bound": stream.bound,
             }
             for key, constant in common.items():
                 self.columns.setdefault(key, []).extend([constant] * len(value))
@@ -217,10 +262,10 @@ class _Table:
     def frame(self) -> pd.DataFrame:
         import pandas as pd
 
-        return pd.DataFrame(self.columns).astype({"gating": "boolean", "lam": "float64"})
+        return pd.DataFrame(self.columns).astype({"gating": "boolean", "lam": "float64", "bound": "float64"})
 
 
-def _status(stream: str, below_floor: bool, undefined: bool) -> str:
+def _status(stream: str, below_floor: bool, undefined: bool, certified: bool) -> str:
     if stream != "ok":
         return stream
-    return "nan" if undefined else "below_floor" if below_floor else "ok"
+    return "nan" if undefined else "below_floor" if below_floor else "certified" if certified else "ok"

@@ -31,10 +31,10 @@ def differences(model: Any, ids: Any) -> Iterator[LayerDifference]:
     """
     adapter = adapt(model)
     tokens = checked_ids(adapter, ids)
-    with torch.inference_mode():
+    with torch.no_grad():
         reference = _untouched(adapter, tokens)
         streams = {"hooks": adapter.embed(tokens)}
-        if adapter.native_block(0, reference[0].dtype) is not None:
+        if adapter.native:
             streams["native"] = streams["hooks"]
         for path, X in streams.items():
             yield _difference(0, path, X, reference[0])
@@ -69,7 +69,6 @@ def _untouched(adapter: Adapter, tokens: Tensor) -> list[Tensor]:
 def _step(adapter: Adapter, layer: int, path: str, X: Tensor) -> Tensor:
     if path == "native":
         block = adapter.native_block(layer, X.dtype)
-        assert block is not None
         return block(X, lam=1.0, gating=True, layernorm=True, skip_site="residual", norm_site="both", o_scale=1.0)
     with surgery_on_layer(adapter, layer, Variant(), o_scale=X.new_ones(())):
         return adapter.run(layer, X)

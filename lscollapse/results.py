@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 COLUMNS = (
     "model", "revision", "checkpoint_sha256", "init", "text", "tokenizer", "arm", "lam", "gating", "layernorm", "skip_site",
-    "norm_site", "dtype", "backend", "seed", "excerpt", "n_tokens", "layer", "measure", "value", "log10", "status", "floor",
+    "norm_site", "dtype", "backend", "seed", "excerpt", "n_tokens", "layer", "measure", "value", "log10", "status", "bound",
+    "floor",
 )  # fmt: skip
 RECORDED_PACKAGES = (
     "lscollapse",

@@ -41,13 +41,11 @@ class Case:
 
 
 TOY = (
-    Case("one group", Mamba2Shape(hidden=32, heads=4, head_dim=16, state=16), batch=2, n_tokens=50, chunk=64),
-    Case(
-        "two groups", Mamba2Shape(hidden=32, heads=4, head_dim=16, state=32, groups=2), batch=1, n_tokens=75, chunk=32
-    ),
-    Case("three tokens", Mamba2Shape(hidden=32, heads=2, head_dim=32, state=64), batch=1, n_tokens=3, chunk=16),
+    Case("one group", Mamba2Shape(32, heads=4, head_dim=16, state=16), batch=2, n_tokens=50, chunk=64),
+    Case("two groups", Mamba2Shape(32, heads=4, head_dim=16, state=32, groups=2), batch=1, n_tokens=75, chunk=32),
+    Case("three tokens", Mamba2Shape(32, heads=2, head_dim=32, state=64), batch=1, n_tokens=3, chunk=16),
 )
-PAPER = (Case("mamba2-2.7b", Mamba2Shape(hidden=2560, heads=80, head_dim=64, state=128), 1, n_tokens=300, chunk=256),)
+PAPER = (Case("mamba2-2.7b", Mamba2Shape(2560, heads=80, head_dim=64, state=128), batch=1, n_tokens=300, chunk=256),)
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class Check:
         error: largest |found - float64 recurrence| / largest |recurrence|; for a backward pass of the worst gradient.
         tolerance: what the error may be.
         seconds: time of one call, its compilation not counted.
-        torch_seconds: the same by torch's operations on this device; None where those are what ran, or have no backward.
+        torch_seconds: the same by torch's operations on this device; None where those ran, or have no backward.
     """
 
     name: str
@@ -124,9 +122,7 @@ def verify(
 def _interpret() -> None:
     if os.environ.get("TRITON_INTERPRET") != "1":
         if "triton" in sys.modules:
-            raise KernelError(
-                "Triton is imported already: to check it on a CPU set TRITON_INTERPRET=1 in the environment"
-            )
+            raise KernelError("Triton is imported already: set TRITON_INTERPRET=1 to check it on a CPU")
         os.environ["TRITON_INTERPRET"] = "1"
 
 

@@ -59,9 +59,32 @@ class Adapter(ABC):
     def install(self, block: Any, edit: Edit, hooks: HookSet) -> None:
         """Register on `hooks` everything that turns `block` into the edited block."""
 
-    def native_block(self, layer: int, dtype: torch.dtype) -> NativeBlock | None:
-        """The package's own computation of block `layer` in `dtype` on CPU, or None where the model's module is used."""
-        return None
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self.model.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def native(self) -> bool:
+        """Whether the package computes the blocks itself (`native_block`), in any dtype, instead of the model's modules."""
+        return False
+
+    def native_block(self, layer: int, dtype: torch.dtype) -> NativeBlock:
+        """The package's own computation of block `layer` in `dtype`; only where `native`."""
+        raise UnsupportedModel(f"{self.config.model_type} has no blocks of the package's own")
+
+    @property
+    def bounded_mixer(self) -> bool:
+        """Whether the weights alone bound the mixer's output (see certify.py)."""
+        return False
+
+    def mixer_bound(self, layer: int, spectral_bound: Callable[[Tensor], float]) -> float:
+        """An upper bound of the norm of every row of O of block `layer`; only where `bounded_mixer`."""
+        raise UnsupportedModel(f"the weights of {self.config.model_type} do not bound its mixer")
 
     def layers_of(self, block: Any) -> list[int]:
         """The layers that `block` computes, in the order of its calls within one forward."""

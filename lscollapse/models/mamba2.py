@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lscollapse import ssd
 from lscollapse.models.adapter import Adapter, Edit, HookSet
-from lscollapse.models.mamba2_native import Mamba2Shape, NativeBlock
+from lscollapse.models.mamba2_native import Mamba2Shape, NativeBlock, Workers
 
 
 class Mamba2Adapter(Adapter):
@@ -22,7 +23,7 @@ class Mamba2Adapter(Adapter):
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
-        self._workspace = ssd.Workspace()
+        self.workers = Workers()
 
     @property
     def n_layers(self) -> int:
@@ -37,11 +38,28 @@ class Mamba2Adapter(Adapter):
     def run(self, layer: int, X: Tensor) -> Tensor:
         return self.model.layers[layer](X)
 
-    def native_block(self, layer: int, dtype: torch.dtype) -> NativeBlock | None:
-        block = self.model.layers[layer]
-        if block.norm.weight.device.type != "cpu" or self.config.hidden_act != "silu":
-            return None
-        return NativeBlock(dict(block.named_parameters()), self.shape, dtype, self._workspace)
+    @property
+    def native(self) -> bool:
+        return self.device.type == "cpu" and self.config.hidden_act == "silu"
+
+    def tensors(self, layer: int) -> dict[str, Tensor]:
+        """The tensors of block `layer` under their names in Mamba2Block."""
+        return dict(self.model.layers[layer].named_parameters())
+
+    def native_block(self, layer: int, dtype: torch.dtype) -> NativeBlock:
+        return NativeBlock(self.tensors(layer), self.shape, dtype, self.workers)
+
+    @property
+    def bounded_mixer(self) -> bool:
+        return True
+
+    def mixer_bound(self, layer: int, spectral_bound: Callable[[Tensor], float]) -> float:
+        """sqrt(d_inner) ||W_out diag(w_norm)||_2 + ||bias||: an RMS-normed row of d_inner entries has at most norm sqrt(d_inner)."""
+        tensors = self.tensors(layer)
+        weight = tensors["mixer.out_proj.weight"].detach() * tensors["mixer.norm.weight"].detach()
+        bias = tensors.get("mixer.out_proj.bias")
+        offset = 0.0 if bias is None else float(torch.linalg.vector_norm(bias.double()))
+        return math.sqrt(weight.shape[1]) * spectral_bound(weight) + offset
 
     @property
     def shape(self) -> Mamba2Shape:

@@ -49,6 +49,8 @@ def lambda_c(M: ArrayLike) -> float:
         raise TheoryError("M: lambda_c is known for lower-triangular M >= 0 and for M whose rows sum to 1 only")
     nu = np.linalg.eigvals(M)
     rest = np.delete(nu, np.argmin(np.abs(nu - 1.0)))
-    if (np.abs(rest - 1.0) < 1e-12).any() or (rest.real > 1.0).any():
+    if (rest.real > 1.0 + 1e-9).any():
+        raise TheoryError("M has an eigenvalue of real part above 1: no lambda_c above which consensus attracts")
+    if (rest.real > 1.0 - 1e-12).any():
         return float("inf")
     return float((-(1.0 - np.abs(rest) ** 2) / (2.0 * (1.0 - rest.real))).max(initial=-np.inf))

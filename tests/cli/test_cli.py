@@ -182,27 +182,37 @@ def test_figures_of_no_run(shell: Shell, tmp_path: Path) -> None:
 
 def test_frozen_excerpts_give_the_same_rows(shell: Shell, minilm: str, tmp_path: Path) -> None:
     """From a file that holds more than is asked for. And the folder refuses another configuration by name."""
-    small = ("--model", minilm, "--excerpts", "3", "--lambdas", "-2,0,1", "--seed", "3")
-    tokens = ("--tokens", "8")
-    direct, frozen = tmp_path / "direct", tmp_path / "frozen.jsonl"
-    code, out, _ = shell("sweep-lambda", *small, *tokens, "--out", direct)
+    frozen, out = tmp_path / "frozen.jsonl", tmp_path / "run"
+    code, said, _ = shell("excerpts", frozen, "--excerpts", "4", "--tokens", "8", "--seed", "3")
     assert code == 0
-    assert minilm in out
-    code, out, _ = shell("excerpts", frozen, "--excerpts", "4", *tokens, "--seed", "3")
+    assert "4 excerpts" in said
+    command = (
+        "sweep-lambda",
+        "--model",
+        minilm,
+        "--excerpts",
+        "3",
+        "--lambdas",
+        "-2,0,1",
+        "--source",
+        frozen,
+        "--out",
+        out,
+    )
+    code, said, _ = shell(*command, "--tokens", "8", "--seed", "3")
     assert code == 0
-    assert "4 excerpts" in out
-    code, _, _ = shell("sweep-lambda", *small, *tokens, "--source", frozen, "--out", tmp_path / "replayed")
-    assert code == 0
-    rows = read_rows(direct)
-    pd.testing.assert_frame_equal(rows, read_rows(tmp_path / "replayed"))
-    assert len(rows) == 3 * 3 * 7 * 6
+    assert minilm in said
+    settings = {"models": [minilm], "excerpts": 3, "tokens": 8, "lambdas": [-2, 0, 1], "seed": 3}
+    direct = experiments.sweep_lambda(config.load(flags=settings), tmp_path / "direct")
+    pd.testing.assert_frame_equal(read_rows(out), direct)
+    assert len(direct) == 3 * 3 * 7 * 6
 
-    before = {file.name: file.read_bytes() for file in direct.iterdir()}
-    line = shell.refused("sweep-lambda", *small, "--tokens", "7", "--out", direct)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    line = shell.refused(*command, "--tokens", "7", "--seed", "3")
     assert "config.tokens: 8, now 7" in line
-    assert before == {file.name: file.read_bytes() for file in direct.iterdir()}
+    assert before == {file.name: file.read_bytes() for file in out.iterdir()}
 
-    code, out, _ = shell("figures", direct, "--to", tmp_path / "again")
+    code, said, _ = shell("figures", out, "--to", tmp_path / "again")
     assert code == 0
     drawn = {file.name for file in (tmp_path / "again").iterdir()}
     assert {Path(name).suffix for name in drawn} == {".png", ".pdf", ".csv"}

@@ -1,9 +1,9 @@
-"""Compiles every Triton kernel that the scan (forward, backward) and the gated norm launch at 2.7B sizes; launches none.
+"""Compiles every Triton kernel that the scan and the gated norm launch at 2.7B sizes; launches none.
 
-    TRITON_CACHE_DIR=... python -m tests.kernels.compile_only 90 ieee
+    TRITON_CACHE_DIR=... python -m tests.kernels.compile_only 90 ieee [backward]
 
-prints one JSON object a kernel. Triton asks its active driver what to compile for; one that answers "compute capability 90"
-needs no GPU, and with warmup=True a kernel is compiled and not launched.
+prints one JSON object a kernel. Triton asks its active driver what to compile for; one that answers "compute capability
+90" needs no GPU, and with warmup=True a kernel is compiled and not launched.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 
-def main(capability: int, precision: str) -> None:
-    from triton.runtime.driver import driver
+def main(capability: int, precision: str, backward: bool) -> None:
     from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
     driver.set_active(
@@ -52,10 +52,11 @@ def main(capability: int, precision: str) -> None:
     B, C = torch.zeros(2, batch, L, groups, state)
     A, D, dt_bias = torch.zeros(3, heads)
     y = combined.mamba_chunk_scan_combined(x, dt, A, B, C, 256, D=D, dt_bias=dt_bias, dt_softplus=True)
-    y.backward(torch.zeros_like(y))
+    if backward:
+        y.backward(torch.zeros_like(y))
     rows = torch.zeros(L, heads * head_dim)
     layernorm.rmsnorm_fn(rows, torch.zeros(heads * head_dim), None, z=rows, norm_before_gate=False)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), sys.argv[2], backward="backward" in sys.argv)

@@ -22,9 +22,9 @@ FORWARD = {
 }
 
 
-def compiled(capability: int, precision: str, cache: Path) -> list[dict]:
+def compiled(capability: int, precision: str, cache: Path, *options: str) -> list[dict]:
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MAMBA_DETERMINISTIC")}
-    command = [sys.executable, "-m", "tests.kernels.compile_only", str(capability), precision]
+    command = [sys.executable, "-m", "tests.kernels.compile_only", str(capability), precision, *options]
     done = subprocess.run(command, env=environment | {"TRITON_CACHE_DIR": str(cache)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -32,9 +32,10 @@ def compiled(capability: int, precision: str, cache: Path) -> list[dict]:
 
 @pytest.mark.parametrize("capability", SHARED)
 def test_every_kernel_compiles(capability: int, tmp_path: Path) -> None:
-    found = compiled(capability, "ieee", tmp_path)
+    backward = capability == 90  # on one: its kernels take longest to compile
+    found = compiled(capability, "ieee", tmp_path, *["backward"] * backward)
     names = {kernel["name"] for kernel in found}
-    assert names >= FORWARD and any("bwd" in name for name in names)
+    assert names >= FORWARD and any("bwd" in name for name in names) == backward
     for kernel in found:
         assert kernel["cubin"] == "7f454c46", kernel  # an ELF file
         assert f"sm_{capability}" in kernel["target"], kernel

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -183,3 +184,11 @@ def test_what_is_wrong_is_named() -> None:
         block(X, norm_site="none")
     with pytest.raises(BlockError, match="expected"):
         block(X[..., :3])
+
+
+def test_workers_leave_the_thread_setting_of_others_alone() -> None:
+    s = SHAPES["one group"]
+    before = torch.get_num_threads()
+    NativeBlock(weights(s), s)(stream(s))
+    with ThreadPoolExecutor(1) as pool:
+        assert (torch.get_num_threads(), pool.submit(torch.get_num_threads).result()) == (before, before)

@@ -99,6 +99,7 @@ def test_causal_attention_matrix():
         (lambda: flow.critical_lambda(lambda Y: Y, Y2, 4, 0.9), "not above the target"),
         (lambda: spectral.T(-Y2, 1.0), "sums to zero"),
         (lambda: spectral.lambda_c(np.ones((2, 2))), "rows sum to 1 only"),
+        (lambda: spectral.lambda_c([[2.0, -1.0], [-1.0, 2.0]]), "real part above 1"),
     ],
 )
 def test_bad_input_says_what_came_and_how_to_mend_it(call, message):

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from scipy.linalg import toeplitz
 from scipy.special import softmax
 
-from lscollapse.theory import bounds, certificates, constants, flow, onestep, spectral
+from lscollapse.theory import bounds, certificates, constants, flow, onestep, spectral, theorem41
 from lscollapse.theory.arrays import relative_mu, unit_rows
-from lscollapse.theory.layers import decay, layer
+from lscollapse.theory.layers import attention_matrix, decay, layer
 
 seeds = st.integers(0, 2**32 - 1)
 few = settings(max_examples=40, deadline=None, derandomize=True)
@@ -224,3 +224,31 @@ def test_a_priori_form_of_theorem_a2_by_hand():
     eps = np.exp(-2 * 0.5**2 / 2) / 3
     expected = np.sqrt(3 * 0.9) * (1 - eps**4) ** (3 / 2)  # K = 7 layers are three blocks of r = 2
     assert bounds.attention_layernorm_a_priori(3, 7, 2, 0.5, 4, 0.1) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("mixing", "G", "C_M", "expected"),
+    [
+        (lambda Y: attention_matrix(Y, np.eye(16), 16), 1.0, 4.0, (5.18, 5.65, 14.7, 373)),
+        (lambda Y: attention_matrix(Y, np.eye(16), 16, causal=True), 1.0, 4.0, (4.51, 5.03, 14.7, 373)),
+        (lambda Y: decay(16, 0.9), 8.147, 7.909, (20.2, 23.0, 120, 738)),
+        (lambda Y: decay(16, 0.5), 2.0, 4.570, (0.67, 2.69, 29.5, 426)),
+    ],
+)
+def test_comparison_table_of_the_docs(mixing, G, C_M, expected):
+    """Critical lambda by bisection on the net, the flow's estimate, and both certificates: 12 layers, target 1/2."""
+    K, target, low, high = 12, 0.5, 0.0, 200.0
+    Y0 = unit_rows(np.random.default_rng(0).standard_normal((16, 16)))
+    m0 = relative_mu(Y0)
+    while high - low > 1e-3:
+        lam, Y = (low + high) / 2, Y0
+        for _ in range(K):
+            Y = layer(Y, mixing(Y), lam)
+        low, high = (low, lam) if relative_mu(Y) >= target else (lam, high)
+    found = (
+        high,
+        flow.critical_lambda(lambda Y: mixing(Y) @ Y, Y0, K, target).lam,
+        certificates.lambda_required(m0, target, np.full(K, G)),
+        theorem41.lambda_required((target / m0) ** (2 / K), K, C_M, m0**2),
+    )
+    assert found == pytest.approx(expected, rel=0.005)

@@ -1,0 +1,87 @@
+"""Certified early exit: where the weights prove that the remaining layers cannot change what is measured.
+
+In a pre-norm net with a norm before out_proj, every row of O = mixer(norm(X)) is bounded by the weights alone,
+||O_i|| <= G := sqrt(d_inner) * ||W_out diag(w_norm)||_2 (+ ||bias||), whatever the input, the scan and the gate do. With
+X_{k+1} = lam_k X_k + O_k, the rest of the net maps X_k to (lam_k ... lam_{K-1}) (X_k + E), where every row of E has
+
+    ||E_i|| <= e_k,    e_K = 0,    e_k = (G_k + e_{k+1}) / |lam_k|.
+
+So once e_k < eps * min_i ||x_i||, every row of every later layer is, up to the common factor, within a relative eps of its
+value now: relative mu and rank1_residual move by at most e_k / min_i ||x_i|| (both are 1-Lipschitz in the relative change of
+X), and the remaining blocks need not be computed. Sharper than the sum of angles that it replaces: it holds row by row.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lscollapse.models import Adapter
+from lscollapse.results import write_atomic
+from lscollapse.variants import Variant
+
+SQUARINGS = 2  # of W W^T: the Schatten-16 norm, at most n^(1/16) above the spectral norm
+MARGIN = {torch.float64: 1.0001, torch.float32: 1.001, torch.bfloat16: 1.05}  # for rounding in the products
+
+
+def gains(adapter: Adapter, sha256: str, cache_dir: Path | None = None) -> list[float] | None:
+    """G_k of every layer, or None where the architecture has no such bound. Cached by the checkpoint's sha256.
+
+    Deviation: ||W||_2 is bounded from above by the Schatten-16 norm, which needs products only; it costs at most
+    log(n^(1/16)) / log|lam| layers of computing.
+    """
+    if not adapter.bounded_mixer:
+        return None
+    folder = cache_dir or Path(os.environ.get("LSCOLLAPSE_CACHE") or Path.home() / ".cache" / "lscollapse")
+    file = folder.expanduser() / "gains" / f"{sha256}.json"
+    if file.is_file():
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        if len(stored) == adapter.n_layers:
+            return stored
+    values = [adapter.mixer_bound(layer, spectral_bound) for layer in range(adapter.n_layers)]
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, json.dumps(values) + "\n")
+    except OSError:
+        pass  # a cache that cannot be written costs time, not correctness
+    return values
+
+
+def spectral_bound(W: Tensor) -> float:
+    """An upper bound of ||W||_2: (tr (W W^T)^(2p))^(1/(4p)) with p = 2^SQUARINGS. In float64 for small matrices."""
+    W = W.double() if W.numel() <= 2**20 else W.float()
+    scale = float(torch.linalg.matrix_norm(W))
+    if scale == 0.0:
+        return 0.0
+    gram = (W / scale) @ (W / scale).T if W.shape[0] <= W.shape[1] else (W / scale).T @ (W / scale)
+    for _ in range(SQUARINGS):
+        gram = gram @ gram
+    power = 2**SQUARINGS
+    return scale * float(torch.linalg.matrix_norm(gram)) ** (1 / (2 * power)) * 1.0001
+
+
+def applies(variant: Variant) -> bool:
+    """Whether the bound holds for a variant: its mixer keeps the norm, and lambda acts on the residual and is not zero."""
+    lams = variant.lam if isinstance(variant.lam, tuple) else (variant.lam,)
+    keeps_norm = variant.layernorm or variant.norm_site == "block"
+    return keeps_norm and variant.skip_site == "residual" and all(lam != 0 for lam in lams)
+
+
+def remaining(gains: Sequence[float], variant: Variant, dtype: torch.dtype) -> list[float]:
+    """e_k for k = 0..K: what the layers from k on can still add to a row, in the scale of X_k."""
+    left = [0.0]
+    for layer in reversed(range(len(gains))):
+        left.append((gains[layer] * MARGIN[dtype] + left[-1]) / abs(variant.lam_at(layer)))
+    return left[::-1]
+
+
+def relative_change(left: float, X: Tensor, exponent: Tensor) -> Tensor:
+    """e_k / min_i ||x_i|| of every excerpt, for X (B, N, d) carried as X * 2^exponent; infinite where a row is zero."""
+    shortest = torch.linalg.vector_norm(X.double(), dim=-1).amin(-1)
+    return torch.where(shortest > 0, torch.ldexp(left / shortest, -exponent), math.inf)
