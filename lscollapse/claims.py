@@ -125,7 +125,9 @@ def ungated_unnormed_drops_then_rises(curves: Curves) -> Judgement:
     at = int(curve.argmin())
     lowest, after = curve.iloc[at], curve.iloc[at:].max()
     good = curve.iloc[0] - lowest >= RISE and after - lowest >= RISE
-    return bool(good), f"first {curve.iloc[0]:.3f}, lowest {lowest:.3f} (layer {curve.index[at]}), then up to {after:.3f}"
+    return bool(
+        good
+    ), f"first {curve.iloc[0]:.3f}, lowest {lowest:.3f} (layer {curve.index[at]}), then up to {after:.3f}"
 
 
 def gated_unnormed_rises(curves: Curves) -> Judgement:

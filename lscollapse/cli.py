@@ -28,7 +28,9 @@ LambdasFile = Annotated[
 ]
 Excerpts = Annotated[int | None, typer.Option(help="How many excerpts.  [default: 32]")]
 Tokens = Annotated[int | None, typer.Option(help="Tokens of each excerpt.  [default: 128]")]
-Source = Annotated[str | None, typer.Option(help="packaged, wikipedia, datasets, or a .txt, .jsonl or .parquet file.")]
+Source = Annotated[
+    str | None, typer.Option(help="packaged, wikipedia, datasets, smiles, or a .txt, .jsonl or .parquet file.")
+]
 Titles = Annotated[Path | None, typer.Option(help="File with one Wikipedia title a line (source wikipedia).")]
 Tokenizer = Annotated[str | None, typer.Option(help="bert, native, or a folder or hub id.  [default: bert]")]
 SkipSite = Annotated[
@@ -45,6 +47,13 @@ Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.  [default: 
 Seed = Annotated[int | None, typer.Option(help="Which excerpts are drawn, and random initial weights.  [default: 0]")]
 RandomInit = Annotated[bool | None, typer.Option("--random-init", help="Measure freshly initialised weights too.")]
 Offline = Annotated[bool | None, typer.Option("--offline", help="Make no call to the hub.")]
+Exit = Annotated[
+    bool | None, typer.Option("--certified-exit/--no-certified-exit", help="Skip layers that provably change nothing.")
+]
+Stream = Annotated[
+    str | None, typer.Option(help="Read weights layer by layer: auto, always or never.  [default: auto]")
+]
+Memory = Annotated[str | None, typer.Option("--max-memory", help="Bound on memory when streaming.  [default: 2GiB]")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="key=value, any setting of the configuration; repeat for several.")
 ]
@@ -72,7 +81,8 @@ def sweep_lambda(
     excerpts: Excerpts = None, tokens: Tokens = None, source: Source = None, titles: Titles = None,
     tokenizer: Tokenizer = None, skip_site: SkipSite = None, norm_site: NormSite = None, gating: Gating = None,
     dtype: Dtype = None, device: Device = None, seed: Seed = None, random_init: RandomInit = None,
-    offline: Offline = None, settings: Set = None, out: Out = None, yscale: Yscale = "linear",
+    offline: Offline = None, certified_exit: Exit = None, stream: Stream = None, max_memory: Memory = None,
+    settings: Set = None, out: Out = None, yscale: Yscale = "linear",
 ) -> None:  # fmt: skip
     """Measure every lambda: Figure 1 (relative mu against layer) and Figure 2 (last layer against lambda)."""
     from lscollapse import console, experiments
@@ -80,7 +90,8 @@ def sweep_lambda(
     experiment = _experiment(
         config, [*(settings or []), *_titles(titles)], lambdas, model, lambdas_file=lambdas_file, excerpts=excerpts,
         tokens=tokens, source=source, tokenizer=tokenizer, skip_site=skip_site, norm_site=norm_site, gating=gating,
-        dtype=dtype, device=device, seed=seed, random_init=random_init, offline=offline,
+        dtype=dtype, device=device, seed=seed, random_init=random_init, offline=offline, certified_exit=certified_exit,
+        stream=stream, max_memory=max_memory,
     )  # fmt: skip
     out = out or Path("runs/sweep-lambda")
     with console.Bar() as bar:
@@ -96,6 +107,7 @@ def ablate_gating(
     excerpts: Excerpts = None, tokens: Tokens = None, source: Source = None, titles: Titles = None,
     tokenizer: Tokenizer = None, skip_site: SkipSite = None, norm_site: NormSite = None, dtype: Dtype = None,
     device: Device = None, seed: Seed = None, random_init: RandomInit = None, offline: Offline = None,
+    certified_exit: Exit = None, stream: Stream = None, max_memory: Memory = None,
     all_readings: Annotated[bool, typer.Option("--all-readings", help="Cross skip_site, norm_site and gating.")] = False,
     settings: Set = None, out: Out = None,
 ) -> None:  # fmt: skip
@@ -105,7 +117,8 @@ def ablate_gating(
     experiment = _experiment(
         config, [*(settings or []), *_titles(titles)], lambdas, model, lambdas_file=lambdas_file, excerpts=excerpts,
         tokens=tokens, source=source, tokenizer=tokenizer, skip_site=skip_site, norm_site=norm_site, dtype=dtype,
-        device=device, seed=seed, random_init=random_init, offline=offline,
+        device=device, seed=seed, random_init=random_init, offline=offline, certified_exit=certified_exit, stream=stream,
+        max_memory=max_memory,
     )  # fmt: skip
     if model is None:
         experiment = experiments.with_gated_models(experiment)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -51,6 +52,9 @@ class Experiment(Section):
     device: str = "auto"
     seed: int = Field(default=0, ge=0)
     random_init: bool = False
+    certified_exit: bool = True
+    stream: Literal["auto", "always", "never"] = "auto"
+    max_memory: str = "2GiB"
     offline: bool = False
     cache_dir: Path | None = None
     wikipedia: WikipediaSection = WikipediaSection()
@@ -63,6 +67,19 @@ class Experiment(Section):
         if len(set(values)) != len(values):
             raise ValueError("a lambda is given twice")
         return sorted(values)
+
+    @field_validator("max_memory")
+    @classmethod
+    def _a_size(cls, text: str) -> str:
+        if parse_memory(text) <= 0:
+            raise ValueError("max_memory is a size such as 2GiB or 800MiB")
+        return text
+
+
+def parse_memory(text: str) -> int:
+    """ "2GiB", "1.5G", "800M" or a number of bytes, as bytes; units are binary. 0 for what is no size."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", text, re.IGNORECASE)
+    return int(float(found[1]) * 2 ** (10 * "_kmgt".find(found[2].lower() or "_"))) if found else 0
 
 
 def load(

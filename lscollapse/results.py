@@ -1,7 +1,7 @@
 """A run folder: rows.parquet, rows.csv and manifest.json, written so that killing the process loses one work item at most.
 
-Each work item's rows become one file under parts/, complete or absent. `finish` joins them in the order of the items, so a
-run that was killed and continued ends with the same bytes as one that was not.
+Each work item's rows become one file under parts/, complete or absent. `finish` joins them in an order that does not depend
+on the items, so a run that was killed and continued, or tiled otherwise, ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ COLUMNS = (
     "norm_site", "dtype", "backend", "seed", "excerpt", "n_tokens", "layer", "measure", "value", "log10", "status", "bound",
     "floor",
 )  # fmt: skip
+ORDER = ("subject", "variant", "layer", "measure", "excerpt")  # of the rows, whatever the work items were
 RECORDED_PACKAGES = (
     "lscollapse",
     "torch",
@@ -92,14 +94,13 @@ class RunFolder:
         import pandas as pd
 
         rows = pd.concat([pd.read_parquet(self.parts / f"{item}.parquet") for item in items], ignore_index=True)
+        rows = rows.sort_values(list(ORDER), kind="stable", key=_rank).reset_index(drop=True)[list(COLUMNS)]
         write_parquet(rows, self.path / "rows.parquet")
         write_atomic(self.path / "rows.csv", rows.to_csv(index=False, float_format="%.10g"))
         record = {"complete": True, "identity": self.identity, **environment(), **facts}
         record["wall_seconds"] = round(time.monotonic() - self._began, 1)
         write_atomic(self.path / "manifest.json", _json(record))
-        for item in items:
-            (self.parts / f"{item}.parquet").unlink()
-        self.parts.rmdir()
+        shutil.rmtree(self.parts)
         return rows
 
     def _refuse_other(self, manifest: dict[str, Any]) -> None:
@@ -109,6 +110,11 @@ class RunFolder:
                 f"{self.path} holds a run of another configuration ({'; '.join(different[:4])}):"
                 " give a new folder with --out, or remove this one"
             )
+
+
+def _rank(column: pd.Series) -> pd.Series:
+    """Measures sort in the order in which they come, everything else by value."""
+    return column.map(list(column.unique()).index) if column.name == "measure" else column
 
 
 def read_rows(path: Path) -> pd.DataFrame:

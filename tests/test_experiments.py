@@ -128,14 +128,14 @@ def test_manifest_of_a_run(run: Any, models: dict[str, Any], frozen: Any) -> Non
 
 @pytest.mark.parametrize("patience", [1, 13, 30, 40])
 def test_stopped_anywhere_and_continued(config: Experiment, run: Any, tmp_path: Path, patience: int) -> None:
-    """Stopped inside the first tile, later tiles and the second model; 54 passes are the whole."""
+    """Stopped inside the first work item, in later ones, and in the second model."""
     with pytest.raises(Stop):
         experiments.sweep_lambda(config, tmp_path / "run", Recorder(patience))
     assert not (tmp_path / "run" / "rows.parquet").exists()
+    there = len(list((tmp_path / "run").glob("parts/*.parquet")))
     again = Recorder()
     experiments.sweep_lambda(config, tmp_path / "run", again)
-    parts_before = patience // 12 if patience < 36 else 3 + (patience - 36) // 6
-    assert bool(again.notes) == (parts_before > 0)
+    assert bool(again.notes) == (there > 0)
     assert again.done == pytest.approx(again.total)  # and what was there is not computed again
     for name in ("rows.parquet", "rows.csv"):
         assert (tmp_path / "run" / name).read_bytes() == (run[0] / name).read_bytes()

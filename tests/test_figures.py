@@ -8,9 +8,11 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from lscollapse.figures import FigureError, draw, figure1, figure2, figure3, lambda_colour, save, spread
+from lscollapse.drawing import lambda_colour
+from lscollapse.figures import FigureError, draw, figure1, figure2, figure3, figure_readings
 
 LAMBDAS = (-8.0, -4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 Profile = Callable[[float, np.ndarray], np.ndarray]
@@ -95,6 +97,49 @@ def arms() -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
+@pytest.fixture(scope="module")
+def drawn1(sweep) -> tuple[Figure, pd.DataFrame]:
+    return figure1(sweep, "mamba2-tiny", note="A note at the end.")
+
+
+@pytest.fixture(scope="module")
+def drawn2(sweep) -> tuple[Figure, pd.DataFrame]:
+    return figure2(sweep)
+
+
+@pytest.fixture(scope="module")
+def drawn3(arms) -> tuple[Figure, pd.DataFrame]:
+    return figure3(arms, "mamba2-tiny")
+
+
+@pytest.fixture(scope="module")
+def crossed() -> pd.DataFrame:
+    """Two skip sites x three norm sites at lambda = 1, and three lambdas with LayerNorm, as all-readings measures them.
+
+    With both norms gone the arm without a gate overflows at layer 3; the last excerpt of the gated one at layer 4.
+    """
+    parts = []
+    for i, skip_site in enumerate(("residual", "mixer")):
+        for j, norm_site in enumerate(("both", "mixer", "block")):
+            for gating in (True, False):
+                part = arm_rows(
+                    lams=(1.0,), n_layers=4, excerpts=3, gating=gating, layernorm=False, seed=8 * i + 2 * j + gating,
+                    overflow_at=3 if norm_site == "both" and not gating else None,
+                )  # fmt: skip
+                if norm_site == "both" and gating:
+                    part.loc[(part["layer"] == 4) & (part["excerpt"] == 2), ["value", "status"]] = [np.nan, "overflow"]
+                parts.append(part.assign(skip_site=skip_site, norm_site=norm_site, arm=f"{gating} {norm_site}"))
+        for gating, lams in ((True, (1.0,)), (False, (-2.0, -0.5, 0.0, 0.5, 1.0, 2.0))):
+            part = arm_rows(lams=lams, n_layers=4, excerpts=3, gating=gating, seed=50 + 2 * i + gating)
+            parts.append(part.assign(skip_site=skip_site))
+    return pd.concat(parts, ignore_index=True)
+
+
+@pytest.fixture(scope="module")
+def drawn_readings(crossed) -> tuple[Figure, pd.DataFrame]:
+    return figure_readings(crossed, "mamba2-tiny", note="A note at the end.")
+
+
 def values(rows: pd.DataFrame, **where: object) -> np.ndarray:
     """Plain numpy selection, in row order."""
     keep = np.ones(len(rows), bool)
@@ -118,8 +163,8 @@ def texts(figure) -> str:
     return "\n".join(t.get_text().replace("\n", " ").replace("\N{NO-BREAK SPACE}", " ") for t in words)
 
 
-def test_figure1_plots_the_mean_and_sample_std_over_excerpts(sweep):
-    _, data = figure1(sweep, "mamba2-tiny")
+def test_figure1_plots_the_mean_and_sample_std_over_excerpts(sweep, drawn1):
+    _, data = drawn1
     for lam, layer, measure in [(-8.0, 48, "relative_mu"), (0.0, 17, "rank1_residual"), (0.5, 0, "relative_mu")]:
         some = sweep[(sweep["lam"] == lam) & (sweep["layer"] == layer) & (sweep["model"] == "mamba2-tiny")]
         x = values(some, measure=measure, gating=False)
@@ -130,8 +175,8 @@ def test_figure1_plots_the_mean_and_sample_std_over_excerpts(sweep):
     assert len(data) == 11 * 49 * 2 and set(data["gating"]) == {False}
 
 
-def test_the_lines_drawn_are_the_numbers_saved(sweep):
-    figure, data = figure1(sweep, "mamba2-tiny")
+def test_the_lines_drawn_are_the_numbers_saved(drawn1):
+    figure, data = drawn1
     drawn = {
         line.get_color(): line.get_ydata()
         for line in figure.axes[0].lines
@@ -143,8 +188,8 @@ def test_the_lines_drawn_are_the_numbers_saved(sweep):
         np.testing.assert_array_equal(drawn[lambda_colour(lam, LAMBDAS)], one["mean"])
 
 
-def test_figure1_labels_every_lambda_and_names_where_the_measures_disagree(sweep):
-    figure, _ = figure1(sweep, "mamba2-tiny", note="A note at the end.")
+def test_figure1_labels_every_lambda_and_names_where_the_measures_disagree(drawn1):
+    figure, _ = drawn1
     for ax in figure.axes:
         labels = {text.get_text() for text in ax.texts}
         assert {"−8", "−4", "−2", "−1", "−0.5", "0", "0.5", "1", "2", "4", "8", "λ"} <= labels
@@ -159,8 +204,8 @@ def test_nothing_is_said_of_a_disagreement_that_is_not_there():
     assert "disagree" not in texts(figure)
 
 
-def test_labels_do_not_overlap_and_nothing_leaves_the_page(sweep, arms):
-    for figure in (figure1(sweep, "minilm-l6", "log")[0], figure2(sweep)[0], figure3(arms, "mamba2-tiny")[0]):
+def test_labels_do_not_overlap_and_nothing_leaves_the_page(sweep, drawn2, drawn3):
+    for figure in (figure1(sweep, "minilm-l6", "log")[0], drawn2[0], drawn3[0]):
         figure.draw_without_rendering()
         page = figure.bbox
         for ax in figure.axes:
@@ -174,8 +219,8 @@ def test_labels_do_not_overlap_and_nothing_leaves_the_page(sweep, arms):
         assert caption.x0 >= 0 and caption.x1 <= page.x1 and caption.y0 >= 0
 
 
-def test_figure2_reads_the_last_layer_of_each_model_and_says_who_reads_smiles(sweep):
-    figure, data = figure2(sweep)
+def test_figure2_reads_the_last_layer_of_each_model_and_says_who_reads_smiles(sweep, drawn2):
+    figure, data = drawn2
     for model, layer in (("mamba2-tiny", 48), ("minilm-l6", 6), ("albert-smiles", 12)):
         assert set(data.loc[data["model"] == model, "layer"]) == {layer}
     some = sweep[(sweep["model"] == "albert-smiles") & (sweep["lam"] == 2.0) & (sweep["layer"] == 12)]
@@ -198,8 +243,8 @@ def test_figure2_crosses_out_what_overflowed():
     assert "A cross at the top" in texts(figure)
 
 
-def test_figure3_ends_an_overflowing_curve_in_a_mark(arms):
-    figure, data = figure3(arms, "mamba2-tiny")
+def test_figure3_ends_an_overflowing_curve_in_a_mark(drawn3):
+    figure, data = drawn3
     words = texts(figure)
     assert "no gate, no LN overflow at layer 41" in words and "gate, no LN overflow at layer 44" in words
     assert "gate + LN" in words and "no gate + LN" in words and "random weights" in words
@@ -268,12 +313,12 @@ EDGES = {
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("edge", EDGES)
-@pytest.mark.parametrize("yscale", ["linear", "log"])
-def test_every_edge_gives_a_figure(edge, yscale):
+def test_every_edge_gives_a_figure(edge):
+    """On both scales: figure 3 has a linear and a log panel."""
     rows = EDGES[edge]()
-    made = [figure1(rows, "mamba2-tiny", yscale)]
+    made = [figure1(rows, "mamba2-tiny", "log")]
     if edge != "a schedule":
-        made += [figure2(rows, yscale), figure3(rows, "mamba2-tiny", lam=rows["lam"].iloc[0])]
+        made += [figure2(rows, "log"), figure3(rows, "mamba2-tiny", lam=rows["lam"].iloc[0])]
     for figure, data in made:
         figure.draw_without_rendering()
         assert (data["n"] + data["overflow"] + data["nan"] == rows["excerpt"].nunique()).all()
@@ -288,34 +333,87 @@ def test_a_crossed_table_is_read_at_the_default_sites():
     assert set(data["skip_site"]) == {"residual"}
 
 
-def test_two_saves_give_the_same_bytes(sweep, tmp_path):
-    small = sweep[(sweep["excerpt"] < 3) & sweep["lam"].isin((-8.0, 0.0, 1.0))]
-    first = save(*figure2(small), tmp_path / "a", "figure2")
-    assert {path.name for path in first} == {"figure2.png", "figure2.pdf", "figure2.csv"}
-    again = save(*figure2(small), tmp_path / "b", "figure2")
-    for one, two in zip(first, again, strict=True):
-        assert one.read_bytes() == two.read_bytes()
-    assert b"CreationDate" not in (tmp_path / "a" / "figure2.pdf").read_bytes()
-    assert not [path for path in (tmp_path / "a").iterdir() if path.name.startswith(".")]
+def test_draw_names_the_files_after_the_figures(crossed, tmp_path):
+    small = [
+        arm_rows(model, lams=(0.0, 1.0), n_layers=2, excerpts=2, gating=gating)
+        for model, gating in (("minilm-l6", None), ("mamba2-tiny", False), ("a/b", None))
+    ]
+    names = {path.name for path in draw("sweep-lambda", pd.concat(small), tmp_path) if path.suffix == ".png"}
+    assert names == {"figure1.png", "figure1-minilm-l6.png", "figure1-a_b.png", "figure2.png"}
+    assert pd.read_csv(tmp_path / "figure1.csv")["model"].unique() == ["mamba2-tiny"]
+    names = {path.name for path in draw("ablate-gating", small[1], tmp_path)}
+    assert names == {"figure3.png", "figure3.pdf", "figure3.csv"}
+    both = pd.concat([crossed, crossed.assign(model="other")])
+    names = {path.name for path in draw("all-readings", both, tmp_path) if path.suffix == ".png"}
+    assert names == {"readings.png", "readings-other.png"}
 
 
-def test_the_csv_holds_the_plotted_numbers(sweep, tmp_path):
-    figure, data = figure2(sweep[(sweep["excerpt"] < 3) & sweep["lam"].isin((0.0, 1.0))])
-    save(figure, data, tmp_path, "figure2")
-    back = pd.read_csv(tmp_path / "figure2.csv")
-    np.testing.assert_array_equal(back["mean"], data["mean"])
-    assert list(back["drawn"]) == list(data["drawn"])
+def test_readings_have_a_row_for_each_skip_site_and_a_panel_for_each_norm_site(drawn_readings):
+    figure, _ = drawn_readings
+    titles = [ax.get_title("left") for ax in figure.axes]
+    assert titles[:4] == [
+        r"$\bf{a}$  mamba2-tiny, last layer", r"$\bf{b}$  LN: the mixer's norm",
+        r"$\bf{c}$  LN: the block's norm", r"$\bf{d}$  LN: both norms",
+    ]  # fmt: skip
+    assert titles[4:] == [rf"$\bf{{{letter}}}$" for letter in "efgh"]
+    assert [ax.get_ylabel() for ax in figure.axes] == [
+        "λ on the residual skip\nrelative μ", "", "", "", "λ on the mixer skip\nrelative μ", "", "", "",
+    ]  # fmt: skip
+    assert {ax.get_ylim() for ax in figure.axes} == {(0, 1.03)}
+    entries = [text.get_text() for text in figure.legends[0].texts]
+    assert entries == ["gate + LN", "no gate + LN", "gate, no LN", "no gate, no LN", "rank-1 residual"]
+    caption = figure._supxlabel.get_text().replace("\n", " ")
+    assert "n = 3 excerpts of 128 tokens" in caption and "A cross:" in caption and "A note at the end." in caption
 
 
-def test_draw_names_the_files_after_the_figures(sweep, arms, tmp_path):
-    small = sweep[(sweep["excerpt"] < 2) & sweep["lam"].isin((0.0, 1.0))]
-    names = {path.name for path in draw("sweep-lambda", small, tmp_path) if path.suffix == ".png"}
-    assert names == {"figure1.png", "figure1-minilm-l6.png", "figure1-albert-smiles.png", "figure2.png"}
-    assert {path.name for path in draw("ablate-gating", arms, tmp_path)} == {
-        "figure3.png",
-        "figure3.pdf",
-        "figure3.csv",
-    }
+def test_readings_plot_the_rows_of_their_own_sites(crossed, drawn_readings):
+    figure, _ = drawn_readings
+    colours = {text.get_text(): line.get_color() for text, line in zip(
+        figure.legends[0].texts, figure.legends[0].get_lines(), strict=True)}  # fmt: skip
+    panels = dict(zip(itertools.product(("residual", "mixer"), ("sweep", "mixer", "block", "both")), figure.axes))  # noqa: B905
+    for (skip_site, norm_site), ax in panels.items():
+        lines = {line.get_color(): line.get_ydata() for line in ax.lines if line.get_ls() == "-"}
+        here = {"skip_site": skip_site, "measure": "relative_mu"}
+        if norm_site == "sweep":
+            last = {"layer": 4, "gating": False, "layernorm": True}
+            means = [values(crossed, lam=lam, **here, **last).mean() for lam in (-2.0, -0.5, 0.0, 0.5, 1.0, 2.0)]
+            np.testing.assert_allclose(lines[colours["no gate + LN"]], means, rtol=1e-12)
+            continue
+        for name in ("gate + LN", "no gate + LN", "gate, no LN", "no gate, no LN"):
+            arm = {"lam": 1.0, "gating": name.startswith("gate"), "layernorm": name.endswith("+ LN")}
+            site = {} if arm["layernorm"] else {"norm_site": norm_site}
+            means = [values(crossed, layer=layer, **here, **arm, **site).mean() for layer in range(5)]
+            np.testing.assert_allclose(lines[colours[name]], means, rtol=1e-12)
+
+
+def test_readings_mark_what_overflowed(drawn_readings):
+    figure, data = drawn_readings
+    crosses = [sorted(line.get_xdata()[0] for line in ax.lines if line.get_marker() == "x" and len(line.get_xdata()))
+               for ax in figure.axes]  # fmt: skip
+    assert crosses == [[], [], [], [2, 3]] * 2
+    bad = data[data["drawn"] == "masked"]
+    assert set(bad["norm_site"]) == {"both"} and sorted(bad["overflow"]) == [1, 1, 3, 3, 3, 3]
+
+
+def test_readings_fit_the_page_and_name_only_what_fits_on_the_lambda_axis(drawn_readings):
+    figure, _ = drawn_readings
+    figure.draw_without_rendering()
+    page = figure.bbox
+    assert page.width / figure.dpi * 25.4 == pytest.approx(180)
+    boxes = [ax.title.get_window_extent() for ax in figure.axes] + [
+        ax._left_title.get_window_extent() for ax in figure.axes
+    ]
+    boxes += [figure.legends[0].get_window_extent(), figure._supxlabel.get_window_extent()]
+    assert all(box.x0 >= 0 and box.x1 <= page.x1 and box.y0 >= 0 and box.y1 <= page.y1 for box in boxes)
+    legend = figure.legends[0].get_window_extent()
+    for left, right in itertools.pairwise(figure.axes[:4]):
+        assert left._left_title.get_window_extent().x1 < right._left_title.get_window_extent().x0
+        assert left._left_title.get_window_extent().y1 < legend.y0
+    for ax in figure.axes[4:]:
+        names = [tick for tick in ax.get_xticklabels() if tick.get_text()]
+        for left, right in itertools.pairwise(tick.get_window_extent() for tick in names):
+            assert left.x1 < right.x0
+    assert [tick.get_text() for tick in figure.axes[4].get_xticklabels()] == ["−2", "", "0", "", "1", "2"]
 
 
 @pytest.mark.parametrize(
@@ -324,6 +422,7 @@ def test_draw_names_the_files_after_the_figures(sweep, arms, tmp_path):
         (lambda rows: figure1(rows, "mamba3"), "no rows of model 'mamba3'"),
         (lambda rows: figure1(rows.drop(columns="floor"), "mamba2-tiny"), "no column floor"),
         (lambda rows: figure3(rows, "mamba2-tiny", lam=3.0), "no rows of relative_mu"),
+        (lambda rows: figure_readings(rows.assign(lam=np.nan), "mamba2-tiny"), "no rows of relative_mu"),
         (lambda rows: figure1(pd.concat([rows, rows.assign(dtype="bfloat16")]), "mamba2-tiny"), "dtype vary"),
         (lambda rows: draw("check-identity", rows, "nowhere"), "no figure is drawn of 'check-identity'"),
     ],
@@ -332,21 +431,3 @@ def test_a_table_that_cannot_be_drawn_is_one_clear_line(wrong, says):
     with pytest.raises(FigureError, match=says) as caught:
         wrong(arm_rows(lams=(1.0,), n_layers=2, excerpts=2))
     assert "\n" not in str(caught.value)
-
-
-def test_colours_are_black_at_zero_distinct_and_dark_at_the_ends():
-    def luminance(colour: str) -> float:
-        return float(np.dot([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)], [0.2126, 0.7152, 0.0722]))
-
-    colours = [lambda_colour(lam, LAMBDAS) for lam in LAMBDAS]
-    assert colours[5] == "#000000" and len(set(colours)) == 11
-    assert all(luminance(colour) < 0.75 for colour in colours)  # seen on white
-    assert luminance(colours[0]) < 0.2 and luminance(colours[-1]) < 0.2
-    assert all(luminance(a) < luminance(b) for a, b in itertools.pairwise(colours[:5]))
-
-
-def test_spread_by_hand():
-    np.testing.assert_allclose(spread([0.5, 0.5], [0.2, 0.2], 0, 1), [0.4, 0.6])
-    np.testing.assert_allclose(spread([0.9, 0.1], [0.1, 0.1], 0, 1), [0.9, 0.1])  # apart already: left alone
-    np.testing.assert_allclose(spread([1.0, 1.0, 1.0], [0.1, 0.1, 0.1], 0, 1), [0.75, 0.85, 0.95])
-    np.testing.assert_allclose(spread([0.0, 0.02], [0.1, 0.3], 0, 1), [0.05, 0.25])

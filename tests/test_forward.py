@@ -22,10 +22,9 @@ LAMS = (-2.0, 0.0, 3.0)
 
 
 def arms_of(rows: pd.DataFrame, n_arms: int) -> list[pd.DataFrame]:
-    """The rows of each variant, in the order in which the variants were given (layers are outermost in the table)."""
-    excerpts = rows["excerpt"].nunique()
-    number = np.arange(len(rows)) // (len(MEASURES) * excerpts) % n_arms
-    return [rows[number == arm] for arm in range(n_arms)]
+    """The rows of each variant, in the order in which the variants were given."""
+    assert sorted(rows["variant"].unique()) == list(range(n_arms))
+    return [rows[rows["variant"] == arm].drop(columns="variant") for arm in range(n_arms)]
 
 
 def hidden_states(model: Any, ids: np.ndarray) -> list[np.ndarray]:

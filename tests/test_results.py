@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -9,15 +10,31 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lscollapse.results import RunFolder, RunFolderError, differences, read_manifest, read_rows
+from lscollapse.results import COLUMNS, RunFolder, RunFolderError, differences, read_manifest, read_rows
 
 IDENTITY = {"experiment": "sweep-lambda", "config": {"lambdas": [0.0, 1.0], "seed": 0}, "subjects": [{"model": "a"}]}
-ITEMS = ["00-00000", "00-00008", "01-00000"]
+ITEMS = ["00-00000", "00-00008", "01-00000"]  # two tiles of excerpts of one model, one of another
+FIRST_EXCERPT, SUBJECT = (0, 8, 0), (0, 0, 1)
 
 
 def part(number: int) -> pd.DataFrame:
-    values = np.random.default_rng(number).standard_normal(5)
-    return pd.DataFrame({"model": "a", "excerpt": range(5), "value": values, "gating": pd.array([None] * 5, "boolean")})
+    """A work item's rows, its measures last to first."""
+    keys = itertools.product((0, 1), (0, 1), ("relative_mu", "mu"), range(3))
+    rows = pd.DataFrame(keys, columns=["variant", "layer", "measure", "excerpt"])
+    rows["excerpt"] += FIRST_EXCERPT[number]
+    rows["subject"] = SUBJECT[number]
+    rows["value"] = np.random.default_rng(number).standard_normal(len(rows))
+    rows["gating"] = pd.array([None] * len(rows), "boolean")
+    for name in set(COLUMNS) - set(rows):
+        rows[name] = "x"
+    return rows
+
+
+def expected_rows() -> pd.DataFrame:
+    """By model, variant, layer, measure (mu first) and excerpt."""
+    rows = pd.concat([part(n) for n in range(3)]).to_dict("records")
+    rows.sort(key=lambda r: (r["subject"], r["variant"], r["layer"], r["measure"] != "mu", r["excerpt"]))
+    return pd.DataFrame(rows)[list(COLUMNS)].astype({"gating": "boolean"})
 
 
 def finished(path: Path) -> RunFolder:
@@ -28,10 +45,10 @@ def finished(path: Path) -> RunFolder:
     return folder
 
 
-def test_rows_are_the_parts_in_order(tmp_path: Path) -> None:
+def test_rows_are_the_parts_in_the_order_of_the_table(tmp_path: Path) -> None:
     finished(tmp_path / "run")
     rows = read_rows(tmp_path / "run")
-    pd.testing.assert_frame_equal(rows, pd.concat([part(n) for n in range(3)], ignore_index=True))
+    pd.testing.assert_frame_equal(rows, expected_rows())
     csv = pd.read_csv(tmp_path / "run" / "rows.csv")
     np.testing.assert_allclose(csv["value"], rows["value"], rtol=1e-9)
     assert len(csv) == len(rows) and list(csv) == list(rows)
@@ -93,7 +110,7 @@ def test_killed_while_the_parts_are_removed(tmp_path: Path) -> None:
     (tmp_path / "run" / "parts").mkdir()
     part(2).to_parquet(tmp_path / "run" / "parts" / f"{ITEMS[2]}.parquet")
     assert RunFolder(tmp_path / "run", IDENTITY).complete
-    assert len(read_rows(tmp_path / "run")) == 15
+    assert len(read_rows(tmp_path / "run")) == 72
 
 
 @pytest.mark.parametrize("complete", [False, True])

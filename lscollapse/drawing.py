@@ -1,0 +1,324 @@
+"""How the figures look: style, canvas, curves, marks, labels and files. What is plotted is in figures.py.
+
+`points` is always the data of `figures.summarise`: one point a row, with its mean, spread, status counts and fate.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, to_hex
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.lines import Line2D
+from matplotlib.textpath import TextToPath
+from matplotlib.ticker import LogLocator, NullFormatter
+
+STATUSES = ("ok", "certified", "below_floor", "overflow", "nan")
+NAMES = {"relative_mu": "relative μ", "rank1_residual": "rank-1 residual"}
+
+WIDTH, PAGE = 120 / 25.4, 180 / 25.4  # of a figure of one column of panels, and of one of several, in inches
+PANEL, SMALL_PANEL = 46 / 25.4, 34 / 25.4  # least height of a panel in them, in inches
+LABEL_LINE = 9.0 / 72  # height of a line of label, in inches
+SMALL = 7.0  # points
+STYLE = {
+    "font.family": "DejaVu Sans", "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": SMALL,
+    "xtick.labelsize": SMALL, "ytick.labelsize": SMALL, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6, "xtick.minor.size": 0,
+    "xtick.major.size": 2.5, "ytick.major.size": 2.5, "ytick.minor.size": 1.5, "ytick.minor.width": 0.4,
+    "axes.grid": True, "grid.color": "0.92", "grid.linewidth": 0.5, "axes.axisbelow": True,
+    "axes.titlelocation": "left", "lines.linewidth": 1.2, "lines.markersize": 3.5, "lines.markeredgewidth": 0.8,
+    "legend.frameon": False, "figure.constrained_layout.h_pad": 0.06, "figure.constrained_layout.w_pad": 0.04,
+    "pdf.fonttype": 42,
+}  # fmt: skip
+# Okabe-Ito and Tol: safe for the colour-blind
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#56B4E9", "#882255", "#999933")
+NEGATIVE = LinearSegmentedColormap.from_list("negative", ["#8CC5EE", "#2F86C9", "#0B2A63"])
+POSITIVE = LinearSegmentedColormap.from_list("positive", ["#F7B267", "#DD5A25", "#6B0F0F"])
+THIN = {"lw": 0.7, "ls": (0, (4, 2))}  # the rank-1 residual beside relative mu
+Curve = tuple[str, str, Any, pd.DataFrame]  # name, colour, line style, points
+Label = tuple[float, float, str, str]  # x and y of the curve's end, text, colour
+styled = style.context(["default", STYLE])  # whatever the user's matplotlibrc says
+
+
+def number(lam: float) -> str:
+    """As short as it can be, with a true minus sign."""
+    return f"{lam:g}".replace("-", "\N{MINUS SIGN}")
+
+
+def ends_with(points: pd.DataFrame) -> str:
+    """Why and where a curve against layer stops, and for how many excerpts if not for all; "" if it does not."""
+    bad = points[points["drawn"] == "masked"]
+    if bad.empty:
+        return ""
+    first = bad.sort_values("layer").iloc[0]
+    status = "overflow" if first["overflow"] else "nan"
+    total = int(sum(first[s] for s in STATUSES))
+    some = f" ({first[status]} of {total})" if 0 < first[status] < total else ""
+    return f"{'overflow' if first['overflow'] else 'NaN'} at layer {first['layer']}{some}"
+
+
+def lambda_colour(lam: float, lams: Sequence[float]) -> str:
+    """Diverging about 0 (black): blues below, reds above, darker with |lam| (symlog); grey for a schedule (NaN)."""
+    if np.isnan(lam):
+        return "#808080"
+    if lam == 0:
+        return "#000000"
+    top = max(1.0, *(abs(v) for v in lams if np.isfinite(v)))
+    return to_hex((NEGATIVE if lam < 0 else POSITIVE)(np.arcsinh(2 * abs(lam)) / np.arcsinh(2 * top)))
+
+
+def spread(wanted: Sequence[float], heights: Sequence[float], low: float, high: float) -> np.ndarray:
+    """Centres nearest to those wanted (least squares) at which labels of these heights fit in low..high, apart.
+
+    The order is kept (ties: as given). Pool-adjacent-violators on the centres less the room of the labels below.
+    """
+    order = np.argsort(wanted, kind="stable")
+    h = np.asarray(heights, float)[order]
+    room = np.concatenate([[0.0], np.cumsum((h[1:] + h[:-1]) / 2)])
+    blocks: list[tuple[float, int]] = []
+    for target in np.asarray(wanted, float)[order] - room:
+        blocks.append((target, 1))
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            (m2, n2), (m1, n1) = blocks.pop(), blocks.pop()
+            blocks.append(((m1 * n1 + m2 * n2) / (n1 + n2), n1 + n2))
+    centres = np.repeat([m for m, _ in blocks], [n for _, n in blocks])
+    centres = np.maximum(np.minimum(centres, high - h[-1] / 2 - room[-1]), low + h[0] / 2) + room
+    out = np.empty(len(order))
+    out[order] = centres
+    return out
+
+
+def _wrap(text: str, width: float) -> str:
+    """Lines of at most `width` points in the caption's font."""
+    measure, font = TextToPath(), FontProperties(family="DejaVu Sans", size=SMALL - 0.5)
+    lines = [""]
+    for word in text.split(" "):
+        line = f"{lines[-1]} {word}".strip()
+        fits = measure.get_text_width_height_descent(line, font, ismath=False)[0] <= width
+        lines[-1:] = [line] if fits or not lines[-1] else [lines[-1], word]
+    return "\n".join(lines)
+
+
+def panel_height(label_lines: int) -> float:
+    """Room for so many lines of label beside a panel, in inches."""
+    return max(PANEL, label_lines * LABEL_LINE)
+
+
+def canvas(
+    n_rows: int, panel: float, words: Sequence[str], columns: Sequence[float] = (1,), width: float = WIDTH
+) -> tuple[Figure, np.ndarray]:
+    """Rows of panels of height `panel`, sharing x down the columns (of these relative widths), the caption under them.
+
+    Sizes in inches. Returns the figure and its axes, (n_rows, len(columns)); rows of several panels share y.
+    """
+    caption = _wrap(" ".join(filter(None, words)), 0.94 * 72 * (width - 0.16))  # hinting widens text at low dpi
+    height = n_rows * (panel + 0.3) + 0.3 + (caption.count("\n") + 1) * 1.25 * (SMALL - 0.5) / 72
+    figure = Figure(figsize=(width, height), layout="constrained")
+    share: dict[str, Any] = {"sharex": "col", "sharey": "row", "squeeze": False}
+    axes = figure.subplots(n_rows, len(columns), width_ratios=columns, **share)
+    figure.supxlabel(caption, x=0.08 / width, ha="left", fontsize=SMALL - 0.5, color="0.25", linespacing=1.25)
+    return figure, axes
+
+
+def name_panels(
+    figure: Figure, axes: np.ndarray, titles: Sequence[str], xlabels: Sequence[str], lines: Sequence[tuple[str, dict]]
+) -> None:
+    """Letters on all panels, titles over and x labels under their columns, and what the lines mean above them all."""
+    for letter, ax in zip("abcdefghijklmnopqrstuvwxyz", axes.flat, strict=False):
+        ax.set_title(f"$\\bf{{{letter}}}$")
+    for ax, title in zip(axes[0], titles, strict=True):
+        ax.set_title(f"{ax.get_title('left')}  {title}")
+    for ax, xlabel in zip(axes[-1], xlabels, strict=True):
+        ax.set_xlabel(xlabel)
+    handles = [Line2D([], [], **{"color": "0.3"} | kind, label=name) for name, kind in lines]
+    figure.legend(handles=handles, loc="outside upper left", ncols=len(lines), handlelength=2.4, borderpad=0.2)
+
+
+def line_key(ax: Axes, entries: Sequence[tuple[str, dict]]) -> None:
+    """What solid and dashed mean, in a row of its own between the title and the axes."""
+    handles = [Line2D([], [], color="0.3", label=name, **kind) for name, kind in entries]
+    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 0.99), "ncols": len(entries)}
+    ax.legend(handles=handles, borderpad=0.2, handlelength=2.4, **place)
+    ax.set_title(ax.get_title("left"), pad=18)
+
+
+def limits(ax: Axes, parts: Sequence[pd.DataFrame], yscale: str, ylabel: str) -> None:
+    """Axis from 0 to 1, or down to the decade of the least value; the floor as a dashed line where it is in sight."""
+    ax.set_ylabel(ylabel)
+    points = pd.concat(parts)
+    seen = points[points["drawn"] != "masked"]
+    if seen.empty:
+        ax.text(0.5, 0.5, "no finite value", transform=ax.transAxes, ha="center", va="center", color="0.4")
+    floors = [f for f in points["floor"].dropna().unique() if f > 0]
+    if yscale == "linear":
+        ax.set_ylim(0, 1.03)
+        bottom = 0.01
+    else:
+        positive = seen["mean"][seen["mean"] > 0]
+        least = positive.min() if len(positive) else 0.1
+        decade = 10.0 ** np.floor(np.log10(least * 0.8))
+        bottom = decade * max(step for step in (1, 2, 5) if step * decade <= least * 0.8 or step == 1)
+        ax.set_yscale("log")
+        ax.set_ylim(bottom, 1.4)
+        if bottom > 0.005:  # few decades: 0.2 0.5 1 rather than powers of ten
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
+    for floor in floors:
+        if floor > bottom:
+            ax.axhline(floor, color="0.45", lw=0.7, ls=(0, (4, 3)), zorder=1)
+            small: dict[str, Any] = {"fontsize": SMALL - 1, "color": "0.45"}
+            ax.annotate("floor", (0, floor), (2, 3), ax.get_yaxis_transform(), "offset points", **small)
+
+
+def _curve(
+    ax: Axes, points: pd.DataFrame, x: str, colour: str, marker: str = "", band: bool = True, **line: Any
+) -> pd.DataFrame:
+    """One curve with its band and marks; returns the points that are drawn, with their height `y`."""
+    points = points.sort_values(x)
+    shown = points["drawn"] != "masked"
+    log, bottom = ax.get_yscale() == "log", ax.get_ylim()[0]
+    low = points["floor"].where(points["floor"] > 0, bottom) if log else 0.0
+    y = points["mean"].where(shown)
+    at_floor = (points["drawn"] == "at_floor") | (log & (y <= 0))
+    y = y.clip(lower=bottom) if log else y
+    marker = marker or ("o" if shown.sum() == 1 else "")
+    ax.plot(points[x], y, color=colour, **line)
+    ax.plot(points[x][~at_floor], y[~at_floor], ls="", marker=marker, ms=3, color=colour)
+    if at_floor.any():  # an empty unclipped line would upset the layout
+        ax.plot(points[x][at_floor], y[at_floor], "v", ms=3, mfc="white", mec=colour, mew=0.6, clip_on=False)
+    if band:
+        least = np.minimum(y, np.maximum(y - points["std"], low))
+        ax.fill_between(points[x], least, y + points["std"], color=colour, alpha=0.13, lw=0)
+    return points.assign(y=y)[shown]
+
+
+def against_lambda(ax: Axes, line: pd.DataFrame, label: str, colour: str, top: float) -> list[Label]:
+    """Relative mu with marks and band, the rank-1 residual thin and dashed, crosses at height `top` where masked."""
+    thin = THIN | {"band": False, "marker": "_" if line["lam"].nunique() == 1 else ""}
+    ends: list[Label] = []
+    for measure, points in line.groupby("measure", sort=False):
+        main = measure == "relative_mu"
+        shown = _curve(ax, points, "lam", colour, **({"marker": "o"} if main else thin))
+        bad = points["lam"][points["drawn"] == "masked"]
+        if main:
+            ax.plot(bad, np.full(len(bad), top), "x", color=colour, transform=ax.get_xaxis_transform())
+            at = (shown["lam"].iloc[-1], shown["y"].iloc[-1]) if len(shown) else (line["lam"].max(), np.nan)
+            ends.append((*at, label, colour))
+    return ends
+
+
+def lambda_axis(ax: Axes, lams: pd.Series, room: float = 0.0) -> None:
+    """Ticks at every lambda, all named if under 14, else the integers.
+
+    In a narrow panel `room` is the share of the axis that a name takes: the integers are named where it is free.
+    """
+    ax.set_xscale("symlog", linthresh=1, linscale=0.6)
+    ticks = np.sort(lams.unique())
+    place = dict(zip(ticks, ax.xaxis.get_transform().transform(ticks), strict=True))
+    apart = room * (max(place.values()) - min(place.values()))
+    named: list[float] = []
+    for lam in sorted(ticks, key=lambda lam: (lam != 0, -abs(lam))):  # the first ones are kept
+        nameable = lam == int(lam) or (len(ticks) < 14 and not room)
+        if nameable and all(abs(place[lam] - place[other]) >= apart for other in named):
+            named.append(lam)
+    ax.set_xticks(ticks, [number(lam) if lam in named else "" for lam in ticks])
+
+
+def layer_curve(ax: Axes, points: pd.DataFrame, colour: str, dash: Any = "-") -> tuple[float, float]:
+    """A curve against layer, a cross where it stops early; returns its end, (0, NaN) if it has none."""
+    shown = _curve(ax, points, "layer", colour, ls=dash)
+    if shown.empty:
+        return 0.0, np.nan
+    x, y = shown["layer"].iloc[-1], shown["y"].iloc[-1]
+    if ends_with(points):
+        ax.plot(x, y, "x", color=colour, ms=5, mew=1.2, clip_on=False, zorder=4)
+    return x, y
+
+
+def against_layer(
+    curves: Sequence[Curve], panels: Sequence[tuple[str, str]], title: str,
+    words: Sequence[str], header: str = "",
+) -> Figure:  # fmt: skip
+    """Panels (measure, yscale) of the curves against layer."""
+    lines = sum(1 + bool(ends_with(points)) for _, _, _, points in curves)
+    figure, axes = canvas(len(panels), panel_height(lines), words)
+    axes = axes[:, 0]
+    labels: dict[Axes, list[Label]] = {ax: [] for ax in axes}
+    for letter, ax, (measure, yscale) in zip("abc", axes, panels, strict=False):
+        parts = [points[points["measure"] == measure] for *_, points in curves]
+        again = "log scale" if measure == panels[0][0] else NAMES[measure]
+        ax.set_title(f"$\\bf{{{letter}}}$  {title if letter == 'a' else again}")
+        limits(ax, parts, yscale, NAMES[measure])
+        ax.set_xlim(0, max(1, max(part["layer"].max() for part in parts)))
+        for (name, colour, dash, _), part in zip(curves, parts, strict=True):
+            x, y = layer_curve(ax, part, colour, dash)
+            end = ends_with(part)
+            if name or end:
+                labels[ax].append((x, y, "\n".join(filter(None, (name, end))), colour))
+    axes[-1].set_xlabel("layer")
+    label_ends(figure, labels, header)
+    return figure
+
+
+def label_ends(figure: Figure, panels: dict[Axes, list[Label]], header: str = "") -> None:
+    """Labels right of the axes at the heights where the curves end, moved apart, each with a thin line to its curve.
+
+    A curve with no point has its label at the bottom, without a line.
+    """
+    figure.get_layout_engine().execute(figure)  # type: ignore[union-attr]  # the heights of the axes are known now
+    for ax, labels in panels.items():
+        _label_panel(figure, ax, labels, header)
+
+
+def _label_panel(figure: Figure, ax: Axes, labels: Sequence[Label], header: str) -> None:
+    height = ax.get_window_extent().height / figure.dpi
+    wanted = []
+    for x, y, _, _ in labels:
+        at = ax.transAxes.inverted().transform(ax.transData.transform((x, y)))[1] if np.isfinite(y) else 0.0
+        wanted.append(float(np.clip(at, 0, 1)))
+    # labels of several lines stand a little further apart
+    sizes = [(1 + 1.2 * text.count("\n")) * LABEL_LINE / height for *_, text, _ in labels]
+    look: dict[str, Any] = {"textcoords": "axes fraction", "va": "center", "fontsize": SMALL, "annotation_clip": False}
+    leader = {"arrowstyle": "-", "lw": 0.4, "alpha": 0.7, "shrinkA": 1, "shrinkB": 2, "relpos": (0, 0.5)}
+    for (x, y, text, colour), centre in zip(labels, spread(wanted, sizes, 0.0, 1.02), strict=True):
+        if np.isfinite(y):
+            look["arrowprops"] = leader | {"color": colour, "ls": "-" if x == ax.get_xlim()[1] else ":"}
+            ax.annotate(text, (x, y), (1.05, centre), color=colour, **look)
+        else:
+            ax.text(1.05, centre, text, transform=ax.transAxes, va="center", fontsize=SMALL, color=colour)
+    if header:
+        ax.annotate(header, (1.05, 1.0), (0, 5), "axes fraction", "offset points", fontsize=SMALL, color="0.3")
+
+
+@styled
+def save(figure: Figure, data: pd.DataFrame, folder: str | Path, stem: str) -> list[Path]:
+    """Write stem.png (200 dpi), stem.pdf and stem.csv (the plotted numbers) into `folder`, each whole or not at all.
+
+    No date goes in: the same table and library versions give the same bytes. Raises OSError for an unwritable folder.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    kinds: dict[str, dict[str, Any]] = {"png": {"dpi": 200, "metadata": {"Software": None}}}
+    kinds["pdf"] = {"metadata": {"CreationDate": None}}
+    paths = [_whole(folder / f"{stem}.csv", lambda path: data.to_csv(path, index=False, lineterminator="\n"))]
+    for kind, options in kinds.items():
+        draw = functools.partial(figure.savefig, format=kind, **options)
+        paths.append(_whole(folder / f"{stem}.{kind}", draw))
+    return paths
+
+
+def _whole(path: Path, write: Callable[[Path], object]) -> Path:
+    partial = path.with_name(f".{path.name}.partial")
+    write(partial)
+    os.replace(partial, path)
+    return path
