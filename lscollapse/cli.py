@@ -44,6 +44,7 @@ Gating = Annotated[
 ]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float64.  [default: float32]")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.  [default: auto]")]
+KernelChoice = Annotated[str | None, typer.Option("--kernels", help="auto, torch or triton.  [default: auto]")]
 Seed = Annotated[int | None, typer.Option(help="Which excerpts are drawn, and random initial weights.  [default: 0]")]
 RandomInit = Annotated[bool | None, typer.Option("--random-init", help="Measure freshly initialised weights too.")]
 Offline = Annotated[bool | None, typer.Option("--offline", help="Make no call to the hub.")]
@@ -80,7 +81,7 @@ def sweep_lambda(
     config: Config = None, model: Model = None, lambdas: Lambdas = None, lambdas_file: LambdasFile = None,
     excerpts: Excerpts = None, tokens: Tokens = None, source: Source = None, titles: Titles = None,
     tokenizer: Tokenizer = None, skip_site: SkipSite = None, norm_site: NormSite = None, gating: Gating = None,
-    dtype: Dtype = None, device: Device = None, seed: Seed = None, random_init: RandomInit = None,
+    dtype: Dtype = None, device: Device = None, kernels: KernelChoice = None, seed: Seed = None, random_init: RandomInit = None,
     offline: Offline = None, certified_exit: Exit = None, stream: Stream = None, max_memory: Memory = None,
     settings: Set = None, out: Out = None, yscale: Yscale = "linear",
 ) -> None:  # fmt: skip
@@ -90,7 +91,7 @@ def sweep_lambda(
     experiment = _experiment(
         config, [*(settings or []), *_titles(titles)], lambdas, model, lambdas_file=lambdas_file, excerpts=excerpts,
         tokens=tokens, source=source, tokenizer=tokenizer, skip_site=skip_site, norm_site=norm_site, gating=gating,
-        dtype=dtype, device=device, seed=seed, random_init=random_init, offline=offline, certified_exit=certified_exit,
+        dtype=dtype, device=device, kernels=kernels, seed=seed, random_init=random_init, offline=offline, certified_exit=certified_exit,
         stream=stream, max_memory=max_memory,
     )  # fmt: skip
     out = out or Path("runs/sweep-lambda")
@@ -106,8 +107,8 @@ def ablate_gating(
     config: Config = None, model: Model = None, lambdas: Lambdas = None, lambdas_file: LambdasFile = None,
     excerpts: Excerpts = None, tokens: Tokens = None, source: Source = None, titles: Titles = None,
     tokenizer: Tokenizer = None, skip_site: SkipSite = None, norm_site: NormSite = None, dtype: Dtype = None,
-    device: Device = None, seed: Seed = None, random_init: RandomInit = None, offline: Offline = None,
-    certified_exit: Exit = None, stream: Stream = None, max_memory: Memory = None,
+    device: Device = None, kernels: KernelChoice = None, seed: Seed = None, random_init: RandomInit = None,
+    offline: Offline = None, certified_exit: Exit = None, stream: Stream = None, max_memory: Memory = None,
     all_readings: Annotated[bool, typer.Option("--all-readings", help="Cross skip_site, norm_site and gating.")] = False,
     settings: Set = None, out: Out = None,
 ) -> None:  # fmt: skip
@@ -117,7 +118,7 @@ def ablate_gating(
     experiment = _experiment(
         config, [*(settings or []), *_titles(titles)], lambdas, model, lambdas_file=lambdas_file, excerpts=excerpts,
         tokens=tokens, source=source, tokenizer=tokenizer, skip_site=skip_site, norm_site=norm_site, dtype=dtype,
-        device=device, seed=seed, random_init=random_init, offline=offline, certified_exit=certified_exit, stream=stream,
+        device=device, kernels=kernels, seed=seed, random_init=random_init, offline=offline, certified_exit=certified_exit, stream=stream,
         max_memory=max_memory,
     )  # fmt: skip
     if model is None:
@@ -196,6 +197,35 @@ def excerpts(
 
 
 @app.command()
+def fetch(
+    model: Annotated[str, typer.Argument(help="Short name or hub id.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.  [default: the pinned one]")] = None,
+) -> None:
+    """Download a model from the hub, resumable, checked by size and sha256, so that --offline runs find it."""
+    from lscollapse.models import hub, registry
+
+    entry = registry.resolve(model)
+    if entry.source != "hub":
+        typer.echo(f"{model} needs no download")
+        return
+    typer.echo(hub.fetch(entry.location, revision=revision or entry.revision or None))
+
+
+@app.command()
+def verify_kernels(
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    kernels: Annotated[str, typer.Option(help="auto, torch or triton.")] = "auto",
+) -> None:
+    """Compare scan, conv, gated norm and a whole block with a float64 recurrence; exit 1 over tolerance."""
+    from lscollapse import console, verify
+
+    rows = verify.verify(device, kernels)
+    console.kernels_table(rows)
+    if not verify.passed(rows):
+        raise typer.Exit(1)
+
+
+@app.command()
 def models() -> None:
     """List the models that can be loaded by a short name, and where their weights come from."""
     from lscollapse.console import models_table
@@ -232,6 +262,12 @@ def main() -> None:
         if show_traceback:
             raise
         typer.echo(f"lscollapse: {' '.join(str(error).split())}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        if show_traceback:
+            raise
+        what = f"{error.strerror or error}: {error.filename}" if error.filename else error.strerror or str(error)
+        typer.echo(f"lscollapse: {what}; what was measured so far is kept, the same command continues", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         typer.echo("lscollapse: stopped; the same command continues the run", err=True)

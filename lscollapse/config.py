@@ -50,6 +50,7 @@ class Experiment(Section):
     norm_site: Literal["both", "mixer", "block"] = "both"
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     device: str = "auto"
+    kernels: Literal["auto", "torch", "triton"] = "auto"
     seed: int = Field(default=0, ge=0)
     random_init: bool = False
     certified_exit: bool = True
@@ -104,7 +105,10 @@ def load(
             target = target.setdefault(parent, {})
             if not isinstance(target, dict):
                 raise ConfigError(f"--set {key}: {parent} is not a section")
-        target[leaf] = yaml.safe_load(text)
+        try:
+            target[leaf] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {key}: {text!r} is not a YAML value") from None
     try:
         return Experiment.model_validate(values)
     except ValidationError as error:

@@ -12,9 +12,12 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import pandas as pd
 
     from lscollapse.identity import LayerDifference
+    from lscollapse.verify import Check
 
 
 class Bar:
@@ -134,6 +137,21 @@ def identity_table(differences: list[LayerDifference], tolerance: float = 1e-5) 
     good = all(d.output <= tolerance and d.mu <= tolerance for d in differences)
     print(f"{'identical' if good else 'NOT identical'} within {tolerance:g}")
     return good
+
+
+def kernels_table(rows: Sequence[Check]) -> None:
+    """Print error against tolerance and time against the torch path of every check."""
+    table = Table(title="kernels against a float64 recurrence", box=box.SIMPLE, title_justify="left")
+    for heading in ("operation", "case", "runs on", "largest error", "tolerance", "", "seconds", "torch"):
+        table.add_column(
+            heading, justify="right" if heading in ("largest error", "tolerance", "seconds", "torch") else "left"
+        )
+    for row in rows:
+        torch_seconds = "-" if row.torch_seconds is None else f"{row.torch_seconds:.4f}"
+        verdict = "ok" if row.ok else "OVER"
+        numbers = (f"{row.error:.1e}", f"{row.tolerance:.0e}", verdict, f"{row.seconds:.4f}", torch_seconds)
+        table.add_row(row.name, str(row.case), row.backend, *numbers)
+    Console().print(table)
 
 
 def _of(init: str) -> str:

@@ -80,6 +80,7 @@ class Stream:
         """X <- block `layer` of this variant."""
         o_scale = None
         if self.exponent.any():
+            self._make_room(abs(self.variant.lam_at(layer)))
             o_scale = torch.ldexp(self.X.new_ones(len(self.X)), -self.exponent)[:, None, None]
         variant = self.variant
         if native is not None:
@@ -100,6 +101,20 @@ class Stream:
         for i, found in enumerate(measures.status(self.X)):
             if self.status[i] == "ok" and found != "ok":
                 self.status[i] = "overflow"  # a finite input under finite weights becomes NaN only by way of infinity
+
+    def _make_room(self, lam: float) -> None:
+        """Lower the exponents where lam*X + O will be small again, so that O does not vanish under a scale it outgrew.
+
+        Nothing of X remains at lam = 0, so its scale is dropped; only norm(X), which does not see it, is still needed.
+        """
+        if lam == 0.0:
+            self.exponent.zero_()
+        elif lam < 1.0:
+            largest = torch.frexp(self.X.abs().amax((1, 2))).exponent
+            wanted = LOW - int(np.floor(np.log2(lam))) - largest
+            shift = torch.minimum(torch.minimum(wanted, HIGH + 10 - largest), self.exponent).clamp(min=0)
+            self.X = torch.ldexp(self.X, shift[:, None, None])
+            self.exponent -= shift
 
     def _rescale(self) -> None:
         largest = self.X.abs().amax((1, 2))
@@ -144,7 +159,10 @@ def measure(
     with torch.no_grad():
         engines = Engines(adapter, variants, dtype)
         table = _Table(n_tokens=tokens.shape[1])
-        streams = [Stream(adapter, v, engines.embed(tokens, kind), kind) for v, kind in engines.dtypes.items()]
+        streams = [
+            Stream(adapter, v, engines.embed(tokens, kind), kind)
+            for v, kind in zip(variants, engines.dtypes, strict=True)
+        ]
         if gains is not None:
             for stream in streams:
                 stream.certify_with(gains)
@@ -173,7 +191,7 @@ class Engines:
     def __init__(self, adapter: Adapter, variants: Sequence[Variant], dtype: torch.dtype | None) -> None:
         self._adapters = {adapter.dtype: adapter}
         self._original = adapter
-        self.dtypes = {v: dtype or (torch.float64 if v.removes_block_norm else adapter.dtype) for v in variants}
+        self.dtypes = [dtype or (torch.float64 if v.removes_block_norm else adapter.dtype) for v in variants]
 
     def adapter(self, dtype: torch.dtype) -> Adapter:
         """The model in `dtype`: itself, or a converted copy where its modules have to compute in another one."""
@@ -201,8 +219,9 @@ def checked_ids(adapter: Adapter, ids: Any) -> Tensor:
         raise ValueError(f"ids have shape {tuple(tokens.shape)}, expected (excerpts, tokens), both at least 1")
     vocabulary = adapter.config.vocab_size
     if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
+        worst = int(tokens.min() if tokens.min() < 0 else tokens.max())
         raise ValueError(
-            f"token id {int(tokens.max())} is outside the model's vocabulary of {vocabulary}: tokenise with --tokenizer native"
+            f"token id {worst} is outside the model's vocabulary of {vocabulary}: tokenise with --tokenizer native"
         )
     limit = getattr(adapter.config, "max_position_embeddings", None)
     if limit is not None and tokens.shape[1] > limit:

@@ -66,7 +66,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             if manifest.exists():
                 return
-            if any(path.iterdir()):
+            if any(entry.name != "manifest.json.tmp" for entry in path.iterdir()):  # left by a kill at that very moment
                 raise RunFolderError(
                     f"{path} is not empty and not a run folder: give an empty or new folder with --out"
                 )

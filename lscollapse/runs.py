@@ -83,7 +83,14 @@ class Subject:
     def identity(self) -> dict[str, Any]:
         digest = hashlib.sha256(self.ids.astype("<i8").tobytes()).hexdigest()
         source = {"text": self.corpus.source, "excerpts_sha256": digest}
-        return {"model": self.info.name, "init": self.init, "sha256": self.info.sha256, **source}
+        per_layer = [list(v.lam) for v in self.variants if isinstance(v.lam, tuple)]
+        return {
+            "model": self.info.name,
+            "init": self.init,
+            "sha256": self.info.sha256,
+            "per_layer": per_layer,
+            **source,
+        }
 
     @property
     def record(self) -> dict[str, Any]:
@@ -162,6 +169,7 @@ def load_subjects(config: Experiment, variants: Variants, progress: Progress) ->
     inits = ("trained", "random") if config.random_init else ("trained",)
     for name, init in itertools.product(config.models, inits):
         adapter, info = _load(name, init, config)
+        _choose_kernels(adapter, config, progress)
         arms = tuple(variants(adapter, config))
         for arm in arms:
             check(adapter, arm)
@@ -191,6 +199,16 @@ def _load(name: str, init: str, config: Experiment) -> tuple[Adapter, ModelInfo]
     loaded = checkpoint.load(name, dtype=dtype, random_init=config.seed if init == "random" else None, **where)
     _set_threads(loaded.model.config.hidden_size)
     return adapt(loaded.model.to(device(config))), loaded.info
+
+
+def _choose_kernels(adapter: Adapter, config: Experiment, progress: Progress) -> None:
+    from lscollapse.kernels import resolve
+    from lscollapse.models.mamba2 import Mamba2Adapter
+
+    if isinstance(adapter, Mamba2Adapter):
+        adapter.kernels = resolve(config.kernels, adapter.device)
+        if adapter.kernels.note:
+            progress.note(adapter.kernels.note)
 
 
 def _plan(
@@ -255,7 +273,8 @@ def native_tokenizer(info: ModelInfo) -> str:
         return "smiles"
     if info.location.startswith("state-spaces/"):
         return "EleutherAI/gpt-neox-20b"
-    return "bert" if registry.resolve(info.name).embedded else info.location
+    embedded = {entry.location for entry in registry.ENTRIES.values() if entry.embedded}
+    return "bert" if info.location in embedded else info.location
 
 
 def _measure(item: Item, config: Experiment, progress: Progress) -> pd.DataFrame:
@@ -283,7 +302,7 @@ def _measure(item: Item, config: Experiment, progress: Progress) -> pd.DataFrame
         init=subject.init,
         text=subject.corpus.source,
         tokenizer=subject.corpus.excerpts[0].tokenizer,
-        backend="native" if subject.adapter.native else "transformers",
+        backend=subject.adapter.backend,
         seed=config.seed,
     )
     return rows[["subject", "variant", *COLUMNS]]

@@ -18,8 +18,8 @@ FIRST_EXCERPT, SUBJECT = (0, 8, 0), (0, 0, 1)
 
 
 def part(number: int) -> pd.DataFrame:
-    """A work item's rows, its measures last to first."""
-    keys = itertools.product((0, 1), (0, 1), ("relative_mu", "mu"), range(3))
+    """A work item's rows, arm after arm."""
+    keys = itertools.product((0, 1), (0, 1), ("mu", "relative_mu"), range(3))
     rows = pd.DataFrame(keys, columns=["variant", "layer", "measure", "excerpt"])
     rows["excerpt"] += FIRST_EXCERPT[number]
     rows["subject"] = SUBJECT[number]
@@ -31,7 +31,7 @@ def part(number: int) -> pd.DataFrame:
 
 
 def expected_rows() -> pd.DataFrame:
-    """By model, variant, layer, measure (mu first) and excerpt."""
+    """By model, variant, layer, measure and excerpt, whatever the tiles were."""
     rows = pd.concat([part(n) for n in range(3)]).to_dict("records")
     rows.sort(key=lambda r: (r["subject"], r["variant"], r["layer"], r["measure"] != "mu", r["excerpt"]))
     return pd.DataFrame(rows)[list(COLUMNS)].astype({"gating": "boolean"})

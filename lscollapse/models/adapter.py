@@ -69,6 +69,11 @@ class Adapter(ABC):
         return next(self.model.parameters()).device
 
     @property
+    def backend(self) -> str:
+        """What computes the blocks, for the record."""
+        return "transformers"
+
+    @property
     def native(self) -> bool:
         """Whether the package computes the blocks itself (`native_block`), in any dtype, instead of the model's modules."""
         return False

@@ -167,7 +167,7 @@ def _weights(folder: Path, where: str) -> tuple[Path, ...]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_hook=_special_float)
     except FileNotFoundError as error:
         raise CheckpointError(f"no {path.name} in {path.parent}: a checkpoint folder needs it") from error
     except ValueError as error:
@@ -175,6 +175,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no JSON object: fetch it again")
     return content
+
+
+def _special_float(value: dict[str, Any]) -> Any:
+    """transformers writes an infinite or undefined number of a config as {"__float__": "Infinity"}."""
+    return float(value["__float__"]) if list(value) == ["__float__"] else value
 
 
 def _classes() -> dict[str, tuple[Any, Any, dict[str, Any]]]:

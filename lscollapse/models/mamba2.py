@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lscollapse.kernels import Kernels, resolve
 from lscollapse.models.adapter import Adapter, Edit, HookSet
+from lscollapse.models.mamba2_gpu import GpuBlock
 from lscollapse.models.mamba2_native import Mamba2Shape, NativeBlock, Workers
 
 
@@ -40,14 +43,25 @@ class Mamba2Adapter(Adapter):
 
     @property
     def native(self) -> bool:
-        return self.device.type == "cpu" and self.config.hidden_act == "silu"
+        return self.config.hidden_act == "silu"
+
+    @property
+    def backend(self) -> str:
+        return self.kernels.backend if self.native else super().backend
 
     def tensors(self, layer: int) -> dict[str, Tensor]:
         """The tensors of block `layer` under their names in Mamba2Block."""
         return dict(self.model.layers[layer].named_parameters())
 
     def native_block(self, layer: int, dtype: torch.dtype) -> NativeBlock:
-        return NativeBlock(self.tensors(layer), self.shape, dtype, self.workers)
+        if self.device.type == "cpu" and not self.kernels.triton:
+            return NativeBlock(self.tensors(layer), self.shape, dtype, self.workers)
+        return GpuBlock(self.tensors(layer), self.shape, self.kernels, dtype)
+
+    @cached_property
+    def kernels(self) -> Kernels:
+        """What scan, conv and gated norm run on; `resolve` for the weights' device unless set to another choice."""
+        return resolve("auto", self.device)
 
     @property
     def bounded_mixer(self) -> bool:
