@@ -263,8 +263,8 @@ def main() -> None:
         report[name] = {"machine": machine()} | SECTIONS[name](args)
         print(f"\n== {name}")
         show(report[name])
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

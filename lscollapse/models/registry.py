@@ -99,6 +99,7 @@ _ALL = (
         source="package",
         location="lscollapse",
         description="Mamba-2 with the BERT vocabulary, trained by scripts/train_tiny_mamba2.py on Wikipedia summaries",
+        n_parameters=9_547_712,
     ),
     Entry(
         name="minilm-l6",

@@ -1,0 +1,168 @@
+"""S4D (Gu, Goel, Gupta and Ré, 2022): a deep net of diagonal linear state-space layers, lambda on the skip, post-norm.
+
+A layer is one LTI system per channel, h' = A h + B x, y = Re(C h) + D x, with a diagonal complex A of conjugate pairs.
+Discretised by a zero-order hold with step dt it is the convolution of x with
+
+    K[l] = 2 Re sum_n C_n (exp(dt A_n) - 1) / A_n exp(dt A_n l),    B_n = 1.
+
+The defaults are the shape of Figure 4 of arXiv:2410.10609v3: 32 layers, 1.60 M parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+STEP_RANGE = (1e-3, 1e-1)  # dt is drawn log-uniformly from it
+SSM_RATE = 1e-3  # highest learning rate of dt and A
+
+
+@dataclass(frozen=True)
+class S4DConfig:
+    """Shape and reading of an S4D image classifier.
+
+    Attributes:
+        hidden_size: d, the channels of a layer.
+        state_size: N, twice the number of complex pairs of each channel.
+        levels: integer values that one colour channel of a pixel can take.
+        channels: colour channels of a pixel: 1 grey, 3 red, green and blue.
+        lam: strength of the skip, Eq. (3).
+        layernorm: whether a LayerNorm follows the sum of skip and mixer.
+    """
+
+    model_type: ClassVar[str] = "s4d"
+
+    hidden_size: int = 128
+    state_size: int = 64
+    num_hidden_layers: int = 32
+    channels: int = 3
+    levels: int = 256
+    num_labels: int = 10
+    dropout: float = 0.1
+    lam: float = 1.0
+    layernorm: bool = True
+
+    def __post_init__(self) -> None:
+        sizes = (self.hidden_size, self.state_size // 2, self.num_hidden_layers, self.channels, self.num_labels)
+        if min(sizes) < 1 or self.state_size % 2 or self.levels < 2:
+            raise ValueError(f"sizes must be positive, state_size even and levels at least 2, got {self}")
+
+    @property
+    def vocab_size(self) -> int:
+        """Pixels there are: a pixel is one id, its channels the digits of the id in base `levels`, red first."""
+        return self.levels**self.channels
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> S4DConfig:
+        """The config of a config.json; ValueError names the keys that it does not know."""
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - known - {"model_type"})
+        if unknown:
+            raise ValueError(f"unknown {', '.join(unknown)}: known are {', '.join(sorted(known))}")
+        return cls(**{key: value for key, value in values.items() if key in known})
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"model_type": self.model_type, **asdict(self)}
+
+
+class S4DMixer(nn.Module):
+    """GLU(W GELU(K * u + D u)): the diagonal state space, then a 1x1 convolution d -> 2d and its gate.
+
+    The gate of the GLU multiplies the mixer's output by a function of itself, not of the input; it is part of every arm.
+    """
+
+    def __init__(self, d: int, n_pairs: int, dropout: float) -> None:
+        super().__init__()
+        low, high = map(math.log, STEP_RANGE)
+        self.log_dt = nn.Parameter(torch.rand(d) * (high - low) + low)
+        self.C = nn.Parameter(torch.randn(d, n_pairs, 2) * math.sqrt(0.5))  # real and imaginary part
+        self.log_A_real = nn.Parameter(torch.full((d, n_pairs), math.log(0.5)))  # S4D-Lin: A_n = -1/2 + i pi n
+        self.A_imag = nn.Parameter(math.pi * torch.arange(n_pairs, dtype=torch.float32).repeat(d, 1))
+        self.D = nn.Parameter(torch.randn(d))
+        self.dropout = nn.Dropout(dropout)
+        self.output = nn.Linear(d, 2 * d)
+
+    def forward(self, u: Tensor) -> Tensor:  # (B, N, d) -> (B, N, d)
+        y = causal_convolution(u, self.kernel(u.shape[1])) + u * self.D
+        return F.glu(self.output(self.dropout(F.gelu(y))), dim=-1)
+
+    def kernel(self, length: int) -> Tensor:
+        """K[0..length-1] of every channel, (length, d), real; in float32 at least.
+
+        exp(dt A l) with l = i t + j is formed as the product of two factors, so that N sqrt(length) exponentials are
+        taken, not N length.
+        """
+        real = torch.promote_types(self.C.dtype, torch.float32)
+        C = torch.view_as_complex(self.C.to(real))
+        A = torch.complex(-self.log_A_real.to(real).exp(), self.A_imag.to(real))
+        dtA = A * self.log_dt.to(real).exp()[:, None]  # (d, n)
+        t = math.isqrt(length - 1) + 1
+        steps = torch.arange(t, device=C.device, dtype=real)
+        fine = torch.exp(dtA[:, :, None] * steps)  # (d, n, t)
+        coarse = torch.exp(dtA[:, :, None] * (steps * t))
+        weight = C * torch.expm1(dtA) / A
+        K = 2 * ((weight[:, :, None] * coarse).mT @ fine).real  # (d, t, t)
+        return K.flatten(1)[:, :length].T
+
+
+def causal_convolution(u: Tensor, K: Tensor) -> Tensor:
+    """y[l] = sum_j K[j] u[l - j] for each channel: (B, N, d) and (N, d) -> (B, N, d), by FFT without wrapping round."""
+    length = u.shape[1]
+    real = torch.promote_types(u.dtype, torch.float32)
+    spectrum = torch.fft.rfft(u.to(real), 2 * length, dim=1) * torch.fft.rfft(K.to(real), 2 * length, dim=0)
+    return torch.fft.irfft(spectrum, 2 * length, dim=1)[:, :length].to(u.dtype)
+
+
+class S4DBlock(nn.Module):
+    """norm(lam X + O), O = dropout(mixer(X)); post-norm, or no norm."""
+
+    def __init__(self, config: S4DConfig) -> None:
+        super().__init__()
+        self.lam = config.lam
+        self.mixer = S4DMixer(config.hidden_size, config.state_size // 2, config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
+        self.norm = nn.LayerNorm(config.hidden_size) if config.layernorm else nn.Identity()
+
+    def forward(self, X: Tensor) -> Tensor:  # (B, N, d) -> (B, N, d)
+        return self.norm(self.lam * X + self.dropout(self.mixer(X)))
+
+
+class S4D(nn.Module):
+    """An image classifier: pixels -> linear encoder -> blocks -> mean over positions -> linear decoder."""
+
+    def __init__(self, config: S4DConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = nn.Linear(config.channels, config.hidden_size)
+        self.layers = nn.ModuleList(S4DBlock(config) for _ in range(config.num_hidden_layers))
+        self.decoder = nn.Linear(config.hidden_size, config.num_labels)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Pixels as ids (B, N), see `S4DConfig.vocab_size` -> the input of the first block (B, N, d)."""
+        base = self.config.levels
+        places = base ** torch.arange(self.config.channels - 1, -1, -1, device=ids.device)
+        values = ids[..., None] // places % base  # (B, N, channels)
+        weight = self.encoder.weight
+        return self.encoder(values.to(weight.dtype) * (2 / (base - 1)) - 1)  # channels scaled to [-1, 1]
+
+    def forward(self, ids: Tensor) -> Tensor:  # (B, N) -> (B, labels)
+        X = self.embed(ids)
+        for layer in self.layers:
+            X = layer(X)
+        return self.decoder(X.mean(1))
+
+    def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """For an optimiser, as the S4 authors train: dt and A at a rate of at most 1e-3 and without weight decay."""
+        ssm = [p for name, p in self.named_parameters() if name.endswith(("log_dt", "log_A_real", "A_imag"))]
+        held = set(map(id, ssm))
+        rest = [p for p in self.parameters() if id(p) not in held]
+        return [
+            {"params": rest, "lr": lr, "weight_decay": weight_decay},
+            {"params": ssm, "lr": min(lr, SSM_RATE), "weight_decay": 0.0},
+        ]

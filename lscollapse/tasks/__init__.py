@@ -1,0 +1,1 @@
+"""What the nets are trained on: a source and a seed become tensors."""
