@@ -31,7 +31,8 @@ MARGIN = {torch.float64: 1.0001, torch.float32: 1.001, torch.bfloat16: 1.05}  # 
 
 
 def gains(adapter: Adapter, sha256: str, cache_dir: Path | None = None) -> list[float] | None:
-    """G_k of every layer, or None where the architecture has no such bound. Cached by the checkpoint's sha256.
+    """G_k of every layer, or None where the architecture has no such bound. Cached by the sha256 of the weights file;
+    random weights have none and are computed each time.
 
     Deviation: ||W||_2 is bounded from above by the Schatten-16 norm, which needs products only; it costs at most
     log(n^(1/16)) / log|lam| layers of computing.
@@ -40,11 +41,13 @@ def gains(adapter: Adapter, sha256: str, cache_dir: Path | None = None) -> list[
         return None
     folder = cache_dir or Path(os.environ.get("LSCOLLAPSE_CACHE") or Path.home() / ".cache" / "lscollapse")
     file = folder.expanduser() / "gains" / f"{sha256}.json"
-    if file.is_file():
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        if len(stored) == adapter.n_layers:
-            return stored
+    cached = len(sha256) == 64
+    stored = _stored(file) if cached else None
+    if stored is not None and len(stored) == adapter.n_layers:
+        return stored
     values = [adapter.mixer_bound(layer, spectral_bound) for layer in range(adapter.n_layers)]
+    if not cached:
+        return values
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(file, json.dumps(values) + "\n")
@@ -53,13 +56,25 @@ def gains(adapter: Adapter, sha256: str, cache_dir: Path | None = None) -> list[
     return values
 
 
+def _stored(file: Path) -> list[float] | None:
+    """What the cache holds, or None where there is nothing or it is damaged."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, list) and all(isinstance(value, float) for value in values) else None
+
+
 def spectral_bound(W: Tensor) -> float:
     """An upper bound of ||W||_2: (tr (W W^T)^(2p))^(1/(4p)) with p = 2^SQUARINGS. In float64 for small matrices."""
     W = W.double() if W.numel() <= 2**20 else W.float()
-    scale = float(torch.linalg.matrix_norm(W))
-    if scale == 0.0:
+    largest = float(W.abs().max())
+    if largest == 0.0:
         return 0.0
-    gram = (W / scale) @ (W / scale).T if W.shape[0] <= W.shape[1] else (W / scale).T @ (W / scale)
+    W = W / largest  # first, so that no square leaves the range
+    size = float(torch.linalg.matrix_norm(W))
+    W, scale = W / size, largest * size
+    gram = W @ W.T if W.shape[0] <= W.shape[1] else W.T @ W
     for _ in range(SQUARINGS):
         gram = gram @ gram
     power = 2**SQUARINGS

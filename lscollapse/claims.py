@@ -140,6 +140,16 @@ def gated_unnormed_rises(curves: Curves) -> Judgement:
     ), f"lowest {curve.min():.3f}, greatest gain {gains.max():.3f}, last finite {curve.iloc[-1]:.3f}"
 
 
+def s4d_does_not_collapse(curves: Curves) -> Judgement:
+    arms = {"skip + LN": (1.0, True), "no skip + LN": (0.0, True), "skip": (1.0, False), "neither": (0.0, False)}
+    found = {name: curves.curve(lam, False, layernorm) for name, (lam, layernorm) in arms.items()}
+    if curves.gated or not all(map(len, found.values())):
+        return None
+    good = all(curve.iloc[1:].min() >= COLLAPSED for curve in found.values())
+    numbers = (f"{name}: {curve.iloc[1:].min():.3f}, {curve.iloc[-1]:.3f}" for name, curve in found.items())
+    return bool(good), f"lowest after the first layer, last: {'; '.join(numbers)}"
+
+
 CLAIMS: dict[str, tuple[str, Callable[[Curves], Judgement]]] = {
     "figure 1a": ("When |lambda| is small, the model suffers from rank collapse.", small_lambda_collapses),
     "figure 1b": ("This happens even when lambda = 1.", lambda_one_collapses),
@@ -150,6 +160,7 @@ CLAIMS: dict[str, tuple[str, Callable[[Curves], Judgement]]] = {
     "figure 3b": ("Without gating, with LayerNorm, mu approaches zero in later layers.", ungated_falls),
     "figure 3c": ("Without either, an initial drop, then a dramatic increase.", ungated_unnormed_drops_then_rises),
     "figure 3d": ("With gating, without LayerNorm, a sudden increase.", gated_unnormed_rises),
+    "figure 4": ("In S4D no rank collapse, even without skip connection and LayerNorm.", s4d_does_not_collapse),
 }
 NEEDS_GATE = ("figure 1", "figure 3")
 

@@ -136,6 +136,29 @@ def ablate_gating(
 
 
 @app.command()
+def ablate_s4d(
+    config: Config = None, model: Model = None,
+    excerpts: Annotated[int | None, typer.Option(help="How many held-out images.  [default: 32]")] = None,
+    source: Annotated[str | None, typer.Option(help="digits, cifar10 or a folder.  [default: what the net was trained on]")] = None,
+    dtype: Dtype = None, device: Device = None, seed: Seed = None, random_init: RandomInit = None, offline: Offline = None,
+    settings: Set = None, out: Out = None,
+) -> None:  # fmt: skip
+    """Skip x LayerNorm of a trained S4D on images: Figure 4."""
+    from lscollapse import console, experiments
+
+    experiment = _experiment(
+        config, settings, None, model, excerpts=excerpts, source=source, dtype=dtype, device=device, seed=seed,
+        random_init=random_init, offline=offline,
+    )  # fmt: skip
+    out = out or Path("runs/ablate-s4d")
+    with console.Bar() as bar:
+        rows = experiments.ablate_s4d(experiment, out, bar)
+    console.arms_table(rows)
+    console.claims_table(rows)
+    _draw(rows, out, "linear")
+
+
+@app.command()
 def check_identity(
     model: Annotated[str, typer.Argument(help="Short name, folder or hub id.")],
     excerpts: Annotated[int, typer.Option(help="How many excerpts.")] = 2,

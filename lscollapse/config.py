@@ -12,6 +12,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from lscollapse.texts import CC_BY_SA
+
 EMBEDDED_MODELS = ["mamba2-tiny", "minilm-l6", "albert-smiles"]
 DEFAULT_LAMBDAS = [-8.0, -4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0]
 
@@ -25,13 +27,20 @@ class Section(BaseModel):
 
 
 class WikipediaSection(Section):
-    """Settings of the `wikipedia` source."""
+    """Settings of the `wikipedia` source; `titles` is a file with one title a line, the others are WikiSettings'.
+
+    Articles and the random draw of a seed are kept in `cache_dir`, by default `wikipedia` in the run's `cache_dir` or
+    in LSCOLLAPSE_CACHE (~/.cache/lscollapse): every model of a run and a run that is continued read the same texts.
+    """
 
     language: str = "en"
     contact: str = ""
     endpoint: str | None = None
     titles: Path | None = None
     cache_dir: Path | None = None
+    max_retries: int = Field(default=5, ge=0)
+    retry_wait: float = Field(default=1.0, ge=0)
+    licence: str = CC_BY_SA
 
 
 class Experiment(Section):
@@ -56,6 +65,7 @@ class Experiment(Section):
     certified_exit: bool = True
     stream: Literal["auto", "always", "never"] = "auto"
     max_memory: str = "2GiB"
+    workers: int | None = Field(default=None, ge=1)
     offline: bool = False
     cache_dir: Path | None = None
     wikipedia: WikipediaSection = WikipediaSection()

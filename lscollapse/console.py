@@ -67,9 +67,11 @@ def arms_table(rows: pd.DataFrame) -> None:
     """Print of every arm the first, least and last mean relative mu, and the layer at which it overflowed."""
     relative = rows[rows["measure"] == "relative_mu"]
     table = Table(title="relative mu, mean over excerpts", box=box.SIMPLE, title_justify="left")
-    for heading in ("model", "arm", "computed in", "first", "least", "last", "overflow"):
+    for heading in ("model", "arm", "lambda", "computed in", "first", "least", "last", "overflow"):
         table.add_column(heading, justify="left" if heading in ("model", "arm", "computed in") else "right")
-    for (model, init, arm, dtype), part in relative.groupby(["model", "init", "arm", "dtype"], sort=False):
+    for (model, init, arm, lam, dtype), part in relative.groupby(
+        ["model", "init", "arm", "lam", "dtype"], sort=False, dropna=False
+    ):
         lost = part.loc[part["status"].isin(["overflow", "nan"]), "layer"]
         finite = part[part["layer"] < lost.min()] if len(lost) else part
         curve = finite.groupby("layer")["value"].mean()
@@ -78,6 +80,7 @@ def arms_table(rows: pd.DataFrame) -> None:
         table.add_row(
             f"{model}{_of(str(init))}",
             str(arm),
+            "per layer" if lam != lam else f"{lam:g}",
             str(dtype),
             f"{curve.iloc[0]:.3f}",
             least,

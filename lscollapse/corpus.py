@@ -193,11 +193,15 @@ def freeze(corpus: Corpus, path: str | Path) -> None:
         raise CorpusError(f"{path} cannot be written: {error.strerror}") from error
 
 
-def tokenizer(spec: str, native: str | None = None) -> Tokenizer:
+def tokenizer(
+    spec: str, native: str | None = None, *, cache_dir: Path | None = None, offline: bool = False
+) -> Tokenizer:
     """The tokenizer that `spec` names: `bert`, `smiles`, `native`, or a folder or hub name that transformers can load.
 
     Args:
+        spec: a hub name may end in @REVISION; the commit that it stood for becomes part of the tokenizer's name.
         native: what `native` stands for: the model's own tokenizer, as a spec.
+        cache_dir, offline: as for `models.checkpoint.load`.
 
     Raises:
         CorpusError: there is no such tokenizer, or it needs code from the hub (which is never run).
@@ -205,23 +209,36 @@ def tokenizer(spec: str, native: str | None = None) -> Tokenizer:
     if spec == "native":
         if native is None:
             raise CorpusError("this model names no tokenizer of its own: choose bert, or a folder or hub name")
-        return tokenizer(native)
+        return tokenizer(native, cache_dir=cache_dir, offline=offline)
     if spec == "bert":
         return bert_tokenizer()
     if spec == "smiles":
         return smiles_tokenizer()
     from transformers import AutoTokenizer
 
+    local = Path(spec).is_dir()
     try:
-        inner = AutoTokenizer.from_pretrained(spec, trust_remote_code=False)
+        folder = Path(spec) if local else _tokenizer_files(spec, cache_dir, offline)
+        inner = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise CorpusError(f"tokenizer {spec!r} cannot be loaded: {texts.first_line(error)}") from error
-    name = spec
-    if Path(spec).is_dir():  # a folder's path says nothing on another machine, its vocabulary does
+    name = f"{spec.partition('@')[0]}@{folder.name}"
+    if local:  # a folder's path says nothing on another machine, its vocabulary does
         vocabulary = json.dumps(sorted(inner.get_vocab().items()))
-        name = f"{Path(spec).resolve().name}:{hashlib.sha256(vocabulary.encode()).hexdigest()[:12]}"
+        name = f"{folder.resolve().name}:{hashlib.sha256(vocabulary.encode()).hexdigest()[:12]}"
     options = {"add_special_tokens": False, "truncation": False, "padding": False, "verbose": False}
     return Tokenizer(name, len(inner), lambda batch: inner(batch, **options)["input_ids"])
+
+
+def _tokenizer_files(spec: str, cache_dir: Path | None, offline: bool) -> Path:
+    """The folder of a hub repository's tokenizer, named by its commit."""
+    from lscollapse.models import hub
+
+    repo_id, _, revision = spec.partition("@")
+    cache = cache_dir.expanduser() / "hub" if cache_dir else None
+    return hub.fetch(
+        repo_id, revision=revision, files=["config.json"], cache_dir=cache, offline=offline, tokenizer=True
+    )
 
 
 def bert_tokenizer() -> Tokenizer:

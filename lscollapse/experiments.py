@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lscollapse.identity import LayerDifference
     from lscollapse.models import Adapter
 
-__all__ = ["ablate_gating", "all_readings", "check_identity", "load_corpus", "read_lambdas", "sweep_lambda"]
+__all__ = ["ablate_gating", "ablate_s4d", "all_readings", "check_identity", "load_corpus", "read_lambdas", "sweep_lambda"]
 
 
 def sweep_lambda(config: Experiment, out: Path, progress: Progress = SILENT) -> pd.DataFrame:
@@ -49,6 +49,23 @@ def ablation_variants(adapter: Adapter, config: Experiment) -> list[Variant]:
     return [Variant(lam, gating, layernorm, config.skip_site, config.norm_site) for gating, layernorm in arms]
 
 
+def ablate_s4d(config: Experiment, out: Path, progress: Progress = SILENT) -> pd.DataFrame:
+    """Figure 4: skip x LayerNorm of a trained S4D on held-out images; without the skip lambda is 0.
+
+    The net is trained with both, and ablated when it is measured. Models of `config` that are no S4D are left out;
+    where none remains it is s4d-digits.
+    """
+    named = [name for name in config.models if registry.resolve(name).architecture in ("s4d", "")]
+    config = config.model_copy(update={"models": named or ["s4d-digits"]})
+    return run("ablate-s4d", config, out, s4d_variants, progress)
+
+
+def s4d_variants(adapter: Adapter, config: Experiment) -> list[Variant]:
+    if adapter.config.model_type != "s4d":
+        raise ConfigError(f"{adapter.config.model_type} is no S4D: choose s4d-digits or a folder that holds one")
+    return [Variant(lam=lam, layernorm=layernorm) for lam, layernorm in itertools.product((1.0, 0.0), (True, False))]
+
+
 def all_readings(config: Experiment, out: Path, progress: Progress = SILENT) -> pd.DataFrame:
     """Figures 1 and 3 under every reading of where lambda acts and which norm goes: skip_site x norm_site x gating."""
     return run("all-readings", config, out, reading_variants, progress)
@@ -70,7 +87,7 @@ def reading_variants(adapter: Adapter, config: Experiment) -> list[Variant]:
 
 def with_gated_models(config: Experiment) -> Experiment:
     """The same experiment without the embedded models that have no gate."""
-    gated = [name for name in config.models if registry.resolve(name).architecture not in ("albert", "bert")]
+    gated = [name for name in config.models if registry.resolve(name).architecture not in ("albert", "bert", "s4d")]
     return config.model_copy(update={"models": gated or config.models})
 
 

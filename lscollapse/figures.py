@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 
 from lscollapse import drawing
 from lscollapse.drawing import PALETTE, STATUSES, THIN, Curve, Label, canvas, limits, styled
+from lscollapse.tasks.images import PIXELS
 
 KEYS = ("model", "init", "arm", "gating", "layernorm", "skip_site", "norm_site", "lam", "measure", "layer")
 NEEDED = (*KEYS, "text", "dtype", "excerpt", "n_tokens", "value", "status", "floor")
@@ -37,7 +38,7 @@ SITES = {
     "both": "both skips",
 }
 NORMS = {"mixer": "the mixer's norm", "block": "the block's norm", "both": "both norms"}
-ARMS = ((True, True), (False, True), (True, False), (False, False))  # gating, layernorm
+ARMS = ((True, True), (False, True), (True, False), (False, False))  # gating (of S4D the skip), layernorm
 DASHED = (0, (3, 1.5))  # random weights
 
 
@@ -130,6 +131,24 @@ def figure3(rows: pd.DataFrame, model: str, note: str = "", lam: float = 1.0) ->
 
 
 @styled
+def figure4(rows: pd.DataFrame, model: str, note: str = "") -> tuple[Figure, pd.DataFrame]:
+    """Figure 4: skip (lambda = 1) or none (lambda = 0) x LayerNorm of S4D, relative mu and rank-1 residual against layer.
+
+    Raises FigureError without such rows.
+    """
+    rows = _of_model(rows, model)
+    data = summarise(rows[rows["lam"].isin((0, 1))], ("relative_mu", "rank1_residual"))
+    curves: list[Curve] = []
+    for skip, layernorm in ARMS:
+        points = data[(data["lam"] == skip) & (data["layernorm"] == layernorm)]
+        name = ("skip" if skip else "no skip") + (" + LN" if layernorm else ", no LN")
+        curves.append((name, PALETTE[2 * (not layernorm) + (not skip)], "-", points))
+    panels = [("relative_mu", "linear"), ("relative_mu", "log"), ("rank1_residual", "linear")]
+    words = [*_words(rows, data), "One net, trained with skip and LN; every arm is ablated at inference, none retrained."]
+    return drawing.against_layer(curves, panels, model, [*words, note]), data
+
+
+@styled
 def figure_readings(rows: pd.DataFrame, model: str, note: str = "") -> tuple[Figure, pd.DataFrame]:
     """Figures 1 and 3 under every reading of the paper: a row of panels a skip_site, a column a norm_site.
 
@@ -199,8 +218,9 @@ def summarise(rows: pd.DataFrame, measures: Sequence[str]) -> pd.DataFrame:
 def draw(experiment: str, rows: pd.DataFrame, folder: str | Path, yscale: str = "linear") -> list[Path]:
     """Save the figures of one experiment.
 
-    `sweep-lambda` has figure1 (each model) and figure2, `ablate-gating` figure3 and `all-readings` readings (each model).
-    The first model with a gate (else the first) gives figure1, another one figure1-NAME; so for figure3 and readings.
+    `sweep-lambda` has figure1 (each model) and figure2, `ablate-gating` figure3, `ablate-s4d` figure4 and `all-readings`
+    readings (each model). The first model with a gate (else the first) gives figure1, another one figure1-NAME; so for
+    the others.
     Raises FigureError for an experiment without figures.
     """
     models = list(dict.fromkeys([*rows["model"][rows["gating"].notna()], *rows["model"]]))
@@ -212,10 +232,13 @@ def draw(experiment: str, rows: pd.DataFrame, folder: str | Path, yscale: str = 
         made["figure2"] = figure2(rows, yscale, _embedded_note(models))
     elif experiment == "ablate-gating":
         made = {f"figure3{stem}": figure3(rows, model, _embedded_note([model])) for model, stem in stems.items()}
+    elif experiment == "ablate-s4d":
+        made = {f"figure4{stem}": figure4(rows, model, _embedded_note([model])) for model, stem in stems.items()}
     elif experiment == "all-readings":
         made = {f"readings{stem}": figure_readings(rows, name, _embedded_note([name])) for name, stem in stems.items()}
     else:
-        raise FigureError(f"no figure is drawn of {experiment!r}: only of sweep-lambda, ablate-gating and all-readings")
+        known = "sweep-lambda, ablate-gating, ablate-s4d and all-readings"
+        raise FigureError(f"no figure is drawn of {experiment!r}: only of {known}")
     return [path for stem, (figure, data) in made.items() for path in drawing.save(figure, data, folder, stem)]
 
 
@@ -286,10 +309,15 @@ def describe(rows: pd.DataFrame) -> str:
     for (model,), part in _groups(rows, ["model"]):
         texts, dtypes = " / ".join(part["text"].unique()), ", ".join(sorted(set(part["dtype"])))
         n, low, high = part["excerpt"].nunique(), part["n_tokens"].min(), part["n_tokens"].max()
-        tokens = f"{low}" if low == high else f"{low} to {high}"
-        what = f"{texts}, n = {n} excerpt{'s' * (n > 1)} of {tokens} tokens, {dtypes}."
+        length = f"{low}" if low == high else f"{low} to {high}"
+        one, units = ("image", "pixels") if _reads_pixels(part) else ("excerpt", "tokens")
+        what = f"{texts}, n = {n} {one}{'s' * (n > 1)} of {length} {units}, {dtypes}."
         kinds.setdefault(what, []).append(model)
     return " ".join(f"{', '.join(models)}: {what}" for what, models in kinds.items())
+
+
+def _reads_pixels(rows: pd.DataFrame) -> bool:
+    return "tokenizer" in rows and set(rows["tokenizer"]) == {PIXELS}
 
 
 def _embedded_note(models: Sequence[str]) -> str:
@@ -305,12 +333,12 @@ def _embedded_note(models: Sequence[str]) -> str:
 def _words(rows: pd.DataFrame, data: pd.DataFrame) -> list[str]:
     """The sentences of every caption, before those of one figure."""
     sites = [SITES.get(str(site), str(site)) for site in rows["skip_site"].dropna().unique()]
-    drawn = set(data["drawn"])
+    drawn, unit = set(data["drawn"]), "images" if _reads_pixels(rows) else "excerpts"
     return [
         describe(rows),
         "Weights: random, not trained." if set(data["init"]) == {"random"} else "",
         f"λ acts on {' or '.join(sites)}." if sites else "",
-        "Line and band: mean and one standard deviation over excerpts." if (data["n"] > 1).any() else "",
+        f"Line and band: mean and one standard deviation over {unit}." if (data["n"] > 1).any() else "",
         "Triangles: under the floor, below which the dtype resolves nothing." if "at_floor" in drawn else "",
         _disagreement(data),
     ]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from lscollapse.models.mamba2_native import Mamba2Shape
+
+T = TypeVar("T")
 
 BASE = 600 * 2**20  # interpreter, torch, transformers, pandas and the table, measured
 LARGEST_TILE = 8  # excerpts; more make the products no faster
@@ -32,8 +36,7 @@ def streamed(shape: Mamba2Shape, n_tokens: int, n_excerpts: int, n_variants: int
     Raises:
         MemoryPlanError: not even one excerpt of one variant fits.
     """
-    weights = (shape.inner + shape.conv_dim + shape.heads + shape.inner) * shape.hidden
-    layers = weights * (2 * itemsize + 2 * 4)  # this layer and the next, converted, and their mapped pages
+    layers = layer_bytes(shape, itemsize)
 
     def peak(excerpts: int, variants: int) -> int:
         streams = 4 * n_tokens * shape.hidden * excerpts * (variants + 2)
@@ -51,6 +54,69 @@ def streamed(shape: Mamba2Shape, n_tokens: int, n_excerpts: int, n_variants: int
         f"--max-memory {limit / 2**30:.2f} GiB is too small: one layer and one excerpt take {needed:.2f} GiB;"
         f" give at least {needed + 0.01:.2f}GiB, or fewer --tokens"
     )
+
+
+def layer_bytes(shape: Mamba2Shape, itemsize: int) -> int:
+    """What streaming keeps of the weights: this layer and the next, converted, and as they are in the file."""
+    weights = (shape.inner + shape.conv_dim + shape.heads + shape.inner) * shape.hidden
+    return weights * (2 * itemsize + 2 * 4)
+
+
+def on_gpu(
+    hidden: int, shape: Mamba2Shape | None, n_tokens: int, n_excerpts: int, n_variants: int, itemsize: int, limit: int
+) -> Plan:
+    """The largest tile within `limit` bytes of device memory beside the weights; one of everything if none is.
+
+    An estimate on the safe side (`in_halves` mends it): float32 streams, float64 copies of one for the measures, and one
+    block's activations, for Mamba-2 (`shape`) with the chunked scan's decays, else 32 times the width.
+    """
+    block = 32 * hidden if shape is None else 12 * shape.inner + 6 * shape.conv_dim + 6 * 64 * shape.heads + 4 * hidden
+
+    def peak(excerpts: int, variants: int) -> int:
+        return excerpts * n_tokens * (4 * hidden * (variants + 2) + 8 * 5 * hidden + itemsize * block)
+
+    sizes = [(excerpts, variants) for variants in _halvings(n_variants) for excerpts in _halvings(n_excerpts)]
+    excerpts, variants = next((size for size in sizes if peak(*size) <= limit), (1, 1))
+    return Plan(excerpts, variants, peak(excerpts, variants))
+
+
+def in_halves(tile: Callable[[range, range], T], excerpts: range, variants: range) -> list[T]:
+    """`tile(excerpts, variants)`, or its results on halves, and halves of these, where the device runs out of memory.
+
+    Excerpts are halved first, then variants. Results come in the order of their ranges.
+
+    Raises:
+        MemoryPlanError: one excerpt of one variant is too much.
+    """
+    import torch
+
+    try:
+        return [tile(excerpts, variants)]
+    except torch.OutOfMemoryError:
+        pass  # what the failed pass held is let go of with the exception, before the halves run
+    release()
+    if len(excerpts) > 1:
+        middle = len(excerpts) // 2
+        halves = [(excerpts[:middle], variants), (excerpts[middle:], variants)]
+    elif len(variants) > 1:
+        middle = len(variants) // 2
+        halves = [(excerpts, variants[:middle]), (excerpts, variants[middle:])]
+    else:
+        raise MemoryPlanError(
+            "the device has no room for one excerpt of one variant: use fewer --tokens, --stream always, or --device cpu"
+        )
+    return [result for half in halves for result in in_halves(tile, *half)]
+
+
+def release() -> None:
+    """Give the device memory that nothing uses back, so that other processes and larger blocks can have it."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _halvings(n: int) -> list[int]:

@@ -8,8 +8,9 @@ from lscollapse.models.adapter import Adapter, UnsupportedModel
 from lscollapse.models.albert import AlbertAdapter
 from lscollapse.models.bert import BertAdapter
 from lscollapse.models.mamba2 import Mamba2Adapter
+from lscollapse.models.s4d import S4DAdapter
 
-ADAPTERS: tuple[type[Adapter], ...] = (Mamba2Adapter, AlbertAdapter, BertAdapter)
+ADAPTERS: tuple[type[Adapter], ...] = (Mamba2Adapter, AlbertAdapter, BertAdapter, S4DAdapter)
 
 
 def adapt(model: Any) -> Adapter:

@@ -43,7 +43,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A transformers base model (Mamba2Model, AlbertModel or BertModel; eval mode, no pooler) and its origin."""
+    """A transformers base model (Mamba2Model, AlbertModel or BertModel; eval mode, no pooler) or an S4D, and its origin."""
 
     model: Any
     info: ModelInfo
@@ -186,10 +186,13 @@ def _classes() -> dict[str, tuple[Any, Any, dict[str, Any]]]:
     """model_type -> (config class, base model class, arguments that leave out its pooler)."""
     from transformers import AlbertConfig, AlbertModel, BertConfig, BertModel, Mamba2Config, Mamba2Model
 
+    from lscollapse.nets.s4d import S4D, S4DConfig
+
     return {
         "mamba2": (Mamba2Config, Mamba2Model, {}),
         "albert": (AlbertConfig, AlbertModel, {"add_pooling_layer": False}),
         "bert": (BertConfig, BertModel, {"add_pooling_layer": False}),
+        "s4d": (S4DConfig, S4D, {}),
     }
 
 
@@ -265,6 +268,10 @@ def _filled(config: Any, tensors: dict[str, Tensor], dtype: torch.dtype) -> Any:
     from transformers.utils import logging
 
     _, model_class, arguments = _classes()[config.model_type]
+    if config.model_type == "s4d":
+        model = model_class(config)
+        model.load_state_dict(tensors)
+        return model.to(dtype)
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

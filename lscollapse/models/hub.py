@@ -27,6 +27,10 @@ LONGEST_WAIT = 120.0  # the most that a Retry-After is obeyed for
 
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json",
+    "merges.txt", "spiece.model", "tokenizer.model",
+)  # fmt: skip
 
 _digests: dict[tuple[int, int, int, int], str] = {}
 
@@ -60,15 +64,18 @@ def fetch(
     files: Sequence[str] | None = None,
     cache_dir: str | Path | None = None,
     offline: bool = False,
+    tokenizer: bool = False,
 ) -> Path:
     """The folder that holds `files` of a model repository; its name is the commit they are of.
 
     Args:
         repo_id: "owner/name".
         revision: branch, tag or commit; the default is "main".
-        files: names in the repository; the default is config.json and the weights, safetensors before .bin.
+        files: names in the repository; the default is config.json, the weights (safetensors before .bin) and the
+            tokenizer's, those of TOKENIZER_FILES that there are.
         cache_dir: a cache of huggingface_hub; the default is its own (HF_HUB_CACHE).
         offline: make no call at all and take what is in the cache; HF_HUB_OFFLINE=1 asks for the same.
+        tokenizer: take the tokenizer's files besides `files`.
 
     Raises:
         HubError: no such repository, revision or file; no access; no connection; a file that is not what the hub says.
@@ -81,12 +88,12 @@ def fetch(
     try:
         if offline or constants.HF_HUB_OFFLINE:
             return _cached(repo_id, revision, files, cache)
-        return _fetch(repo_id, revision, files, cache)
+        return _fetch(repo_id, revision, files, cache, TOKENIZER_FILES if tokenizer else ())
     except (HTTPError, OSError, HFValidationError) as error:
         raise HubError(_explain(error, repo_id, revision)) from error
 
 
-def _fetch(repo_id: str, revision: str, files: Sequence[str] | None, cache: Path) -> Path:
+def _fetch(repo_id: str, revision: str, files: Sequence[str] | None, cache: Path, optional: Sequence[str]) -> Path:
     from huggingface_hub import HfApi, hf_hub_download
 
     api = HfApi()
@@ -94,6 +101,7 @@ def _fetch(repo_id: str, revision: str, files: Sequence[str] | None, cache: Path
     commit = str(info.sha)
     known = {sibling.rfilename: sibling for sibling in info.siblings or []}
     wanted = _default_files(repo_id, known) if files is None else list(files)
+    wanted += [name for name in optional if name in known]
     storage = _storage(cache, repo_id)
     for name in wanted:
         if name not in known:
@@ -122,7 +130,7 @@ def _default_files(repo_id: str, names: Collection[str]) -> list[str]:
             f"{repo_id} has no weights that can be read: expected model.safetensors, {INDEX} with its parts,"
             f" or pytorch_model.bin, found {', '.join(sorted(names)) or 'nothing'}"
         )
-    return ["config.json", *weights]
+    return ["config.json", *weights, *(name for name in TOKENIZER_FILES if name in names)]
 
 
 def _fetch_large(repo_id: str, commit: str, sibling: RepoSibling, blobs: Path) -> None:

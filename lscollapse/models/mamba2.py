@@ -54,9 +54,13 @@ class Mamba2Adapter(Adapter):
         return dict(self.model.layers[layer].named_parameters())
 
     def native_block(self, layer: int, dtype: torch.dtype) -> NativeBlock:
+        return self.make_block(self.tensors(layer), dtype)
+
+    def make_block(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> NativeBlock:
+        """A block of these tensors, which are on this adapter's device."""
         if self.device.type == "cpu" and not self.kernels.triton:
-            return NativeBlock(self.tensors(layer), self.shape, dtype, self.workers)
-        return GpuBlock(self.tensors(layer), self.shape, self.kernels, dtype)
+            return NativeBlock(tensors, self.shape, dtype, self.workers)
+        return GpuBlock(tensors, self.shape, self.kernels, dtype)
 
     @cached_property
     def kernels(self) -> Kernels:

@@ -23,10 +23,10 @@ class Entry:
     """One model that can be loaded.
 
     Attributes:
-        architecture: "mamba2", "albert" or "bert"; "" for a folder or hub id until its config.json is read.
+        architecture: "mamba2", "albert", "bert" or "s4d"; "" for a folder or hub id until its config.json is read.
         location: the data package, the folder, or the hub id, as `source` says.
         revision: package version or hub revision; "main" is resolved to a commit when it is fetched, "" for a folder.
-        text: what the model reads, "english" or "smiles".
+        text: what the model reads, "english", "smiles" or "images".
         n_parameters: of the base model without pooler and heads, asserted on loading; None where it is not known ahead.
         config: contents of config.json where they are published, so that random weights of this shape need no download.
     """
@@ -36,7 +36,7 @@ class Entry:
     source: Literal["package", "folder", "hub"]
     location: str
     revision: str = ""
-    text: Literal["english", "smiles"] = "english"
+    text: Literal["english", "smiles", "images"] = "english"
     description: str = ""
     n_parameters: int | None = None
     config: Mapping[str, Any] | None = None
@@ -100,6 +100,15 @@ _ALL = (
         location="lscollapse",
         description="Mamba-2 with the BERT vocabulary, trained by scripts/train_tiny_mamba2.py on Wikipedia summaries",
         n_parameters=9_547_712,
+    ),
+    Entry(
+        name="s4d-digits",
+        architecture="s4d",
+        source="package",
+        location="lscollapse",
+        text="images",
+        description="S4D, 32 layers, hidden 128, trained by scripts/train_s4d.py on 8x8 digits, not on CIFAR-10",
+        n_parameters=1_598_986,
     ),
     Entry(
         name="minilm-l6",

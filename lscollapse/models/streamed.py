@@ -1,11 +1,14 @@
-"""A Mamba-2 checkpoint that stays on disk: one layer in memory while it computes, the next being read meanwhile."""
+"""A Mamba-2 checkpoint that stays on disk: one layer in memory while it computes, the next being read meanwhile.
+
+On a GPU the same with one more step: the layer goes from the file through pinned memory to the device, on a CUDA stream
+of its own, and is converted there; the stream that computes waits for it only when it needs it.
+"""
 
 from __future__ import annotations
 
-import ctypes
-import mmap
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,18 +17,67 @@ from lscollapse.models.adapter import UnsupportedModel
 from lscollapse.models.checkpoint import LayerReader
 from lscollapse.models.mamba2 import Mamba2Adapter
 from lscollapse.models.mamba2_native import NativeBlock, Workers
+from lscollapse.models.tensors import forget
 
-MADV_DONTNEED = 4
+Build = Callable[[dict[str, Tensor]], NativeBlock]
+Finish = Callable[[], NativeBlock]
+
+
+class Transfer(Protocol):
+    """How a layer's tensors get to where they compute."""
+
+    device: torch.device
+
+    def begin(self, tensors: dict[str, Tensor], build: Build) -> Finish:
+        """Start bringing the mapped `tensors` to `device` and make a block of them there; in the reading thread.
+
+        What is returned is called in the computing thread, before the block is used.
+        """
+        ...
+
+
+class Stay:
+    """No transfer: blocks compute on the CPU."""
+
+    device = torch.device("cpu")
+
+    def begin(self, tensors: dict[str, Tensor], build: Build) -> Finish:
+        block = build(tensors)
+        return lambda: block
+
+
+class Upload:
+    """To a GPU, on a CUDA stream beside the one that computes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+
+    def begin(self, tensors: dict[str, Tensor], build: Build) -> Finish:
+        with torch.cuda.stream(self.stream):
+            block = build({name: t.pin_memory().to(self.device, non_blocking=True) for name, t in tensors.items()})
+            arrived = self.stream.record_event()
+
+        def finish() -> NativeBlock:
+            computing = torch.cuda.current_stream(self.device)
+            computing.wait_event(arrived)
+            for tensor in vars(block).values():
+                if isinstance(tensor, Tensor):
+                    tensor.record_stream(computing)  # its memory is not given away before `computing` is past its use
+            return block
+
+        return finish
 
 
 class StreamedMamba2(Mamba2Adapter):
     """Blocks are made from the mapped file when they are asked for, in order; `native_block(k)` starts reading k + 1."""
 
-    def __init__(self, reader: LayerReader) -> None:
+    def __init__(self, reader: LayerReader, transfer: Transfer | None = None) -> None:
         self.reader = reader
         self.config = reader.config
         self.workers = Workers()
-        self._reading: dict[tuple[int, torch.dtype], Future[NativeBlock]] = {}
+        self.transfer = transfer or Stay()
+        self._reading: dict[tuple[int, torch.dtype], Future[Finish]] = {}
         self._pool = ThreadPoolExecutor(1)
 
     @property
@@ -38,16 +90,20 @@ class StreamedMamba2(Mamba2Adapter):
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cpu")
+        return self.transfer.device
 
     def embed(self, ids: Tensor) -> Tensor:
-        return self.reader.tensors["embeddings.weight"][ids].float()
+        return self.reader.tensors["embeddings.weight"][ids.cpu()].float().to(self.device)
 
     def tensors(self, layer: int) -> dict[str, Tensor]:
         return self.reader.layer(layer)
 
     def native_block(self, layer: int, dtype: torch.dtype) -> NativeBlock:
-        block = self._ask(layer, dtype).result()
+        try:
+            block = self._ask(layer, dtype).result()()
+        except torch.OutOfMemoryError:
+            self._reading.clear()  # the next attempt starts anew
+            raise
         for old in [key for key in self._reading if key[1] == dtype and key[0] != layer]:
             self._reading.pop(old).cancel()
         if layer > 0:
@@ -61,22 +117,12 @@ class StreamedMamba2(Mamba2Adapter):
         forget(self.reader.layer(layer))
         return bound
 
-    def _ask(self, layer: int, dtype: torch.dtype) -> Future[NativeBlock]:
+    def _ask(self, layer: int, dtype: torch.dtype) -> Future[Finish]:
         key = (layer, dtype)
         if key not in self._reading:
             self._reading[key] = self._pool.submit(self._make, layer, dtype)
         return self._reading[key]
 
-    def _make(self, layer: int, dtype: torch.dtype) -> NativeBlock:
+    def _make(self, layer: int, dtype: torch.dtype) -> Finish:
         with torch.no_grad():
-            return NativeBlock(self.tensors(layer), self.shape, dtype, self.workers)
-
-
-def forget(tensors: dict[str, Tensor]) -> None:
-    """Give the mapped pages of these tensors back to the system; they are read again from the file when needed."""
-    libc = ctypes.CDLL(None)
-    for tensor in tensors.values():
-        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-        if end > start and hasattr(libc, "madvise"):
-            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)
+            return self.transfer.begin(self.tensors(layer), lambda tensors: self.make_block(tensors, dtype))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import json
+import mmap
 import os
 import re
+import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +22,8 @@ from lscollapse.models.hub import sha256_file
 _HEADS = re.compile(
     r"(lm_head|predictions|cls|classifier|sop_classifier|qa_outputs|pooler)\.|embeddings\.position_ids$"
 )
+MADV_DONTNEED = 4
+_FORMAT_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _PREFIXES = ("backbone.", "albert.", "bert.")
 _OLD_NAMES = (
     (re.compile(r"^embedding\.weight$"), "embeddings.weight"),  # mamba_ssm
@@ -81,33 +87,66 @@ def first_line(error: Exception) -> str:
 
 
 def converted(file: Path, cache_dir: str | Path | None) -> Path:
-    """The safetensors copy of a pickled base model, made once; tensors go from the mapped file straight to the new one.
+    """The safetensors copy of a pickled base model, made once; one tensor after the other goes from the mapped file to it.
 
     It lies under "converted" in `cache_dir`, LSCOLLAPSE_CACHE or ~/.cache/lscollapse, named by the sha256 of `file`.
 
     Raises:
         CheckpointError: `file` cannot be read, or there is no place for the copy.
     """
-    from safetensors.torch import save_file
-
     cache = cache_dir or os.environ.get("LSCOLLAPSE_CACHE") or Path.home() / ".cache" / "lscollapse"
     target = Path(cache).expanduser() / "converted" / f"{sha256_file(file)}.safetensors"
     if target.exists():
         return target
-    tensors = {name: tensor.contiguous() for name, tensor in base_tensors(read_tensors(file)).items()}
+    tensors = base_tensors(read_tensors(file))
     unfinished = target.with_suffix(f".{os.getpid()}.unfinished")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, unfinished, metadata={"format": "pt", "converted_from": file.name})
+        needed, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(target.parent).free
+        if needed > free:
+            raise OSError(f"it takes {needed:,} bytes and {free:,} are free")
+        _write(tensors, unfinished, mapped=zipfile.is_zipfile(file))
         unfinished.replace(target)
-    except Exception as error:
-        if unfinished.exists():
-            unfinished.unlink()
+    except (OSError, KeyError) as error:
         raise CheckpointError(
             f"{file} could not be converted into {target.parent} (LSCOLLAPSE_CACHE chooses another place):"
             f" {first_line(error)}"
         ) from error
+    finally:
+        unfinished.unlink(missing_ok=True)
     return target
+
+
+def _write(tensors: Mapping[str, Tensor], file: Path, mapped: bool) -> None:
+    """A safetensors file, written tensor by tensor; the library's own writer would have all of them in memory."""
+    order = sorted(tensors, key=lambda name: -tensors[name].itemsize)  # every tensor then lies on a multiple of its item
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in order:
+        tensor = tensors[name]
+        span = [offset, offset + tensor.nbytes]
+        header[name] = {"dtype": _FORMAT_DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
+        offset = span[1]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            out.write(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
+            if mapped:
+                forget({name: tensors[name]})
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def forget(tensors: Mapping[str, Tensor]) -> None:
+    """Give the pages of mapped tensors back to the system; they are read again from the file when needed."""
+    libc = ctypes.CDLL(None)
+    for tensor in tensors.values():
+        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if end > start and hasattr(libc, "madvise"):
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)
 
 
 def sha256(files: Sequence[Path]) -> str:

@@ -1,4 +1,4 @@
-"""S4D (Gu, Goel, Gupta and Ré, 2022): a deep net of diagonal linear state-space layers, lambda on the skip, post-norm.
+"""S4D (Gu, Goel, Gupta and Ré, 2022): a deep net of diagonal linear state-space layers, with skips and post-norm.
 
 A layer is one LTI system per channel, h' = A h + B x, y = Re(C h) + D x, with a diagonal complex A of conjugate pairs.
 Discretised by a zero-order hold with step dt it is the convolution of x with
@@ -25,15 +25,14 @@ SSM_RATE = 1e-3  # highest learning rate of dt and A
 
 @dataclass(frozen=True)
 class S4DConfig:
-    """Shape and reading of an S4D image classifier.
+    """Shape of an S4D image classifier; the defaults are the paper's.
 
     Attributes:
         hidden_size: d, the channels of a layer.
         state_size: N, twice the number of complex pairs of each channel.
         levels: integer values that one colour channel of a pixel can take.
         channels: colour channels of a pixel: 1 grey, 3 red, green and blue.
-        lam: strength of the skip, Eq. (3).
-        layernorm: whether a LayerNorm follows the sum of skip and mixer.
+        data: what it was trained on, as `tasks.images.load` names it.
     """
 
     model_type: ClassVar[str] = "s4d"
@@ -45,8 +44,7 @@ class S4DConfig:
     levels: int = 256
     num_labels: int = 10
     dropout: float = 0.1
-    lam: float = 1.0
-    layernorm: bool = True
+    data: str = "cifar10"
 
     def __post_init__(self) -> None:
         sizes = (self.hidden_size, self.state_size // 2, self.num_hidden_layers, self.channels, self.num_labels)
@@ -120,17 +118,16 @@ def causal_convolution(u: Tensor, K: Tensor) -> Tensor:
 
 
 class S4DBlock(nn.Module):
-    """norm(lam X + O), O = dropout(mixer(X)); post-norm, or no norm."""
+    """norm(X + O), O = dropout(mixer(X))."""
 
     def __init__(self, config: S4DConfig) -> None:
         super().__init__()
-        self.lam = config.lam
         self.mixer = S4DMixer(config.hidden_size, config.state_size // 2, config.dropout)
         self.dropout = nn.Dropout(config.dropout)
-        self.norm = nn.LayerNorm(config.hidden_size) if config.layernorm else nn.Identity()
+        self.norm = nn.LayerNorm(config.hidden_size)
 
     def forward(self, X: Tensor) -> Tensor:  # (B, N, d) -> (B, N, d)
-        return self.norm(self.lam * X + self.dropout(self.mixer(X)))
+        return self.norm(X + self.dropout(self.mixer(X)))
 
 
 class S4D(nn.Module):

@@ -1,0 +1,97 @@
+"""Work items: one task on one tile of excerpts and variants, measured whole, in halves where the device has no room."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lscollapse import plan
+from lscollapse.config import Experiment
+from lscollapse.devices import set_threads
+from lscollapse.results import COLUMNS
+from lscollapse.subjects import Progress, Task
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lscollapse.models import Adapter
+
+
+@dataclass(frozen=True)
+class Item:
+    """One task on excerpts [first, last) and variants [low, high)."""
+
+    number: int
+    task: Task
+    first: int
+    last: int
+    low: int
+    high: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.number:02d}-{self.first:05d}-{self.last:05d}-{self.low:03d}-{self.high:03d}"
+
+    @property
+    def cost(self) -> float:
+        passes = (self.last - self.first) * (self.high - self.low) * self.task.info.n_layers
+        return passes * float(self.task.width) ** 2
+
+
+def items(number: int, task: Task) -> Iterator[Item]:
+    """The items of a task, in order."""
+    tiles = range(0, len(task.corpus.excerpts), task.plan.excerpts)
+    groups = range(0, len(task.variants), task.plan.variants)
+    for first, low in itertools.product(tiles, groups):
+        last = min(first + task.plan.excerpts, len(task.corpus.excerpts))
+        yield Item(number, task, first, last, low, min(low + task.plan.variants, len(task.variants)))
+
+
+def measure_item(item: Item, adapter: Adapter, config: Experiment, progress: Progress) -> pd.DataFrame:
+    """The rows of one item.
+
+    Raises:
+        MemoryPlanError: the device has no room for one excerpt of one variant.
+    """
+    import pandas as pd
+
+    def tile(excerpts: range, variants: range) -> pd.DataFrame:
+        return _measure(item, excerpts, variants, adapter, config, progress)
+
+    parts = plan.in_halves(tile, range(item.first, item.last), range(item.low, item.high))
+    return pd.concat(parts, ignore_index=True) if len(parts) > 1 else parts[0]
+
+
+def _measure(
+    item: Item, excerpts: range, variants: range, adapter: Adapter, config: Experiment, progress: Progress
+) -> pd.DataFrame:
+    import torch
+
+    from lscollapse.forward import measure
+
+    task, info = item.task, item.task.info
+    set_threads(task.width)
+    rows = measure(
+        adapter,
+        task.ids[excerpts.start : excerpts.stop],
+        task.variants[variants.start : variants.stop],
+        None if config.dtype == "auto" else getattr(torch, config.dtype),
+        lambda done: progress.advance(done * float(task.width) ** 2),
+        task.gains,
+    )
+    rows = rows.assign(
+        subject=item.number,
+        variant=rows["variant"] + variants.start,
+        excerpt=rows["excerpt"] + excerpts.start,
+        model=info.name,
+        revision=info.revision,
+        checkpoint_sha256=info.sha256,
+        init=task.init,
+        text=task.corpus.source,
+        tokenizer=task.corpus.excerpts[0].tokenizer,
+        backend=adapter.backend,
+        seed=config.seed,
+    )
+    return rows[["subject", "variant", *COLUMNS]]

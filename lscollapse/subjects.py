@@ -1,0 +1,268 @@
+"""The models of a configuration, loaded, each with the excerpts that it reads and the variants it is put through."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from lscollapse import corpus as corpora
+from lscollapse import plan
+from lscollapse.config import ConfigError, Experiment
+from lscollapse.devices import device, memory, set_threads, worker_devices
+from lscollapse.models import registry
+from lscollapse.tasks import images
+from lscollapse.variants import Variant, check
+
+if TYPE_CHECKING:
+    from lscollapse.corpus import Corpus, Tokenizer
+    from lscollapse.models import Adapter
+    from lscollapse.models.checkpoint import ModelInfo
+
+PROVENANCE = {
+    "title": "titles", "page_id": "page_ids", "revision": "revisions", "url": "urls", "licence": "licences",
+    "retrieved": "retrieved", "text_sha256": "text_sha256",
+}  # of an excerpt -> in the manifest  # fmt: skip
+
+
+class Progress(Protocol):
+    """What `run` tells while it works; the CLI draws it."""
+
+    def note(self, message: str) -> None: ...
+
+    def start(self, total: float) -> None: ...
+
+    def advance(self, amount: float) -> None: ...
+
+
+@dataclass(frozen=True)
+class Silent:
+    """A Progress that says nothing."""
+
+    def note(self, message: str) -> None:
+        return None
+
+    def start(self, total: float) -> None:
+        return None
+
+    def advance(self, amount: float) -> None:
+        return None
+
+
+SILENT = Silent()
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is measured on one model and how it is tiled: what another process needs to load the model and measure it.
+
+    `name` is the model's as the configuration gives it.
+    """
+
+    name: str
+    init: str
+    info: ModelInfo
+    width: int
+    corpus: Corpus
+    variants: tuple[Variant, ...]
+    plan: plan.Plan
+    gains: list[float] | None
+
+    @property
+    def ids(self) -> np.ndarray:
+        return np.array([excerpt.ids for excerpt in self.corpus.excerpts])
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        digest = hashlib.sha256(self.ids.astype("<i8").tobytes()).hexdigest()
+        source = {"text": self.corpus.source, "excerpts_sha256": digest}
+        per_layer = [list(v.lam) for v in self.variants if isinstance(v.lam, tuple)]
+        return {
+            "model": self.info.name,
+            "init": self.init,
+            "sha256": self.info.sha256,
+            "per_layer": per_layer,
+            **source,
+        }
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the manifest keeps of the excerpts: where they came from, not their text."""
+        columns = {name: [getattr(excerpt, name) for excerpt in self.corpus.excerpts] for name in PROVENANCE}
+        return {
+            "source": self.corpus.source,
+            "too_short": self.corpus.skipped,
+            **self.corpus.counts,
+            "drawn": list(self.corpus.titles),
+            **{PROVENANCE[name]: column for name, column in columns.items() if any(column)},
+        }
+
+
+@dataclass(frozen=True)
+class Subject(Task):
+    """A task with its model loaded."""
+
+    adapter: Adapter
+
+    @property
+    def task(self) -> Task:
+        """The task alone, which lets go of the model."""
+        return Task(**{field.name: getattr(self, field.name) for field in fields(Task)})
+
+
+Variants = Callable[["Adapter", Experiment], list[Variant]]
+
+
+def load_subjects(config: Experiment, variants: Variants, progress: Progress) -> Iterator[Subject]:
+    """Every model of `config`, trained and, if asked for, freshly initialised, with its excerpts and variants."""
+    from lscollapse import certify
+
+    inits = ("trained", "random") if config.random_init else ("trained",)
+    for name, init in itertools.product(config.models, inits):
+        adapter, info = load_adapter(name, init, config, progress)
+        arms = tuple(variants(adapter, config))
+        for arm in arms:
+            check(adapter, arm)
+        corpus = excerpts_for(info, adapter, config, progress)
+        tiles = _plan(adapter, info, corpus, arms, config, progress)
+        gains = certify.gains(adapter, info.sha256, config.cache_dir) if config.certified_exit else None
+        yield Subject(name, init, info, adapter.config.hidden_size, corpus, arms, tiles, gains, adapter)
+
+
+def load_adapter(name: str, init: str, config: Experiment, progress: Progress) -> tuple[Adapter, ModelInfo]:
+    """A model on the configured device with its kernels chosen; streamed where its weights do not fit there."""
+    import torch
+
+    from lscollapse.models import adapt, checkpoint
+    from lscollapse.models.streamed import StreamedMamba2, Upload
+
+    where: Any = {"revision": config.revision, "cache_dir": config.cache_dir, "offline": config.offline}
+    entry, on = registry.resolve(name), device(config)
+    if on.startswith("cuda"):
+        torch.cuda.set_device(torch.device(on))
+    whole_bytes = 4 * (entry.n_parameters or 0)
+    wanted = config.stream == "always" or (config.stream == "auto" and whole_bytes > memory(config))
+    if wanted and entry.architecture == "mamba2" and init == "trained":
+        reader = checkpoint.open_layers(name, **where)
+        streamed = StreamedMamba2(reader, Upload(torch.device(on))) if on != "cpu" else StreamedMamba2(reader)
+        _choose_kernels(streamed, config, progress)
+        return streamed, reader.info
+    # The package's own blocks round the weights themselves; the modules of other models are loaded in the dtype.
+    own = entry.architecture in ("mamba2", "") or config.dtype == "auto"
+    dtype = torch.float32 if own else getattr(torch, config.dtype)
+    loaded = checkpoint.load(name, dtype=dtype, random_init=config.seed if init == "random" else None, **where)
+    set_threads(loaded.model.config.hidden_size)
+    try:
+        adapter = adapt(loaded.model.to(on))
+    except torch.OutOfMemoryError:
+        raise plan.MemoryPlanError(
+            f"{name} does not fit on {on}: use --stream always (Mamba-2) or --device cpu"
+        ) from None
+    _choose_kernels(adapter, config, progress)
+    return adapter, loaded.info
+
+
+def _choose_kernels(adapter: Adapter, config: Experiment, progress: Progress) -> None:
+    from lscollapse.kernels import resolve
+    from lscollapse.models.mamba2 import Mamba2Adapter
+
+    if isinstance(adapter, Mamba2Adapter):
+        adapter.kernels = resolve(config.kernels, adapter.device)
+        if adapter.kernels.note:
+            progress.note(adapter.kernels.note)
+
+
+def _plan(
+    adapter: Adapter,
+    info: ModelInfo,
+    corpus: Corpus,
+    arms: tuple[Variant, ...],
+    config: Experiment,
+    progress: Progress,
+) -> plan.Plan:
+    from lscollapse.models.mamba2 import Mamba2Adapter
+    from lscollapse.models.streamed import StreamedMamba2
+
+    itemsize = {"float64": 8, "bfloat16": 2}.get(config.dtype, 4)
+    if config.dtype == "auto" and any(arm.removes_block_norm for arm in arms):
+        itemsize += 8  # those arms compute in float64, beside the float32 ones
+    size = len(corpus.excerpts[0].ids), len(corpus.excerpts)
+    streamed, limit = isinstance(adapter, StreamedMamba2), memory(config)
+    if adapter.device.type == "cuda":
+        shape = adapter.shape if isinstance(adapter, Mamba2Adapter) else None
+        weights = plan.layer_bytes(adapter.shape, itemsize) if isinstance(adapter, StreamedMamba2) else 0
+        share = -(-size[1] // len(worker_devices(config)))  # so that every GPU has some
+        width, room = adapter.config.hidden_size, limit - weights
+        tiles = plan.on_gpu(width, shape, size[0], share, len(arms), itemsize, room)
+    elif isinstance(adapter, StreamedMamba2):
+        tiles = plan.streamed(adapter.shape, *size, len(arms), itemsize, limit)
+    else:
+        return plan.Plan(plan.LARGEST_TILE, len(arms), 0)
+    progress.note(
+        f"{info.name} is {'streamed' if streamed else 'resident'} on {adapter.device}: {info.n_layers} layers,"
+        f" {tiles.excerpts} excerpts x {tiles.variants} variants at a time, predicted peak {tiles.bytes / 2**30:.2f} GiB"
+        f" of {limit / 2**30:.2f}"
+    )
+    return tiles
+
+
+def excerpts_for(info: ModelInfo, adapter: Adapter, config: Experiment, progress: Progress) -> Corpus:
+    """The excerpts that a model reads: whole images for S4D, reactions for the SMILES model, else the configured text.
+
+    Images are the held-out ones of the data that the net was trained on, unless the source is a folder or data set of
+    images.
+
+    Deviation: a model whose vocabulary is smaller than the chosen tokenizer's (ALBERT's 30,000 against BERT's 30,522) is
+    given text in its own tokens, since some of the ids would not exist.
+    """
+    if info.architecture == "s4d":
+        source = adapter.config.data if config.source in corpora.SOURCES else config.source
+        return images.excerpts(source, adapter.config, config.excerpts, config.seed)
+    if info.text == "smiles":
+        return corpora.load("smiles", config.excerpts, config.tokens, config.seed)
+    native = native_tokenizer(info)
+    where: Any = {"cache_dir": config.cache_dir, "offline": config.offline}
+    tokenizer = (
+        corpora.tokenizer(config.tokenizer, native, **where) if config.tokenizer else None
+    )  # None: BERT's, or a frozen file's
+    size = (tokenizer or corpora.bert_tokenizer()).vocab_size
+    if size > adapter.config.vocab_size and not config.source.endswith(".jsonl"):
+        progress.note(
+            f"{info.name} has {adapter.config.vocab_size} token ids, the {config.tokenizer or 'bert'} tokenizer {size}:"
+            " the model's own tokenizer is used"
+        )
+        tokenizer = corpora.tokenizer("native", native, **where)
+    return load_corpus(config, tokenizer)
+
+
+def load_corpus(config: Experiment, tokenizer: Tokenizer | None) -> Corpus:
+    """The excerpts that `config` draws from its source."""
+    wiki = config.wikipedia
+    titles = None
+    if wiki.titles:
+        if not wiki.titles.is_file():
+            raise ConfigError(f"no titles file {wiki.titles}")
+        titles = wiki.titles.read_text(encoding="utf-8").split("\n")
+        titles = [title.strip() for title in titles if title.strip()]
+    cache = config.cache_dir or Path(os.environ.get("LSCOLLAPSE_CACHE") or Path.home() / ".cache" / "lscollapse")
+    options = wiki.model_dump(exclude={"titles", "cache_dir"})
+    settings = corpora.WikiSettings(cache_dir=wiki.cache_dir or cache.expanduser() / "wikipedia", **options)
+    return corpora.load(config.source, config.excerpts, config.tokens, config.seed, tokenizer, titles, settings)
+
+
+def native_tokenizer(info: ModelInfo) -> str:
+    """The tokenizer a model was trained with, as a spec for `corpus.tokenizer`."""
+    if info.text == "smiles":
+        return "smiles"
+    if info.location.startswith("state-spaces/"):
+        return "EleutherAI/gpt-neox-20b"
+    embedded = {entry.location for entry in registry.ENTRIES.values() if entry.embedded}
+    if info.location in embedded:
+        return "bert"
+    return f"{info.location}@{info.revision}" if info.revision else info.location

@@ -1,0 +1,190 @@
+"""Labelled images as pixel sequences, one id a pixel in reading order.
+
+An id is the pixel's colour as a number: its channels, red first, are the digits in base `levels`. A grey pixel of 17
+levels is 0..16; a colour pixel of 8 bits is the number written #RRGGBB.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lscollapse.corpus import Corpus, CorpusError, Excerpt
+from lscollapse.texts import first_line
+
+DIGITS_SOURCE = "handwritten digits (scikit-learn load_digits)"
+HELD_OUT = 360  # of the 1,797 digits
+CIFAR10 = "uoft-cs/cifar10"  # on the hub
+SIDE = 32  # to which the pictures of a folder are resized
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+COLOUR = {"levels": 256, "channels": 3}
+PIXELS = "pixels"  # stands in the table where a text has its tokenizer
+
+
+@dataclass(frozen=True)
+class Images:
+    """One split of a data set.
+
+    Attributes:
+        ids: (images, N) integers, N = height * width pixels.
+        labels: (images,) int64, 0..n_labels-1.
+        names: one for each image, for the record.
+    """
+
+    ids: np.ndarray
+    labels: np.ndarray
+    names: tuple[str, ...]
+    n_labels: int
+    levels: int
+    channels: int
+    source: str
+
+
+def load(source: str, split: str) -> Images:
+    """The `train` or `test` images of a source.
+
+    Args:
+        source: `digits` (8x8, grey, comes with scikit-learn), `cifar10` (32x32, colour, from the hub), or a folder: of
+            Parquet files train*.parquet and test*.parquet as on the hub (an image column and `label`), or of pictures,
+            one sub-folder a class, under train/ and test/ if there are these two.
+
+    Raises:
+        CorpusError: no such source, or it cannot be read.
+    """
+    if source == "digits":
+        return digits(split)
+    if source == "cifar10":
+        return _from_rows(_hub_rows(split), f"CIFAR-10 ({CIFAR10})")
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        raise CorpusError(f"no images {source!r}: give digits, cifar10, or a folder of Parquet files or pictures")
+    if any(path.rglob("*.parquet")):
+        return _from_rows(_parquet_rows(path, split), path.resolve().name)
+    return _from_rows(_pictures(path, split), path.resolve().name)
+
+
+def excerpts(source: str, model: Any, n_images: int, seed: int) -> Corpus:
+    """`n_images` held-out images, drawn by `seed`, each whole: what a model of pixels reads in place of text.
+
+    Args:
+        model: the net's config, whose `levels` and `channels` the images must have.
+
+    Raises:
+        CorpusError: as `load`, or images of another kind, or too few.
+    """
+    found = load(source, "test")
+    if (found.levels, found.channels) != (model.levels, model.channels):
+        raise CorpusError(
+            f"{found.source} has {found.channels} channels of {found.levels} levels, the model reads {model.channels} of"
+            f" {model.levels}: choose the data it was trained on ({model.data}) with --source"
+        )
+    if n_images > len(found.ids):
+        raise CorpusError(
+            f"{found.source} has {len(found.ids)} held-out images, {n_images} were asked: lower --excerpts"
+        )
+    chosen = np.random.default_rng(seed).permutation(len(found.ids))[:n_images]
+    source = f"{found.source}, held out"
+    digests = [hashlib.sha256(found.ids[i].astype("<i8").tobytes()).hexdigest() for i in chosen]
+    return Corpus(
+        tuple(
+            Excerpt(found.names[i], tuple(found.ids[i].tolist()), digest, PIXELS, source)
+            for i, digest in zip(chosen, digests, strict=True)
+        ),
+        0,
+        source,
+    )
+
+
+def digits(split: str) -> Images:
+    """scikit-learn's 8x8 grey digits of 17 levels; 1,437 train and 360 test images, divided once and for all."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    chosen = _division(len(data.target), HELD_OUT, split)
+    names = tuple(f"digit {i}" for i in chosen)
+    ids, labels = data.data[chosen].astype(np.int64), data.target[chosen].astype(np.int64)
+    return Images(ids, labels, names, n_labels=10, levels=17, channels=1, source=DIGITS_SOURCE)
+
+
+def pixel_ids(picture: Any) -> np.ndarray:
+    """A PIL picture as (height * width,) ids of 24-bit colour."""
+    red, green, blue = np.moveaxis(np.asarray(picture.convert("RGB"), dtype=np.int32), -1, 0)
+    return ((red * 256 + green) * 256 + blue).reshape(-1)
+
+
+def _division(n_images: int, n_test: int, split: str) -> np.ndarray:
+    order = np.random.default_rng(0).permutation(n_images)
+    return order[n_test:] if split == "train" else order[:n_test]
+
+
+def _from_rows(rows: Iterable[tuple[np.ndarray, int, str]], source: str) -> Images:
+    held = list(rows)
+    if not held:
+        raise CorpusError(f"{source} holds no images")
+    ids, labels, names = zip(*held, strict=True)
+    if len({len(row) for row in ids}) > 1:
+        raise CorpusError(f"the images of {source} differ in size: resize them to one size")
+    return Images(np.stack(ids), np.array(labels), names, n_labels=max(labels) + 1, source=source, **COLOUR)
+
+
+def _hub_rows(split: str) -> Iterator[tuple[np.ndarray, int, str]]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(CIFAR10, split=split)
+    except Exception as error:  # whatever the hub's client raises
+        raise CorpusError(
+            f"{CIFAR10} cannot be fetched from the hub ({first_line(error)}): fetch it elsewhere and give the folder"
+            " with its Parquet files"
+        ) from error
+    yield from _decoded(rows, split)
+
+
+def _parquet_rows(folder: Path, split: str) -> Iterator[tuple[np.ndarray, int, str]]:
+    import datasets
+
+    files = sorted(map(str, folder.rglob(f"{split}*.parquet")))
+    if not files:
+        raise CorpusError(f"no {split}*.parquet in {folder}")
+    try:
+        rows = datasets.load_dataset("parquet", data_files={split: files}, split=split, streaming=True)
+        yield from _decoded(rows, split)
+    except (OSError, ValueError) as error:
+        raise error if isinstance(error, CorpusError) else CorpusError(f"{folder}: {first_line(error)}") from error
+
+
+def _decoded(rows: Any, split: str) -> Iterator[tuple[np.ndarray, int, str]]:
+    import datasets
+
+    columns = rows.column_names or []
+    image = next((name for name in ("img", "image") if name in columns), None)
+    if image is None or "label" not in columns:
+        raise CorpusError(f"the Parquet files have the columns {columns}: needed are img (or image) and label")
+    for number, row in enumerate(rows.cast_column(image, datasets.Image())):
+        yield pixel_ids(row[image]), int(row["label"]), f"{split} {number}"
+
+
+def _pictures(folder: Path, split: str) -> Iterator[tuple[np.ndarray, int, str]]:
+    """Every picture at SIDE x SIDE; of a folder without train/ and test/ a fifth is held out."""
+    from PIL import Image
+
+    names = sorted(file.relative_to(folder) for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+    divided = (folder / "train").is_dir() and (folder / "test").is_dir()
+    kinds = {name: "/".join(name.parts[divided:-1]) for name in names}
+    classes = sorted(set(kinds.values()))
+    if divided:
+        names = [name for name in names if name.parts[0] == split]
+    else:
+        names = [names[i] for i in _division(len(names), -(-len(names) // 5), split)]
+    for name in names:
+        try:
+            with Image.open(folder / name) as picture:
+                ids = pixel_ids(picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR))
+        except OSError as error:
+            raise CorpusError(f"{folder / name} is not a readable picture: {first_line(error)}") from error
+        yield ids, classes.index(kinds[name]), str(name)
