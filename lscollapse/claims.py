@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from lscollapse.tasks.images import reads_pixels
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -37,6 +39,7 @@ class Curves:
     def __init__(self, rows: pd.DataFrame) -> None:
         relative = rows[(rows["measure"] == "relative_mu") & (rows["init"] == "trained")]
         self.gated = bool(relative["gating"].notna().any())
+        self.images = reads_pixels(relative)
         keys = ["gating", "layernorm", "lam", "layer"]
         self.means = relative.groupby(keys, dropna=False)["value"].apply(lambda v: v.mean(skipna=False))
 
@@ -143,11 +146,11 @@ def gated_unnormed_rises(curves: Curves) -> Judgement:
 def s4d_does_not_collapse(curves: Curves) -> Judgement:
     arms = {"skip + LN": (1.0, True), "no skip + LN": (0.0, True), "skip": (1.0, False), "neither": (0.0, False)}
     found = {name: curves.curve(lam, False, layernorm) for name, (lam, layernorm) in arms.items()}
-    if curves.gated or not all(map(len, found.values())):
+    if not all(map(len, found.values())):
         return None
     good = all(curve.iloc[1:].min() >= COLLAPSED for curve in found.values())
     numbers = (f"{name}: {curve.iloc[1:].min():.3f}, {curve.iloc[-1]:.3f}" for name, curve in found.items())
-    return bool(good), f"lowest after the first layer, last: {'; '.join(numbers)}"
+    return bool(good), f"lowest from layer 1 on, last: {'; '.join(numbers)}"
 
 
 CLAIMS: dict[str, tuple[str, Callable[[Curves], Judgement]]] = {
@@ -168,12 +171,12 @@ NEEDS_GATE = ("figure 1", "figure 3")
 def judge(rows: pd.DataFrame) -> Iterator[Finding]:
     """Every claim for every model of a table (one skip_site and norm_site reading of it).
 
-    A model without a gate is judged on Figure 2 only.
+    S4D is judged on Figure 4 only, a transformer on Figure 2 only.
     """
     for model in dict.fromkeys(rows["model"]):
         curves = Curves(rows[rows["model"] == model])
         for claim, (sentence, predicate) in CLAIMS.items():
-            if not curves.gated and claim.startswith(NEEDS_GATE):
+            if curves.images != claim.startswith("figure 4") or (not curves.gated and claim.startswith(NEEDS_GATE)):
                 continue
             result = predicate(curves)
             if result is None:

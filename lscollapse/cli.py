@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lscollapse import __version__
+from lscollapse.cli_theory import find_lambda, theory
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -254,6 +255,10 @@ def models() -> None:
     from lscollapse.console import models_table
 
     models_table()
+
+
+app.add_typer(theory, name="theory")
+app.command()(find_lambda)
 
 
 def _version(wanted: bool) -> None:

@@ -67,8 +67,8 @@ def arms_table(rows: pd.DataFrame) -> None:
     """Print of every arm the first, least and last mean relative mu, and the layer at which it overflowed."""
     relative = rows[rows["measure"] == "relative_mu"]
     table = Table(title="relative mu, mean over excerpts", box=box.SIMPLE, title_justify="left")
-    for heading in ("model", "arm", "lambda", "computed in", "first", "least", "last", "overflow"):
-        table.add_column(heading, justify="left" if heading in ("model", "arm", "computed in") else "right")
+    for heading in ("model", "arm", "lambda", "dtype", "first", "least", "last", "overflow"):
+        table.add_column(heading, justify="left" if heading in ("model", "arm", "dtype") else "right")
     for (model, init, arm, lam, dtype), part in relative.groupby(
         ["model", "init", "arm", "lam", "dtype"], sort=False, dropna=False
     ):

@@ -168,9 +168,10 @@ def take(
             break
     if len(excerpts) < n_excerpts:
         passed_over = "".join(f", {number} {kind}" for kind, number in sorted((counts or {}).items()))
+        fewer = f"--excerpts to {len(excerpts)} or " if excerpts else ""
         raise CorpusError(
             f"{source} has {len(excerpts)} texts of at least {n_tokens} tokens ({skipped} are shorter{passed_over}),"
-            f" {n_excerpts} were asked: lower --excerpts to {len(excerpts)} or --tokens, or give more text"
+            f" {n_excerpts} were asked: lower {fewer}--tokens, or give more text"
         )
     return Corpus(tuple(excerpts), skipped, source, dict(counts or {}))
 

@@ -63,8 +63,10 @@ def worker_devices(config: Experiment) -> list[str]:
 
 
 def memory(config: Experiment) -> int:
-    """Bytes that may be planned with: --max-memory on CPU, on a GPU what is free of its own memory."""
+    """Bytes that a process may plan with: on CPU its part of --max-memory, on a GPU what is free of the device's own."""
     import torch
 
     on = device(config)
-    return parse_memory(config.max_memory) if on == "cpu" else int(GPU_SHARE * torch.cuda.mem_get_info(on)[0])
+    if on == "cpu":
+        return parse_memory(config.max_memory) // (config.workers or 1)
+    return int(GPU_SHARE * torch.cuda.mem_get_info(on)[0])

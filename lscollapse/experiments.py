@@ -17,7 +17,15 @@ if TYPE_CHECKING:
     from lscollapse.identity import LayerDifference
     from lscollapse.models import Adapter
 
-__all__ = ["ablate_gating", "ablate_s4d", "all_readings", "check_identity", "load_corpus", "read_lambdas", "sweep_lambda"]
+__all__ = [
+    "ablate_gating",
+    "ablate_s4d",
+    "all_readings",
+    "check_identity",
+    "load_corpus",
+    "read_lambdas",
+    "sweep_lambda",
+]
 
 
 def sweep_lambda(config: Experiment, out: Path, progress: Progress = SILENT) -> pd.DataFrame:

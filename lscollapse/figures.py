@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 
 from lscollapse import drawing
 from lscollapse.drawing import PALETTE, STATUSES, THIN, Curve, Label, canvas, limits, styled
-from lscollapse.tasks.images import PIXELS
+from lscollapse.tasks.images import reads_pixels
 
 KEYS = ("model", "init", "arm", "gating", "layernorm", "skip_site", "norm_site", "lam", "measure", "layer")
 NEEDED = (*KEYS, "text", "dtype", "excerpt", "n_tokens", "value", "status", "floor")
@@ -38,7 +38,7 @@ SITES = {
     "both": "both skips",
 }
 NORMS = {"mixer": "the mixer's norm", "block": "the block's norm", "both": "both norms"}
-ARMS = ((True, True), (False, True), (True, False), (False, False))  # gating (of S4D the skip), layernorm
+ARMS = ((True, True), (False, True), (True, False), (False, False))  # gating, layernorm
 DASHED = (0, (3, 1.5))  # random weights
 
 
@@ -71,7 +71,7 @@ def figure1(rows: pd.DataFrame, model: str, yscale: str = "linear", note: str = 
 
 @styled
 def figure2(rows: pd.DataFrame, yscale: str = "linear", note: str = "") -> tuple[Figure, pd.DataFrame]:
-    """Figure 2: last-layer relative mu against lambda, LayerNorm on; transformers in one panel, Mamba-2 in another.
+    """Figure 2: last-layer relative mu against lambda, LayerNorm on; transformers, Mamba-2 and S4D in panels of their own.
 
     The rank-1 residual is the thin dashed line of the same colour. Raises FigureError without such rows.
     """
@@ -82,7 +82,8 @@ def figure2(rows: pd.DataFrame, yscale: str = "linear", note: str = "") -> tuple
     data = summarise(rows, ("relative_mu", "rank1_residual"))
     texts = rows.drop_duplicates("model").set_index("model")["text"]
     gated = data["gating"].notna()
-    panels = {"transformers": data[~gated], "Mamba-2": data[gated]}
+    pixels = data["model"].isin([model for (model,), part in _groups(rows, ["model"]) if reads_pixels(part)])
+    panels = {"transformers": data[~gated & ~pixels], "Mamba-2": data[gated], "S4D": data[pixels]}
     panels = {title: part for title, part in panels.items() if len(part)}
     words = _words(rows, data)
     if (data["drawn"] == "masked").any():
@@ -92,7 +93,7 @@ def figure2(rows: pd.DataFrame, yscale: str = "linear", note: str = "") -> tuple
     axes = axes[:, 0]
     colours = itertools.cycle(PALETTE)
     labels: dict[Axes, list[Label]] = {ax: [] for ax in axes}
-    for letter, ax, (title, part) in zip("ab", axes, panels.items(), strict=False):
+    for letter, ax, (title, part) in zip("abc", axes, panels.items(), strict=False):
         ax.set_title(f"$\\bf{{{letter}}}$  {title}")
         limits(ax, [part], yscale, "last-layer relative μ")
         for i, ((name, gating), line) in enumerate(_groups(part, ["model", "gating"])):
@@ -137,14 +138,17 @@ def figure4(rows: pd.DataFrame, model: str, note: str = "") -> tuple[Figure, pd.
     Raises FigureError without such rows.
     """
     rows = _of_model(rows, model)
-    data = summarise(rows[rows["lam"].isin((0, 1))], ("relative_mu", "rank1_residual"))
+    rows = rows[(rows["init"] == _first(rows["init"], "trained")) & rows["lam"].isin((0, 1))]
+    data = summarise(rows, ("relative_mu", "rank1_residual"))
     curves: list[Curve] = []
-    for skip, layernorm in ARMS:
-        points = data[(data["lam"] == skip) & (data["layernorm"] == layernorm)]
-        name = ("skip" if skip else "no skip") + (" + LN" if layernorm else ", no LN")
-        curves.append((name, PALETTE[2 * (not layernorm) + (not skip)], "-", points))
+    for (lam, layernorm), points in _groups(data, ["lam", "layernorm"]):
+        name = ("skip" if lam else "no skip") + (" + LN" if layernorm else ", no LN")
+        curves.append((name, PALETTE[2 * (not layernorm) + (lam == 0)], "-", points))
     panels = [("relative_mu", "linear"), ("relative_mu", "log"), ("rank1_residual", "linear")]
-    words = [*_words(rows, data), "One net, trained with skip and LN; every arm is ablated at inference, none retrained."]
+    words = [
+        *_words(rows, data),
+        "One net, trained with skip and LN; every arm is ablated at inference, none retrained.",
+    ]
     return drawing.against_layer(curves, panels, model, [*words, note]), data
 
 
@@ -310,14 +314,10 @@ def describe(rows: pd.DataFrame) -> str:
         texts, dtypes = " / ".join(part["text"].unique()), ", ".join(sorted(set(part["dtype"])))
         n, low, high = part["excerpt"].nunique(), part["n_tokens"].min(), part["n_tokens"].max()
         length = f"{low}" if low == high else f"{low} to {high}"
-        one, units = ("image", "pixels") if _reads_pixels(part) else ("excerpt", "tokens")
+        one, units = ("image", "pixels") if reads_pixels(part) else ("excerpt", "tokens")
         what = f"{texts}, n = {n} {one}{'s' * (n > 1)} of {length} {units}, {dtypes}."
         kinds.setdefault(what, []).append(model)
     return " ".join(f"{', '.join(models)}: {what}" for what, models in kinds.items())
-
-
-def _reads_pixels(rows: pd.DataFrame) -> bool:
-    return "tokenizer" in rows and set(rows["tokenizer"]) == {PIXELS}
 
 
 def _embedded_note(models: Sequence[str]) -> str:
@@ -333,7 +333,7 @@ def _embedded_note(models: Sequence[str]) -> str:
 def _words(rows: pd.DataFrame, data: pd.DataFrame) -> list[str]:
     """The sentences of every caption, before those of one figure."""
     sites = [SITES.get(str(site), str(site)) for site in rows["skip_site"].dropna().unique()]
-    drawn, unit = set(data["drawn"]), "images" if _reads_pixels(rows) else "excerpts"
+    drawn, unit = set(data["drawn"]), "images" if reads_pixels(rows) else "excerpts"
     return [
         describe(rows),
         "Weights: random, not trained." if set(data["init"]) == {"random"} else "",

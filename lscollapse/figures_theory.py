@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib import style
@@ -11,6 +12,9 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
 from lscollapse.theory.examples import ExamplesTable, table
+
+if TYPE_CHECKING:
+    from lscollapse.guarantees import Line, Report
 
 WIDTH = 170 / 25.4  # inches
 STYLE = {
@@ -31,6 +35,9 @@ STYLE = {
 NAMES = {"sys1": "Sys-1 (LTI SSM)", "sys2": "Sys-2 (selective SSM)"}
 PAPER, TRUE = "#000000", "#D55E00"
 SMALLEST = 1e-12  # rank-1 residuals under this share one colour
+CURVES = {1: ("#0072B2", "λ > 0"), -1: ("#D55E00", "λ < 0")}
+LINES = ("#000000", "#666666", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8A6FD1", "#7A4B00")
+DASHES = {0: "-", 1: (0, (5, 2)), -1: (0, (1.5, 1.5))}
 
 
 def theory_examples_figure(sys1: ExamplesTable | None = None, sys2: ExamplesTable | None = None) -> Figure:
@@ -85,3 +92,46 @@ def _thresholds(ax: Axes, data: ExamplesTable, label: bool) -> None:
                 color=colour,
                 fontsize=7,
             )
+
+
+def bounds_figure(report: Report) -> Figure:
+    """Last-layer relative mu and rank-1 residual over |λ| on a log axis, every bound of a guarantees.Report a vertical line.
+
+    A bound is labelled in the legend with its number; one that certifies nothing is there without a line. λ = 0 is
+    off the axis. Returns a Figure 170 mm wide.
+    """
+    found = report.found
+    bounds = [line for line in report.lines if not line.bound.startswith("measured")]
+    with style.context(["default", STYLE]):
+        figure = Figure(figsize=(WIDTH, 0.72 * WIDTH), layout="constrained")
+        ax = figure.subplots()
+        for sign, (colour, name) in CURVES.items():
+            for measure, words, dashes in (
+                ("relative_mu", "relative μ", "-"),
+                ("rank1_residual", "rank-1 residual", "--"),
+            ):
+                sizes, values = found.curve(sign, measure)
+                label = f"{words}, {name}"
+                ax.plot(
+                    sizes[1:], values[1:], dashes, color=colour, linewidth=1.4, marker=".", markersize=3, label=label
+                )
+        ax.axhline(found.target, color="0.6", linewidth=0.8)
+        ax.annotate(f"target {found.target:g}", (1.0, found.target), (-2, 2), xycoords=("axes fraction", "data"),
+                    textcoords="offset points", ha="right", color="0.4", fontsize=7)  # fmt: skip
+        kinds = list(dict.fromkeys(line.bound for line in bounds))
+        for line in bounds:
+            _bound(ax, line, LINES[kinds.index(line.bound) % len(LINES)])
+        ax.set(xscale="log", ylim=(0.0, 1.03), xlabel="|λ|", ylabel=f"layer {found.n_layers}, mean over excerpts")
+        ax.set_title(f"{found.model}, {found.arm}: what the theorems ask for, and what is needed")
+        ax.spines[["top", "right"]].set_visible(False)
+        figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=7)
+    return figure
+
+
+def _bound(ax: Axes, line: Line, colour: str) -> None:
+    name = line.bound + {0: "", 1: ", λ > 0", -1: ", λ < 0"}[line.sign]
+    if math.isfinite(line.lam):
+        at = f"{line.lam:,.0f}" if line.lam >= 1000.0 else f"{line.lam:.3g}"
+        ax.axvline(line.lam, color=colour, linestyle=DASHES[line.sign], linewidth=1.2, label=f"{name}: {at}")
+    else:
+        ax.plot([], [], " ", label=f"{name}: certifies nothing")

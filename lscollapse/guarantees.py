@@ -7,7 +7,8 @@ further assumption; "from weights" holds for every input of that embedding norm.
 What they are about. Theorem 4.1 speaks of a net Y' = rownorm((M + lam I) Y); a real block also has projections, a
 convolution, gates, several heads and a feed-forward part, which it ignores (C_V = I is taken, as in section 5.1 of
 arXiv:2410.10609v3). The pre-norm certificate is about the whole net. The angle certificate is about the attention
-sublayers of a post-norm net: its feed-forward skip and affine norms turn rows by what lambda does not change.
+sublayers of a post-norm net, on the inputs that they really get: together they turn rows by no more than what keeps the
+target. The feed-forward skip and the affine norms between them turn rows too, by what lambda does not change.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ import torch
 import torch.nn.functional as F
 
 from lscollapse import certify, forward, measures, ssd
+from lscollapse.models import UnsupportedModel
 from lscollapse.models.mamba2 import Mamba2Adapter
-from lscollapse.runs import SILENT, Progress, Subject
-from lscollapse.search import LARGEST, MEASURES, SIGNS, Found, find, sublayers
+from lscollapse.search import MEASURES, SIGNS, Found, find, sublayers
+from lscollapse.subjects import SILENT, Progress, Subject
 from lscollapse.theory import certificates, constants, theorem41
 from lscollapse.theory.arrays import Array
 from lscollapse.variants import Variant
@@ -110,8 +112,13 @@ def report(
 
     Raises:
         TheoryError, SearchError: a, target or tol outside (0, 1).
+        UnsupportedModel: neither Mamba-2 nor attention, or another skip than the residual.
     """
     adapter, K = subject.adapter, subject.adapter.n_layers
+    if not isinstance(adapter, Mamba2Adapter) and not hasattr(adapter.block(0), "attention"):
+        raise UnsupportedModel(f"no bounds for {adapter.config.model_type}: they are for Mamba-2, BERT and ALBERT")
+    if subject.variants[0].skip_site != "residual":
+        raise UnsupportedModel("the bounds are about the residual skip: leave skip_site out")
     theorem41.lambda_star(a, 1.0)  # refuses a before anything is computed
     found = find(subject, target, tol, progress=progress)
     progress.note(f"{subject.info.name}: gains and mixing matrices")
@@ -161,43 +168,53 @@ def _remark(C_M: float, K: int, first: float) -> str:
 
 
 def _prenorm(subject: Subject, target: float) -> list[Line]:
-    lines = []
-    if subject.adapter.bounded_mixer:
-        lines += [Line(f"pre-norm certificate, weights only, {depth}", 0, lam) for depth, lam in _from_weights(subject, target)]
+    if not subject.adapter.bounded_mixer:
+        return []
+    adapter, N = subject.adapter, subject.ids.shape[1]
+    rows = subject.gains or [adapter.mixer_bound(k, certify.spectral_bound) for k in range(adapter.n_layers)]
+    G = np.array(rows) * math.sqrt(N)
+    largest = float(G.max())
+    X = adapter.embed(forward.checked_ids(adapter, subject.ids)).double()
+    pairs = list(zip(measures.relative_mu(X).tolist(), torch.linalg.vector_norm(X, dim=(1, 2)).tolist(), strict=True))
+    here = max(certificates.prenorm_lambda_required(m, target, G, r) for m, r in pairs)
+    ever = max(certificates.prenorm_lambda_required_infinite(m, target, largest, r) for m, r in pairs)
+    lines = [
+        Line("pre-norm certificate, weights only, this depth", 0, here),
+        Line("pre-norm certificate, weights only, every depth", 0, ever, "layers after these bounded by the largest G"),
+    ]
 
-    def bounds(run: Pass) -> Array:
-        ratios = run.frobenius / abs(run.lam)
-        return np.array([certificates.from_ratios(m, r)[-1] for m, r in zip(run.first, ratios.T, strict=True)])
+    def here_measured(run: Pass) -> Array:
+        return _lower(run.first, run.frobenius / abs(run.lam), 0.0)
 
-    for sign in SIGNS:
-        lam, taken = _smallest_certified(subject, target, sign, bounds)
-        lines.append(Line("pre-norm certificate, measured gains", sign, lam, taken))
+    def ever_measured(run: Pass) -> Array:
+        beyond = [certificates.prenorm_turn_infinite(run.lam, largest, r) for r in run.final_norm]
+        return _lower(run.first, run.frobenius / abs(run.lam), np.array(beyond))
+
+    for depth, bounds in (("this depth", here_measured), ("every depth", ever_measured)):
+        for sign in SIGNS:
+            lam, taken = _smallest_certified(subject, target, sign, bounds)
+            lines.append(Line(f"pre-norm certificate, measured gains, {depth}", sign, lam, taken))
     return lines
 
 
-def _from_weights(subject: Subject, target: float) -> list[tuple[str, float]]:
-    """The certified |lambda| for this depth and for every depth, the largest over the excerpts."""
-    adapter = subject.adapter
-    rows = subject.gains or [adapter.mixer_bound(k, certify.spectral_bound) for k in range(adapter.n_layers)]
-    X = adapter.embed(forward.checked_ids(adapter, subject.ids)).double()
-    G = np.array(rows) * math.sqrt(X.shape[1])
-    pairs = list(zip(measures.relative_mu(X).tolist(), torch.linalg.vector_norm(X, dim=(1, 2)).tolist(), strict=True))
-    here = max(certificates.prenorm_lambda_required(m, target, G, r) for m, r in pairs)
-    ever = max(certificates.prenorm_lambda_required_infinite(m, target, float(G.max()), r) for m, r in pairs)
-    return [("this depth", here), ("every depth", ever)]
+def _lower(first: Array, ratios: Array, beyond: Array | float) -> Array:
+    """Lower bounds on relative mu, (B,): turns of arcsin(ratios), (K, B), and `beyond` more, from relative mu `first`."""
+    ends = [certificates.from_ratios(m, r)[-1] for m, r in zip(first, ratios.T, strict=True)]
+    return np.sin(np.maximum(0.0, np.arcsin(ends) - beyond))
 
 
 def _angles(subject: Subject, target: float, own: Pass) -> list[Line]:
     def bounds(run: Pass) -> Array:
-        ratios = run.row / abs(run.lam)
-        return np.array([certificates.from_ratios(m, r)[-1] for m, r in zip(run.first, ratios.T, strict=True)])
+        return _lower(run.first, run.row / abs(run.lam), 0.0)
 
     lines = []
     for sign in SIGNS:
         lam, taken = _smallest_certified(subject, target, sign, bounds)
         lines.append(Line("Theorem 4.1*, attention sublayers alone", sign, lam, taken))
     if own.feed_forward is not None:
-        turn = f"the feed-forward part, with skip 1, has row gains up to {own.feed_forward.max():.2f} whatever lambda is"
+        turn = (
+            f"the feed-forward part, with skip 1, has row gains up to {own.feed_forward.max():.2f} whatever lambda is"
+        )
         lines.append(Line("Theorem 4.1*, whole blocks", 0, NOTHING, turn))
     return lines
 
@@ -241,19 +258,20 @@ def measure(subject: Subject, lam: float) -> Pass:
 def _measure(subject: Subject, ids: Any, lam: float) -> tuple[Array, ...]:
     adapter = subject.adapter
     centre = not adapter.pre_norm
-    rows, frobenius, second, final = [], [], [], None
+    rows, frobenius, second, final = [], [], [], np.empty(0)
     for layer, step in enumerate(trace(adapter, ids, lam, subject.variants[0].gating)):
         if layer == 0:
             X = _normalised(step.X) if centre else step.X
             first = measures.relative_mu(X).numpy(force=True)
         if not step.parts:
-            final = torch.ldexp(torch.linalg.vector_norm(step.X.double(), dim=(1, 2)), step.exponent)
+            norm = torch.linalg.vector_norm(step.X.double(), dim=(1, 2))
+            final = torch.ldexp(norm, step.exponent).numpy(force=True)
             break
         gains = [_gains(*part, step.exponent, centre) for part in step.parts]
         rows.append(gains[0][0])
         frobenius.append(gains[0][1])
         second.append(gains[-1][0])
-    return first, np.array(rows), np.array(frobenius), np.array(second), final.numpy(force=True)
+    return first, np.array(rows), np.array(frobenius), np.array(second), final
 
 
 def _normalised(X: Tensor) -> Tensor:
@@ -282,7 +300,9 @@ def trace(adapter: Adapter, ids: Any, lam: float, gating: bool = True) -> Iterat
             if native is None:
                 parts = sublayers(adapter, layer, X, lam)
             else:
-                O = native(X, lam=0.0, gating=gating, layernorm=True, skip_site="residual", norm_site="both", o_scale=1.0)
+                O = native(
+                    X, lam=0.0, gating=gating, layernorm=True, skip_site="residual", norm_site="both", o_scale=1.0
+                )
                 parts = [(X, O)]
             yield Step(X, parts, stream.exponent.clone())
             stream.step(adapter, layer, native)

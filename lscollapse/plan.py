@@ -109,13 +109,13 @@ def in_halves(tile: Callable[[range, range], T], excerpts: range, variants: rang
 
 
 def release() -> None:
-    """Give the device memory that nothing uses back, so that other processes and larger blocks can have it."""
+    """Give GPU memory that nothing uses back, so that other processes and larger blocks can have it."""
     import gc
 
     import torch
 
-    gc.collect()
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
 
 

@@ -18,7 +18,7 @@ import torch
 from lscollapse import forward
 from lscollapse.config import Experiment
 from lscollapse.models.adapter import Edit, HookSet
-from lscollapse.runs import SILENT, Progress, Subject, load_subjects
+from lscollapse.subjects import SILENT, Progress, Subject, load_subjects
 from lscollapse.theory import flow
 from lscollapse.theory.arrays import Array, unit_rows
 from lscollapse.variants import Variant
@@ -104,7 +104,7 @@ class Found:
         worst, at = min(tested)
         return (
             f"negative lambda: relative mu stays over {self.target:g} from lambda = {-lam:.3g} on, but the rank-1 residual falls"
-            f" to {worst:.3f} (lambda = {-at:.3g}): rows gather at +u and -u, which relative mu cannot see"
+            f" to {worst:.3f} (lambda = {-at:.4g}): rows gather on one line (+u and -u), which relative mu cannot see"
         )
 
     def rows(self) -> list[dict[str, Any]]:
@@ -138,10 +138,9 @@ def find(
     """
     if not (0.0 < target < 1.0 and 0.0 < tol < 1.0):
         raise SearchError(f"target = {target}, tol = {tol}: both lie strictly between 0 and 1")
-    variant, shape = subject.variants[0], subject.ids.shape
-    found = Found(
-        subject.info.name, variant.arm(subject.adapter.has_gate), subject.adapter.n_layers, *shape, target, tol
-    )  # fmt: skip
+    arm = subject.variants[0].arm(subject.adapter.has_gate)
+    n_excerpts, n_tokens = subject.ids.shape
+    found = Found(subject.info.name, arm, subject.adapter.n_layers, n_excerpts, n_tokens, target, tol)
     found.estimates = estimates(subject, target)
     if estimate_only:
         return found
@@ -171,16 +170,16 @@ def measure(subject: Subject, lams: Iterable[float], excerpts: int | None = None
     first = subject.variants[0]
     variants = [Variant(lam=lam, gating=first.gating, skip_site=first.skip_site) for lam in sorted(set(lams))]
     ids, tile = subject.ids[:excerpts], subject.plan
-    values: dict[float, dict[str, list[float]]] = {float(v.lam): {n: [] for n in MEASURES} for v in variants}  # type: ignore[arg-type]
-    for low, start in itertools.product(
-        range(0, len(variants), tile.variants), range(0, len(ids), tile.excerpts)
-    ):
+    parts = []
+    for low, start in itertools.product(range(0, len(variants), tile.variants), range(0, len(ids), tile.excerpts)):
         part = variants[low : low + tile.variants]
         rows = forward.measure(subject.adapter, ids[start : start + tile.excerpts], part, gains=subject.gains)
-        last = rows[(rows["layer"] == subject.adapter.n_layers) & rows["measure"].isin(MEASURES)]
-        for (lam, name), group in last.groupby(["lam", "measure"]):
-            values[lam][name] += list(group["value"])
-    return {lam: {name: float(np.mean(v)) for name, v in by.items()} for lam, by in values.items()}
+        parts.append(rows[(rows["layer"] == subject.adapter.n_layers) & rows["measure"].isin(MEASURES)])
+    values = np.stack([np.concatenate([p.loc[p["measure"] == n, "value"] for p in parts]) for n in MEASURES])
+    lams = np.concatenate([p.loc[p["measure"] == MEASURES[0], "lam"] for p in parts])
+    return {
+        float(lam): dict(zip(MEASURES, values[:, lams == lam].mean(1).tolist(), strict=True)) for lam in np.unique(lams)
+    }
 
 
 # --- estimates ---
@@ -232,8 +231,8 @@ def attention_flow(adapter: Adapter, X: Tensor) -> tuple[Any, Array]:
 
     def mixer(Y: Array) -> Array:
         Z = torch.as_tensor(Y[None] * size, dtype=X.dtype, device=X.device)
-        parts = (share * sublayers(adapter, layer, Z)[0][1][0] for layer, share in weight.items())
-        return sum(part.double().cpu().numpy() for part in parts) / size
+        O = sum(share * sublayers(adapter, layer, Z)[0][1][0].double() for layer, share in weight.items())
+        return torch.as_tensor(O).numpy(force=True) / size
 
     return mixer, unit_rows(X[0].double().cpu().numpy())
 

@@ -144,8 +144,8 @@ def load_adapter(name: str, init: str, config: Experiment, progress: Progress) -
 
     where: Any = {"revision": config.revision, "cache_dir": config.cache_dir, "offline": config.offline}
     entry, on = registry.resolve(name), device(config)
-    if on.startswith("cuda"):
-        torch.cuda.set_device(torch.device(on))
+    if on.startswith("cuda:"):
+        torch.cuda.set_device(on)  # kernels run on the current device, whatever that of their tensors
     whole_bytes = 4 * (entry.n_parameters or 0)
     wanted = config.stream == "always" or (config.stream == "auto" and whole_bytes > memory(config))
     if wanted and entry.architecture == "mamba2" and init == "trained":

@@ -85,7 +85,7 @@ def _start(free: Any, n_workers: int, config: Experiment, path: Path, identity: 
     threading.Thread(target=_end_with_parent, daemon=True).start()
     allocation.keep_freed_memory()
     torch.set_num_threads(max(1, torch.get_num_threads() // n_workers))
-    _worker = Worker(config.model_copy(update={"device": free.get(), "workers": 1}), RunFolder(path, identity))
+    _worker = Worker(config.model_copy(update={"device": free.get()}), RunFolder(path, identity))
 
 
 def _measure(item: Item) -> float:

@@ -76,7 +76,7 @@ class Mamba2Adapter(Adapter):
         tensors = self.tensors(layer)
         weight = tensors["mixer.out_proj.weight"].detach() * tensors["mixer.norm.weight"].detach()
         bias = tensors.get("mixer.out_proj.bias")
-        offset = 0.0 if bias is None else float(torch.linalg.vector_norm(bias.double()))
+        offset = 0.0 if bias is None else float(torch.linalg.vector_norm(bias.detach().double()))
         return math.sqrt(weight.shape[1]) * spectral_bound(weight) + offset
 
     @property

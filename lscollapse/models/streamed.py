@@ -96,7 +96,8 @@ class StreamedMamba2(Mamba2Adapter):
         return self.reader.tensors["embeddings.weight"][ids.cpu()].float().to(self.device)
 
     def tensors(self, layer: int) -> dict[str, Tensor]:
-        return self.reader.layer(layer)
+        """In float32 as `dtype` says, whatever the file holds: what is made of them is that of the loaded model."""
+        return {name: tensor.float() for name, tensor in self.reader.layer(layer).items()}
 
     def native_block(self, layer: int, dtype: torch.dtype) -> NativeBlock:
         try:
@@ -125,4 +126,4 @@ class StreamedMamba2(Mamba2Adapter):
 
     def _make(self, layer: int, dtype: torch.dtype) -> Finish:
         with torch.no_grad():
-            return self.transfer.begin(self.tensors(layer), lambda tensors: self.make_block(tensors, dtype))
+            return self.transfer.begin(self.reader.layer(layer), lambda tensors: self.make_block(tensors, dtype))

@@ -10,12 +10,15 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lscollapse.corpus import Corpus, CorpusError, Excerpt
 from lscollapse.texts import first_line
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 DIGITS_SOURCE = "handwritten digits (scikit-learn load_digits)"
 HELD_OUT = 360  # of the 1,797 digits
@@ -98,6 +101,11 @@ def excerpts(source: str, model: Any, n_images: int, seed: int) -> Corpus:
         0,
         source,
     )
+
+
+def reads_pixels(rows: pd.DataFrame) -> bool:
+    """Whether every row of a table was measured on images."""
+    return "tokenizer" in rows and set(rows["tokenizer"]) == {PIXELS}
 
 
 def digits(split: str) -> Images:

@@ -56,7 +56,8 @@ def test_parameters_of_the_others():
 
 def test_names_are_unique_and_only_packages_are_embedded():
     assert all(name == entry.name for name, entry in ENTRIES.items())
-    assert {name for name, entry in ENTRIES.items() if entry.embedded} == {"mamba2-tiny", "minilm-l6", "albert-smiles"}
+    embedded = {"mamba2-tiny", "s4d-digits", "minilm-l6", "albert-smiles"}
+    assert {name for name, entry in ENTRIES.items() if entry.embedded} == embedded
 
 
 def test_folder_and_hub_id(tmp_path, monkeypatch):

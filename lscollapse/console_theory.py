@@ -1,0 +1,107 @@
+"""What the theory verbs show on the terminal."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lscollapse.guarantees import Line, Report
+    from lscollapse.search import Found
+    from lscollapse.theory.checking import Verdict
+
+NAMES = {"relative_mu": "relative mu", "rank1_residual": "rank-1 residual"}
+SIGNS = {1: "lambda > 0", -1: "lambda < 0", 0: "either sign"}
+
+
+def _table(title: str, *headings: str, right: Sequence[str] = ()) -> Table:
+    table = Table(title=title, box=box.SIMPLE, title_justify="left")
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading in right else "left")
+    return table
+
+
+def verdicts_table(verdicts: Sequence[Verdict]) -> None:
+    """Print one line a statement: as printed, corrected, instances with a margin, the worst margin."""
+    table = _table("the paper's statements", "statement", "as printed", "corrected", "instances", "worst margin",
+                   right=("instances", "worst margin"))  # fmt: skip
+    for v in verdicts:
+        table.add_row(v.statement, v.printed, v.corrected, f"{v.informative}/{v.instances}", f"{v.worst_margin:.1e}")
+    Console().print(table)
+
+
+def found_table(found: Found) -> None:
+    """Print per sign and measure the smallest |lambda|, what was checked, and the rank-1 warning."""
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(
+        f"{found.model}, {found.arm}: last of {found.n_layers} layers, target {found.target:g}, mean over"
+        f" {found.n_excerpts} excerpts of {found.n_tokens} tokens", style="italic", markup=False
+    )  # fmt: skip
+    for sign, estimate in found.estimates.items():
+        console.print(f"  {SIGNS[sign]}  estimate {_size(estimate.lam, 'none suffices')}  ({estimate.how})")
+    if not found.points:
+        return
+    for sign in (1, -1):
+        for measure, name in NAMES.items():
+            console.print(f"  {SIGNS[sign]}  {name:<15}  {sentence(found, sign, measure)}")
+    largest = max(found.points)
+    console.print(
+        f"  checked: {len(found.points)} values of lambda from {-largest:g} to {largest:g}; the curve is not monotone in"
+        " general, and between the tested values nothing is promised"
+    )  # fmt: skip
+    warning = found.rank_warning()
+    if warning:
+        console.print(f"  warning: {warning}", style="bold")
+
+
+def sentence(found: Found, sign: int, measure: str) -> str:
+    """What was found for one sign and one measure, in words."""
+    lam, stretches = found.smallest(sign, measure), found.kept(sign, measure)
+    sizes, values = found.curve(sign, measure)
+    if lam == 0.0:
+        return f"no collapse: over the target at every |lambda| tested, least {values.min():.3f} at {sizes[values.argmin()]:.3g}"
+    below = ", ".join(f"{low:.3g} to {high:.3g}" for low, high in stretches if high < sizes[-1])
+    aside = f"; over it also for |lambda| {below}" if below else ""
+    if math.isfinite(lam):
+        return f"|lambda| >= {lam:.3g} keeps it over the target{aside}"
+    return f"none suffices from some |lambda| on: {values[-1]:.3f} at {sizes[-1]:g}{aside.replace(' also', '')}"
+
+
+def bounds_table(report: Report) -> None:
+    """Print every bound beside the measured critical lambda, the largest constants, and the remark on section 5.1."""
+    found = report.found
+    title = f"{found.model}, {found.arm}: |lambda| for relative mu >= {found.target:g} after {found.n_layers} layers"
+    table = _table(title, "bound", "for", "|lambda|", "", right=("|lambda|",))
+    for line in report.lines:
+        table.add_row(line.bound, SIGNS[line.sign], size(line), line.note)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(table)
+    for name, words in (("gain", "largest row gain g_k"), ("tau", "largest tau = ||O||_F / ||X||_F"), ("C_M", "C_M")):
+        values = [(row[name], row["layer"]) for row in report.layers]
+        (low, at_low), (high, at_high) = min(values), max(values)
+        console.print(f"  {words}, lambda = 1: {high:.3g} (layer {at_high}), least {low:.3g} (layer {at_low})")
+    console.print(f"  {report.remark}")
+    warning = found.rank_warning()
+    if warning:
+        console.print(f"  warning: {warning}", style="bold")
+
+
+def size(line: Line) -> str:
+    """The |lambda| of a bound in words where it is none."""
+    if line.bound.startswith("measured"):
+        return _size(line.lam, "none suffices")
+    return _size(line.lam, "certifies nothing")
+
+
+def _size(lam: float, none: str) -> str:
+    if lam == 0.0:
+        return "no collapse"
+    if not math.isfinite(lam):
+        return none
+    return f"{lam:.3g}" if lam < 1000.0 else f"{lam:,.0f}"

@@ -1,0 +1,118 @@
+"""Images as pixel ids: scikit-learn's digits, folders of pictures, Parquet files, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from lscollapse.corpus import CorpusError
+from lscollapse.nets.s4d import S4DConfig
+from lscollapse.tasks import images
+
+GREY = S4DConfig(channels=1, levels=17, data="digits")
+COLOURS = np.random.default_rng(3).integers(0, 256, (6, 2, 3, 3), dtype=np.uint8)  # six pictures of 2x3 pixels
+
+
+def hex_ids(picture: np.ndarray) -> list[int]:
+    """Row by row, each pixel as the number that its #RRGGBB is."""
+    return [int("".join(f"{channel:02x}" for channel in pixel), 16) for row in picture for pixel in row]
+
+
+def png(picture: np.ndarray, file: Path) -> bytes:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(file)
+    return file.read_bytes()
+
+
+def test_digits_are_scikit_learns_divided_once() -> None:
+    train, test = images.load("digits", "train"), images.load("digits", "test")
+    assert (len(train.ids), len(test.ids)) == (1437, 360)
+    numbers = [int(name.removeprefix("digit ")) for name in (*train.names, *test.names)]
+    assert sorted(numbers) == list(range(1797))
+    bunch = load_digits()
+    np.testing.assert_array_equal(np.concatenate([train.ids, test.ids]), bunch.images.reshape(1797, 64)[numbers])
+    np.testing.assert_array_equal(np.concatenate([train.labels, test.labels]), bunch.target[numbers])
+    assert (train.levels, train.channels, train.n_labels, int(train.ids.max())) == (17, 1, 10, 16)
+
+
+def write_parquet(folder: Path, split: str, image_column: str = "img") -> None:
+    """As the hub lays it out: encoded bytes in a struct, written without `datasets`."""
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    chosen = COLOURS[:4] if split == "train" else COLOURS[4:]
+    encoded = [{"bytes": png(p, folder / "made.png"), "path": None} for p in chosen]
+    (folder / "made.png").unlink()
+    table = pa.table({image_column: pa.array(encoded, kind), "label": pa.array(range(len(chosen)), pa.int64())})
+    pq.write_table(table, folder / f"{split}-00000-of-00001.parquet")
+
+
+@pytest.mark.parametrize("column", ["img", "image"])
+def test_parquet_files_in_a_folder(tmp_path: Path, column: str) -> None:
+    for split in ("train", "test"):
+        (tmp_path / "plain_text").mkdir(exist_ok=True)
+        write_parquet(tmp_path / "plain_text", split, column)
+    train, test = images.load(str(tmp_path), "train"), images.load(str(tmp_path), "test")
+    assert train.ids.tolist() == [hex_ids(picture) for picture in COLOURS[:4]]
+    assert test.ids.tolist() == [hex_ids(picture) for picture in COLOURS[4:]]
+    assert (train.labels.tolist(), train.n_labels, train.levels, train.channels) == ([0, 1, 2, 3], 4, 256, 3)
+
+
+def test_pictures_in_classes_with_and_without_a_division(tmp_path: Path) -> None:
+    plain = {"cat": (255, 0, 0), "dog": (0, 128, 255)}
+    for name, colour in plain.items():
+        for number in range(5):
+            picture = np.full((20, 30, 3), colour, dtype=np.uint8)
+            png(picture, tmp_path / "whole" / name / f"{number}.png")
+            png(picture, tmp_path / "divided" / ("test" if number < 2 else "train") / name / f"{number}.png")
+    for folder, sizes in (("whole", (8, 2)), ("divided", (6, 4))):
+        splits = [images.load(str(tmp_path / folder), split) for split in ("train", "test")]
+        assert tuple(len(split.ids) for split in splits) == sizes
+        assert not set(splits[0].names) & set(splits[1].names)
+        for split in splits:
+            assert split.ids.shape[1] == 32 * 32
+            for row, label, name in zip(split.ids, split.labels, split.names, strict=True):
+                kind = Path(name).parent.name
+                assert set(row.tolist()) == {hex_ids(np.array([[plain[kind]]]))[0]}  # one colour, whatever the size
+                assert label == sorted(plain).index(kind)
+
+
+def test_what_is_no_image_source(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match="give digits, cifar10, or a folder"):
+        images.load("mnist", "test")
+    with pytest.raises(CorpusError, match="holds no images"):
+        images.load(str(tmp_path), "test")
+    (tmp_path / "broken.png").write_text("no picture")
+    with pytest.raises(CorpusError, match=r"broken\.png is not a readable picture"):
+        images.load(str(tmp_path), "test")
+    pq.write_table(pa.table({"pixels": [1]}), tmp_path / "test.parquet")
+    with pytest.raises(CorpusError, match="needed are img"):
+        images.load(str(tmp_path), "test")
+    with pytest.raises(CorpusError, match=r"no train\*\.parquet"):
+        images.load(str(tmp_path), "train")
+
+
+def test_cifar10_without_a_network_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    with pytest.raises(CorpusError, match="give the folder with its Parquet files"):
+        images.load("cifar10", "test")
+
+
+def test_excerpts_are_held_out_images_drawn_by_the_seed() -> None:
+    corpus = images.excerpts("digits", GREY, 32, 0)
+    test = images.load("digits", "test")
+    held_out = dict(zip(test.names, test.ids.tolist(), strict=True))
+    assert len({excerpt.title for excerpt in corpus.excerpts}) == 32
+    assert all(held_out[excerpt.title] == list(excerpt.ids) for excerpt in corpus.excerpts)
+    assert corpus == images.excerpts("digits", GREY, 32, 0)
+    assert corpus.excerpts != images.excerpts("digits", GREY, 32, 1).excerpts
+    with pytest.raises(CorpusError, match="360 held-out images, 361 were asked"):
+        images.excerpts("digits", GREY, 361, 0)
+    with pytest.raises(CorpusError, match="the model reads 3 of 256"):
+        images.excerpts("digits", S4DConfig(), 1, 0)

@@ -1,0 +1,174 @@
+"""find-lambda: the found lambda against a sweep of the plain float64 models, and what is said of a curve."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lscollapse import assets, search
+from lscollapse.config import Experiment
+from lscollapse.models import adapt, registry
+from lscollapse.search import Found
+from lscollapse.subjects import Subject
+from tests.equivalence import plain_models, tiny
+
+EXCERPTS, TOKENS = 3, 7
+TARGET, TOL = 0.6, 0.05
+NETS = ("mamba2", "bert", "albert")
+
+
+def subject_of(model: Any, folder: Path, **settings: Any) -> Subject:
+    """A tiny model saved to a folder, with random ids frozen beside it, loaded the way the verbs do."""
+    model.save_pretrained(folder / "model")
+    ids = tiny.ids(EXCERPTS, TOKENS, seed=4).tolist()
+    provenance = {"text_sha256": "0" * 64, "tokenizer": "made up", "source": "by hand"}
+    lines = [json.dumps({"title": f"T{n}", "ids": row, **provenance}) for n, row in enumerate(ids)]
+    (folder / "excerpts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    config = Experiment(
+        models=[str(folder / "model")], excerpts=EXCERPTS, tokens=TOKENS, source=str(folder / "excerpts.jsonl"),
+        offline=True, cache_dir=folder, **settings,
+    )  # fmt: skip
+    return search.load(config)
+
+
+def made(kind: str) -> Any:
+    return {"mamba2": lambda: tiny.mamba2(2, 4), "bert": tiny.bert, "albert": lambda: tiny.albert(3, 1, 1)}[kind]()
+
+
+def plain_last(kind: str, model: Any, lam: float, **arm: Any) -> dict[str, float]:
+    """Last-layer means of the float64 numpy model."""
+    run = getattr(plain_models, kind)
+    last = run(plain_models.weights_of(model), model.config, tiny.ids(EXCERPTS, TOKENS, seed=4), lam=lam, **arm)[-1]
+    values = [plain_models.plain_measures(Y) for Y in last]
+    return {name: float(np.mean([v[name] for v in values])) for name in search.MEASURES}
+
+
+@pytest.fixture(scope="module", params=NETS)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any, Found]:
+    model = made(request.param)
+    subject = subject_of(model, tmp_path_factory.mktemp(request.param))
+    return request.param, model, search.find(subject, TARGET, TOL)
+
+
+def test_every_point_is_the_plain_model(case: tuple[str, Any, Found]) -> None:
+    kind, model, found = case
+    for lam in sorted(found.points)[::5]:
+        expected = plain_last(kind, model, lam)
+        assert found.points[lam] == pytest.approx(expected, abs=2e-4), lam
+
+
+@pytest.mark.parametrize("sign", search.SIGNS)
+@pytest.mark.parametrize("name", search.MEASURES)
+def test_the_found_lambda_is_confirmed_by_a_sweep(case: tuple[str, Any, Found], sign: int, name: str) -> None:
+    kind, model, found = case
+    lam = found.smallest(sign, name)
+    if math.isinf(lam):
+        assert plain_last(kind, model, sign * search.LARGEST)[name] < TARGET
+        return
+    for size in np.geomspace(max(lam, search.SMALLEST), search.LARGEST, 9):
+        assert plain_last(kind, model, sign * float(max(size, lam)))[name] >= TARGET - 2e-4
+    if lam > 0.0:
+        below = lam - TOL * max(lam, search.SMALLEST)
+        tested = [size for size in found.curve(sign, name)[0] if below - 1e-12 <= size < lam]
+        assert tested, "a point under the target lies within the tolerance"
+        assert plain_last(kind, model, sign * tested[-1])[name] < TARGET + 2e-4
+
+
+def test_without_the_gate(tmp_path: Path) -> None:
+    model = made("mamba2")
+    found = search.find(subject_of(model, tmp_path, gating=False), TARGET, 0.3)
+    assert found.arm == "no gate, LN"
+    for lam in (-2.0, 0.0, 1.0):
+        assert found.points[lam] == pytest.approx(plain_last("mamba2", model, lam, gating=False), abs=2e-4)
+
+
+def curve(values: dict[float, tuple[float, float]]) -> Found:
+    points = {lam: dict(zip(search.MEASURES, pair, strict=True)) for lam, pair in values.items()}
+    return Found("model", "arm", 1, 1, 2, 0.5, 0.02, points=points)
+
+
+def test_a_curve_that_is_not_monotone() -> None:
+    found = curve(
+        {0.0: (0.6, 0.1), 1.0: (0.4, 0.1), 2.0: (0.7, 0.1), 4.0: (0.2, 0.1), 8.0: (0.9, 0.6), 16.0: (0.9, 0.4)}
+    )
+    assert found.kept(1, "relative_mu") == [(0.0, 0.0), (2.0, 2.0), (8.0, 16.0)]
+    assert found.smallest(1, "relative_mu") == 8.0
+    assert found.kept(1, "rank1_residual") == [(8.0, 8.0)]
+    assert found.smallest(1, "rank1_residual") == math.inf
+
+
+def test_no_collapse_and_nothing_suffices() -> None:
+    found = curve({0.0: (0.6, 0.1), 1.0: (0.6, 0.1), -1.0: (math.nan, 0.1)})
+    assert found.smallest(1, "relative_mu") == 0.0
+    assert found.smallest(-1, "relative_mu") == math.inf
+
+
+def test_rank_warning_only_where_rank_is_lost() -> None:
+    lost = curve({0.0: (0.1, 0.1), -1.0: (0.9, 0.8), -2.0: (0.9, 0.2), 1.0: (0.9, 0.2)})
+    assert "0.200 (lambda = -2)" in str(lost.rank_warning())
+    assert curve({0.0: (0.1, 0.1), -1.0: (0.9, 0.8), -2.0: (0.9, 0.7), 1.0: (0.9, 0.2)}).rank_warning() is None
+    assert curve({0.0: (0.1, 0.1), -1.0: (0.2, 0.1)}).rank_warning() is None
+
+
+@pytest.mark.parametrize("target, tol", [(0.0, 0.1), (1.0, 0.1), (0.5, 0.0), (0.5, 1.0)])
+def test_refuses(target: float, tol: float, tmp_path: Path) -> None:
+    with pytest.raises(search.SearchError, match="strictly between 0 and 1"):
+        search.find(subject_of(made("bert"), tmp_path), target, tol)
+
+
+def test_estimate_only_measures_no_curve(tmp_path: Path) -> None:
+    found = search.find(subject_of(made("albert"), tmp_path), 0.3, estimate_only=True)
+    assert set(found.estimates) == {1, -1} and not found.points
+
+
+def test_sublayers_are_what_transformers_computes() -> None:
+    model, X = tiny.bert(), torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    (own, O), (Z, fed) = search.sublayers(adapt(model), 1, X, lam=-3.0)
+    block = model.encoder.layer[1]
+    with torch.no_grad():
+        attended = block.attention.output.dense(block.attention.self(X)[0])
+        middle = block.attention.output.LayerNorm(-3.0 * X + attended)
+        expected = block.output.dense(block.intermediate(middle))
+    torch.testing.assert_close(own, X)
+    torch.testing.assert_close(O, attended)
+    torch.testing.assert_close(Z, middle)
+    torch.testing.assert_close(fed, expected)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_flow_uses_the_mean_attention_of_the_layers() -> None:
+    model, X = tiny.bert(), torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(1))
+    mixer, Y0 = search.attention_flow(adapt(model), X)
+    lengths = torch.linalg.vector_norm(X[0], dim=-1)
+    np.testing.assert_allclose(Y0, (X[0] / lengths[:, None]).numpy(), atol=1e-6)
+    Z = torch.tensor(Y0, dtype=torch.float32)[None] * lengths.mean()
+    with torch.no_grad():
+        outputs = [b.attention.output.dense(b.attention.self(Z)[0])[0] for b in model.encoder.layer]
+    np.testing.assert_allclose(mixer(Y0), (sum(outputs) / len(outputs) / lengths.mean()).numpy(), atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mamba2-tiny", "minilm-l6", "albert-smiles"])
+def test_the_embedded_models_keep_what_was_found(name: str) -> None:
+    """A sweep on the same excerpts without certified exit (BERT and ALBERT in float64), from the found lambda upwards."""
+    try:
+        registry.embedded_files(registry.resolve(name))
+    except assets.AssetError as error:
+        pytest.skip(str(error))
+    settings: dict[str, Any] = {"models": [name], "excerpts": 8, "gating": False}
+    found = search.find(search.load(Experiment(**settings)), 0.5)
+    exact = search.load(Experiment(**settings, dtype="float64", certified_exit=False))
+    for sign in search.SIGNS:
+        for measure in search.MEASURES:
+            lam = found.smallest(sign, measure)
+            sizes = [search.LARGEST] if math.isinf(lam) else [lam, 1.5 * lam, 3.0 * lam, 10.0 * lam]
+            for point in search.measure(exact, [sign * size for size in sizes]).values():
+                assert (point[measure] >= 0.5 - 1e-3) != math.isinf(lam)

@@ -1,0 +1,249 @@
+"""Work items in several processes, in halves where memory runs out, and with weights that arrive from elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor
+
+from lscollapse import devices, experiments, forward, items, kernels, plan, workers
+from lscollapse.config import ConfigError, Experiment
+from lscollapse.models import checkpoint
+from lscollapse.models.mamba2 import Mamba2Adapter
+from lscollapse.models.mamba2_gpu import GpuBlock
+from lscollapse.models.mamba2_native import Mamba2Shape, NativeBlock
+from lscollapse.models.streamed import StreamedMamba2
+from lscollapse.results import ORDER, RunFolder
+from lscollapse.subjects import SILENT, load_subjects
+from lscollapse.variants import Variant
+from tests.equivalence import plain_models, tiny
+from tests.equivalence.compare import assert_rows_match
+
+EXCERPTS, TOKENS = 9, 6  # two tiles
+MAMBA_2_7B = Mamba2Shape(hidden=2560, heads=80, head_dim=64, state=128)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    folder = tmp_path_factory.mktemp("models")
+    tiny.mamba2(2, 2).save_pretrained(folder / "little-mamba")
+    tiny.albert(2, 1, 1).save_pretrained(folder / "little-albert")
+    common = {"text_sha256": "0" * 64, "tokenizer": "made up", "source": "by hand"}
+    rows = [common | {"title": f"T{n}", "ids": row} for n, row in enumerate(tiny.ids(EXCERPTS, TOKENS).tolist())]
+    (folder / "excerpts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    return Experiment(
+        models=[str(folder / "little-mamba"), str(folder / "little-albert")], lambdas=[-2.0, 0.0, 1.0],
+        excerpts=EXCERPTS, tokens=TOKENS, source=str(folder / "excerpts.jsonl"), offline=True, cache_dir=folder,
+    )  # fmt: skip
+
+
+# --- several processes ----------------------------------------------------------------------------
+
+
+class Advances:
+    """A Progress that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.total = 0.0
+        self.amounts: list[float] = []
+
+    def note(self, message: str) -> None:
+        raise AssertionError(message)
+
+    def start(self, total: float) -> None:
+        self.total = total
+
+    def advance(self, amount: float) -> None:
+        self.amounts.append(amount)
+
+
+def test_rows_of_two_workers_are_those_of_one(config: Experiment, tmp_path: Path) -> None:
+    experiments.sweep_lambda(config, tmp_path / "one")
+    shared = Advances()
+    experiments.sweep_lambda(config.model_copy(update={"workers": 2}), tmp_path / "two", shared)
+    assert len(shared.amounts) == 4  # two tiles of each model; a process reports whole items
+    assert sum(shared.amounts) == shared.total
+    for name in ("rows.parquet", "rows.csv"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    assert not (tmp_path / "two" / "parts").exists()
+
+
+class Deadly:
+    """Ends the process that unpickles it, as the system does with one that takes too much memory."""
+
+    def __reduce__(self) -> tuple[Callable[[int], None], tuple[int]]:
+        return os._exit, (9,)
+
+
+def test_a_worker_that_is_killed_is_one_line(config: Experiment, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run", {})
+    with pytest.raises(workers.WorkerError, match="the same command continues"):
+        workers.measure_items([Deadly()], ["cpu"], config, folder, SILENT)  # type: ignore[list-item]
+
+
+def test_a_worker_for_every_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    found = {on: devices.worker_devices(Experiment(device=on)) for on in ("auto", "cuda", "cuda:1", "cpu")}
+    every = ["cuda:0", "cuda:1", "cuda:2"]
+    assert found == {"auto": every, "cuda": every, "cuda:1": ["cuda:1"], "cpu": ["cpu"]}
+    assert devices.worker_devices(Experiment(device="cuda", workers=2)) == every[:2]
+    assert devices.worker_devices(Experiment(device="cpu", workers=2)) == ["cpu", "cpu"]
+    for on, n in (("cuda", 4), ("cuda:1", 2)):
+        with pytest.raises(ConfigError, match=f"{n} were asked for"):
+            devices.worker_devices(Experiment(device=on, workers=n))
+    with pytest.raises(ConfigError, match="cuda:2"):
+        devices.device(Experiment(device="cuda:3"))
+
+
+# --- out of memory --------------------------------------------------------------------------------
+
+
+class Cramped(Mamba2Adapter):
+    """A model on a device with room for the activations of `room` excerpts."""
+
+    def __init__(self, model: Any, room: int) -> None:
+        super().__init__(model)
+        self.room = room
+        self.sizes: list[int] = []
+
+    def native_block(self, layer: int, dtype: torch.dtype) -> Any:
+        block = super().native_block(layer, dtype)
+
+        def call(X: Tensor, **variant: Any) -> Tensor:
+            self.sizes.append(len(X))
+            if len(X) > self.room:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return block(X, **variant)
+
+        return call
+
+
+def in_order(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows.sort_values([*ORDER], kind="stable").reset_index(drop=True)
+
+
+@pytest.mark.parametrize("room", [1, 3, 7])
+def test_out_of_memory_halves_the_tile(config: Experiment, room: int) -> None:
+    subject = next(load_subjects(config, experiments.sweep_variants, SILENT))
+    item = items.Item(0, subject.task, 0, 8, 0, len(subject.variants))
+    cramped = Cramped(subject.adapter.model, room)
+    found = items.measure_item(item, cramped, config, SILENT)
+    whole = items.measure_item(item, subject.adapter, config, SILENT)
+    pd.testing.assert_frame_equal(in_order(found), in_order(whole), check_exact=True)
+    assert max(cramped.sizes) == 8 and min(cramped.sizes) <= room
+    with pytest.raises(plan.MemoryPlanError, match="fewer --tokens"):
+        items.measure_item(item, Cramped(subject.adapter.model, 0), config, SILENT)
+
+
+@pytest.mark.parametrize("room", range(1, 8))
+def test_halves_cover_everything_once(room: int) -> None:
+    def tile(excerpts: range, variants: range) -> list[tuple[int, int]]:
+        if len(excerpts) * len(variants) > room:
+            raise torch.OutOfMemoryError
+        return [(e, v) for e in excerpts for v in variants]
+
+    parts = plan.in_halves(tile, range(3, 8), range(2, 7))
+    assert sorted(pair for part in parts for pair in part) == [(e, v) for e in range(3, 8) for v in range(2, 7)]
+    assert max(map(len, parts)) <= room
+
+
+def test_other_errors_are_not_tried_again() -> None:
+    calls = []
+
+    def tile(excerpts: range, variants: range) -> None:
+        calls.append(excerpts)
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1"):
+        plan.in_halves(tile, range(4), range(2))
+    assert len(calls) == 1
+
+
+def test_tiles_on_a_gpu() -> None:
+    """The paper's own sweep, 32 excerpts x 22 variants, in one tile on a GPU of 24 GB; in smaller ones on small GPUs."""
+    whole = plan.on_gpu(2560, MAMBA_2_7B, 128, 32, 22, 4, 10 * 2**30)
+    assert (whole.excerpts, whole.variants) == (32, 22)
+    streams = 32 * 22 * 128 * 2560 * 4
+    assert streams < whole.bytes < 10 * 2**30
+    small = plan.on_gpu(2560, MAMBA_2_7B, 128, 32, 22, 4, 2**30)
+    assert small.bytes <= 2**30 and small.excerpts < 32
+    double = plan.on_gpu(2560, MAMBA_2_7B, 128, 2 * small.excerpts, small.variants, 4, 2**40)
+    assert double.excerpts == 2 * small.excerpts and double.bytes > 2**30
+    none = plan.on_gpu(2560, MAMBA_2_7B, 128, 32, 22, 4, 0)
+    assert (none.excerpts, none.variants) == (1, 1)
+
+
+# --- weights that arrive while the layer before computes ------------------------------------------
+
+
+class Late:
+    """Tensors are NaN until the transfer is finished, as memory that a copy has not reached yet may be anything."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.begun = self.finished = 0
+        self.fail_at = 0
+
+    def begin(self, tensors: dict[str, Tensor], build: Callable[[dict[str, Tensor]], NativeBlock]) -> Any:
+        self.begun += 1
+        if self.begun == self.fail_at:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        block = build({name: tensor.clone() for name, tensor in tensors.items()})
+        assert isinstance(block, GpuBlock)
+        arriving = {name: tensor.clone() for name, tensor in vars(block).items() if isinstance(tensor, Tensor)}
+        for name in arriving:
+            getattr(block, name).fill_(torch.nan)
+
+        def finish() -> NativeBlock:
+            self.finished += 1
+            for name, tensor in arriving.items():
+                getattr(block, name).copy_(tensor)
+            return block
+
+        return finish
+
+
+@pytest.fixture
+def late(config: Experiment) -> StreamedMamba2:
+    adapter = StreamedMamba2(checkpoint.open_layers(config.models[0]), Late())
+    # A GpuBlock with torch operations: what a GPU runs, without the GPU.
+    adapter.kernels = replace(
+        kernels.resolve("torch", "cpu"), scan=kernels.chunked_scan, conv=kernels.causal_conv, triton=True
+    )
+    return adapter
+
+
+def test_a_layer_is_used_when_it_has_arrived(late: StreamedMamba2) -> None:
+    model, ids = tiny.mamba2(2, 2), tiny.ids(4, TOKENS, seed=3)
+    weights = plain_models.weights_of(model)
+    lams = [-2.0, 0.0, 1.0]
+    rows = forward.measure(late, ids, [Variant(lam, gating) for gating in (True, False) for lam in lams])
+    for gating in (True, False):
+        for lam in lams:
+            found = rows[(rows["gating"] == gating) & (rows["lam"] == lam)]
+            assert_rows_match(found, plain_models.mamba2(weights, model.config, ids, lam, gating))
+    assert late.transfer.begun == late.transfer.finished == 2  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("fail_at", [1, 2])
+def test_no_room_for_a_layer_then_room(late: StreamedMamba2, fail_at: int) -> None:
+    """An allocation that fails while a layer is read comes out where it is needed, and the next attempt reads again."""
+    ids = tiny.ids(4, TOKENS, seed=3)
+    late.transfer.fail_at = fail_at  # type: ignore[attr-defined]
+    halves = plan.in_halves(lambda e, _: forward.measure(late, ids[e.start : e.stop]), range(4), range(1))
+    assert len(halves) == 2
+    resident = forward.measure(tiny.mamba2(2, 2), ids)
+    for half, excerpts in zip(halves, ((0, 1), (2, 3)), strict=True):
+        expected = resident[resident["excerpt"].isin(excerpts)]
+        np.testing.assert_allclose(half["value"], expected["value"], rtol=1e-4, atol=1e-6)
