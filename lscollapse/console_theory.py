@@ -70,7 +70,7 @@ def sentence(found: Found, sign: int, measure: str) -> str:
     aside = f"; over it also for |lambda| {below}" if below else ""
     if math.isfinite(lam):
         return f"|lambda| >= {lam:.3g} keeps it over the target{aside}"
-    return f"none suffices from some |lambda| on: {values[-1]:.3f} at {sizes[-1]:g}{aside.replace(' also', '')}"
+    return f"none suffices up to {sizes[-1]:g}, where it is {values[-1]:.3f}{aside.replace(' also', '')}"
 
 
 def bounds_table(report: Report) -> None:
