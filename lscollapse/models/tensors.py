@@ -113,13 +113,14 @@ def converted(file: Path, cache_dir: str | Path | None) -> Path:
             f" {first_line(error)}"
         ) from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        if unfinished.exists():
+            unfinished.unlink()
     return target
 
 
 def _write(tensors: Mapping[str, Tensor], file: Path, mapped: bool) -> None:
     """A safetensors file, written tensor by tensor; the library's own writer would have all of them in memory."""
-    order = sorted(tensors, key=lambda name: -tensors[name].itemsize)  # every tensor then lies on a multiple of its item
+    order = sorted(tensors, key=lambda name: -tensors[name].itemsize)  # each then lies on a multiple of its item
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in order:
@@ -132,7 +133,7 @@ def _write(tensors: Mapping[str, Tensor], file: Path, mapped: bool) -> None:
     with file.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            out.write(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
+            out.write(memoryview(tensors[name].contiguous().flatten().view(torch.uint8).numpy()))
             if mapped:
                 forget({name: tensors[name]})
         out.flush()
