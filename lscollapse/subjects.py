@@ -143,18 +143,18 @@ def load_adapter(name: str, init: str, config: Experiment, progress: Progress) -
     from lscollapse.models.streamed import StreamedMamba2, Upload
 
     where: Any = {"revision": config.revision, "cache_dir": config.cache_dir, "offline": config.offline}
-    entry, on = registry.resolve(name), device(config)
+    on = device(config)
     if on.startswith("cuda:"):
         torch.cuda.set_device(on)  # kernels run on the current device, whatever that of their tensors
-    whole_bytes = 4 * (entry.n_parameters or 0)
-    wanted = config.stream == "always" or (config.stream == "auto" and whole_bytes > memory(config))
-    if wanted and entry.architecture == "mamba2" and init == "trained":
+    architecture, n_parameters = checkpoint.describe(name, **where)
+    wanted = config.stream == "always" or (config.stream == "auto" and 4 * n_parameters > memory(config))
+    if wanted and architecture == "mamba2" and init == "trained":
         reader = checkpoint.open_layers(name, **where)
         streamed = StreamedMamba2(reader, Upload(torch.device(on))) if on != "cpu" else StreamedMamba2(reader)
         _choose_kernels(streamed, config, progress)
         return streamed, reader.info
     # The package's own blocks round the weights themselves; the modules of other models are loaded in the dtype.
-    own = entry.architecture in ("mamba2", "") or config.dtype == "auto"
+    own = architecture == "mamba2" or config.dtype == "auto"
     dtype = torch.float32 if own else getattr(torch, config.dtype)
     loaded = checkpoint.load(name, dtype=dtype, random_init=config.seed if init == "random" else None, **where)
     set_threads(loaded.model.config.hidden_size)

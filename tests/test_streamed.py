@@ -159,9 +159,6 @@ def test_rows_of_other_precisions(tmp_path: Path, folder: Path, dtype: str) -> N
     assert (tmp_path / "never" / "rows.parquet").read_bytes() == (tmp_path / "always" / "rows.parquet").read_bytes()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a folder has no architecture before its config.json is read: it is loaded whole"
-)
 def test_a_folder_is_streamed_when_asked_for(tmp_path: Path) -> None:
     write_hf(tmp_path / "model")
     notes = Notes()

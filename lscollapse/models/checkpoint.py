@@ -119,6 +119,21 @@ def open_layers(
     return LayerReader(config, _info(found, config, sha256(found.weights)), tensors)
 
 
+def describe(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    offline: bool = False,
+) -> tuple[str, int]:
+    """Architecture and number of parameters, from the registry or from config.json alone."""
+    entry = registry.resolve(name_or_path)
+    if entry.architecture and entry.n_parameters:
+        return entry.architecture, entry.n_parameters
+    config = _config(_locate(entry, revision, cache_dir, offline, config_only=True))
+    return config.model_type, _n_parameters(config)
+
+
 @dataclass(frozen=True)
 class _Found:
     """The files of a checkpoint on this machine. `where` names them in errors."""

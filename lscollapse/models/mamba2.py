@@ -74,7 +74,7 @@ class Mamba2Adapter(Adapter):
     def mixer_bound(self, layer: int, spectral_bound: Callable[[Tensor], float]) -> float:
         """sqrt(d_inner) ||W_out diag(w_norm)||_2 + ||bias||: an RMS-normed row of d_inner entries has at most norm sqrt(d_inner)."""
         tensors = self.tensors(layer)
-        weight = tensors["mixer.out_proj.weight"].detach() * tensors["mixer.norm.weight"].detach()
+        weight = tensors["mixer.out_proj.weight"].detach().float() * tensors["mixer.norm.weight"].detach().float()
         bias = tensors.get("mixer.out_proj.bias")
         offset = 0.0 if bias is None else float(torch.linalg.vector_norm(bias.detach().double()))
         return math.sqrt(weight.shape[1]) * spectral_bound(weight) + offset

@@ -133,7 +133,7 @@ def _write(tensors: Mapping[str, Tensor], file: Path, mapped: bool) -> None:
     with file.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            out.write(memoryview(tensors[name].contiguous().flatten().view(torch.uint8).numpy()))
+            out.write(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
             if mapped:
                 forget({name: tensors[name]})
         out.flush()
