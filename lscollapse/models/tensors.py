@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lscollapse.models.hub import sha256_file
+from lscollapse.texts import first_line
 
 # At the top of a model: heads and poolers, and a buffer that old versions of transformers saved.
 _HEADS = re.compile(
@@ -79,11 +80,6 @@ def _size_hint(file: Path) -> str:
         if handle.read(20).startswith(b"version https://git"):
             return " (it is a Git LFS pointer: run `git lfs pull` in its folder)"
     return f" (cut off or damaged? {file.stat().st_size:,} bytes)"
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, cut to its first line."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def converted(file: Path, cache_dir: str | Path | None) -> Path:
