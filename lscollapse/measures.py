@@ -9,12 +9,14 @@ A layer output that holds NaN or infinity gives NaN; `status` says which it was.
 
 from __future__ import annotations
 
+import math
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from scipy.linalg.lapack import dsyevr
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 MEASURES = ("mu", "relative_mu", "rank1_residual", "stable_rank", "mean_cosine", "dong_residual")
@@ -34,11 +36,11 @@ class Scaled(NamedTuple):
 
 def _scaled(Y: Tensor) -> Scaled:
     Y = Y.to(torch.float64)
-    scale = Y.abs().amax((-2, -1))
+    scale = torch.linalg.vector_norm(Y, math.inf, dim=(-2, -1))
     finite = torch.isfinite(scale)
     divisor = torch.where(finite & (scale > 0), scale, 1.0)
     unit = Y / divisor[..., None, None]
-    return Scaled(torch.where(finite[..., None, None], unit, torch.nan), scale, finite)
+    return Scaled(unit if finite.all() else unit.masked_fill(~finite[..., None, None], math.nan), scale, finite)
 
 
 def _norm(Z: Tensor) -> Tensor:
@@ -48,8 +50,9 @@ def _norm(Z: Tensor) -> Tensor:
 def _centred(unit: Tensor) -> Tensor:
     """Y minus its mean row, exact near collapse: the first row goes first, and the mean is taken twice."""
     R = unit - unit[..., :1, :]
-    R = R - R.mean(-2, keepdim=True)
-    return R - R.mean(-2, keepdim=True)
+    R -= R.mean(-2, keepdim=True)
+    R -= R.mean(-2, keepdim=True)
+    return R
 
 
 def _divide(a: Tensor, b: Tensor) -> Tensor:
@@ -112,11 +115,11 @@ def _deflated(unit: Tensor) -> Tensor:
     The leading singular vector comes from the small Gram matrix; its error enters the residual only as sigma_1 * eps, so
     residuals down to 1e-15 are right although the Gram matrix squares the condition number.
     """
-    safe = torch.nan_to_num(unit)
-    if safe.shape[-2] <= safe.shape[-1]:
-        u = _leading_eigenvector(safe @ safe.mT)[..., None]
+    finite = unit if unit.isfinite().all() else torch.nan_to_num(unit)
+    if unit.shape[-2] <= unit.shape[-1]:
+        u = _leading_eigenvector(finite @ finite.mT)[..., None]
         return unit - u @ (u.mT @ unit)
-    v = _leading_eigenvector(safe.mT @ safe)[..., None]
+    v = _leading_eigenvector(finite.mT @ finite)[..., None]
     return unit - (unit @ v) @ v.mT
 
 
@@ -128,13 +131,19 @@ def _leading_eigenvector(gram: Tensor) -> Tensor:
     n = gram.shape[-1]
     flat = gram.detach().cpu().reshape(-1, n, n).numpy()
     vectors = np.empty((len(flat), n))
-    with threadpool_limits(1):
+    with _thread_pools().limit(limits=1):
         for i, matrix in enumerate(flat):
             _, z, _, _, info = dsyevr(matrix, range="I", il=n, iu=n)
             if info != 0:
                 raise ArithmeticError(f"LAPACK dsyevr failed with info={info} on a {n} x {n} Gram matrix")
             vectors[i] = z[:, 0]
     return torch.from_numpy(vectors).reshape(gram.shape[:-1]).to(gram.device)
+
+
+@cache
+def _thread_pools() -> ThreadpoolController:
+    """The thread pools of the libraries loaded; looking for them takes longer than the eigenvector."""
+    return ThreadpoolController()
 
 
 def _mean_cosine(unit: Tensor) -> Tensor:
