@@ -11,6 +11,7 @@ With TRITON_INTERPRET=1 in the environment before Triton is imported, the Triton
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import math
 import os
@@ -106,6 +107,23 @@ def resolve(kernels: str = "auto", device: str | torch.device = "cpu", *, allow_
         return _torch_kernels(kind, f"{missing}, torch operations run instead; for the kernels {INSTALL}")
 
 
+@functools.cache
+def differentiable(kind: str) -> Kernels:
+    """The operations with a backward pass, for training on `cpu` or `cuda`: those of `auto`, and on a CPU torch's."""
+    if kind == "cpu":
+        versions = {"torch": torch.__version__}
+        return Kernels(chunked_scan, causal_conv, gated_norm, "torch chunked", kind, versions=versions)
+    return resolve("auto", kind)
+
+
+def selective_scan_kernel() -> Callable[..., Tensor] | None:
+    """mamba-ssm's CUDA scan of Mamba-1, `selective_scan_fn`, or None where its compiled part is not installed."""
+    if util.find_spec("selective_scan_cuda") is None:
+        return None
+    scan: Callable[..., Tensor] = importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
+    return scan
+
+
 def _torch_kernels(kind: str, note: str = "") -> Kernels:
     versions = {"torch": torch.__version__}
     if kind == "cpu":
@@ -191,32 +209,30 @@ def chunked_scan(
     """The scan of `ssd.scan` in torch operations on whole batches, for any device, with autograd.
 
     Takes memory for batch * heads * chunk^2 decays at a time. float32, or float64 for a float64 x; the logarithm of the
-    decay is kept in float64. einsum letters: b excerpt, i and j tokens of a chunk, g group, h head of a group, n state,
-    p channel of a head.
+    decay is kept in float64. Axes: b excerpt, g group, h head of a group, L or Q tokens, n state, p channel of a head.
     """
-    dtype, groups = ssd.compute_dtype(x.dtype), B.shape[2]
+    dtype, groups, L = ssd.compute_dtype(x.dtype), B.shape[2], x.shape[1]
     raw = dt.to(dtype) if dt_bias is None else dt.to(dtype) + dt_bias.to(dtype)
     step = F.softplus(raw, threshold=40.0).clamp(*dt_limit)
-    log_decay = (step.double() * A.double()).unflatten(2, (groups, -1))  # (b, L, g, h)
-    B, C = B.to(dtype), C.to(dtype)
-    xs = x.to(dtype).unflatten(2, (groups, -1))  # (b, L, g, h, p)
-    scaled = xs * step.unflatten(2, (groups, -1))[..., None]
-    state = xs.new_zeros(x.shape[0], *xs.shape[2:], B.shape[-1])  # (b, g, h, p, n)
+    log_decay = (step.double() * A.double()).mT.unflatten(1, (groups, -1))  # (b, g, h, L)
+    B, C = B.to(dtype).transpose(1, 2), C.to(dtype).transpose(1, 2)  # (b, g, L, n)
+    scaled = (x.to(dtype) * step[..., None]).transpose(1, 2).unflatten(1, (groups, -1))  # (b, g, h, L, p)
+    state = None  # (b, g, h, n, p)
     parts = []
-    for start in range(0, x.shape[1], chunk):
+    for start in range(0, L, chunk):
         part = slice(start, start + chunk)
-        cum = log_decay[:, part].cumsum(1)
-        Q = cum.shape[1]
-        future = torch.ones(Q, Q, dtype=torch.bool, device=x.device).triu(1)[:, :, None, None]
-        decay = (cum[:, :, None] - cum[:, None]).masked_fill(future, -math.inf).to(dtype).exp()  # (b, i, j, g, h)
-        scores = torch.einsum("bign,bjgn->bijg", C[:, part], B[:, part])
-        y = torch.einsum("bijgh,bjghp->bighp", decay * scores[..., None], scaled[:, part])
-        carried = torch.einsum("bign,bghpn->bighp", C[:, part], state)
-        parts.append(y + carried * cum.to(dtype).exp()[..., None])
-        left = (cum[:, -1:] - cum).to(dtype).exp()
-        gained = torch.einsum("bjghp,bjgn->bghpn", scaled[:, part] * left[..., None], B[:, part])
-        state = state * cum[:, -1].to(dtype).exp()[..., None, None] + gained
-    y = torch.cat(parts, 1).flatten(2, 3)
+        cum, Bs, Cs, xs = log_decay[..., part].cumsum(-1), B[:, :, part], C[:, :, part], scaled[..., part, :]
+        future = torch.ones(cum.shape[-1], cum.shape[-1], dtype=torch.bool, device=x.device).triu(1)
+        decay = (cum[..., None] - cum[..., None, :]).to(dtype).masked_fill(future, -math.inf).exp()  # (b, g, h, Q, Q)
+        y = ((Cs @ Bs.mT)[:, :, None] * decay) @ xs
+        if state is not None:
+            y = y + (Cs[:, :, None] @ state) * cum.to(dtype).exp()[..., None]
+        if part.stop < L:
+            left = (cum[..., -1:] - cum).to(dtype).exp()
+            gained = Bs.mT[:, :, None] @ (xs * left[..., None])
+            state = gained if state is None else state * cum[..., -1:].to(dtype).exp()[..., None] + gained
+        parts.append(y)
+    y = torch.cat(parts, 3).flatten(1, 2).transpose(1, 2)
     return y if D is None else y + D.to(dtype)[:, None] * x.to(dtype)
 
 
