@@ -92,7 +92,8 @@ def bound(
     folder = out or Path("runs/theory-bound")
     lines = [{"bound": i.bound, "sign": i.sign, "lam": i.lam, "reads": console_theory.size(i), "note": i.note}
              for i in report.lines]  # fmt: skip
-    tables = {"bounds": lines, "layers": report.layers, "heads": report.heads, "curve": report.found.rows()}
+    parts = "channels" if "channel" in report.heads[0] else "heads"
+    tables = {"bounds": lines, "layers": report.layers, parts: report.heads, "curve": report.found.rows()}
     _write(folder, {f"{name}.csv": _csv(rows) for name, rows in tables.items()})
     figures_theory.bounds_figure(report).savefig(folder / "bounds.png", dpi=200)
     typer.echo(f"wrote {folder / 'bounds.png'}")

@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from lscollapse.theory.checking import Verdict
 
 NAMES = {"relative_mu": "relative mu", "rank1_residual": "rank-1 residual"}
+CONSTANTS = {
+    "gain": "largest row gain g_k",
+    "tau": "largest tau = ||O||_F / ||X||_F",
+    "C_M": "C_M",
+    "spectral": "||M||_2, bounded by the FFT",
+}  # of a layer
 SIGNS = {1: "lambda > 0", -1: "lambda < 0", 0: "either sign"}
 
 
@@ -74,7 +80,7 @@ def sentence(found: Found, sign: int, measure: str) -> str:
 
 
 def bounds_table(report: Report) -> None:
-    """Print every bound beside the measured critical lambda, the largest constants, and the remark on section 5.1."""
+    """Print every bound beside the measured critical lambda, the largest constants, and the remarks."""
     found = report.found
     title = f"{found.model}, {found.arm}: |lambda| for relative mu >= {found.target:g} after {found.n_layers} layers"
     table = _table(title, "bound", "for", "|lambda|", "", right=("|lambda|",))
@@ -82,11 +88,14 @@ def bounds_table(report: Report) -> None:
         table.add_row(line.bound, SIGNS[line.sign], size(line), line.note)
     console = Console(soft_wrap=True, highlight=False)
     console.print(table)
-    for name, words in (("gain", "largest row gain g_k"), ("tau", "largest tau = ||O||_F / ||X||_F"), ("C_M", "C_M")):
-        values = [(row[name], row["layer"]) for row in report.layers]
+    for name, words in CONSTANTS.items():
+        values = [(row[name], row["layer"]) for row in report.layers if name in row]
+        if not values:
+            continue
         (low, at_low), (high, at_high) = min(values), max(values)
         console.print(f"  {words}, lambda = 1: {high:.3g} (layer {at_high}), least {low:.3g} (layer {at_low})")
-    console.print(f"  {report.remark}")
+    for remark in report.remarks:
+        console.print(f"  {remark}")
     warning = found.rank_warning()
     if warning:
         console.print(f"  warning: {warning}", style="bold")

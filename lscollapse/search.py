@@ -18,6 +18,7 @@ import torch
 from lscollapse import forward
 from lscollapse.config import Experiment
 from lscollapse.models.adapter import Edit, HookSet
+from lscollapse.models.s4d import S4DAdapter
 from lscollapse.subjects import SILENT, Progress, Subject, load_subjects
 from lscollapse.theory import flow
 from lscollapse.theory.arrays import Array, unit_rows
@@ -190,9 +191,10 @@ def estimates(subject: Subject, target: float) -> dict[int, Estimate]:
 
     Post-norm: K / tau* of the flow that the attention sublayers follow for large |lambda| (theory.flow); feed-forward and
     affine norms, which lambda does not act on, are left out. Pre-norm: the turn of layer k falls as |lambda|^-(k+1)
-    instead of 1/|lambda|, so that there is no such flow; the grid itself is passed through the net.
+    instead of 1/|lambda|, so that there is no such flow; the grid itself is passed through the net. So it is for S4D,
+    where a step of the flow takes all 32 mixers, and a flow that never crosses the target takes longer than the search.
     """
-    if subject.adapter.pre_norm:
+    if subject.adapter.pre_norm or isinstance(subject.adapter, S4DAdapter):
         return _estimates_forward(subject, target)
     return {sign: _estimate_flow(subject, target, sign) for sign in SIGNS}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,73 @@ def test_cifar10_without_a_network_says_what_to_do(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     with pytest.raises(CorpusError, match="give the folder with its Parquet files"):
         images.load("cifar10", "test")
+
+
+def test_grey_digits_have_a_validation_part_of_their_own() -> None:
+    splits = {split: images.grey("digits", split) for split in ("train", "validation", "test")}
+    assert [len(part.ids) for part in splits.values()] == [1265, 172, 360]
+    names = [name for part in splits.values() for name in part.names]
+    assert len(set(names)) == 1797
+    assert set(splits["test"].names) == set(images.load("digits", "test").names)
+    bunch = load_digits()
+    for part in splits.values():
+        numbers = [int(name.removeprefix("digit ")) for name in part.names]
+        np.testing.assert_array_equal(part.ids, bunch.images.reshape(1797, 64)[numbers])
+        np.testing.assert_array_equal(part.labels, bunch.target[numbers])
+        assert (part.levels, part.channels, part.n_labels) == (17, 1, 10)
+    again, other = images.grey("digits", "train"), images.grey("digits", "train", seed=1)
+    assert again.names == splits["train"].names
+    assert other.names != again.names
+    assert images.grey("digits", "test", seed=1).names == splits["test"].names
+
+
+def test_grey_is_pils_luma(tmp_path: Path) -> None:
+    """Every source goes through the same conversion: here Parquet files, against PIL's own mode "L"."""
+    pictures = np.random.default_rng(0).integers(0, 256, (25, 16, 16, 3), dtype=np.uint8)
+    encoded = [{"bytes": png(p, tmp_path / "made.png"), "path": None} for p in pictures]
+    (tmp_path / "made.png").unlink()
+    column = pa.array(encoded, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    pq.write_table(pa.table({"img": column, "label": pa.array(range(25), pa.int64())}), tmp_path / "train-0.parquet")
+    train, validation = images.grey(str(tmp_path), "train"), images.grey(str(tmp_path), "validation")
+    assert (len(train.ids), len(validation.ids)) == (22, 3)
+    assert sorted([*train.labels, *validation.labels]) == list(range(25))
+    for split in (train, validation):
+        assert (split.levels, split.channels, split.ids.dtype) == (256, 1, np.uint8)
+        for ids, label in zip(split.ids, split.labels, strict=True):
+            np.testing.assert_array_equal(
+                ids.reshape(16, 16), np.asarray(Image.fromarray(pictures[label]).convert("L"))
+            )
+
+
+def test_as_many_pictures_as_cifar10_give_the_papers_counts() -> None:
+    """Pictures of one grey pixel, #000000, #010101, ...: the shade says which picture it was."""
+    parts = {}
+    for split, count in (("train", 50_000), ("validation", 50_000), ("test", 10_000)):
+        numbers = np.arange(count)
+        names = tuple(map(str, numbers))
+        whole = images.Images((numbers % 256 * 0x010101)[:, None], numbers % 10, names, 10, 256, 3, "made")
+        parts[split] = images.part_in_grey(whole, split)
+    assert [len(part.ids) for part in parts.values()] == [35_200, 4_800, 7_850]
+    assert not set(parts["train"].names) & set(parts["validation"].names)
+    for part in parts.values():
+        assert len(set(part.names)) == len(part.names)
+        assert part.ids[:, 0].tolist() == [int(name) % 256 for name in part.names]
+        assert part.labels.tolist() == [int(name) % 10 for name in part.names]
+
+
+def test_what_cannot_be_grey(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match="no split 'dev': it is one of train, validation, test"):
+        images.grey("digits", "dev")
+    write_parquet(tmp_path, "train")
+    with pytest.raises(CorpusError, match="has 4 training images: too few to hold out 12%"):
+        images.grey(str(tmp_path), "train")
+
+
+def test_the_checksum_is_of_pixels_and_labels() -> None:
+    """sha256 of the numbers as 64-bit little-endian integers: image after image, then the labels."""
+    made = images.Images(np.array([[1, 2], [3, 256]]), np.array([7, 8]), ("a", "b"), 9, 257, 1, "made")
+    numbers = b"".join(n.to_bytes(8, "little") for n in (1, 2, 3, 256, 7, 8))
+    assert made.sha256 == hashlib.sha256(numbers).hexdigest()
 
 
 def test_excerpts_are_held_out_images_drawn_by_the_seed() -> None:

@@ -150,6 +150,7 @@ _ALL = (
     ),
 )
 ENTRIES: dict[str, Entry] = {entry.name: entry for entry in _ALL}
+ALIASES = {"s4d": "s4d-digits"}
 
 
 def resolve(name_or_path: str | Path) -> Entry:
@@ -158,7 +159,7 @@ def resolve(name_or_path: str | Path) -> Entry:
     Raises:
         ModelNameError: none of the three; names the nearest short name.
     """
-    name = str(name_or_path)
+    name = ALIASES.get(str(name_or_path), str(name_or_path))
     if name in ENTRIES:
         return ENTRIES[name]
     path = Path(name).expanduser()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,12 @@ CIFAR10 = "uoft-cs/cifar10"  # on the hub
 SIDE = 32  # to which the pictures of a folder are resized
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 COLOUR = {"levels": 256, "channels": 3}
+GREY_SPLITS = ("train", "validation", "test")
+TAKEN = {
+    50_000: 40_000,
+    10_000: 7_850,
+}  # of CIFAR-10's training and test images: what the paper's counts leave room for
+VALIDATION = 0.12  # of the training images taken: 4,800 of 40,000
 PIXELS = "pixels"  # stands in the table where a text has its tokenizer
 
 
@@ -46,6 +52,14 @@ class Images:
     levels: int
     channels: int
     source: str
+
+    @property
+    def sha256(self) -> str:
+        """Of all ids and labels, for the record: whatever the files, the same images have the same."""
+        digest = hashlib.sha256()
+        for row in (*self.ids, self.labels):
+            digest.update(row.astype("<i8").tobytes())
+        return digest.hexdigest()
 
 
 def load(source: str, split: str) -> Images:
@@ -69,6 +83,47 @@ def load(source: str, split: str) -> Images:
     if any(path.rglob("*.parquet")):
         return _from_rows(_parquet_rows(path, split), path.resolve().name)
     return _from_rows(_pictures(path, split), path.resolve().name)
+
+
+def grey(source: str, split: str, seed: int = 0) -> Images:
+    """The `train`, `validation` or `test` images of a source in grey, ids 0..255 (`digits`: 0..16), uint8.
+
+    With `cifar10`, or a folder of its Parquet files, this is the image task of the Long Range Arena with the counts of
+    appendix A.13 of arXiv:2410.10609v3: 35,200 images to train on and 7,850 to test on. Which ones is not told: here
+    35,200 and 4,800 for validation are drawn from the 50,000 training images, the 7,850 from the 10,000 test images.
+    Any other source is used whole, 12 % of its training images for validation. Grey is ITU-R 601-2 luma, PIL's "L".
+
+    Args:
+        seed: of the division into train and validation, 0 for the one that all runs share; the test images depend on
+            nothing.
+
+    Raises:
+        CorpusError: as `load`, or no such split, or too few images to divide.
+    """
+    if split not in GREY_SPLITS:
+        raise CorpusError(f"no split {split!r}: it is one of {', '.join(GREY_SPLITS)}")
+    return part_in_grey(load(source, "test" if split == "test" else "train"), split, seed)
+
+
+def part_in_grey(found: Images, split: str, seed: int = 0) -> Images:
+    """What `grey` gives for `split`, from the source's test images or, for the other two, its training images."""
+    n_images, test = len(found.ids), split == "test"
+    order = np.random.default_rng(0 if test else seed).permutation(n_images)[: TAKEN.get(n_images, n_images)]
+    held = round(VALIDATION * len(order))
+    if not held and not test:
+        raise CorpusError(
+            f"{found.source} has {n_images} training images: too few to hold out {VALIDATION:.0%} of them"
+        )
+    chosen = np.sort({"train": order[held:], "validation": order[:held], "test": order}[split])
+    ids = np.stack([luma(found.ids[i]) if found.channels == 3 else found.ids[i] for i in chosen]).astype(np.uint8)
+    names = tuple(found.names[i] for i in chosen)
+    return replace(found, ids=ids, labels=found.labels[chosen], names=names, channels=1)
+
+
+def luma(ids: np.ndarray) -> np.ndarray:
+    """24-bit colours -> grey 0..255: 0.299 red + 0.587 green + 0.114 blue, in 16-bit fixed point and rounded, as PIL."""
+    red, green, blue = ids >> 16, ids >> 8 & 255, ids & 255
+    return (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
 
 
 def excerpts(source: str, model: Any, n_images: int, seed: int) -> Corpus:

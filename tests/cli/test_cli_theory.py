@@ -100,7 +100,7 @@ def test_the_figure_shows_every_bound_once() -> None:
     points = {lam: {"relative_mu": 0.6, "rank1_residual": 0.4} for lam in (-2.0, -1.0, 0.0, 1.0, 2.0)}
     found = search.Found("net", "arm", 3, 1, 2, 0.5, 0.02, points=points)
     lines = [Line("A", 0, 1234.0), Line("B", -1, math.inf), Line("measured, relative mu", 1, 0.5)]
-    figure = figures_theory.bounds_figure(Report(found, 0.9, 1.0, 1.0, lines, [], [], ""))
+    figure = figures_theory.bounds_figure(Report(found, 0.9, 1.0, 1.0, lines, [], [], []))
     labels = figure.axes[0].get_legend_handles_labels()[1]
     assert labels[4:] == ["A: 1,234", "B, λ < 0: certifies nothing"]
     assert figure.axes[0].get_xscale() == "log"

@@ -1,0 +1,180 @@
+"""The constants of one model on its excerpts: gains ||O|| / ||X|| of every layer under a lambda, and mixing matrices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from lscollapse import forward, measures, ssd
+from lscollapse.models.mamba2 import Mamba2Adapter
+from lscollapse.search import sublayers
+from lscollapse.subjects import Subject
+from lscollapse.theory import constants
+from lscollapse.theory.arrays import Array
+from lscollapse.variants import Variant
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lscollapse.models import Adapter
+
+
+class Step(NamedTuple):
+    """One layer of a pass: X and O of every skip (the mixer's first), (B, N, d); X is carried as X * 2^exponent."""
+
+    X: Tensor
+    parts: list[tuple[Tensor, Tensor]]
+    exponent: Tensor
+
+
+class Mixing(NamedTuple):
+    """The mixing matrices of a layer, Ms (B, h, N, N), and S of each head's C_V (h,); None where there is no C_V."""
+
+    Ms: Array
+    S: Array | None
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Gains of all layers at one lambda, per excerpt.
+
+    Attributes:
+        first: relative mu that a certificate starts from, (B,): of X_0, with unit rows for a post-norm net.
+        row: max_i ||O_i|| / ||X_i||, (K, B); for a post-norm net without the channel mean, which its norm removes.
+        frobenius: ||O||_F / ||X||_F, (K, B).
+        feed_forward: `row` of the second skip, (K, B); None where there is none.
+        final_norm: ||X_K||_F, (B,).
+    """
+
+    lam: float
+    first: Array
+    row: Array
+    frobenius: Array
+    feed_forward: Array | None
+    final_norm: Array
+
+
+def measure(subject: Subject, lam: float) -> Pass:
+    """Gains of every layer under `lam`, on all excerpts of the subject."""
+    tile = subject.plan.excerpts
+    parts = [_measure(subject, subject.ids[i : i + tile], lam) for i in range(0, len(subject.ids), tile)]
+    columns = zip(*parts, strict=True)
+    first, row, frobenius, second, final = (np.concatenate(column, axis=-1) for column in columns)
+    return Pass(lam, first, row, frobenius, second if len(second) else None, final)
+
+
+def _measure(subject: Subject, ids: Any, lam: float) -> tuple[Array, ...]:
+    adapter = subject.adapter
+    centre = not adapter.pre_norm
+    rows, frobenius, second, final = [], [], [], np.empty(0)
+    for layer, step in enumerate(trace(adapter, ids, lam, subject.variants[0].gating)):
+        if layer == 0:
+            X = normalised(step.X) if centre else step.X
+            first = measures.relative_mu(X).numpy(force=True)
+        if not step.parts:
+            norm = torch.linalg.vector_norm(step.X.double(), dim=(1, 2))
+            final = torch.ldexp(norm, step.exponent).numpy(force=True)
+            break
+        gains = [_gains(*part, step.exponent, centre) for part in step.parts]
+        rows.append(gains[0][0])
+        frobenius.append(gains[0][1])
+        second += [gain[0] for gain in gains[1:]]
+    return first, np.array(rows), np.array(frobenius), np.array(second).reshape(len(second), len(ids)), final
+
+
+def normalised(X: Tensor) -> Tensor:
+    """Rows without their channel mean, of unit norm, in float64: what a LayerNorm sees of X (..., N, d)."""
+    X = X.double() - X.double().mean(-1, keepdim=True)
+    return X / torch.linalg.vector_norm(X, dim=-1, keepdim=True)
+
+
+def _gains(X: Tensor, O: Tensor, exponent: Tensor, centre: bool) -> tuple[Array, Array]:
+    """(max_i ||O_i|| / ||X_i||, ||O||_F / ||X||_F) of every excerpt, (B,) each."""
+    X, O = X.double(), O.double()
+    frobenius = torch.linalg.vector_norm(O, dim=(1, 2)) / torch.linalg.vector_norm(X, dim=(1, 2))
+    if centre:
+        X, O = X - X.mean(-1, keepdim=True), O - O.mean(-1, keepdim=True)
+    row = (torch.linalg.vector_norm(O, dim=-1) / torch.linalg.vector_norm(X, dim=-1)).amax(-1)
+    return tuple(torch.ldexp(gain, -exponent).numpy(force=True) for gain in (row, frobenius))  # type: ignore[return-value]
+
+
+def trace(adapter: Adapter, ids: Any, lam: float, gating: bool = True) -> Iterator[Step]:
+    """The pass of one lambda, layer by layer; the last Step holds X_K and no parts."""
+    variant, dtype = Variant(lam=lam, gating=gating), adapter.dtype
+    with torch.no_grad():
+        engines = forward.Engines(adapter, [variant], None)
+        stream = forward.Stream(adapter, variant, engines.embed(forward.checked_ids(adapter, ids), dtype), dtype)
+        for layer in range(adapter.n_layers):
+            X, native = stream.X, engines.blocks(layer, {dtype})[dtype]
+            if native is None:
+                parts = sublayers(adapter, layer, X, lam)
+            else:
+                O = native(
+                    X, lam=0.0, gating=gating, layernorm=True, skip_site="residual", norm_site="both", o_scale=1.0
+                )
+                parts = [(X, O)]
+            yield Step(X, parts, stream.exponent.clone())
+            stream.step(adapter, layer, native)
+        yield Step(stream.X, [], stream.exponent)
+
+
+def head_rows(subject: Subject) -> Iterator[dict[str, Any]]:
+    """One row a layer and head: C_M = max over the excerpts of ||M||_F at lambda = 1; for attention S and c too."""
+    gating = subject.variants[0].gating
+    ids = subject.ids[: subject.plan.excerpts]
+    for layer, step in enumerate(trace(subject.adapter, ids, 1.0, gating)):
+        if not step.parts:
+            return
+        Ms, S = mixing(subject.adapter, layer, torch.ldexp(step.X.double(), step.exponent[:, None, None]))
+        sizes = np.linalg.norm(Ms, axis=(2, 3))  # (B, h)
+        for head, C_M in enumerate(sizes.max(0)):
+            row = {"layer": layer + 1, "head": head, "C_M": float(C_M)}
+            yield row if S is None else row | {"S": float(S[head]), "c": 0.0}
+
+
+def mixing(adapter: Adapter, layer: int, X: Tensor) -> Mixing:
+    """The mixing matrices of block `layer` for its input X (B, N, d), in float64."""
+    with torch.no_grad():
+        if isinstance(adapter, Mamba2Adapter):
+            return _mamba2_mixing(adapter, layer, X.double())
+        return _attention_mixing(adapter, layer, X)
+
+
+def _mamba2_mixing(adapter: Mamba2Adapter, layer: int, X: Tensor) -> Mixing:
+    """From the B, C and dt that in_proj, convolution and SiLU make of norm(X); D is in M."""
+    t = {name: tensor.detach().double() for name, tensor in adapter.tensors(layer).items()}
+    s = adapter.shape
+    u = X * torch.rsqrt(X.square().mean(-1, keepdim=True) + s.eps) * t["norm.weight"]
+    bias = t.get("mixer.in_proj.bias")
+    projected = F.linear(u, t["mixer.in_proj.weight"][s.inner :], None if bias is None else bias[s.inner :])
+    xBC, dt = projected.split([s.conv_dim, s.heads], dim=-1)
+    xBC = ssd.conv(xBC.cpu(), t["mixer.conv1d.weight"].cpu(), _cpu(t.get("mixer.conv1d.bias")))
+    B, C = (part.unflatten(-1, (s.groups, s.state)) for part in xBC[..., s.inner :].chunk(2, dim=-1))
+    B, C = (part.repeat_interleave(s.heads // s.groups, 2).transpose(1, 2).numpy() for part in (B, C))  # (B, h, N, n)
+    dt = F.softplus(dt + t["mixer.dt_bias"], threshold=40.0).clamp(*s.dt_limit).numpy(force=True)
+    A, D = (-t["mixer.A_log"].exp()).numpy(force=True), t["mixer.D"].numpy(force=True)
+    return Mixing(np.array([constants.mamba2_heads(*one, A, D) for one in zip(C, B, dt, strict=True)]), None)
+
+
+def _cpu(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.cpu()
+
+
+def _attention_mixing(adapter: Adapter, layer: int, X: Tensor) -> Mixing:
+    """softmax(Q K^T / sqrt(d_h)) of every head, and ||W_V^h W_O^h||_2."""
+    block, heads = adapter.block(layer).attention, adapter.config.num_attention_heads
+    own = getattr(block, "self", block)
+    out = block.output.dense if own is not block else block.dense
+    X = X.to(own.query.weight.dtype)
+    q, k = (part(X).unflatten(-1, (heads, -1)).transpose(1, 2).double() for part in (own.query, own.key))
+    Ms = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), dim=-1)
+    W_V = own.value.weight.double().unflatten(0, (heads, -1))  # (h, e, d)
+    W_O = out.weight.double().unflatten(1, (heads, -1)).transpose(0, 1)  # (h, d, e)
+    S = torch.linalg.matrix_norm(W_O @ W_V, 2)
+    return Mixing(Ms.numpy(force=True), S.numpy(force=True))

@@ -1,0 +1,133 @@
+"""Multi-query associative recall (MQAR): remember which value followed each key, and say it when the key comes again.
+
+The distribution is that of Arora et al., "Zoology: Measuring and improving recall in efficient language models"
+(arXiv:2312.04927): a sequence opens with its key-value pairs; every key comes once more, as a query, in one of the
+two-token slots that follow, and the answer is its value. Slot g = 0, 1, ... has weight (g + 1)^(a - 1); the keys choose
+in the order of their pairs, each among the slots that are left.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+CHUNK = 512  # sequences that are drawn together: their pools of tokens stay in cache
+SPLITS = ("train", "validation", "test")
+
+
+class TaskError(ValueError):
+    """A task that cannot be posed, or an unknown part of its data."""
+
+
+@dataclass(frozen=True)
+class MqarConfig:
+    """The defaults are the paper's (appendix A.13 of arXiv:2410.10609v3).
+
+    Attributes:
+        seq_len: L, tokens of a sequence.
+        pairs: P, key-value pairs of a sequence, at most L / 4.
+        vocab_size: V; keys are 1..V//2-1, values V//2..V-1, each at most once in a sequence; 0 fills.
+        power_a: a, of the power law, in (0, 1]; 1 is uniform.
+        random_fillers: any token 0..V-1 in the places that 0 fills, as the public generator does by default. A filler
+            may then equal a key.
+
+    Raises:
+        TaskError: the pairs do not fit into the sequence or the vocabulary, or there is no such power law.
+    """
+
+    seq_len: int = 512
+    pairs: int = 64
+    vocab_size: int = 8192
+    power_a: float = 0.01
+    random_fillers: bool = False
+
+    def __post_init__(self) -> None:
+        if self.pairs < 1 or self.seq_len < 4 * self.pairs:
+            raise TaskError(
+                f"{self.pairs} pairs do not fit into {self.seq_len} tokens: a pair takes 2 and the slot of its query 2"
+                " more, so pairs must be 1 to seq_len / 4"
+            )
+        if self.keys < self.pairs:
+            raise TaskError(
+                f"a vocabulary of {self.vocab_size} has {max(self.keys, 0)} keys, {self.pairs} pairs need as many:"
+                f" vocab_size must be at least {2 * self.pairs + 2}"
+            )
+        if not 0.0 < self.power_a <= 1.0:
+            raise TaskError(f"power_a must be over 0 and at most 1 (uniform), got {self.power_a}")
+
+    @property
+    def keys(self) -> int:
+        """Number of tokens that can be a key."""
+        return self.vocab_size // 2 - 1
+
+    @property
+    def slots(self) -> int:
+        """Number of places where a query can stand: every second position after the pairs."""
+        return (self.seq_len - 2 * self.pairs) // 2
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Sequences and what is asked of them; integers in the smallest type that holds them.
+
+    Attributes:
+        ids: (n, L) tokens, 0..V-1.
+        at: (n, P) positions of the queries, 0..L-1; column j is that of pair j.
+        labels: (n, P) the values to be said there.
+    """
+
+    ids: np.ndarray
+    at: np.ndarray
+    labels: np.ndarray
+
+
+def load(config: MqarConfig, split: str, n: int, seed: int) -> Recall:
+    """The first `n` sequences of `train`, `validation` or `test`, three independent streams of one seed.
+
+    Raises:
+        TaskError: no such split.
+    """
+    if split not in SPLITS:
+        raise TaskError(f"no split {split!r}: it is one of {', '.join(SPLITS)}")
+    return generate(config, n, np.random.SeedSequence(seed, spawn_key=(SPLITS.index(split),)))
+
+
+def generate(config: MqarConfig, n: int, stream: np.random.SeedSequence) -> Recall:
+    """The first `n` sequences of a stream; a larger `n` only adds to them.
+
+    Raises:
+        TaskError: `n` is not positive.
+    """
+    if n < 1:
+        raise TaskError(f"the number of sequences must be positive, got {n}")
+    P, L = config.pairs, config.seq_len
+    rng = np.random.default_rng(stream)
+    tokens = np.int16 if config.vocab_size <= 2**15 else np.int32
+    ids = np.zeros((n, L), tokens)
+    labels = np.empty((n, P), tokens)
+    at = np.empty((n, P), np.int16 if L <= 2**15 else np.int32)
+    key_pool = np.tile(np.arange(1, config.keys + 1, dtype=tokens), (CHUNK, 1))
+    value_pool = np.tile(np.arange(config.vocab_size // 2, config.vocab_size, dtype=tokens), (CHUNK, 1))
+    weights = np.arange(1, config.slots + 1) ** (config.power_a - 1.0)
+    for first in range(0, n, CHUNK):
+        part = slice(first, first + CHUNK)
+        size = len(labels[part])
+        keys, values = _drawn(key_pool, P, rng)[:size], _drawn(value_pool, P, rng)[:size]
+        # Exponential times of rates w, in the order in which they end, are draws by w without replacement.
+        ends = rng.standard_exponential((CHUNK, config.slots)) / weights
+        at[part] = 2 * P + 2 * np.argsort(ends, axis=1)[:size, :P]
+        if config.random_fillers:
+            ids[part] = rng.integers(config.vocab_size, size=(CHUNK, L), dtype=tokens)[:size]
+        ids[part, 0 : 2 * P : 2], ids[part, 1 : 2 * P : 2], labels[part] = keys, values, values
+        np.put_along_axis(ids[part], at[part].astype(np.intp), keys, axis=1)
+    return Recall(ids, at, labels)
+
+
+def _drawn(pool: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """The first `count` steps of a Fisher-Yates shuffle of every row of `pool`, in place: the columns drawn."""
+    rows = np.arange(len(pool))
+    for j in range(count):
+        chosen = rng.integers(j, pool.shape[1], size=len(pool))
+        pool[rows, chosen], pool[:, j] = pool[:, j].copy(), pool[rows, chosen]
+    return pool[:, :count]
