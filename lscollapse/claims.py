@@ -1,24 +1,21 @@
 """Sentences of the paper as predicates on the table: each agrees, disagrees, or was not measured, with the numbers.
 
-A curve is the mean over excerpts of relative mu. Thresholds, fixed before any run was judged:
-
-    COLLAPSED  a layer counts as collapsed when its mean relative mu is under 0.5; iid Gaussian rows have about 1
-    RISE       a curve rises (or drops) when it gains (or loses) at least 0.1 between two layers
-    SMALL      |lambda| counts as small up to 0.5
+The predicates on Figures 1-4 and the thresholds are in claims_curves.py; claims_table1.py judges Table 1,
+claims_theory.py the theorems, claims_runs.py whole run folders. docs/claims.md lists every sentence with its threshold.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from lscollapse.tasks.images import reads_pixels
+from lscollapse import claims_curves as on
+from lscollapse.claims_curves import COLLAPSED, MUCH, PAPER_A, PAPER_BOUND, RISE, SMALL, Curves, Judgement
 
 if TYPE_CHECKING:
     import pandas as pd
 
-COLLAPSED, RISE, SMALL = 0.5, 0.1, 0.5
 AGREE, DISAGREE, NOT_MEASURED = "agrees", "disagrees", "not measured"
 
 
@@ -33,138 +30,91 @@ class Finding:
     numbers: str
 
 
-class Curves:
-    """Mean relative mu of one model's arms: `curve(...)` by layer, `last(...)` by lambda."""
+class Claim(NamedTuple):
+    """A sentence of the paper, the predicate that judges it, and in words what the predicate asks for."""
 
-    def __init__(self, rows: pd.DataFrame) -> None:
-        relative = rows[(rows["measure"] == "relative_mu") & (rows["init"] == "trained")]
-        self.gated = bool(relative["gating"].notna().any())
-        self.images = reads_pixels(relative)
-        keys = ["gating", "layernorm", "lam", "layer"]
-        self.means = relative.groupby(keys, dropna=False)["value"].apply(lambda v: v.mean(skipna=False))
-
-    def curve(self, lam: float, gating: bool, layernorm: bool) -> pd.Series:
-        """Layers 0..K without those that overflowed; empty when the arm was not measured."""
-        table = self.means.reset_index()
-        gate = table["gating"].isna() if not self.gated else (table["gating"] == gating).fillna(False)
-        chosen = table[gate & (table["layernorm"] == layernorm) & (table["lam"] == lam)]
-        return chosen.set_index("layer")["value"].dropna()
-
-    def last(self, gating: bool, layernorm: bool = True) -> dict[float, float]:
-        """Last-layer value of every lambda measured."""
-        lams = sorted(set(self.means.reset_index()["lam"].dropna()))
-        curves = {lam: self.curve(lam, gating, layernorm) for lam in lams}
-        return {lam: float(curve.iloc[-1]) for lam, curve in curves.items() if len(curve)}
+    sentence: str
+    predicate: Callable[[Curves], Judgement]
+    threshold: str
 
 
-Judgement = tuple[bool, str] | None  # None: not measured
-
-
-def _numbers(values: dict[float, float]) -> str:
-    return ", ".join(f"{lam:g}: {value:.3f}" for lam, value in values.items())
-
-
-def small_lambda_collapses(curves: Curves) -> Judgement:
-    small = {lam: value for lam, value in curves.last(gating=False).items() if abs(lam) <= SMALL}
-    return (all(v < COLLAPSED for v in small.values()), f"last layer {_numbers(small)}") if small else None
-
-
-def lambda_one_collapses(curves: Curves) -> Judgement:
-    last = curves.last(gating=False)
-    return (last[1.0] < COLLAPSED, f"last layer {last[1.0]:.3f}") if 1.0 in last else None
-
-
-def large_lambda_avoids(curves: Curves) -> Judgement:
-    last = curves.last(gating=False)
-    if 1.0 not in last or min(last) >= -1 or max(last) <= 1:
-        return None
-    ends = {lam: last[lam] for lam in (min(last), max(last))}
-    good = all(value >= COLLAPSED and value > last[1.0] for value in ends.values())
-    return good, f"last layer {_numbers(ends)}; at 1: {last[1.0]:.3f}"
-
-
-def deep_minimum_near_zero(curves: Curves) -> Judgement:
-    last = curves.last(gating=True)
-    if len(last) < 3 or 0.0 not in last:
-        return None
-    lowest = min(last, key=lambda lam: last[lam])
-    return abs(lowest) <= SMALL and last[
-        lowest
-    ] < COLLAPSED, f"lowest {last[lowest]:.3f} at lambda {lowest:g}; at 0: {last[0.0]:.3f}"
-
-
-def negative_is_higher(curves: Curves) -> Judgement:
-    last = curves.last(gating=True)
-    pairs = {lam: (last[-lam], last[lam]) for lam in last if lam > 0 and -lam in last}
-    if not pairs:
-        return None
-    text = ", ".join(f"∓{lam:g}: {negative:.3f}/{positive:.3f}" for lam, (negative, positive) in pairs.items())
-    return all(negative > positive for negative, positive in pairs.values()), f"last layer, negative/positive {text}"
-
-
-def full_model_does_not_collapse(curves: Curves) -> Judgement:
-    curve = curves.curve(1.0, gating=True, layernorm=True)
-    return (
-        (bool(curve.min() >= COLLAPSED), f"lowest {curve.min():.3f}, last {curve.iloc[-1]:.3f}") if len(curve) else None
-    )
-
-
-def ungated_falls(curves: Curves) -> Judgement:
-    curve = curves.curve(1.0, gating=False, layernorm=True)
-    if not len(curve):
-        return None
-    half, last = len(curve) // 2, curve.iloc[-1]
-    early, late = curve.iloc[:half].mean(), curve.iloc[half:].mean()
-    good = last < COLLAPSED and late <= early
-    return bool(
-        good
-    ), f"first {curve.iloc[0]:.3f}, mean of the early half {early:.3f}, of the later half {late:.3f}, last {last:.3f}"
-
-
-def ungated_unnormed_drops_then_rises(curves: Curves) -> Judgement:
-    curve = curves.curve(1.0, gating=False, layernorm=False)
-    if not len(curve):
-        return None
-    at = int(curve.argmin())
-    lowest, after = curve.iloc[at], curve.iloc[at:].max()
-    good = curve.iloc[0] - lowest >= RISE and after - lowest >= RISE
-    return bool(
-        good
-    ), f"first {curve.iloc[0]:.3f}, lowest {lowest:.3f} (layer {curve.index[at]}), then up to {after:.3f}"
-
-
-def gated_unnormed_rises(curves: Curves) -> Judgement:
-    curve = curves.curve(1.0, gating=True, layernorm=False)
-    if not len(curve):
-        return None
-    gains = curve - curve.cummin()
-    return bool(
-        gains.max() >= RISE
-    ), f"lowest {curve.min():.3f}, greatest gain {gains.max():.3f}, last finite {curve.iloc[-1]:.3f}"
-
-
-def s4d_does_not_collapse(curves: Curves) -> Judgement:
-    arms = {"skip + LN": (1.0, True), "no skip + LN": (0.0, True), "skip": (1.0, False), "neither": (0.0, False)}
-    found = {name: curves.curve(lam, False, layernorm) for name, (lam, layernorm) in arms.items()}
-    if not all(map(len, found.values())):
-        return None
-    good = all(curve.iloc[1:].min() >= COLLAPSED for curve in found.values())
-    numbers = (f"{name}: {curve.iloc[1:].min():.3f}, {curve.iloc[-1]:.3f}" for name, curve in found.items())
-    return bool(good), f"lowest from layer 1 on, last: {'; '.join(numbers)}"
-
-
-CLAIMS: dict[str, tuple[str, Callable[[Curves], Judgement]]] = {
-    "figure 1a": ("When |lambda| is small, the model suffers from rank collapse.", small_lambda_collapses),
-    "figure 1b": ("This happens even when lambda = 1.", lambda_one_collapses),
-    "figure 1c": ("Sufficiently increasing or decreasing lambda avoids rank collapse.", large_lambda_avoids),
-    "figure 2a": ("Lambda very close to 0 causes a very low mu, even with LayerNorm.", deep_minimum_near_zero),
-    "figure 2b": ("A negative lambda leads to a higher mu.", negative_is_higher),
-    "figure 3a": ("With gating and LayerNorm there is no rank collapse.", full_model_does_not_collapse),
-    "figure 3b": ("Without gating, with LayerNorm, mu approaches zero in later layers.", ungated_falls),
-    "figure 3c": ("Without either, an initial drop, then a dramatic increase.", ungated_unnormed_drops_then_rises),
-    "figure 3d": ("With gating, without LayerNorm, a sudden increase.", gated_unnormed_rises),
-    "figure 4": ("In S4D no rank collapse, even without skip connection and LayerNorm.", s4d_does_not_collapse),
-}
+_UNGATED, _FULL, _AT_1 = "gate removed, with LayerNorm", "the whole model", "lambda = 1"
+CLAIMS: dict[str, Claim] = {
+    "figure 1a": Claim(
+        "When |lambda| is small, the model suffers from rank collapse.", on.small_lambda_collapses,
+        f"{_UNGATED}: last layer under {COLLAPSED} at every measured |lambda| up to {SMALL}",
+    ),
+    "figure 1b": Claim(
+        "This happens even when lambda = 1.", on.lambda_one_collapses,
+        f"{_UNGATED}, {_AT_1}: last layer under {COLLAPSED}",
+    ),
+    "figure 1c": Claim(
+        "Sufficiently increasing or decreasing lambda avoids rank collapse.", on.large_lambda_avoids,
+        f"{_UNGATED}: at the least and the greatest measured lambda, beyond -1 and 1, last layer at least {COLLAPSED} and"
+        " above that at 1",
+    ),
+    "figure 1d": Claim(
+        "Eliminating the skip can cause rank collapse where A_t depends on the input too (lambda = 0).",
+        on.without_skip_collapses, f"{_UNGATED}, lambda = 0: last layer under {COLLAPSED}",
+    ),
+    "figure 2a": Claim(
+        "Lambda very close to 0 causes a very low mu, even with LayerNorm.", on.deep_minimum_near_zero,
+        f"{_FULL}, three lambdas or more and 0 among them: the lowest last layer is at |lambda| up to {SMALL} and under"
+        f" {COLLAPSED}",
+    ),
+    "figure 2b": Claim(
+        "A negative lambda leads to a higher mu.", on.negative_is_higher,
+        f"{_FULL}: last layer higher at -lambda than at lambda, for every lambda measured with both signs",
+    ),
+    "figure 2c": Claim(
+        "The correct value of lambda is important to avoid rank collapse.", on.choice_of_lambda_decides,
+        f"{_FULL}, lambdas as for 2a: the lowest last layer is under {COLLAPSED}, the highest is not",
+    ),
+    "figure 2d": Claim(
+        "Condition (7) is too conservative: much lower values of lambda prevent rank collapse.",
+        on.much_lower_lambda_suffices,
+        f"{_FULL}, lambdas as for 2a: the least |lambda| > 0 that ends at {COLLAPSED} or more is at most {MUCH} of condition (7) at a ="
+        f" {PAPER_A}: {PAPER_BOUND} for Mamba-2 as printed, with C_M = sqrt(N) for attention",
+    ),
+    "figure 3a": Claim(
+        "With gating and LayerNorm there is no rank collapse.", on.full_model_does_not_collapse,
+        f"{_FULL}, {_AT_1}: every layer at least {COLLAPSED}",
+    ),
+    "figure 3b": Claim(
+        "Without gating, with LayerNorm, mu approaches zero in later layers.", on.ungated_falls,
+        f"{_AT_1}: last layer under {COLLAPSED}, and the mean of the later half no higher than that of the early half",
+    ),
+    "figure 3c": Claim(
+        "Without either, an initial drop, then a dramatic increase.", on.ungated_unnormed_drops_then_rises,
+        f"{_AT_1}: from the first layer down by at least {RISE}, and from there up by at least {RISE}",
+    ),
+    "figure 3d": Claim(
+        "With gating, without LayerNorm, a sudden increase.", on.gated_unnormed_rises,
+        f"{_AT_1}: some layer at least {RISE} above the lowest before it",
+    ),
+    "figure 3e": Claim(
+        "With gating, without LayerNorm, rank collapse is prevented.", on.gated_unnormed_does_not_collapse,
+        f"{_AT_1}: every layer that floating point holds at least {COLLAPSED}",
+    ),
+    "figure 3f": Claim(
+        "LayerNorm keeps the model stable.", on.layernorm_keeps_stable,
+        f"{_AT_1}: both arms without LayerNorm leave the range of floating point or rise by at least {RISE}, neither arm with"
+        " it does",
+    ),
+    "figure 3g": Claim(
+        "Gating mechanisms play a crucial role in preventing rank collapse.", on.gate_prevents_collapse,
+        f"{_AT_1}, with LayerNorm: last layer at least {COLLAPSED} with the gate, under it without",
+    ),
+    "figure 4": Claim(
+        "In S4D no rank collapse, even without skip connection and LayerNorm.", on.s4d_does_not_collapse,
+        f"skip x LayerNorm: in all four arms every layer from the first block on at least {COLLAPSED}",
+    ),
+    "figure 4b": Claim(
+        "In S4D rank collapse depends on the weights only, not on the input.", on.s4d_collapse_is_the_weights,
+        f"skip x LayerNorm: in each arm the last layer of all images is under {COLLAPSED}, or of none. Only of the images at"
+        " hand: adversarial ones are not searched for",
+    ),
+}  # fmt: skip
 NEEDS_GATE = ("figure 1", "figure 3")
 
 
@@ -175,7 +125,7 @@ def judge(rows: pd.DataFrame) -> Iterator[Finding]:
     """
     for model in dict.fromkeys(rows["model"]):
         curves = Curves(rows[rows["model"] == model])
-        for claim, (sentence, predicate) in CLAIMS.items():
+        for claim, (sentence, predicate, _) in CLAIMS.items():
             if curves.images != claim.startswith("figure 4") or (not curves.gated and claim.startswith(NEEDS_GATE)):
                 continue
             result = predicate(curves)

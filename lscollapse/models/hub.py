@@ -31,6 +31,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json",
     "merges.txt", "spiece.model", "tokenizer.model",
 )  # fmt: skip
+PICTURES = "preprocessor_config.json"  # how a vision model's pictures are normalised
 
 _digests: dict[tuple[int, int, int, int], str] = {}
 
@@ -72,7 +73,7 @@ def fetch(
         repo_id: "owner/name".
         revision: branch, tag or commit; the default is "main".
         files: names in the repository; the default is config.json, the weights (safetensors before .bin) and the
-            tokenizer's, those of TOKENIZER_FILES that there are.
+            tokenizer's and PICTURES, those of TOKENIZER_FILES that there are.
         cache_dir: a cache of huggingface_hub; the default is its own (HF_HUB_CACHE).
         offline: make no call at all and take what is in the cache; HF_HUB_OFFLINE=1 asks for the same.
         tokenizer: take the tokenizer's files besides `files`.
@@ -91,6 +92,24 @@ def fetch(
         return _fetch(repo_id, revision, files, cache, TOKENIZER_FILES if tokenizer else ())
     except (HTTPError, OSError, HFValidationError) as error:
         raise HubError(_explain(error, repo_id, revision)) from error
+
+
+def sizes(repo_id: str, *, revision: str | None = None, timeout: float = 10.0) -> dict[str, int]:
+    """Bytes of every file that `fetch` would bring, as the hub states them; asked once, for at most `timeout` seconds.
+
+    Raises:
+        HubError: as for `fetch`.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, HTTPError
+
+    revision = revision or "main"
+    try:
+        info = HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=timeout)
+    except (HTTPError, OSError, HFValidationError) as error:
+        raise HubError(_explain(error, repo_id, revision)) from error
+    known = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
+    return {name: known[name] for name in _default_files(repo_id, known)}
 
 
 def _fetch(repo_id: str, revision: str, files: Sequence[str] | None, cache: Path, optional: Sequence[str]) -> Path:
@@ -130,7 +149,7 @@ def _default_files(repo_id: str, names: Collection[str]) -> list[str]:
             f"{repo_id} has no weights that can be read: expected model.safetensors, {INDEX} with its parts,"
             f" or pytorch_model.bin, found {', '.join(sorted(names)) or 'nothing'}"
         )
-    return ["config.json", *weights, *(name for name in TOKENIZER_FILES if name in names)]
+    return ["config.json", *weights, *(name for name in (*TOKENIZER_FILES, PICTURES) if name in names)]
 
 
 def _fetch_large(repo_id: str, commit: str, sibling: RepoSibling, blobs: Path) -> None:

@@ -1,0 +1,43 @@
+"""The sentence on Table 1 as two findings; the test behind them is that of the `table1` verb (table1_report.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from lscollapse.claims import AGREE, DISAGREE, NOT_MEASURED, Finding
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CLAIMS = {  # name -> (sentence, threshold)
+    "table 1a": (
+        "Learning lambda does not affect the performance.",
+        "test accuracy of every task and mixer, a learnt lambda against lambda = 1, Welch's t over seeds: agrees where each"
+        " loss of 2 points or more is excluded at 5 %, disagrees where one is worse at 5 % over the number of comparisons;"
+        " with fewer than two seeds it is not measured",
+    ),
+    "table 1b": (
+        "It even outperforms the models with fixed lambda in some cases.",
+        "the same test: agrees where a learnt lambda is better at 5 % over the number of comparisons in one case; without one"
+        " it is not refuted and counts as not measured",
+    ),
+}  # fmt: skip
+
+
+def judge(rows: pd.DataFrame) -> Iterator[Finding]:
+    """Findings on the rows of a `table1` run; `model` names its tasks."""
+    from lscollapse import table1_report as report
+    from lscollapse.table1_config import Table1
+
+    found = report.comparisons(rows, Table1.model_fields["margin"].default)
+    tasks = ", ".join(report.TASKS[task] for task in dict.fromkeys(c.task for c in found))
+    points = "; ".join(
+        f"{report.TASKS[c.task]} {report.MIXERS[c.mixer]}, {c.lam}: {100 * c.difference:+.1f} (at least {100 * c.low:+.1f})"
+        for c in found
+    )
+    for (name, (sentence, _)), (verdict, numbers) in zip(CLAIMS.items(), report.verdicts(found).values(), strict=True):
+        decided = verdict in (AGREE, DISAGREE)
+        words = numbers if decided else f"{verdict}: {numbers}"
+        detail = f"; points: {points}" if found and name == "table 1a" else ""
+        yield Finding(name, sentence, tasks or "no pair of arms", verdict if decided else NOT_MEASURED, words + detail)

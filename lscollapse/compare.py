@@ -1,0 +1,236 @@
+"""Two finished runs side by side: what differs in their configuration, and in their numbers.
+
+The yardstick is the spread over excerpts (of Table 1: over seeds): a difference of two means counts as within it up to one
+standard deviation, the band that the figures draw, or up to four standard errors where that is more. Of 32 unpaired excerpts
+the two are the same; of fewer, means differ by a whole spread by chance. Where both runs read the same excerpts the standard
+error is that of the paired differences, else that of two independent means. `mu` is compared by its logarithm, which is right
+where the value overflows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lscollapse.results import RunFolderError, differences, read_manifest, read_rows
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ARM = ["model", "init", "arm", "lam"]
+CELL = ["name", "measure", "layer"]  # name: the arm in words
+RECORDED = ("versions", "python", "machine", "device", "git")  # of the manifest, beside the identity
+LOST = ("overflow", "nan")
+RESOLVED = 4.0  # standard errors
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What differs between runs A and B.
+
+    Attributes:
+        configuration: one line a setting, "key: in A, now in B".
+        only_a, only_b: models and arms that one run has.
+        lost: arms where one run lost layers to overflow or NaN that the other has.
+        differences: per arm and measure the layer with the largest ratio, largest first: columns name, measure, layer, a, b
+            (means over excerpts), difference = b - a, spread (standard deviation over excerpts, at least what the dtype
+            resolves), error (standard error of the difference; NaN for one excerpt), ratio = |difference| / max(spread,
+            RESOLVED error): beyond the spread above 1.
+        notes: how they were compared, where it is not plain.
+        sentence: the verdict in words.
+        alike: whether all that both have is identical or within the spread.
+    """
+
+    configuration: list[str]
+    only_a: list[str]
+    only_b: list[str]
+    lost: list[str]
+    differences: pd.DataFrame
+    notes: list[str]
+    sentence: str
+    alike: bool
+
+
+def compare(run_a: Path, run_b: Path) -> Comparison:
+    """Compare two run folders with rows of measurements.
+
+    Models are matched by name; a single one that only A has is matched with a single one that only B has. Nets of
+    different depth are compared at their last layers.
+
+    Raises:
+        RunFolderError: not the folder of a finished run, or one without measurements of layers.
+    """
+    a, b = _rows(run_a), _rows(run_b)
+    manifests = read_manifest(run_a), read_manifest(run_b)
+    notes: list[str] = []
+    b, renamed = _matched(a, b, notes)
+    a, b = (_named(rows) for rows in _one_depth(a, b, notes))
+    common = set(a["name"]) & set(b["name"])
+    only_a, only_b = (_arms(rows[~rows["name"].isin(common)]) for rows in (a, b))
+    a, b = (rows[rows["name"].isin(common)] for rows in (a, b))
+    paired = _paired(*manifests, renamed)
+    others = [model for model in _models(a) if model not in paired and _subjects(manifests[0])]
+    notes += [f"{model}: not the same excerpts, so only their means are compared" for model in others]
+    table, lost = _differences(a, b, paired), _lost(a, b)
+    apart = table.loc[table["ratio"] > 1.0, "name"].nunique()
+    sentence, alike = _verdict(a, b, len(common), apart, len(lost))
+    configuration = _configuration(*manifests, renamed)
+    return Comparison(configuration, only_a, only_b, lost, table, notes, sentence, alike)
+
+
+def _rows(run: Path) -> pd.DataFrame:
+    """The rows of a run with `lam` in words and `number`, what is compared: NaN where it was lost."""
+    rows = read_rows(run)
+    if "mixer" in rows.columns:
+        return _of_table1(rows)
+    missing = {*ARM, "measure", "layer", "excerpt", "value", "log10", "status", "bound", "floor"} - set(rows.columns)
+    if missing:
+        raise RunFolderError(f"{run} has no column {min(missing)!r}: give runs of measurements or of table1")
+    number = rows["value"].where(rows["measure"] != "mu", rows["log10"])
+    return rows.assign(number=number.where(~rows["status"].isin(LOST)), lam=rows["lam"].map(_lambda))
+
+
+def _of_table1(rows: pd.DataFrame) -> pd.DataFrame:
+    """Test accuracies as rows of measurements: seeds stand where excerpts do."""
+    test = rows[rows["measure"] == "test_accuracy"]
+    return test.assign(
+        model=test["task"] + " " + test["mixer"], init="trained", arm="trained", layer=0, excerpt=test["seed"],
+        number=test["value"], bound=0.0, floor=0.0,
+    )  # fmt: skip
+
+
+def _lambda(lam: float) -> str:
+    return "per layer" if lam != lam else f"{lam:g}"
+
+
+def _configuration(a: dict[str, Any], b: dict[str, Any], renamed: dict[str, str]) -> list[str]:
+    """What differs between the manifests, of the models those that are compared."""
+    theirs = {(s["model"], s["init"]): s for s in _subjects(b)}
+    old, new = ({**m["identity"], "subjects": {}, **{key: m.get(key) for key in RECORDED}} for m in (a, b))
+    for ours in _subjects(a):
+        partner = theirs.get((renamed.get(ours["model"], ours["model"]), ours["init"]))
+        if partner:
+            name = ours["model"] + _init(ours["init"])
+            old["subjects"][name], new["subjects"][name] = ours, partner
+    return differences(old, new)
+
+
+def _subjects(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    return manifest["identity"].get("subjects", [])
+
+
+def _init(init: str) -> str:
+    return " (random)" if init == "random" else ""
+
+
+def _paired(a: dict[str, Any], b: dict[str, Any], renamed: dict[str, str]) -> set[str]:
+    """The models of A that read in B what they read in A."""
+    read = [{s["model"]: s.get("excerpts_sha256") for s in _subjects(m)} for m in (a, b)]
+    return {model for model, digest in read[0].items() if digest and digest == read[1].get(renamed.get(model, model))}
+
+
+def _matched(a: pd.DataFrame, b: pd.DataFrame, notes: list[str]) -> tuple[pd.DataFrame, dict[str, str]]:
+    """B with a model that A lacks under the name of the one that B lacks, where each is the only one."""
+    (ours, theirs) = (sorted(set(x["model"]) - set(y["model"])) for x, y in ((a, b), (b, a)))
+    if len(ours) != 1 or len(theirs) != 1:
+        return b, {}
+    notes.append(f"{ours[0]} of A is compared with {theirs[0]} of B")
+    return b.assign(model=b["model"].replace(theirs[0], ours[0])), {ours[0]: theirs[0]}
+
+
+def _one_depth(a: pd.DataFrame, b: pd.DataFrame, notes: list[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Both without the layers before the last of a model that is not as deep in A as in B; B's last is numbered as A's."""
+    depths = [rows.groupby("model")["layer"].max() for rows in (a, b)]
+    for model in depths[0].index.intersection(depths[1].index):
+        ours, theirs = int(depths[0][model]), int(depths[1][model])
+        if ours == theirs:
+            continue
+        notes.append(f"{model} has {ours} layers in A and {theirs} in B: the last ones are compared")
+        a = a[(a["model"] != model) | (a["layer"] == ours)]
+        b = b[(b["model"] != model) | (b["layer"] == theirs)]
+        b = b.assign(layer=b["layer"].mask(b["model"] == model, ours))
+    return a, b
+
+
+def _named(rows: pd.DataFrame) -> pd.DataFrame:
+    """With a column `name`: the arm in words."""
+    arms = rows[ARM].drop_duplicates()
+    names = [f"{model}{_init(init)}: {arm}, lambda {lam}" for model, init, arm, lam in arms.itertuples(index=False)]
+    return rows.merge(arms.assign(name=names), on=ARM, how="left")
+
+
+def _models(rows: pd.DataFrame) -> list[str]:
+    return list(dict.fromkeys(rows["model"]))
+
+
+def _arms(rows: pd.DataFrame) -> list[str]:
+    """One line for every model and arm, with its lambdas."""
+    arms = rows[ARM].drop_duplicates().groupby(["model", "init", "arm"], sort=False)["lam"]
+    return [f"{model}{_init(str(init))}: {arm}, lambda {', '.join(lams)}" for (model, init, arm), lams in arms]
+
+
+def _moments(rows: pd.DataFrame) -> pd.DataFrame:
+    """Per cell mean, variance and number of the excerpts, and what its numbers are uncertain by."""
+    doubt = rows[["floor", "bound"]].max(axis=1).fillna(0.0)
+    by = rows.assign(doubt=doubt).groupby(CELL, sort=False)
+    return by.agg(
+        mean=("number", "mean"), var=("number", "var"), n=("number", "count"), doubt=("doubt", "max")
+    ).reset_index()
+
+
+def _differences(a: pd.DataFrame, b: pd.DataFrame, paired: set[str]) -> pd.DataFrame:
+    """The largest difference of every arm and measure; see Comparison.differences."""
+    import numpy as np
+
+    cells = _moments(a).merge(_moments(b), on=CELL, suffixes=("_a", "_b"))
+    cells = cells[(cells["n_a"] > 0) & (cells["n_b"] > 0)]
+    both = a.merge(b, on=[*CELL, "excerpt"], suffixes=("_a", "_b"))
+    both = both[both["name"].map(dict(zip(a["name"], a["model"], strict=True))).isin(paired)]
+    steps = both.assign(step=both["number_b"] - both["number_a"]).groupby(CELL, sort=False)["step"]
+    pairs = steps.agg(step="mean", deviation="std", n="count").reset_index()
+    cells = cells.merge(pairs, on=CELL, how="left")
+    step = cells["step"].fillna(cells["mean_b"] - cells["mean_a"])
+    independent = np.sqrt(cells["var_a"] / cells["n_a"] + cells["var_b"] / cells["n_b"])
+    error = (cells["deviation"] / np.sqrt(cells["n"])).where(cells["step"].notna(), independent)
+    spread = np.sqrt((cells["var_a"].fillna(0.0) + cells["var_b"].fillna(0.0)) / 2)
+    spread = np.maximum(spread, cells[["doubt_a", "doubt_b"]].max(axis=1))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = step.abs() / np.fmax(spread, RESOLVED * error)
+    table = cells[CELL].assign(
+        a=cells["mean_a"], b=cells["mean_b"], difference=step, spread=spread, error=error,
+        ratio=ratio.where(step != 0.0, 0.0),
+    )  # fmt: skip
+    largest = table.sort_values("ratio", ascending=False, kind="stable").drop_duplicates(["name", "measure"])
+    return largest.reset_index(drop=True)
+
+
+def _lost(a: pd.DataFrame, b: pd.DataFrame) -> list[str]:
+    """One line for every arm of which the runs did not lose the same layers."""
+    first = []
+    for rows in (a, b):
+        lost = rows[(rows["measure"] == "relative_mu") & rows["status"].isin(LOST)]
+        first.append(lost.groupby("name", sort=False)["layer"].min().to_dict())
+    ours, theirs = first
+    return [
+        f"{name}: A {_from(ours.get(name))}, B {_from(theirs.get(name))}"
+        for name in dict.fromkeys([*ours, *theirs])
+        if ours.get(name) != theirs.get(name)
+    ]
+
+
+def _from(layer: int | None) -> str:
+    return "nowhere" if layer is None else f"from layer {layer}"
+
+
+def _verdict(a: pd.DataFrame, b: pd.DataFrame, arms: int, apart: int, lost: int) -> tuple[str, bool]:
+    if not arms:
+        return "nothing to compare: the runs have no arm in common", False
+    both = a.merge(b, on=[*CELL, "excerpt"], suffixes=("_a", "_b"))
+    same = (both["value_a"] == both["value_b"]) | (both["value_a"].isna() & both["value_b"].isna())
+    same &= both["status_a"] == both["status_b"]
+    if len(a) == len(b) == len(both) and same.all():
+        return f"identical: every number of {arms} arms", True
+    parts = [f"beyond the spread in {apart} of {arms} arms"] if apart else []
+    parts += [f"other layers lost in {lost} of {arms} arms"] if lost else []
+    return "; ".join(parts) or f"within the spread in all {arms} arms", not parts

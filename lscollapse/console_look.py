@@ -1,0 +1,117 @@
+"""What `claims`, `compare` and `doctor` show on the terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import pandas as pd
+
+    from lscollapse.compare import Comparison
+    from lscollapse.doctor import Check
+
+VERDICTS = ("agrees", "disagrees", "not measured")
+WIDEST_VERDICT = max(map(len, VERDICTS))
+
+
+def show_claims(rows: pd.DataFrame, form: str) -> None:
+    """Print the table of claims_runs.table: as text sentence by sentence, then how often each model agrees."""
+    if form != "text":
+        _export(rows, form)
+        return
+    console = Console(soft_wrap=True, highlight=False)
+    console.print("what the paper writes, on these runs (thresholds: docs/claims.md)", style="italic")
+    width = rows["model"].str.len().max()
+    for (claim, sentence), part in rows.groupby(["claim", "sentence"], sort=False):
+        console.print(f"{claim}  {sentence}", style="bold", markup=False)
+        for row in part.to_dict("records"):
+            reading = f"({row['reading']}) " if row["reading"] else ""
+            line = f"    {row['verdict']:{WIDEST_VERDICT}}  {row['model']:{width}}  {reading}{row['numbers']}"
+            console.print(line.rstrip(), markup=False)
+    default = rows[(rows["reading"] == "") & (rows["model"] != "")]
+    table = Table("model", box=box.SIMPLE)
+    for verdict in VERDICTS:
+        table.add_column(verdict, justify="right")
+    for model in dict.fromkeys(default["model"]):
+        own = default.loc[default["model"] == model, "verdict"]
+        table.add_row(str(model), *(str((own == verdict).sum()) for verdict in VERDICTS))
+    if table.row_count:
+        console.print(table)
+
+
+def show_sentences(rows: pd.DataFrame, form: str) -> None:
+    """Print the sentences that can be judged, each with its threshold."""
+    if form != "text":
+        _export(rows, form)
+        return
+    console = Console(soft_wrap=True, highlight=False)
+    for row in rows.to_dict("records"):
+        console.print(f"{row['claim']}  {row['sentence']}", style="bold", markup=False)
+        console.print(f"    {row['threshold']}", markup=False)
+
+
+def _export(rows: pd.DataFrame, form: str) -> None:
+    if form == "csv":
+        sys.stdout.write(rows.to_csv(index=False))
+    elif form == "json":
+        sys.stdout.write(json.dumps(rows.to_dict("records"), indent=2, ensure_ascii=False) + "\n")
+    else:
+        filled = rows.loc[:, (rows != "").any()]
+        cells = [list(filled.columns), ["---"] * filled.shape[1], *filled.astype(str).values.tolist()]
+        sys.stdout.writelines("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in cells)
+
+
+def show_comparison(comparison: Comparison, lines: int) -> None:
+    """Print what differs in the configuration, the largest differences, what only one run has, and the verdict."""
+    console = Console(soft_wrap=True, highlight=False)
+    _listed(console, "configuration", comparison.configuration)
+    _listed(console, "only in A", comparison.only_a)
+    _listed(console, "only in B", comparison.only_b)
+    _listed(console, "lost to overflow or NaN in one of them", comparison.lost)
+    differing = comparison.differences[comparison.differences["difference"] != 0.0].head(lines)
+    if len(differing):
+        console.print("largest differences of the mean over excerpts", style="italic")
+        console.print("       A        B    B - A   spread    error    ratio  measure, layer: arm", style="dim")
+    for row in differing.to_dict("records"):
+        numbers = (_number(row[name]) for name in ("a", "b", "difference", "spread", "error", "ratio"))
+        where = f"{row['measure']}, layer {row['layer']}: {row['name']}"
+        console.print(" ".join(numbers) + f"  {where}", markup=False)
+    for note in comparison.notes:
+        console.print(note, markup=False)
+    console.print(comparison.sentence, style="bold", markup=False)
+
+
+def _number(value: float) -> str:
+    return f"{value:8.3g}" if value == value else "       -"
+
+
+def _listed(console: Console, title: str, lines: Sequence[str]) -> None:
+    if lines:
+        console.print(title, style="italic")
+    for line in lines:
+        console.print(f"  {line}", markup=False)
+
+
+def show_checks(checks: Sequence[Check]) -> None:
+    """Print what was found, one line each, with the mend under what does not work, and the verdict."""
+    console = Console(soft_wrap=True, highlight=False)
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        state = "no" if check.mend else "ok" if check.good else "--"
+        console.print(
+            f"{state}  {check.name.ljust(width)}  {check.found}", style="bold" if check.mend else "", markup=False
+        )
+        if check.mend:
+            console.print(f"    {'':{width}}  mend: {check.mend}", markup=False)
+    bad = sum(bool(check.mend) for check in checks)
+    console.print(
+        f"this configuration cannot run: {bad} to mend" if bad else "this configuration can run", style="bold"
+    )

@@ -1,0 +1,181 @@
+"""What this machine has, and whether a configuration can run on it. Loads no model; asks hub and Wikipedia shortly.
+
+Tokens, contacts, and of an address more than its host are never shown.
+"""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from importlib import util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lscollapse import allocation, assets, corpus, devices, results, wikipedia
+from lscollapse.config import ConfigError, Experiment, WikipediaSection
+from lscollapse.doctor_models import Check, asked, models
+from lscollapse.models import registry
+from lscollapse.models.registry import Entry
+
+if TYPE_CHECKING:
+    from lscollapse.kernels import Kernels
+
+__all__ = ["Check", "examine"]
+
+BLOCK = 64 * 2**20  # bytes, to see whether freed memory is kept
+PINNED = (
+    assets.SUMMARIES, assets.BERT_VOCAB, assets.MINILM_CONFIG, assets.MINILM_WEIGHTS, assets.SMILES_CONFIG,
+    assets.SMILES_WEIGHTS, assets.SMILES_VOCAB,
+)  # fmt: skip
+
+
+def examine(config: Experiment) -> list[Check]:
+    """Everything that decides whether `config` runs here, in the order in which a run would meet it."""
+    return [
+        Check("versions", _versions()),
+        *_devices(config),
+        *_engine(config),
+        _allocator(),
+        _embedded(config),
+        *_source(config),
+        *models(config),
+    ]
+
+
+def _versions() -> str:
+    found = results.environment()
+    known = {"Python": found["python"], **found["versions"]}
+    return (
+        ", ".join(f"{name} {version or 'not installed'}" for name, version in known.items()) + f"; {found['machine']}"
+    )
+
+
+def _devices(config: Experiment) -> Iterator[Check]:
+    import torch
+
+    from lscollapse.kernels import KernelError, resolve
+
+    try:
+        on = devices.worker_devices(config)
+    except ConfigError as error:
+        yield Check("device", "not there", str(error))
+        return
+    gpus = [torch.cuda.get_device_name(name) for name in on if name != "cpu"]
+    cpu = f"cpu ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
+    yield Check("device", ", ".join(gpus) or cpu + (f", {len(on)} processes" if len(on) > 1 else ""))
+    try:
+        kernels = resolve(config.kernels, on[0])
+    except KernelError as error:
+        yield Check("kernels", f"{config.kernels} cannot run", str(error))
+    else:
+        paths = ", ".join(f"{what} {_path(getattr(kernels, what))}" for what in ("scan", "conv", "gated_norm"))
+        yield Check("kernels", f"{paths} ({kernels.backend}): {_why(kernels, config)}", good=not kernels.note)
+    bf16 = _bf16(on[0])
+    slow = "" if bf16 or config.dtype != "bfloat16" else ": bfloat16 runs here, but slower than float32"
+    yield Check("bfloat16", ("in hardware" if bf16 else "no instructions for it") + slow, good=not slow)
+
+
+def _why(kernels: Kernels, config: Experiment) -> str:
+    if kernels.note or config.kernels != "auto":
+        return kernels.note or "as asked for"
+    return "mamba-ssm and causal-conv1d are there" if kernels.triton else "the Triton kernels need a GPU"
+
+
+def _path(function: object) -> str:
+    return f"{getattr(function, '__module__', '')}.{getattr(function, '__name__', '')}"
+
+
+def _bf16(device: str) -> bool:
+    """Whether products of bfloat16 have instructions of their own; on a CPU as Linux lists them."""
+    import torch
+
+    if device != "cpu":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    listed = Path("/proc/cpuinfo")
+    words = set(listed.read_text(encoding="utf-8").split()) if listed.is_file() else set()
+    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def _engine(config: Experiment) -> Iterator[Check]:
+    if config.engine == "ray":
+        there = util.find_spec("ray") is not None
+        yield Check(
+            "ray", "installed" if there else "not installed", "" if there else 'pip install "lscollapse[cluster]"'
+        )
+
+
+def _allocator() -> Check:
+    """Whether the setting took effect: a large block that is taken again and again soon brings no new pages."""
+    import torch
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(BLOCK // 4)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    kept = allocation.keep_freed_memory() and min(faults() for _ in range(5)) < BLOCK // resource.getpagesize() // 10
+    return Check("malloc", "keeps freed memory" if kept else "returns freed memory: a CPU pass runs slower", good=kept)
+
+
+def _embedded(config: Experiment) -> Check:
+    missing = []
+    for asset in PINNED:
+        try:
+            assets.locate(asset)
+        except assets.AssetError:
+            missing.append(asset)
+    found = f"{len(PINNED) - len(missing)} of {len(PINNED)} files, sha256 as pinned"
+    try:
+        needed = [asset for asset in _texts(config) if asset in missing]
+        for entry in _entries(config):
+            if entry.embedded:
+                registry.embedded_files(entry)
+        for asset in needed:
+            assets.locate(asset)
+    except assets.AssetError as error:
+        return Check("embedded data", found, str(error))
+    return Check("embedded data", found, good=not missing)
+
+
+def _texts(config: Experiment) -> list[assets.Asset]:
+    """The embedded files that the excerpts and their tokenizer need."""
+    packaged = [assets.SUMMARIES] if config.source == "packaged" else []
+    bert = [assets.BERT_VOCAB] if config.tokenizer in (None, "bert") else []
+    return packaged + bert
+
+
+def _entries(config: Experiment) -> Iterator[Entry]:
+    """The models that can be named; those that cannot are told by `models`."""
+    for name in config.models:
+        try:
+            yield registry.resolve(name)
+        except registry.ModelNameError:
+            continue
+
+
+def _source(config: Experiment) -> Iterator[Check]:
+    files = [config.wikipedia.titles] if config.wikipedia.titles else []
+    files += [] if config.source in corpus.SOURCES else [Path(config.source)]
+    for file in files:
+        if file.exists():
+            yield Check("source", f"{file} is there")
+        else:
+            yield Check("source", f"no {file}", f"give a file, or a source of {', '.join(corpus.SOURCES)}")
+    yield _wikipedia(config.wikipedia, config.source == "wikipedia", config.offline)
+
+
+def _wikipedia(wiki: WikipediaSection, needed: bool, offline: bool) -> Check:
+    name, agent, mend = "Wikipedia", "", ""
+    try:
+        settings = corpus.WikiSettings(wiki.language, wiki.contact, wiki.endpoint)
+        with wikipedia.Articles(settings, 0, [], 0) as articles:
+            name, agent = articles.source, wiki.contact
+    except corpus.CorpusError as error:
+        if needed:
+            mend = str(error).replace(repr(wiki.contact), "given").replace(repr(wiki.endpoint), "given")
+    url = wiki.endpoint or f"https://{wiki.language}.wikipedia.org/w/api.php"
+    query = {"action": "query", "format": "json", "list": "random", "rnnamespace": "0", "rnlimit": "1"}
+    fault = "not asked (offline)" if offline else asked(url, query, {"User-Agent": wikipedia.user_agent(agent)})
+    if needed and fault and not offline and not mend:
+        mend = "use --source packaged or a frozen file, or run where it can be reached"
+    return Check("Wikipedia", f"{name}: {fault or 'answers'}", mend, good=offline or not fault)

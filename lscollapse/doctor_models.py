@@ -1,0 +1,182 @@
+"""Whether the models of a configuration can be had, stored and held in memory here; part of `lscollapse doctor`.
+
+Sizes err on the safe side: memory as `plan` predicts it for a model that is streamed, and a weight's bytes for each
+parameter of one that is not; disk as the hub states it, or 4 bytes a parameter where it does not answer.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from lscollapse import devices, plan
+from lscollapse.config import Experiment
+from lscollapse.models import registry
+from lscollapse.models.registry import Entry
+
+TIMEOUT = 5.0  # seconds for each call
+GIB = 2**30
+CACHED = "in the cache"
+
+
+class TooLittle(ValueError):
+    """A model does not fit into the memory of this machine."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at. `mend`: what to do where the configuration cannot run; `good`: nothing to remark."""
+
+    name: str
+    found: str
+    mend: str = ""
+    good: bool = True
+
+
+def models(config: Experiment) -> Iterator[Check]:
+    """Hub, every model, and the disk for what is not there yet."""
+    from huggingface_hub import constants
+
+    offline = config.offline or bool(constants.HF_HUB_OFFLINE)
+    fault = "not asked (offline)" if offline else asked(constants.ENDPOINT, {}, {})
+    host = str(urlsplit(constants.ENDPOINT).hostname)
+    yield Check("hub", f"{host}: {fault or 'answers'}", good=offline or not fault)
+    needs: dict[Path, int] = {}
+    for name in config.models:
+        try:
+            entry = registry.resolve(name)
+            where, mend = _stored(entry, config, fault, needs)
+            fits = "" if mend and not entry.n_parameters else _fits(name, entry, config, offline or where == CACHED)
+            yield Check(name, "; ".join(filter(None, (where, fits))), mend)
+        except ValueError as error:
+            yield Check(name, "cannot be used", str(error).replace(constants.ENDPOINT, host))
+    yield from _disk(needs)
+
+
+def asked(url: str, query: dict[str, str], headers: dict[str, str]) -> str:
+    """Nothing where an HTTP server answers without complaint, else what happened."""
+    import httpx
+
+    try:
+        answer = httpx.get(url, params=query, headers=headers, timeout=TIMEOUT, follow_redirects=True)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        return f"does not answer ({type(error).__name__})"
+    return f"answers HTTP {answer.status_code}" if answer.status_code >= 500 else ""
+
+
+def _stored(entry: Entry, config: Experiment, fault: str, needs: dict[Path, int]) -> tuple[str, str]:
+    """Where the weights are, and what to do where they cannot be had; adds to `needs` what they will take in which folder.
+
+    Args:
+        fault: why the hub cannot be asked.
+
+    Raises:
+        HubError: the hub has no such model, or does not give it.
+    """
+    from huggingface_hub import constants
+
+    from lscollapse.models import hub
+
+    if entry.source != "hub":
+        return "embedded" if entry.embedded else "a local folder", ""
+    revision = config.revision or entry.revision or None
+    cache = config.cache_dir.expanduser() / "hub" if config.cache_dir else Path(constants.HF_HUB_CACHE)
+    try:
+        hub.fetch(entry.location, revision=revision, cache_dir=cache, offline=True)
+        return CACHED, ""
+    except hub.HubError:
+        files = {} if fault else hub.sizes(entry.location, revision=revision, timeout=TIMEOUT)
+    size = sum(files.values()) or 4 * (entry.n_parameters or 0)
+    needs[cache] = needs.get(cache, 0) + size
+    pickled = not files or "pytorch_model.bin" in files
+    if pickled and entry.architecture in ("mamba2", ""):  # is converted once
+        own = config.cache_dir or os.environ.get("LSCOLLAPSE_CACHE") or Path.home() / ".cache" / "lscollapse"
+        place = Path(own).expanduser()
+        needs[place] = needs.get(place, 0) + size
+    if files:
+        return f"{size / GIB:.2f} GiB to fetch", ""
+    mend = f"run `lscollapse fetch {entry.name}` where the hub answers and bring its cache here, or set HF_ENDPOINT to a mirror"
+    return "not in the cache" + (f", at most {size / GIB:.2f} GiB" if size else ""), mend
+
+
+def _fits(name: str, entry: Entry, config: Experiment, offline: bool) -> str:
+    """How the weights are held, in how much memory.
+
+    Raises:
+        TooLittle, MemoryPlanError: there is less.
+        CheckpointError: an unreadable config.json.
+    """
+    from lscollapse.models import checkpoint
+
+    where: Any = {"revision": config.revision, "cache_dir": config.cache_dir, "offline": offline}
+    architecture, n_parameters = checkpoint.describe(name, **where)
+    on, limit = devices.device(config), devices.memory(config)
+    itemsize = {"float64": 8, "bfloat16": 2}.get(config.dtype, 4)
+    streamed = architecture == "mamba2" and (
+        config.stream == "always" or (config.stream == "auto" and 4 * n_parameters > limit)
+    )
+    needed = itemsize * n_parameters + plan.BASE
+    if streamed:
+        needed = _plan(entry, config, itemsize, limit) if on == "cpu" else limit
+    free = available_memory() if on == "cpu" else limit
+    how = f"{n_parameters:,} parameters {'streamed' if streamed else 'in memory'}"
+    if needed * (config.workers or 1) <= free:
+        return f"{how}, {needed / GIB:.2f} GiB of {free / GIB:.2f} free on {on}"
+    mend = (
+        f"set --max-memory under {free / GIB:.2f}GiB"
+        if streamed
+        else "use --stream auto"
+        if architecture == "mamba2"
+        else "choose a smaller model, or a machine with more"
+    )
+    raise TooLittle(f"{how} need {needed / GIB:.2f} GiB, {free / GIB:.2f} are free on {on}: {mend}")
+
+
+def _plan(entry: Entry, config: Experiment, itemsize: int, limit: int) -> int:
+    """The predicted peak of a streamed model, or what it is allowed where its shape is not known ahead.
+
+    Raises:
+        MemoryPlanError: `--max-memory` is less than one layer and one excerpt take.
+    """
+    from lscollapse.models import mamba_ssm
+    from lscollapse.models.mamba2_native import Mamba2Shape
+
+    if entry.config is None:
+        return limit
+    c = mamba_ssm.read_config(entry.config, entry.name)
+    shape = Mamba2Shape(c.hidden_size, c.num_heads, c.head_dim, c.state_size, c.n_groups, c.conv_kernel)
+    arms = len(config.lambdas) * (2 if config.gating is None else 1)
+    return plan.streamed(shape, config.tokens, config.excerpts, arms, itemsize, limit).bytes
+
+
+def available_memory() -> int:
+    """Bytes that processes can still take: what Linux calls available, at most what the container is allowed."""
+    listed = Path("/proc/meminfo")
+    if not listed.is_file():
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    lines = dict(line.split(":", 1) for line in listed.read_text(encoding="ascii").splitlines())
+    free = int(lines["MemAvailable"].split()[0]) * 1024
+    allowed, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if allowed.is_file() and allowed.read_text().strip().isdigit():
+        free = min(free, int(allowed.read_text()) - int(used.read_text()))
+    return free
+
+
+def _disk(needs: dict[Path, int]) -> Iterator[Check]:
+    """Free space for what is fetched and converted, added up for each file system; and for the run folder."""
+    places: dict[int, tuple[Path, int]] = {}
+    for folder, size in [(Path(), 0), *needs.items()]:
+        there = next(each for each in [folder.absolute(), *folder.absolute().parents] if each.exists())
+        device = there.stat().st_dev
+        known, so_far = places.get(device, (there, 0))
+        places[device] = known, so_far + size
+    for place, size in places.values():
+        free = shutil.disk_usage(place).free
+        found = f"{free / GIB:.1f} GiB free" + (f", {size / GIB:.1f} GiB needed" if size else "")
+        short = f"free {(size - free) / GIB:.1f} GiB, or choose another disk with cache_dir" if size > free else ""
+        yield Check("disk", found, short)
