@@ -61,10 +61,10 @@ def figure1(rows: pd.DataFrame, model: str, yscale: str = "linear", note: str = 
     lams = list(data["lam"].unique())  # NaN for a schedule of lambdas
     curves = [
         ("per layer" if np.isnan(lam) else drawing.number(lam), drawing.lambda_colour(lam, lams), "-", points)
-        for (lam, _), points in _groups(data, ["lam", "arm"])
+        for (lam, _), points in groups_of(data, ["lam", "arm"])
     ]
     gating = data["gating"].iloc[0]
-    title = ", ".join((model, *(() if pd.isna(gating) else (_gate_word(gating),)), "LayerNorm on"))
+    title = ", ".join((model, *(() if pd.isna(gating) else (gate_word(gating),)), "LayerNorm on"))
     panels = [(measure, yscale) for measure in data["measure"].unique()]
     return drawing.against_layer(curves, panels, title, [*_words(rows, data), note], header="λ"), data
 
@@ -82,7 +82,7 @@ def figure2(rows: pd.DataFrame, yscale: str = "linear", note: str = "") -> tuple
     data = summarise(rows, ("relative_mu", "rank1_residual"))
     texts = rows.drop_duplicates("model").set_index("model")["text"]
     gated = data["gating"].notna()
-    pixels = data["model"].isin([model for (model,), part in _groups(rows, ["model"]) if reads_pixels(part)])
+    pixels = data["model"].isin([model for (model,), part in groups_of(rows, ["model"]) if reads_pixels(part)])
     panels = {"transformers": data[~gated & ~pixels], "Mamba-2": data[gated], "S4D": data[pixels]}
     panels = {title: part for title, part in panels.items() if len(part)}
     words = _words(rows, data)
@@ -96,8 +96,8 @@ def figure2(rows: pd.DataFrame, yscale: str = "linear", note: str = "") -> tuple
     for letter, ax, (title, part) in zip("abc", axes, panels.items(), strict=False):
         ax.set_title(f"$\\bf{{{letter}}}$  {title}")
         limits(ax, [part], yscale, "last-layer relative μ")
-        for i, ((name, gating), line) in enumerate(_groups(part, ["model", "gating"])):
-            what = f"reads {_kind_of_text(texts[name])}" if pd.isna(gating) else _gate_word(gating)
+        for i, ((name, gating), line) in enumerate(groups_of(part, ["model", "gating"])):
+            what = f"reads {_kind_of_text(texts[name])}" if pd.isna(gating) else gate_word(gating)
             label = "\n".join((name, *textwrap.wrap(what, 18)))
             labels[ax] += drawing.against_lambda(ax, line, label, next(colours), 0.98 - 0.04 * i)
         drawing.lambda_axis(ax, data["lam"])
@@ -118,7 +118,7 @@ def figure3(rows: pd.DataFrame, model: str, note: str = "", lam: float = 1.0) ->
     measures = ("relative_mu", "rank1_residual") if lam < 0 else ("relative_mu",)
     data = summarise(rows, measures)
     curves: list[Curve] = []
-    for (gating, layernorm, init), points in _groups(data, ["gating", "layernorm", "init"]):
+    for (gating, layernorm, init), points in groups_of(data, ["gating", "layernorm", "init"]):
         name, colour = _arm(gating, layernorm)
         if init == "trained":
             curves.append((name, colour, "-", points))
@@ -141,14 +141,11 @@ def figure4(rows: pd.DataFrame, model: str, note: str = "") -> tuple[Figure, pd.
     rows = rows[(rows["init"] == _first(rows["init"], "trained")) & rows["lam"].isin((0, 1))]
     data = summarise(rows, ("relative_mu", "rank1_residual"))
     curves: list[Curve] = []
-    for (lam, layernorm), points in _groups(data, ["lam", "layernorm"]):
+    for (lam, layernorm), points in groups_of(data, ["lam", "layernorm"]):
         name = ("skip" if lam else "no skip") + (" + LN" if layernorm else ", no LN")
         curves.append((name, PALETTE[2 * (not layernorm) + (lam == 0)], "-", points))
     panels = [("relative_mu", "linear"), ("relative_mu", "log"), ("rank1_residual", "linear")]
-    words = [
-        *_words(rows, data),
-        "One net, trained with skip and LN; every arm is ablated at inference, none retrained.",
-    ]
+    words = [*_words(rows, data), nets_note(rows)]
     return drawing.against_layer(curves, panels, model, [*words, note]), data
 
 
@@ -185,7 +182,7 @@ def figure_readings(rows: pd.DataFrame, model: str, note: str = "") -> tuple[Fig
             part = here[here["layernorm"] | (here["norm_site"] == norm_site)]
             limits(ax, [part], "linear", "")
             ax.set_xlim(0, max(1, data["layer"].max()))
-            for (gating, layernorm), points in _groups(part, ["gating", "layernorm"]):
+            for (gating, layernorm), points in groups_of(part, ["gating", "layernorm"]):
                 drawing.layer_curve(ax, points, _arm(gating, layernorm)[1])
     titles = [f"{model}, last layer", *(f"LN: {NORMS.get(site, site)}" for site in norm_sites)]
     xlabels = ["λ (linear between −1 and 1)", *["layer at λ = 1"] * len(norm_sites)]
@@ -222,7 +219,7 @@ def summarise(rows: pd.DataFrame, measures: Sequence[str]) -> pd.DataFrame:
 def draw(experiment: str, rows: pd.DataFrame, folder: str | Path, yscale: str = "linear") -> list[Path]:
     """Save the figures of one experiment.
 
-    `sweep-lambda` has figure1 (each model) and figure2, `ablate-gating` figure3, `ablate-s4d` figure4 and `all-readings`
+    `sweep-lambda` and `measure` have figure1 (each model) and (of several lambdas) figure2, `ablate-gating` figure3, `ablate-s4d` figure4 and `all-readings`
     readings (each model). The first model with a gate (else the first) gives figure1, another one figure1-NAME; so for
     the others.
     Raises FigureError for an experiment without figures.
@@ -230,18 +227,19 @@ def draw(experiment: str, rows: pd.DataFrame, folder: str | Path, yscale: str = 
     models = list(dict.fromkeys([*rows["model"][rows["gating"].notna()], *rows["model"]]))
     stems = {model: "" if model == models[0] else "-" + re.sub(r"[^\w.-]+", "_", model) for model in models}
     made: dict[str, tuple[Figure, pd.DataFrame]] = {}
-    if experiment == "sweep-lambda":
+    if experiment in ("sweep-lambda", "measure"):
         for model, stem in stems.items():
-            made[f"figure1{stem}"] = figure1(rows, model, yscale, _embedded_note([model]))
-        made["figure2"] = figure2(rows, yscale, _embedded_note(models))
+            made[f"figure1{stem}"] = figure1(rows, model, yscale, embedded_note([model]))
+        if rows["lam"].nunique() > 1:
+            made["figure2"] = figure2(rows, yscale, embedded_note(models))
     elif experiment == "ablate-gating":
-        made = {f"figure3{stem}": figure3(rows, model, _embedded_note([model])) for model, stem in stems.items()}
+        made = {f"figure3{stem}": figure3(rows, model, embedded_note([model])) for model, stem in stems.items()}
     elif experiment == "ablate-s4d":
-        made = {f"figure4{stem}": figure4(rows, model, _embedded_note([model])) for model, stem in stems.items()}
+        made = {f"figure4{stem}": figure4(rows, model, embedded_note([model])) for model, stem in stems.items()}
     elif experiment == "all-readings":
-        made = {f"readings{stem}": figure_readings(rows, name, _embedded_note([name])) for name, stem in stems.items()}
+        made = {f"readings{stem}": figure_readings(rows, name, embedded_note([name])) for name, stem in stems.items()}
     else:
-        known = "sweep-lambda, ablate-gating, ablate-s4d and all-readings"
+        known = "sweep-lambda, measure, ablate-gating, ablate-s4d and all-readings"
         raise FigureError(f"no figure is drawn of {experiment!r}: only of {known}")
     return [path for stem, (figure, data) in made.items() for path in drawing.save(figure, data, folder, stem)]
 
@@ -281,7 +279,7 @@ def _reading(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts) if parts else rows
 
 
-def _groups(rows: pd.DataFrame, keys: list[str]) -> list[tuple[tuple[Any, ...], pd.DataFrame]]:
+def groups_of(rows: pd.DataFrame, keys: list[str]) -> list[tuple[tuple[Any, ...], pd.DataFrame]]:
     return [(key, part) for key, part in rows.groupby(keys, dropna=False, sort=False)]  # type: ignore[misc]
 
 
@@ -299,7 +297,7 @@ def _arm(gating: Any, layernorm: bool) -> tuple[str, str]:
     return name, PALETTE[2 * (not layernorm) + (not pd.isna(gating) and not gating)]
 
 
-def _gate_word(gating: Any) -> str:
+def gate_word(gating: Any) -> str:
     return "no gate" if pd.isna(gating) else "full architecture" if gating else "gate removed"
 
 
@@ -307,10 +305,18 @@ def _kind_of_text(text: str) -> str:
     return "SMILES" if "smiles" in text.lower() else text.split(" (")[0]
 
 
+def nets_note(rows: pd.DataFrame) -> str:
+    """Whether the arms of Figure 4 are one net's, or each has its own."""
+    n_nets = rows["checkpoint_sha256"].nunique()
+    if n_nets == 1:
+        return "One net, trained with skip and LN; every arm is ablated at inference, none retrained."
+    return f"{n_nets} nets, each arm retrained: trained as it is measured, nothing is ablated at inference."
+
+
 def describe(rows: pd.DataFrame) -> str:
     """Who read what: models, text, number of excerpts, tokens and dtype, models of one kind together."""
     kinds: dict[str, list[str]] = {}
-    for (model,), part in _groups(rows, ["model"]):
+    for (model,), part in groups_of(rows, ["model"]):
         texts, dtypes = " / ".join(part["text"].unique()), ", ".join(sorted(set(part["dtype"])))
         n, low, high = part["excerpt"].nunique(), part["n_tokens"].min(), part["n_tokens"].max()
         length = f"{low}" if low == high else f"{low} to {high}"
@@ -320,7 +326,7 @@ def describe(rows: pd.DataFrame) -> str:
     return " ".join(f"{', '.join(models)}: {what}" for what, models in kinds.items())
 
 
-def _embedded_note(models: Sequence[str]) -> str:
+def embedded_note(models: Sequence[str]) -> str:
     from lscollapse.models import registry  # brings torch, which the rest does without
 
     small = [model for model in models if model in registry.ENTRIES and registry.ENTRIES[model].embedded]
@@ -340,11 +346,11 @@ def _words(rows: pd.DataFrame, data: pd.DataFrame) -> list[str]:
         f"λ acts on {' or '.join(sites)}." if sites else "",
         f"Line and band: mean and one standard deviation over {unit}." if (data["n"] > 1).any() else "",
         "Triangles: under the floor, below which the dtype resolves nothing." if "at_floor" in drawn else "",
-        _disagreement(data),
+        disagreement(data),
     ]
 
 
-def _disagreement(data: pd.DataFrame) -> str:
+def disagreement(data: pd.DataFrame) -> str:
     """Names the curves that relative mu calls spread out and the rank-1 residual does not, at the last layer."""
     last = data[(data["layer"] == data.groupby("model")["layer"].transform("max")) & (data["drawn"] == "point")]
     last = last[[*KEYS, "mean"]]
@@ -354,9 +360,9 @@ def _disagreement(data: pd.DataFrame) -> str:
     if both.empty:
         return ""
     named: dict[str, list[str]] = {}
-    for (model, gating), part in _groups(both, ["model", "gating"]):
+    for (model, gating), part in groups_of(both, ["model", "gating"]):
         lams = ",\N{NO-BREAK SPACE}".join(map(drawing.number, sorted(part["lam"].unique())))
-        named.setdefault(lams, []).append(model if pd.isna(gating) else f"{model} ({_gate_word(gating)})")
+        named.setdefault(lams, []).append(model if pd.isna(gating) else f"{model} ({gate_word(gating)})")
     alone = data["model"].nunique() == 1 and data["gating"].nunique() < 2
     equals = "λ\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}"
     where = [equals + lams + ("" if alone else f" of {', '.join(names)}") for lams, names in named.items()]

@@ -1,0 +1,88 @@
+"""The verbs that train: `train`, one cell of Table 1, and `table1`, the grid."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", help="YAML file as in configs/table1; flags override it.  [default: embedded]"),
+]
+Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.  [default: auto]")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="key=value, any setting of the configuration; repeat for several.")
+]
+Engine = Annotated[str | None, typer.Option(help="local or ray.  [default: local]")]
+Address = Annotated[str | None, typer.Option(help="Of a Ray cluster: auto or HOST:PORT.  [default: start one here]")]
+
+
+def train(
+    task: Annotated[str, typer.Option(help="mqar or image.")] = "mqar",
+    mixer: Annotated[str, typer.Option(help="attention, linear, mamba or mamba2.")] = "attention",
+    lam: Annotated[str, typer.Option(help="A number, fixed in all layers, or learnable.")] = "1",
+    lam_init: Annotated[float | None, typer.Option(help="Where a learnable lambda starts.  [default: -1]")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.  [default: the first of the configuration]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Of the optimizer.  [default: as configured]")] = None,
+    seed: Annotated[int, typer.Option(help="Of the weights and the order of the data.")] = 0,
+    config: Config = None, device: Device = None, settings: Set = None,
+    out: Annotated[Path | None, typer.Option(help="Where to train.  [default: runs/train/CELL]")] = None,
+) -> None:  # fmt: skip
+    """Train one net of Table 1 and read the test set once; killed and started again it continues to the same numbers."""
+    from lscollapse import console, table1
+
+    flags = {"mixers": [mixer], "lams": [lam], "seeds": [seed], "device": device}
+    flags["lam_inits"] = None if lam_init is None else [lam_init]
+    cell = table1.one_cell(_load(config, flags, settings), task, lr, steps, out)
+    with console.Bar("training") as bar:
+        bar.note(f"{cell.words}, in {cell.folder}")
+        rows = table1.train_one(cell, bar)
+    typer.echo(_one_result(rows))
+    typer.echo(f"wrote {cell.folder / 'rows.csv'}")
+
+
+def table1(
+    config: Config = None, device: Device = None,
+    workers: Annotated[int | None, typer.Option(help="Processes on this machine.  [default: one for each core]")] = None,
+    engine: Engine = None, address: Address = None, settings: Set = None,
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/table1"),
+    to: Annotated[Path | None, typer.Option(help="Where to put table and figures.  [default: the run folder]")] = None,
+) -> None:  # fmt: skip
+    """Fixed against learnt lambda: mixers x lambda modes x learning rates x seeds, the table and its figures."""
+    from lscollapse import console, figures_table1, table1_report
+    from lscollapse.table1 import run
+
+    flags = {"device": device, "workers": workers, "engine": engine, "address": address}
+    grid = _load(config, flags, settings)
+    with console.Bar("training") as bar:
+        rows = run(grid, out, bar)
+    to = to or out
+    typer.echo(table1_report.markdown(rows, grid.margin))
+    for path in [*table1_report.write(rows, grid.margin, to), *figures_table1.draw(rows, to)]:
+        typer.echo(f"wrote {path}")
+
+
+def _load(config: Path | None, flags: dict[str, Any], settings: list[str] | None) -> Any:
+    from lscollapse import config as schema
+    from lscollapse.table1_config import Table1
+
+    return schema.load(config or schema.shipped("table1/embedded.yaml"), flags, settings, Table1)
+
+
+def _one_result(rows: pd.DataFrame) -> str:
+    after = rows[rows["when"] == "after"].groupby(["measure", "layer"], dropna=False)["value"].mean()
+    before = rows[rows["when"] == "before"].groupby(["measure", "layer"], dropna=False)["value"].mean()
+
+    def layers(values: pd.Series, measure: str) -> str:
+        return " ".join(f"{value:.3f}" for value in values.loc[measure])
+
+    parts = [f"{name} accuracy {100 * after.loc[f'{name}_accuracy'].iloc[0]:.1f} %" for name in ("validation", "test")]
+    parts.append(f"lambda by layer {layers(after, 'lambda')}")
+    parts += [f"relative mu by layer {when} {layers(values, 'relative_mu')}"
+              for when, values in (("before", before), ("after", after))]  # fmt: skip
+    return "\n".join(parts)

@@ -1,0 +1,211 @@
+"""What the page says in words and tables: verdicts, warnings, provenance, bounds. Plain data; the template escapes it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from lscollapse import claims, claims_runs, table1_report
+from lscollapse.drawing import ends_with, number
+from lscollapse.figures import disagreement, embedded_note, groups_of, summarise
+from lscollapse.tasks.images import reads_pixels
+
+if TYPE_CHECKING:
+    from lscollapse.report import Bounds, Run
+
+PRIVATE = ("contact", "cache_dir")  # settings that say who ran it and where, not what
+SIGNS = {1: "λ > 0", -1: "λ < 0", 0: "either sign"}
+MANY = 5  # names that are counted, not listed
+ROWS = 200  # of a table that is none of measurements
+MEASURED = ("relative_mu", "rank1_residual")
+KINDS = (claims.AGREE, claims.DISAGREE, claims.NOT_MEASURED)
+
+
+def models(runs: Iterable[Run]) -> list[str]:
+    return list(dict.fromkeys(model for run in runs for model in run.rows["model"]))
+
+
+# --- verdicts ---
+
+
+def verdicts(folders: Mapping[Path, str]) -> list[dict[str, Any]]:
+    """Every claim with what these folders (and their names) say of it: {claim, sentence, threshold, verdicts: [{who, verdict, numbers}]}.
+
+    `who` is a model; where a claim stands for several sentences, as the theory's statements do, it is the sentence.
+    """
+    found = []
+    table, names = claims_runs.table(list(folders)), {str(path): name for path, name in folders.items()}
+    for claim, (sentence, threshold) in claims_runs.catalogue().items():
+        part = table[table["claim"] == claim]
+        several = part["sentence"].nunique() > 1
+        again = part.duplicated(["sentence", "model", "reading"], keep=False)  # two runs that differ
+        lines = []
+        for line, named in zip(part.to_dict("records"), again, strict=True):
+            aside = ", ".join(filter(None, (line["reading"], names[line["run"]] if named else "")))
+            who = line["sentence"] if several else f"{line['model']} ({aside})" if aside else line["model"]
+            numbers = line["numbers"] or ("" if line["model"] else "no run here is about it")
+            lines.append({"who": who, "verdict": line["verdict"], "numbers": numbers})
+        found.append({"claim": claim, "sentence": sentence, "threshold": threshold, "verdicts": lines})
+    return found
+
+
+def tally(found: Iterable[dict[str, Any]]) -> dict[str, int]:
+    """How many verdicts of each kind."""
+    counts = Counter(verdict["verdict"] for finding in found for verdict in finding["verdicts"])
+    return {verdict: counts[verdict] for verdict in KINDS}
+
+
+# --- warnings ---
+
+
+def warnings(measured: Sequence[Run], others: Sequence[Run], found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a reader has to know before the figures, as {text, runs}, the gravest first."""
+    runs = [*measured, *others]
+    said = [("", embedded_note(models(measured)))]
+    wrong = "; ".join(filter(None, map(_disproved, found)))
+    said.append(("", f"The paper's statements that do not hold here: {wrong}." if wrong else ""))
+    said += [(run.name, text) for run in measured for text in _of_rows(run)]
+    said += [(run.name, text) for run in runs for text in _of_code(run.manifest)]
+    commits = {(run.manifest.get("git") or {}).get("commit") for run in runs}
+    if len(commits) > 1:
+        said.append(("", f"These runs were made by {len(commits)} different commits of lscollapse."))
+    runs_of: dict[str, list[str]] = {}
+    for run_name, text in said:
+        runs_of.setdefault(text, []).append(run_name)
+    return [{"text": text, "runs": list(filter(None, names))} for text, names in runs_of.items() if text]
+
+
+def _disproved(finding: dict[str, Any]) -> str:
+    every = finding["verdicts"]
+    who = [verdict["who"] for verdict in every if verdict["verdict"] == claims.DISAGREE]
+    names = ", ".join(who) if len(who) < MANY else f"{len(who)} of {len(every)}"
+    return f"{finding['claim']}: {names}" if who else ""
+
+
+def _of_rows(run: Run) -> Iterator[str]:
+    rows, unit = run.rows, "image" if reads_pixels(run.rows) else "excerpt"
+    for model, part in rows.groupby("model", sort=False):
+        if part["excerpt"].nunique() == 1:
+            yield f"{model}: one {unit} only, so nothing is known of the spread."
+        if set(part["init"]) == {"random"}:
+            yield f"{model}: random weights, not trained."
+    present = [measure for measure in MEASURED if (rows["measure"] == measure).any()]
+    if not present:
+        return
+    points = summarise(rows, present)
+    yield disagreement(points)
+    yield from _lost(points[points["measure"] == present[0]])
+    certified = rows["status"].eq("certified").mean()
+    if certified:
+        yield (
+            f"{certified:.0%} of the rows were not computed: the weights prove that these layers change nothing the dtype"
+            " resolves (status certified)."
+        )
+
+
+def _lost(points: pd.DataFrame) -> Iterator[str]:
+    """Arms that left the range of their dtype, and arms that fell under its floor."""
+    floors: dict[str, list[str]] = {}
+    for (model, init, arm, lam), part in groups_of(points, ["model", "init", "arm", "lam"]):
+        name = f"{model}, {arm}{', random weights' if init == 'random' else ''}"
+        lam = "λ per layer" if pd.isna(lam) else f"λ = {number(lam)}"
+        end = ends_with(part)
+        if end:
+            yield f"{name}, {lam}: {end}. The curve stops there."
+        below = part.loc[part["below_floor"] > 0, "layer"]
+        if len(below):
+            floors.setdefault(name, []).append(f"{lam} from layer {below.min()}")
+    for name, where in floors.items():
+        yield f"{name}: not resolved by the dtype (below the floor) at {', '.join(where)}."
+
+
+def _of_code(manifest: dict[str, Any]) -> Iterator[str]:
+    git = manifest.get("git")
+    if git is None:
+        yield "The state of the code is not recorded: it was not run from a git checkout."
+    elif git.get("dirty"):
+        yield f"Made with uncommitted changes on top of commit {str(git.get('commit'))[:12]}."
+
+
+# --- provenance ---
+
+
+def provenance(run: Run) -> dict[str, Any]:
+    """Name, experiment, and tables of (what, value) of one run: what decided the rows, and what computed them."""
+    manifest = run.manifest
+    identity, git = manifest.get("identity", {}), manifest.get("git") or {}
+    peak, wall = manifest.get("peak_rss_bytes"), manifest.get("wall_seconds")
+    computed = {
+        "commit": f"{git.get('commit', 'unknown')}{' with uncommitted changes' if git.get('dirty') else ''}",
+        "Python": manifest.get("python"),
+        **{name: version for name, version in manifest.get("versions", {}).items() if version},
+        "machine": manifest.get("machine"),
+        "device": manifest.get("device"),
+        "wall time": None if wall is None else f"{wall:g} s",
+        "peak memory": None if peak is None else f"{peak / 2**30:.2f} GiB",
+        "rows": f"{len(run.rows):,}",
+    }
+    subjects = [
+        (
+            subject.get("model", ""),
+            [(name, _words(value)) for name, value in subject.items() if name != "model" and value],
+        )
+        for subject in identity.get("subjects", [])
+    ]
+    return {
+        "name": run.name,
+        "experiment": run.experiment,
+        "config": [(key, _words(value)) for key, value in _flat(identity.get("config", {})) if value not in (None, "")],
+        "computed": [(key, str(value)) for key, value in computed.items() if value],
+        "subjects": subjects,
+        "titles": {model: ", ".join(titles) for model, titles in excerpt_titles(run).items()},
+    }
+
+
+def excerpt_titles(run: Run) -> dict[str, list[str]]:
+    """Titles of the excerpts of each model, in the order of the table's `excerpt`."""
+    known = run.manifest.get("excerpts", {})
+    titles = {}
+    for model, part in run.rows.groupby("model", sort=False) if "model" in run.rows else ():
+        names = known.get(model, {}).get("titles", [])
+        numbers = sorted(part["excerpt"].unique()) if "excerpt" in part else []
+        titles[str(model)] = [str(names[i]) if 0 <= i < len(names) else f"excerpt {i}" for i in numbers]
+    return titles
+
+
+def _flat(value: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    for key, inner in value.items():
+        if isinstance(inner, dict):
+            yield from _flat(inner, f"{before}{key}.")
+        elif key not in PRIVATE:
+            yield before + key, inner
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_words, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def other_table(run: Run) -> dict[str, Any]:
+    """The first rows of a table that is none of measurements; of Table 1 its summary."""
+    whole = table1_report.summary(run.rows) if run.experiment == "table1" else run.rows
+    rows = whole.head(ROWS)
+    cells = [[_words(value) for value in row] for row in rows.itertuples(index=False)]
+    title = "Table 1, test accuracy" if run.experiment == "table1" else run.experiment
+    return {"name": run.name, "title": title, "columns": list(map(str, rows.columns)), "cells": cells,
+            "left_out": len(whole) - len(rows)}  # fmt: skip
+
+
+def bounds_tables(folders: Iterable[Bounds]) -> list[dict[str, Any]]:
+    """For each folder its bounds as (bound, sign, |lambda| in words, note), in the order of its file."""
+    tables = []
+    for folder in folders:
+        rows = folder.bounds.to_dict("records")
+        lines = [(row["bound"], SIGNS.get(row["sign"], ""), row["reads"], row["note"]) for row in rows]
+        tables.append({"name": folder.name.removeprefix("bound-"), "lines": lines})
+    return tables
