@@ -7,10 +7,11 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, overload
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from lscollapse.texts import CC_BY_SA
 
@@ -23,7 +24,22 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
+    """Part of a configuration; it refuses keys that it does not know and names the nearest."""
+
     model_config = ConfigDict(extra="forbid", validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, values: Any) -> Any:
+        unknown = [str(key) for key in values if key not in cls.model_fields] if isinstance(values, dict) else []
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], cls.model_fields, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else f": known are {', '.join(cls.model_fields)}"
+            raise PydanticCustomError("unknown_key", "{key}", {"key": unknown[0], "hint": hint})
+        return values
+
+
+Schema = TypeVar("Schema", bound=Section)
 
 
 class WikipediaSection(Section):
@@ -41,6 +57,20 @@ class WikipediaSection(Section):
     max_retries: int = Field(default=5, ge=0)
     retry_wait: float = Field(default=1.0, ge=0)
     licence: str = CC_BY_SA
+
+
+class S4DTraining(Section):
+    """How an S4D is trained; the defaults make s4d-digits. `model` has fields of S4DConfig that do not follow from the data."""
+
+    data: str = "digits"
+    epochs: int = Field(default=16, ge=1)
+    batch: int = Field(default=24, ge=1)
+    lr: float = Field(default=2e-3, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    warmup: float = Field(default=0.1, ge=0, le=1)
+    seed: int = Field(default=0, ge=0)
+    save_every: int = Field(default=30, ge=1)
+    model: dict[str, Any] = Field(default={})
 
 
 class Experiment(Section):
@@ -63,12 +93,18 @@ class Experiment(Section):
     seed: int = Field(default=0, ge=0)
     random_init: bool = False
     certified_exit: bool = True
+    quality: bool = False
+    gradients: bool = False
     stream: Literal["auto", "always", "never"] = "auto"
     max_memory: str = "2GiB"
+    engine: Literal["local", "ray"] = "local"
+    address: str | None = None
+    gpus_per_item: float | None = Field(default=None, gt=0)
     workers: int | None = Field(default=None, ge=1)
     offline: bool = False
     cache_dir: Path | None = None
     wikipedia: WikipediaSection = WikipediaSection()
+    retrain: S4DTraining = S4DTraining(epochs=4)
 
     @field_validator("lambdas")
     @classmethod
@@ -78,6 +114,14 @@ class Experiment(Section):
         if len(set(values)) != len(values):
             raise ValueError("a lambda is given twice")
         return sorted(values)
+
+    @field_validator("workers", "address", "gpus_per_item")
+    @classmethod
+    def _of_the_engine(cls, value: Any, others: ValidationInfo) -> Any:
+        engine = "local" if others.field_name == "workers" else "ray"
+        if value is not None and others.data.get("engine") != engine:
+            raise ValueError(f"this is for engine {engine}")
+        return value
 
     @field_validator("max_memory")
     @classmethod
@@ -93,10 +137,26 @@ def parse_memory(text: str) -> int:
     return int(float(found[1]) * 2 ** (10 * "_kmgt".find(found[2].lower() or "_"))) if found else 0
 
 
+@overload
 def load(
     file: Path | None = None, flags: Mapping[str, Any] | None = None, settings: list[str] | None = None
-) -> Experiment:
-    """The experiment of a YAML file, overridden by flags (None = not given), then by `key=value` settings.
+) -> Experiment: ...
+
+
+@overload
+def load(
+    file: Path | None, flags: Mapping[str, Any] | None, settings: list[str] | None, schema: type[Schema]
+) -> Schema: ...
+
+
+def load(
+    file: Path | None = None,
+    flags: Mapping[str, Any] | None = None,
+    settings: list[str] | None = None,
+    schema: type[Any] = Experiment,
+) -> Any:
+    """The experiment (or what `schema` describes) of a YAML file, overridden by flags (None = not given), then by
+    `key=value` settings.
 
     Raises:
         ConfigError: one line: what came, what is allowed.
@@ -120,9 +180,15 @@ def load(
         except yaml.YAMLError:
             raise ConfigError(f"--set {key}: {text!r} is not a YAML value") from None
     try:
-        return Experiment.model_validate(values)
+        return schema.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_one_line(error)) from None
+
+
+def shipped(name: str) -> Path:
+    """A file of configs/: in the installed package, or beside it in a checkout."""
+    here = Path(__file__).parent
+    return next(root / "configs" / name for root in (here, here.parent) if (root / "configs" / name).is_file())
 
 
 def parse_lambdas(text: str) -> list[float]:
@@ -148,11 +214,8 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        section = WikipediaSection if where.startswith("wikipedia.") else Experiment
-        leaf = where.rsplit(".", 1)[-1]
-        near = difflib.get_close_matches(leaf, section.model_fields, n=1)
-        hint = f", did you mean {near[0]!r}?" if near else f": known are {', '.join(section.model_fields)}"
-        return f"unknown setting {where!r}{hint}"
+    if first["type"] == "unknown_key":
+        key, hint = first["ctx"]["key"], first["ctx"]["hint"]
+        return f"unknown setting {'.'.join(filter(None, (where, key)))!r}{hint}"
     message = first["msg"].removeprefix("Value error, ")
     return f"{where}: {message[0].lower()}{message[1:]}, got {first['input']!r}"

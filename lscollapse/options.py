@@ -57,4 +57,4 @@ Gradients = Annotated[
 Engine = Annotated[
     str | None, typer.Option(help="local, or ray: work items as tasks of a Ray cluster.  [default: local]")
 ]
-Address = Annotated[str | None, typer.Option(help="Of the Ray cluster: auto or HOST:PORT (engine ray).")]
+Address = Annotated[str | None, typer.Option(help="Of a Ray cluster: auto or HOST:PORT.  [default: start one here]")]

@@ -27,7 +27,10 @@ __all__ = ["SILENT", "Item", "Progress", "Subject", "Task", "Variants", "load_co
 
 # Settings that do not decide the rows. What `wikipedia` led to is in the tasks' identities; the rest of it, a contact and
 # perhaps a private endpoint, is nobody's business.
-UNDECISIVE = {"cache_dir", "offline", "device", "models", "stream", "max_memory", "workers", "wikipedia"}
+UNDECISIVE = {
+    "cache_dir", "offline", "device", "models", "stream", "max_memory", "workers", "wikipedia", "engine", "address",
+    "gpus_per_item", "retrain",
+}  # fmt: skip
 
 
 def run(name: str, config: Experiment, out: Path, variants: Variants, progress: Progress) -> pd.DataFrame:
@@ -36,8 +39,19 @@ def run(name: str, config: Experiment, out: Path, variants: Variants, progress: 
     The rows do not depend on how the run was tiled, shared among processes, killed and continued; on a GPU, whose
     products round differently in tiles of different sizes, up to that rounding.
     """
-    devices = worker_devices(config)
-    subjects = list(load_subjects(config, variants, progress))
+    if config.engine == "local":
+        return _run(name, config, out, variants, progress)
+    from lscollapse import cluster
+
+    with cluster.connection(config.address):  # before the models are loaded, so that what is amiss is said at once
+        return _run(name, config, out, variants, progress)
+
+
+def _run(name: str, config: Experiment, out: Path, variants: Variants, progress: Progress) -> pd.DataFrame:
+    on_ray = config.engine == "ray"  # then the nodes have devices and kernels, and this process only plans
+    here = config.model_copy(update={"device": "cpu", "kernels": "auto"}) if on_ray else config
+    devices = worker_devices(here)
+    subjects = list(load_subjects(here, variants, progress))
     tasks = [subject.task for subject in subjects]
     decisive = config.model_dump(mode="json", exclude=UNDECISIVE)
     identity = {"experiment": name, "config": decisive, "subjects": [task.identity for task in tasks]}
@@ -50,14 +64,19 @@ def run(name: str, config: Experiment, out: Path, variants: Variants, progress: 
     if len(missing) < len(all_items):
         progress.note(f"{out} is continued: {len(all_items) - len(missing)} of {len(all_items)} work items are there")
     progress.start(sum(item.cost for item in missing))
-    if len(devices) > 1 and len(missing) > 1:
-        from lscollapse import workers
+    facts = {"excerpts": {task.info.name: task.record for task in tasks}, "device": device(here)}
+    if on_ray and missing:
+        from lscollapse import cluster
 
         subjects.clear()  # the workers load the models themselves
+        facts |= cluster.measure_items(missing, config, folder, progress)
+    elif len(devices) > 1 and len(missing) > 1:
+        from lscollapse import workers
+
+        subjects.clear()
         plan.release()
         workers.measure_items(missing, devices[: len(missing)], config, folder, progress)
     else:
         for item in missing:
             folder.add(item.key, measure_item(item, subjects[item.number].adapter, config, progress))
-    facts = {"excerpts": {task.info.name: task.record for task in tasks}, "device": device(config)}
     return folder.finish([item.key for item in all_items], facts)

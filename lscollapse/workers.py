@@ -23,30 +23,43 @@ from lscollapse.results import RunFolder
 from lscollapse.subjects import SILENT, Progress, load_adapter
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from lscollapse.models import Adapter
 
 
 class WorkerError(ValueError):
-    """A process that measured came to a sudden end."""
+    """A process that measured came to a sudden end, or sees another model than the one that started it."""
 
 
 class Worker:
-    """One process: its device, the run folder, and the model of the item that it measured last."""
+    """One process that measures: its configuration, and the model of the item that it measured last."""
 
-    def __init__(self, config: Experiment, folder: RunFolder) -> None:
-        self.config, self.folder = config, folder
+    def __init__(self, config: Experiment) -> None:
+        self.config = config
         self.loaded: tuple[int, Adapter] | None = None
 
-    def measure(self, item: Item) -> float:
-        """Store the rows of `item`; returns its cost."""
+    def rows(self, item: Item) -> pd.DataFrame:
+        """The rows of `item`.
+
+        Raises:
+            WorkerError: the model that this process finds by the item's name is not the one the item was made for.
+        """
+        task = item.task
         if self.loaded is None or self.loaded[0] != item.number:
             self.loaded = None  # its memory is free before the next one is loaded
-            self.loaded = item.number, load_adapter(item.task.name, item.task.init, self.config, SILENT)[0]
-        self.folder.add(item.key, measure_item(item, self.loaded[1], self.config, SILENT))
-        return item.cost
+            adapter, info = load_adapter(task.name, task.init, self.config, SILENT)
+            if info.sha256 != task.info.sha256:
+                raise WorkerError(
+                    f"the weights of {task.name} are not the same for every process (sha256 {info.sha256[:12]}, and"
+                    f" {task.info.sha256[:12]} where the run was started): give all the same --model folder or revision"
+                )
+            self.loaded = item.number, adapter
+        return measure_item(item, self.loaded[1], self.config, SILENT)
 
 
 _worker: Worker | None = None
+_folder: RunFolder | None = None
 
 
 def measure_items(
@@ -80,20 +93,23 @@ def _start(free: Any, n_workers: int, config: Experiment, path: Path, identity: 
 
     from lscollapse import allocation
 
-    global _worker
+    global _worker, _folder
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the process that started this one tells the user
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     allocation.keep_freed_memory()
     torch.set_num_threads(max(1, torch.get_num_threads() // n_workers))
-    _worker = Worker(config.model_copy(update={"device": free.get()}), RunFolder(path, identity))
+    _worker = Worker(config.model_copy(update={"device": free.get()}))
+    _folder = RunFolder(path, identity)
 
 
 def _measure(item: Item) -> float:
-    assert _worker is not None
-    return _worker.measure(item)
+    assert _worker is not None and _folder is not None
+    _folder.add(item.key, _worker.rows(item))
+    return item.cost
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Wait for the process that started this one to end, then end."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
