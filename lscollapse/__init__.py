@@ -9,7 +9,13 @@ Glossary, paper -> code:
     mu / ||Y||_F   relative_mu     what the paper's figures plot, in [0, 1]   measures.relative_mu
     -              rank1_residual  distance to the nearest rank-1 matrix      measures.rank1_residual
 
-Public names: `measure(model, ids, variants) -> DataFrame`, `surgery(model, variant)` and `Variant`.
+Public names (docs/python.md has examples of each):
+
+    Variant, surgery(model, variant)              one arm of an experiment; the model computes it while a context is open
+    measure(model, ids, variants) -> DataFrame    every measure of every layer
+    lm_loss, grad_norm(model, ids, variants)      language-model loss; norm of its gradient at every layer
+    monitor(model, ids), MonitorCallback(ids)     collapse watched while a net trains
+    measures                                      the measures themselves, tensor -> numbers
 """
 
 from __future__ import annotations
@@ -19,12 +25,32 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lscollapse.forward import measure
+    from lscollapse.gradients import grad_norm
+    from lscollapse.monitoring import MonitorCallback, monitor
+    from lscollapse.quality import lm_loss
     from lscollapse.variants import Variant, surgery
 
 __version__ = "0.1.0"
-__all__ = ["Variant", "__version__", "measure", "surgery"]
+__all__ = [
+    "MonitorCallback",
+    "Variant",
+    "__version__",
+    "grad_norm",
+    "lm_loss",
+    "measure",
+    "monitor",
+    "surgery",
+]
 
-_HOMES = {"measure": "lscollapse.forward", "surgery": "lscollapse.variants", "Variant": "lscollapse.variants"}
+_HOMES = {
+    "MonitorCallback": "lscollapse.monitoring",
+    "Variant": "lscollapse.variants",
+    "grad_norm": "lscollapse.gradients",
+    "lm_loss": "lscollapse.quality",
+    "measure": "lscollapse.forward",
+    "monitor": "lscollapse.monitoring",
+    "surgery": "lscollapse.variants",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -41,11 +41,15 @@ REACTIONS_PER_EXCERPT = 20  # how many reactions are generated at most for each 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A name for the record, and texts -> token ids without special tokens, padding or truncation."""
+    """A name for the record, and texts -> token ids without special tokens, padding or truncation.
+
+    `mask` is the id of its mask token, None where it has none.
+    """
 
     name: str
     vocab_size: int
     encode_batch: Callable[[list[str]], list[list[int]]]
+    mask: int | None = None
 
 
 @dataclass(frozen=True)
@@ -217,10 +221,18 @@ def tokenizer(
         return smiles_tokenizer()
     from transformers import AutoTokenizer
 
+    from lscollapse.models import hub
+
     local = Path(spec).is_dir()
     try:
         folder = Path(spec) if local else _tokenizer_files(spec, cache_dir, offline)
+        if not any((folder / name).is_file() for name in hub.TOKENIZER_FILES):  # transformers would make an empty one
+            raise CorpusError(
+                f"tokenizer {spec!r} cannot be loaded: it has no files of one; name another with --tokenizer"
+            )
         inner = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except CorpusError:
+        raise
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise CorpusError(f"tokenizer {spec!r} cannot be loaded: {texts.first_line(error)}") from error
     name = f"{spec.partition('@')[0]}@{folder.name}"
@@ -228,7 +240,7 @@ def tokenizer(
         vocabulary = json.dumps(sorted(inner.get_vocab().items()))
         name = f"{folder.resolve().name}:{hashlib.sha256(vocabulary.encode()).hexdigest()[:12]}"
     options = {"add_special_tokens": False, "truncation": False, "padding": False, "verbose": False}
-    return Tokenizer(name, len(inner), lambda batch: inner(batch, **options)["input_ids"])
+    return Tokenizer(name, len(inner), lambda batch: inner(batch, **options)["input_ids"], inner.mask_token_id)
 
 
 def _tokenizer_files(spec: str, cache_dir: Path | None, offline: bool) -> Path:
@@ -251,6 +263,7 @@ def bert_tokenizer() -> Tokenizer:
         "bert-base-uncased",
         inner.get_vocab_size(),
         lambda batch: [encoding.ids for encoding in inner.encode_batch(batch, add_special_tokens=False)],
+        inner.token_to_id("[MASK]"),
     )
 
 
@@ -263,6 +276,7 @@ def smiles_tokenizer() -> Tokenizer:
         "rxnmapper-smiles",
         len(vocabulary),
         lambda batch: [[index.get(token, unknown) for token in smiles.tokens(text)] for text in batch],
+        index["[MASK]"],
     )
 
 

@@ -219,8 +219,8 @@ def summarise(rows: pd.DataFrame, measures: Sequence[str]) -> pd.DataFrame:
 def draw(experiment: str, rows: pd.DataFrame, folder: str | Path, yscale: str = "linear") -> list[Path]:
     """Save the figures of one experiment.
 
-    `sweep-lambda` and `measure` have figure1 (each model) and (of several lambdas) figure2, `ablate-gating` figure3, `ablate-s4d` figure4 and `all-readings`
-    readings (each model). The first model with a gate (else the first) gives figure1, another one figure1-NAME; so for
+    `sweep-lambda` and `measure` have figure1 (each model), of several lambdas figure2, and of a run with losses quality;
+    `ablate-gating` has figure3, `ablate-s4d` figure4, `all-readings` readings (each model). The first model with a gate (else the first) gives figure1, another one figure1-NAME; so for
     the others.
     Raises FigureError for an experiment without figures.
     """
@@ -232,6 +232,11 @@ def draw(experiment: str, rows: pd.DataFrame, folder: str | Path, yscale: str = 
             made[f"figure1{stem}"] = figure1(rows, model, yscale, embedded_note([model]))
         if rows["lam"].nunique() > 1:
             made["figure2"] = figure2(rows, yscale, embedded_note(models))
+        measured = [model for model in models if (rows.loc[rows["model"] == model, "measure"] == "lm_loss").any()]
+        if measured:
+            from lscollapse.figures_quality import figure_quality  # which draws with this module's words
+
+            made["quality"] = figure_quality(rows, embedded_note(measured))
     elif experiment == "ablate-gating":
         made = {f"figure3{stem}": figure3(rows, model, embedded_note([model])) for model, stem in stems.items()}
     elif experiment == "ablate-s4d":

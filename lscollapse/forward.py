@@ -42,6 +42,7 @@ class Stream:
         self.values: dict[str, np.ndarray] = {}  # the measures of X, or of what X was when its excerpt was certified
         self.power = np.zeros(len(X))  # log2 of what mu in `values` is still to be multiplied with
         self.bound = np.full(len(X), np.nan)  # of the certified excerpts: how far the values can be off
+        self.sign = np.ones(len(X))  # of the lambdas since an excerpt was certified
         self._left: list[float] | None = None
         self._proved = self.bound
 
@@ -59,6 +60,7 @@ class Stream:
         settled = ~np.isnan(self.bound)
         if settled.any():
             self.power[settled] += np.log2(abs(self.variant.lam_at(layer - 1)))
+            self.sign[settled] *= np.sign(self.variant.lam_at(layer - 1))
         if values is None:
             return
         for name, fresh in values.items():
@@ -81,7 +83,7 @@ class Stream:
         o_scale = None
         if self.exponent.any():
             self._make_room(abs(self.variant.lam_at(layer)))
-            o_scale = torch.ldexp(self.X.new_ones(len(self.X)), -self.exponent)[:, None, None]
+            o_scale = _power_of_two(self.X, -self.exponent)
         variant = self.variant
         if native is not None:
             self.X = native(
@@ -113,7 +115,7 @@ class Stream:
             largest = torch.frexp(self.X.abs().amax((1, 2))).exponent
             wanted = LOW - int(np.floor(np.log2(lam))) - largest
             shift = torch.minimum(torch.minimum(wanted, HIGH + 10 - largest), self.exponent).clamp(min=0)
-            self.X = torch.ldexp(self.X, shift[:, None, None])
+            self.X = self.X * _power_of_two(self.X, shift)
             self.exponent -= shift
 
     def _rescale(self) -> None:
@@ -121,8 +123,13 @@ class Stream:
         grown = torch.isfinite(largest) & (largest > 2.0**HIGH)
         if grown.any():
             shift = torch.where(grown, torch.frexp(largest).exponent - LOW, 0)
-            self.X = torch.ldexp(self.X, -shift[:, None, None])
+            self.X = self.X * _power_of_two(self.X, -shift)
             self.exponent += shift
+
+
+def _power_of_two(X: Tensor, exponent: Tensor) -> Tensor:
+    """2^exponent for every excerpt of X, (B, 1, 1). A factor, because torch.ldexp(X, integers) has a zero gradient."""
+    return torch.ldexp(X.new_ones(len(X)), exponent)[:, None, None]
 
 
 def measure(
@@ -132,6 +139,7 @@ def measure(
     dtype: torch.dtype | None = None,
     progress: Callable[[int], None] | None = None,
     gains: Sequence[float] | None = None,
+    finished: Callable[[Stream], None] | None = None,
 ) -> pd.DataFrame:
     """Measure every variant of `model` on every excerpt, layer 0 (embeddings) to K.
 
@@ -144,6 +152,7 @@ def measure(
         progress: called after each block pass with the number of excerpts it was for.
         gains: bounds of every layer's mixer (certify.gains): a variant then stops where they prove that nothing measured
             can still change by more than the dtype's resolution; its further rows have status `certified` and the bound.
+        finished: called with the stream of each variant, in order, when all layers are done.
 
     Returns:
         One row per arm, excerpt, layer and measure (docs/table.md lists the columns).
@@ -158,11 +167,9 @@ def measure(
     tokens = checked_ids(adapter, ids)
     with torch.no_grad():
         engines = Engines(adapter, variants, dtype)
-        table = _Table(n_tokens=tokens.shape[1])
-        streams = [
-            Stream(adapter, v, engines.embed(tokens, kind), kind)
-            for v, kind in zip(variants, engines.dtypes, strict=True)
-        ]
+        table = Table(n_tokens=tokens.shape[1])
+        embedded = {kind: engines.embed(tokens, kind) for kind in set(engines.dtypes)}
+        streams = [Stream(adapter, v, embedded[kind], kind) for v, kind in zip(variants, engines.dtypes, strict=True)]
         if gains is not None:
             for stream in streams:
                 stream.certify_with(gains)
@@ -182,6 +189,8 @@ def measure(
                 table.add(adapter, number, stream, layer + 1)
                 if progress is not None:
                     progress(len(tokens))
+        for stream in streams if finished is not None else ():
+            finished(stream)
     return table.frame()
 
 
@@ -217,13 +226,13 @@ def checked_ids(adapter: Adapter, ids: Any) -> Tensor:
     tokens = torch.as_tensor(np.asarray(ids) if not isinstance(ids, Tensor) else ids).long()
     if tokens.ndim != 2 or 0 in tokens.shape:
         raise ValueError(f"ids have shape {tuple(tokens.shape)}, expected (excerpts, tokens), both at least 1")
-    vocabulary = adapter.config.vocab_size
+    vocabulary = adapter.vocabulary
     if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
         worst = int(tokens.min() if tokens.min() < 0 else tokens.max())
         raise ValueError(
             f"token id {worst} is outside the model's vocabulary of {vocabulary}: tokenise with --tokenizer native"
         )
-    limit = getattr(adapter.config, "max_position_embeddings", None)
+    limit = adapter.longest
     if limit is not None and tokens.shape[1] > limit:
         raise ValueError(
             f"{tokens.shape[1]} tokens, but the model has {limit} positions: use --tokens {limit} or fewer"
@@ -231,7 +240,7 @@ def checked_ids(adapter: Adapter, ids: Any) -> Tensor:
     return tokens.to(adapter.device)
 
 
-class _Table:
+class Table:
     """Collects the columns of the long table; the data frame is made once, at the end."""
 
     def __init__(self, n_tokens: int) -> None:
@@ -239,9 +248,29 @@ class _Table:
         self.columns: dict[str, list[Any]] = {}
 
     def add(self, adapter: Adapter, number: int, stream: Stream, layer: int) -> None:
-        variant = stream.variant
+        """The rows of every measure of a variant's X at one layer."""
         floor = measures.floor(stream.dtype)
         arrays, power = stream.values, stream.power
+        for name in measures.MEASURES:
+            mantissa = arrays[name]
+            with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+                value, log10 = mantissa, np.where(mantissa > 0, np.log10(mantissa), np.nan)
+                if name == "mu":
+                    whole = np.floor(power)
+                    value = np.ldexp(mantissa * np.exp2(power - whole), whole.astype(int))
+                    log10 = log10 + power * LOG10_2
+            hidden = (name in measures.VANISHING) & (arrays["relative_mu" if name == "mu" else name] < floor)
+            flags = zip(stream.status, hidden, np.isnan(mantissa), ~np.isnan(stream.bound), strict=True)
+            status = [_status(*row) for row in flags]
+            self.extend(adapter, number, stream, layer, name, value, log10, status, stream.bound, floor)
+
+    def extend(
+        self, adapter: Adapter, number: int, stream: Stream, layer: int, measure: str,
+        value: Sequence[float] | np.ndarray, log10: Sequence[float] | np.ndarray, status: list[str],
+        bound: Sequence[float] | np.ndarray, floor: float,
+    ) -> None:  # fmt: skip
+        """The rows of one measure, one an excerpt."""
+        variant = stream.variant
         common = {
             "variant": number,
             "arm": variant.arm(adapter.has_gate),
@@ -254,29 +283,13 @@ class _Table:
             "n_tokens": self.n_tokens,
             "layer": layer,
             "floor": floor,
+            "measure": measure,
         }
-        for name in measures.MEASURES:
-            mantissa = arrays[name]
-            with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-                value, log10 = mantissa, np.where(mantissa > 0, np.log10(mantissa), np.nan)
-                if name == "mu":
-                    whole = np.floor(power)
-                    value = np.ldexp(mantissa * np.exp2(power - whole), whole.astype(int))
-                    log10 = log10 + power * LOG10_2
-            hidden = (name in measures.VANISHING) & (arrays["relative_mu" if name == "mu" else name] < floor)
-            flags = zip(stream.status, hidden, np.isnan(mantissa), ~np.isnan(stream.bound), strict=True)
-            rows = {
-                "excerpt": range(len(value)),
-                "measure": [name] * len(value),
-                "value": value,
-                "log10": log10,
-                "status": [_status(*row) for row in flags],
-                "bound": stream.bound,
-            }
-            for key, constant in common.items():
-                self.columns.setdefault(key, []).extend([constant] * len(value))
-            for key, column in rows.items():
-                self.columns.setdefault(key, []).extend(column)
+        rows = {"excerpt": range(len(value)), "value": value, "log10": log10, "status": status, "bound": bound}
+        for key, constant in common.items():
+            self.columns.setdefault(key, []).extend([constant] * len(value))
+        for key, column in rows.items():
+            self.columns.setdefault(key, []).extend(column)
 
     def frame(self) -> pd.DataFrame:
         import pandas as pd

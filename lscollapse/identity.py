@@ -32,7 +32,7 @@ def differences(model: Any, ids: Any) -> Iterator[LayerDifference]:
     adapter = adapt(model)
     tokens = checked_ids(adapter, ids)
     with torch.no_grad():
-        reference = _untouched(adapter, tokens)
+        reference = layer_outputs(adapter, tokens)
         streams = {"hooks": adapter.embed(tokens)}
         if adapter.native:
             streams["native"] = streams["hooks"]
@@ -44,7 +44,7 @@ def differences(model: Any, ids: Any) -> Iterator[LayerDifference]:
                 yield _difference(layer + 1, path, streams[path], reference[layer + 1])
 
 
-def _untouched(adapter: Adapter, tokens: Tensor) -> list[Tensor]:
+def layer_outputs(adapter: Adapter, tokens: Tensor) -> list[Tensor]:
     """Embedding and block outputs of one plain forward, seen by hooks that change nothing."""
     seen: list[Tensor] = []
     blocks = {id(block): block for block in map(adapter.block, range(adapter.n_layers))}
@@ -59,7 +59,7 @@ def _untouched(adapter: Adapter, tokens: Tensor) -> list[Tensor]:
     handles = [adapter.block(0).register_forward_pre_hook(first_input, with_kwargs=True)]
     handles += [block.register_forward_hook(output) for block in blocks.values()]
     try:
-        adapter.model(tokens)
+        adapter.forward(tokens)
     finally:
         for handle in handles:
             handle.remove()

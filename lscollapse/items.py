@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lscollapse import plan
 from lscollapse.config import Experiment
 from lscollapse.devices import set_threads
 from lscollapse.results import COLUMNS
-from lscollapse.subjects import Progress, Task
+from lscollapse.subjects import Progress, Task, mask_token
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,20 +67,38 @@ def measure_item(item: Item, adapter: Adapter, config: Experiment, progress: Pro
 def _measure(
     item: Item, excerpts: range, variants: range, adapter: Adapter, config: Experiment, progress: Progress
 ) -> pd.DataFrame:
+    import pandas as pd
     import torch
 
-    from lscollapse.forward import measure
+    from lscollapse.forward import Stream, measure
+    from lscollapse.gradients import grad_norm
+    from lscollapse.quality import lm_loss
 
     task, info = item.task, item.task.info
     set_threads(task.width)
-    rows = measure(
-        adapter,
-        task.ids[excerpts.start : excerpts.stop],
-        task.variants[variants.start : variants.stop],
-        None if config.dtype == "auto" else getattr(torch, config.dtype),
-        lambda done: progress.advance(done * float(task.width) ** 2),
-        task.gains,
-    )
+    ids, arms = task.ids[excerpts.start : excerpts.stop], task.variants[variants.start : variants.stop]
+    dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
+    streams: list[Stream] = []
+    finished = streams.append if config.quality else None
+    parts = [
+        measure(
+            adapter,
+            ids,
+            arms,
+            dtype,
+            lambda done: progress.advance(done * float(task.width) ** 2),
+            task.gains,
+            finished,
+        )
+    ]
+    if (config.quality or config.gradients) and adapter.head is not None:
+        hidden: Any = {"seed": config.seed, "first": excerpts.start}
+        hidden["mask_token"] = mask_token(task, config) if adapter.masked else None
+        if config.quality:
+            parts.append(lm_loss(adapter, ids, arms, dtype, streams=streams, **hidden))
+        if config.gradients:
+            parts.append(grad_norm(adapter, ids, arms, **hidden))
+    rows = pd.concat(parts, ignore_index=True) if len(parts) > 1 else parts[0]
     rows = rows.assign(
         subject=item.number,
         variant=rows["variant"] + variants.start,

@@ -17,7 +17,7 @@ from lscollapse import plan
 from lscollapse.config import ConfigError, Experiment
 from lscollapse.devices import device, memory, set_threads, worker_devices
 from lscollapse.models import registry
-from lscollapse.tasks import images
+from lscollapse.tasks import images, pictures
 from lscollapse.variants import Variant, check
 
 if TYPE_CHECKING:
@@ -149,23 +149,39 @@ def load_adapter(name: str, init: str, config: Experiment, progress: Progress) -
     architecture, n_parameters = checkpoint.describe(name, **where)
     wanted = config.stream == "always" or (config.stream == "auto" and 4 * n_parameters > memory(config))
     if wanted and architecture == "mamba2" and init == "trained":
+        if config.gradients:
+            raise ConfigError(f"gradients need all of {name} in memory, and it is streamed: use --stream never")
         reader = checkpoint.open_layers(name, **where)
         streamed = StreamedMamba2(reader, Upload(torch.device(on))) if on != "cpu" else StreamedMamba2(reader)
         _choose_kernels(streamed, config, progress)
+        _attach_head(streamed, name, init, config, progress)
         return streamed, reader.info
     # The package's own blocks round the weights themselves; the modules of other models are loaded in the dtype.
     own = architecture == "mamba2" or config.dtype == "auto"
     dtype = torch.float32 if own else getattr(torch, config.dtype)
     loaded = checkpoint.load(name, dtype=dtype, random_init=config.seed if init == "random" else None, **where)
-    set_threads(loaded.model.config.hidden_size)
     try:
         adapter = adapt(loaded.model.to(on))
     except torch.OutOfMemoryError:
         raise plan.MemoryPlanError(
             f"{name} does not fit on {on}: use --stream always (Mamba-2) or --device cpu"
         ) from None
+    set_threads(adapter.config.hidden_size)
     _choose_kernels(adapter, config, progress)
+    _attach_head(adapter, name, init, config, progress)
     return adapter, loaded.info
+
+
+def _attach_head(adapter: Adapter, name: str, init: str, config: Experiment, progress: Progress) -> None:
+    """Where the configuration asks for what needs a language-model head."""
+    if not (config.quality or config.gradients):
+        return
+    from lscollapse.models import checkpoint, heads
+
+    where: Any = {"revision": config.revision, "cache_dir": config.cache_dir, "offline": config.offline}
+    seed = config.seed if init == "random" else None
+    if not heads.attach(adapter, lambda: checkpoint.open_head(name, **where), seed):
+        progress.note(f"{name} has no language-model head: its loss and gradients are not measured")
 
 
 def _choose_kernels(adapter: Adapter, config: Experiment, progress: Progress) -> None:
@@ -213,7 +229,7 @@ def _plan(
 
 
 def excerpts_for(info: ModelInfo, adapter: Adapter, config: Experiment, progress: Progress) -> Corpus:
-    """The excerpts that a model reads: whole images for S4D, reactions for the SMILES model, else the configured text.
+    """The excerpts that a model reads: whole images for S4D and ViT, reactions for the SMILES model, else the configured text.
 
     Images are the held-out ones of the data that the net was trained on, unless the source is a folder or data set of
     images.
@@ -221,11 +237,15 @@ def excerpts_for(info: ModelInfo, adapter: Adapter, config: Experiment, progress
     Deviation: a model whose vocabulary is smaller than the chosen tokenizer's (ALBERT's 30,000 against BERT's 30,522) is
     given text in its own tokens, since some of the ids would not exist.
     """
+    from lscollapse.models.vit import VitAdapter
+
     if info.architecture == "s4d":
         source = adapter.config.data if config.source in corpora.SOURCES else config.source
         return images.excerpts(source, adapter.config, config.excerpts, config.seed)
     if info.text == "smiles":
         return corpora.load("smiles", config.excerpts, config.tokens, config.seed)
+    if isinstance(adapter, VitAdapter):
+        return pictures.excerpts(config.source, adapter.size, config.excerpts, config.seed)
     native = native_tokenizer(info)
     where: Any = {"cache_dir": config.cache_dir, "offline": config.offline}
     tokenizer = (
@@ -254,6 +274,21 @@ def load_corpus(config: Experiment, tokenizer: Tokenizer | None) -> Corpus:
     options = wiki.model_dump(exclude={"titles", "cache_dir"})
     settings = corpora.WikiSettings(cache_dir=wiki.cache_dir or cache.expanduser() / "wikipedia", **options)
     return corpora.load(config.source, config.excerpts, config.tokens, config.seed, tokenizer, titles, settings)
+
+
+def mask_token(task: Task, config: Experiment) -> int | None:
+    """The id of the mask token of the tokenizer that made a task's excerpts, None where it has none.
+
+    Raises:
+        CorpusError: the excerpts were frozen with a tokenizer that is neither packaged, nor the configured or native one.
+    """
+    wanted = task.corpus.excerpts[0].tokenizer
+    for spec in filter(None, ("bert", "smiles", config.tokenizer, native_tokenizer(task.info))):
+        options: Any = {"cache_dir": config.cache_dir, "offline": config.offline}
+        found = corpora.tokenizer(spec, native_tokenizer(task.info), **options)
+        if found.name == wanted:
+            return found.mask
+    raise corpora.CorpusError(f"the mask token of {wanted!r} is not known: name that tokenizer with --tokenizer")
 
 
 def native_tokenizer(info: ModelInfo) -> str:

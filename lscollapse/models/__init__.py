@@ -6,25 +6,39 @@ from typing import Any
 
 from lscollapse.models.adapter import Adapter, UnsupportedModel
 from lscollapse.models.albert import AlbertAdapter
-from lscollapse.models.bert import BertAdapter
+from lscollapse.models.bert import BertAdapter, RobertaAdapter
+from lscollapse.models.generic import GenericAdapter
+from lscollapse.models.gpt2 import Gpt2Adapter
+from lscollapse.models.llama import LlamaAdapter
+from lscollapse.models.mamba import MambaAdapter
 from lscollapse.models.mamba2 import Mamba2Adapter
 from lscollapse.models.s4d import S4DAdapter
+from lscollapse.models.vit import VitAdapter
 
-ADAPTERS: tuple[type[Adapter], ...] = (Mamba2Adapter, AlbertAdapter, BertAdapter, S4DAdapter)
+ADAPTERS: tuple[type[Adapter], ...] = (
+    Mamba2Adapter, AlbertAdapter, BertAdapter, RobertaAdapter, Gpt2Adapter, LlamaAdapter, MambaAdapter, VitAdapter,
+    S4DAdapter,
+)  # fmt: skip
 
 
 def adapt(model: Any) -> Adapter:
-    """The adapter for a transformers model, with or without a head on top.
+    """The adapter for a transformers model, with or without a head on top: that of its architecture, else the generic one.
 
     Raises:
-        UnsupportedModel: no adapter for this architecture.
+        UnsupportedModel: no model of transformers, or the generic adapter finds no blocks that it can edit.
     """
+    from transformers import PreTrainedModel
+
     if isinstance(model, Adapter):
         return model
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    for adapter in ADAPTERS:
-        if model_type in adapter.model_types:
-            return adapter(getattr(model, "base_model", model))
+    fitting = [adapter for adapter in ADAPTERS if model_type in adapter.model_types]
+    if not fitting and isinstance(model, PreTrainedModel):
+        fitting = [GenericAdapter]
+    for adapter in fitting:
+        found = adapter(getattr(model, "base_model", model))
+        found.whole = model
+        return found
     known = ", ".join(name for adapter in ADAPTERS for name in adapter.model_types)
     raise UnsupportedModel(f"no adapter for architecture {model_type!r}: supported are {known}")
 

@@ -12,21 +12,43 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class UnsupportedModel(ValueError):
     """No adapter knows this architecture, or the model does not look as its architecture should."""
 
 
+@dataclass(frozen=True)
+class Head:
+    """What makes scores of the vocabulary out of the last block's output X: transform(X) @ weight.T + bias.
+
+    Attributes:
+        transform: the final norm and what else stands before the output matrix, (..., d) -> (..., e).
+        weight: (V, e), on any device and in any dtype.
+        bias: (V,), or None.
+        mapped: weight lies in a mapped file; what was used of it is to be forgotten (tensors.forget).
+    """
+
+    transform: nn.Module
+    weight: Tensor
+    bias: Tensor | None
+    mapped: bool = False
+
+
 class Adapter(ABC):
-    """A transformers model as embed -> blocks 0..K-1 (-> final norm, not used).
+    """A transformers model as embed -> blocks 0..K-1 (-> head, which only quality.py and gradients.py use).
 
     Class attributes:
         has_gate: whether the mixer has a multiplicative gate that `gating=False` can remove.
         skip_sites: where lambda can act, the default first.
         norm_sites: which norms `layernorm=False` can remove, the default first.
         pre_norm: the block adds O = mixer(norm(X)) to X and no norm follows, so O does not depend on the scale of X.
+        masked: the model was trained to fill in masked tokens, not to predict the next one.
+
+    Attributes:
+        model: the base model.
+        whole: the model as it came, with its head if it has one.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
@@ -34,6 +56,8 @@ class Adapter(ABC):
     skip_sites: ClassVar[tuple[str, ...]] = ("residual",)
     norm_sites: ClassVar[tuple[str, ...]] = ("both",)
     pre_norm: ClassVar[bool] = False
+    masked: ClassVar[bool] = False
+    whole: Any = None
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -55,9 +79,34 @@ class Adapter(ABC):
     def run(self, layer: int, X: Tensor) -> Tensor:
         """Output of block `layer` for its input X, (B, N, d) -> (B, N, d), as the untouched forward calls it."""
 
+    def forward(self, ids: Tensor) -> Any:
+        """The model's own forward on the ids that `embed` takes."""
+        return self.model(ids)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many ids there are, from 0 on."""
+        return self.config.vocab_size
+
+    @property
+    def longest(self) -> int | None:
+        """The most tokens of an excerpt; None where the model sets no limit."""
+        return getattr(self.config, "max_position_embeddings", None)
+
     @abstractmethod
     def install(self, block: Any, edit: Edit, hooks: HookSet) -> None:
         """Register on `hooks` everything that turns `block` into the edited block."""
+
+    @property
+    def head(self) -> Head | None:
+        """The language-model head, None where the model came without one or its parts are not known."""
+        output = getattr(self.whole, "get_output_embeddings", lambda: None)()
+        transform = None if output is None else self.before_output()
+        return None if transform is None else Head(transform, output.weight, output.bias)
+
+    def before_output(self) -> nn.Module | None:
+        """`Head.transform`, from the modules of `model` and of a `whole` with a head."""
+        return None
 
     @property
     def dtype(self) -> torch.dtype:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lscollapse.models.adapter import Adapter, Edit, HookSet, UnsupportedModel
 from lscollapse.models.post_norm import PostNormAdd
@@ -14,6 +14,7 @@ class AlbertAdapter(Adapter):
     model_types = ("albert",)
     skip_sites = ("residual", "ffn", "both")
     norm_sites = ("both", "block")
+    masked = True
 
     @property
     def n_layers(self) -> int:
@@ -29,6 +30,10 @@ class AlbertAdapter(Adapter):
 
     def run(self, layer: int, X: Tensor) -> Tensor:
         return self.block(layer)(X, None)
+
+    def before_output(self) -> nn.Module:
+        head = self.whole.predictions
+        return nn.Sequential(head.dense, head.activation, head.LayerNorm)
 
     def install(self, block: Any, edit: Edit, hooks: HookSet) -> None:
         if self.config.chunk_size_feed_forward:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lscollapse.models.adapter import Adapter, Edit, HookSet, UnsupportedModel
 from lscollapse.models.post_norm import PostNormAdd
 
 
 class BertAdapter(Adapter):
-    model_types = ("bert",)
+    model_types: ClassVar[tuple[str, ...]] = ("bert",)
     skip_sites = ("residual", "ffn", "both")
     norm_sites = ("both", "block")
+    masked = True
 
     @property
     def n_layers(self) -> int:
@@ -28,6 +29,9 @@ class BertAdapter(Adapter):
     def run(self, layer: int, X: Tensor) -> Tensor:
         return self.block(layer)(X, None)
 
+    def before_output(self) -> nn.Module:
+        return self.whole.cls.predictions.transform
+
     def install(self, block: Any, edit: Edit, hooks: HookSet) -> None:
         if self.config.chunk_size_feed_forward:
             raise UnsupportedModel(
@@ -40,3 +44,17 @@ class BertAdapter(Adapter):
             add = PostNormAdd(name, edit, hooks, edit.changes_sum and edit.skip_site in sites, output.LayerNorm)
             add.skip_is_argument(output, 1)
             add.mechanism_is_output(output.dropout)
+
+
+class RobertaAdapter(BertAdapter):
+    """The same blocks; positions are numbered from the padding id on."""
+
+    model_types = ("roberta", "xlm-roberta", "camembert")
+
+    @property
+    def longest(self) -> int:
+        return self.config.max_position_embeddings - self.config.pad_token_id - 1
+
+    def before_output(self) -> nn.Module:
+        head = self.whole.lm_head
+        return nn.Sequential(head.dense, nn.GELU(), head.layer_norm)

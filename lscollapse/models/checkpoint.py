@@ -2,7 +2,8 @@
 
 Every way in ends in the same two things: a transformers config built here, and the tensors of the base model under
 transformers' names, memory mapped. Heads and poolers are left out; of the rest nothing may be missing, left over, or of
-another shape. Code from a repository is never run, pickles are read with `weights_only=True`.
+another shape. Code from a repository is never run, pickles are read with `weights_only=True`. Other architectures than
+those of `_classes` are read by transformers (auto.py) under the same rules.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lscollapse.models import hub, mamba_ssm, registry
+from lscollapse.models import auto, hub, mamba_ssm, registry
 from lscollapse.models.registry import Entry
-from lscollapse.models.tensors import CheckpointError, base_tensors, converted, read_tensors, sha256
+from lscollapse.models.tensors import CheckpointError, base_tensors, converted, head_tensors, read_tensors, sha256
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A transformers base model (Mamba2Model, AlbertModel or BertModel; eval mode, no pooler) or an S4D, and its origin."""
+    """A transformers base model (eval mode) or an S4D, and its origin."""
 
     model: Any
     info: ModelInfo
@@ -92,9 +93,12 @@ def load(
     found = _locate(registry.resolve(name_or_path), revision, cache_dir, offline, random_init is not None)
     config = _config(found)
     if random_init is None:
-        tensors = _tensors(found, config.model_type, cache_dir)
-        _match(found, config, tensors)
-        model = _filled(config, tensors, dtype)
+        if config.model_type in _classes():
+            tensors = _tensors(found, config.model_type, cache_dir)
+            _match(found, config, tensors)
+            model = _filled(config, tensors, dtype)
+        else:
+            model = auto.filled(config, found.weights[0].parent, found.where, dtype)
         digest = sha256(found.weights)
     else:
         model = _random(config, random_init, dtype)
@@ -117,6 +121,18 @@ def open_layers(
     tensors = _tensors(found, config.model_type, cache_dir)
     _match(found, config, tensors)
     return LayerReader(config, _info(found, config, sha256(found.weights)), tensors)
+
+
+def open_head(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    offline: bool = False,
+) -> dict[str, Tensor]:
+    """The tensors of heads and poolers, which `load` leaves out, memory mapped; arguments and errors as for `load`."""
+    found = _locate(registry.resolve(name_or_path), revision, cache_dir, offline, config_only=False)
+    return {name: tensor for file in found.weights for name, tensor in head_tensors(read_tensors(file)).items()}
 
 
 def describe(
@@ -223,10 +239,7 @@ def _config(found: _Found) -> Any:
         elif model_type is None and "d_model" in raw and "n_layer" in raw:
             config = mamba_ssm.read_config(raw, found.where)
         else:
-            came = f"model_type {model_type!r}" if model_type else "neither model_type nor d_model and n_layer"
-            raise CheckpointError(
-                f"config.json of {found.where} has {came}: readable are {', '.join(classes)} and mamba_ssm's own layout"
-            )
+            config = auto.config(raw, found.where)
     except CheckpointError:
         raise
     except (StrictDataclassError, ValueError, TypeError, ZeroDivisionError) as error:  # transformers' own validation
@@ -270,37 +283,36 @@ def _some(names: list[str], most: int = 3) -> str:
 
 
 def _on_meta(config: Any) -> Any:
-    _, model_class, arguments = _classes()[config.model_type]
     with torch.device("meta"):
-        return model_class(config, **arguments)
+        return _built(config)
+
+
+def _built(config: Any) -> Any:
+    if config.model_type not in _classes():
+        return auto.built(config)
+    _, model_class, arguments = _classes()[config.model_type]
+    return model_class(config, **arguments)
 
 
 def _n_parameters(config: Any) -> int:
-    return sum(parameter.numel() for parameter in _on_meta(config).parameters())
+    named = _on_meta(config).named_parameters()
+    return sum(parameter.numel() for name, parameter in named if not name.startswith("pooler."))
 
 
 def _filled(config: Any, tensors: dict[str, Tensor], dtype: torch.dtype) -> Any:
-    from transformers.utils import logging
-
     _, model_class, arguments = _classes()[config.model_type]
     if config.model_type == "s4d":
         model = model_class(config)
         model.load_state_dict(tensors)
         return model.to(dtype)
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with auto.quietly():
         return model_class.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, **arguments)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _random(config: Any, seed: int, dtype: torch.dtype) -> Any:
-    _, model_class, arguments = _classes()[config.model_type]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return model_class(config, **arguments).to(dtype)
+        return _built(config).to(dtype)
 
 
 def _info(found: _Found, config: Any, digest: str) -> ModelInfo:
@@ -311,6 +323,6 @@ def _info(found: _Found, config: Any, digest: str) -> ModelInfo:
         revision=found.revision,
         sha256=digest,
         text=found.entry.text,
-        n_layers=config.num_hidden_layers,
+        n_layers=getattr(config, "num_hidden_layers", 0),
         n_parameters=_n_parameters(config),
     )

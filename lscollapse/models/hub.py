@@ -73,7 +73,7 @@ def fetch(
         repo_id: "owner/name".
         revision: branch, tag or commit; the default is "main".
         files: names in the repository; the default is config.json, the weights (safetensors before .bin) and the
-            tokenizer's and PICTURES, those of TOKENIZER_FILES that there are.
+            tokenizer's (TOKENIZER_FILES) and PICTURES, as far as there are any.
         cache_dir: a cache of huggingface_hub; the default is its own (HF_HUB_CACHE).
         offline: make no call at all and take what is in the cache; HF_HUB_OFFLINE=1 asks for the same.
         tokenizer: take the tokenizer's files besides `files`.

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lscollapse.kernels import Kernels, resolve
 from lscollapse.models.adapter import Adapter, Edit, HookSet
@@ -51,6 +51,10 @@ class Mamba2Adapter(Adapter):
 
     def tensors(self, layer: int) -> dict[str, Tensor]:
         """The tensors of block `layer` under their names in Mamba2Block."""
+        return self.held(layer)
+
+    def held(self, layer: int) -> dict[str, Tensor]:
+        """The same as they are held, in the dtype of the checkpoint."""
         return dict(self.model.layers[layer].named_parameters())
 
     def native_block(self, layer: int, dtype: torch.dtype) -> NativeBlock:
@@ -73,7 +77,7 @@ class Mamba2Adapter(Adapter):
 
     def mixer_bound(self, layer: int, spectral_bound: Callable[[Tensor], float]) -> float:
         """sqrt(d_inner) ||W_out diag(w_norm)||_2 + ||bias||: an RMS-normed row of d_inner entries has at most norm sqrt(d_inner)."""
-        tensors = self.tensors(layer)
+        tensors = self.held(layer)
         weight = tensors["mixer.out_proj.weight"].detach().float() * tensors["mixer.norm.weight"].detach().float()
         bias = tensors.get("mixer.out_proj.bias")
         offset = 0.0 if bias is None else float(torch.linalg.vector_norm(bias.detach().double()))
@@ -86,6 +90,9 @@ class Mamba2Adapter(Adapter):
             c.hidden_size, c.num_heads, c.head_dim, c.state_size, c.n_groups, c.conv_kernel, c.layer_norm_epsilon,
             tuple(c.time_step_limit),
         )  # fmt: skip
+
+    def before_output(self) -> nn.Module:
+        return self.model.norm_f
 
     def install(self, block: Any, edit: Edit, hooks: HookSet) -> None:
         if edit.changes_sum:

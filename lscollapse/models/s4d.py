@@ -32,6 +32,6 @@ class S4DAdapter(Adapter):
         return "torch"
 
     def install(self, block: Any, edit: Edit, hooks: HookSet) -> None:
-        sum_ = PostNormAdd("mixer", edit, hooks, edit.changes_sum, block.norm)
+        sum_ = PostNormAdd("mixer", edit, hooks, edit.changes_sum or block.lam != 1, block.norm)
         sum_.skip_is_argument(block, 0)
         sum_.mechanism_is_output(block.dropout)

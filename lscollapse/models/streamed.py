@@ -11,9 +11,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lscollapse.models.adapter import UnsupportedModel
+from lscollapse.models.adapter import Head, UnsupportedModel
 from lscollapse.models.checkpoint import LayerReader
 from lscollapse.models.mamba2 import Mamba2Adapter
 from lscollapse.models.mamba2_native import NativeBlock, Workers
@@ -77,12 +77,26 @@ class StreamedMamba2(Mamba2Adapter):
         self.config = reader.config
         self.workers = Workers()
         self.transfer = transfer or Stay()
+        self.output = reader.tensors["embeddings.weight"] if reader.config.tie_word_embeddings else None
         self._reading: dict[tuple[int, torch.dtype], Future[Finish]] = {}
         self._pool = ThreadPoolExecutor(1)
 
     @property
     def model(self) -> Any:
         raise UnsupportedModel("a streamed checkpoint has no modules to put hooks on: use --stream never")
+
+    @property
+    def head(self) -> Head | None:
+        return (
+            None
+            if self.output is None
+            else Head(self.before_output(), self.output, None, mapped=self.config.tie_word_embeddings)
+        )
+
+    def before_output(self) -> nn.Module:
+        norm = nn.RMSNorm(self.config.hidden_size, self.config.layer_norm_epsilon)
+        norm.load_state_dict({"weight": self.reader.tensors["norm_f.weight"]})
+        return norm
 
     @property
     def dtype(self) -> torch.dtype:
@@ -97,7 +111,10 @@ class StreamedMamba2(Mamba2Adapter):
 
     def tensors(self, layer: int) -> dict[str, Tensor]:
         """In float32 as `dtype` says, whatever the file holds: what is made of them is that of the loaded model."""
-        return {name: tensor.float() for name, tensor in self.reader.layer(layer).items()}
+        return {name: tensor.float() for name, tensor in self.held(layer).items()}
+
+    def held(self, layer: int) -> dict[str, Tensor]:
+        return self.reader.layer(layer)
 
     def native_block(self, layer: int, dtype: torch.dtype) -> NativeBlock:
         try:

@@ -42,6 +42,11 @@ def base_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {_base_name(name): tensor for name, tensor in tensors.items() if not _HEADS.match(_without_prefix(name))}
 
 
+def head_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `base_tensors` leaves out."""
+    return {_base_name(name): tensor for name, tensor in tensors.items() if _HEADS.match(_without_prefix(name))}
+
+
 def _without_prefix(name: str) -> str:
     for prefix in _PREFIXES:
         name = name.removeprefix(prefix)

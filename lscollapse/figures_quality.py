@@ -1,0 +1,105 @@
+"""Table -> figure: does the lambda that stops collapse leave the model useful? Last-layer relative mu against loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from lscollapse import drawing
+from lscollapse.claims import COLLAPSED
+from lscollapse.drawing import Label, canvas, styled
+from lscollapse.figures import KEYS, FigureError, describe, gate_word, summarise
+
+WIDE = 3.0  # a loss axis that spans more than this factor is logarithmic
+POINT = tuple(key for key in KEYS if key not in ("measure", "layer"))
+
+
+@styled
+def figure_quality(rows: pd.DataFrame, note: str = "") -> tuple[Figure, pd.DataFrame]:
+    """Loss in nats per token against last-layer relative mu, a point per lambda; a panel per model and gate, LayerNorm on.
+
+    Crosses are one standard deviation over excerpts. The dashed horizontal line is the untouched model (lambda = 1, with
+    its gate), the vertical one where a layer counts as collapsed. `note` ends the caption.
+
+    Returns:
+        The figure, and the numbers it plots: a point a row, `relative_mu` and `lm_loss` with `_std`, `n`, and `drawn`
+        (False where an excerpt overflowed).
+
+    Raises:
+        FigureError: the table has no rows of `lm_loss`.
+    """
+    if not (rows["measure"] == "lm_loss").any():
+        raise FigureError("no rows of lm_loss: measure them with --quality")
+    rows = rows[rows["model"].isin(rows.loc[rows["measure"] == "lm_loss", "model"]) & (rows["init"] == "trained")]
+    rows = rows[rows["layernorm"].astype(bool) & rows["lam"].notna()]
+    rows = rows[rows["layer"] == rows.groupby("model")["layer"].transform("max")]
+    data = _points(rows)
+    parts = [data[data["model"] == model] for model in dict.fromkeys(rows["model"])]
+    data = pd.concat([part.sort_values("gating", ascending=False, kind="stable") for part in parts], ignore_index=True)
+    panels = [(key, part) for key, part in data.groupby(["model", "gating"], dropna=False, sort=False)]
+    lines = max(len(part) for _, part in panels)
+    lost = [f"{name(key)}: {', '.join(map(drawing.number, part.loc[~part['drawn'], 'lam']))}" for key, part in panels]
+    words = [
+        describe(rows),
+        "Crosses: mean and one standard deviation over excerpts.",
+        "Dashed: the untouched model's loss, and the relative μ under which a layer counts as collapsed.",
+        *(f"No point, because an excerpt overflowed: {text}." for text in lost if not text.endswith(": ")),
+        note,
+    ]
+    figure, axes = canvas(len(panels), drawing.panel_height(lines), words)
+    labels: dict[Axes, list[Label]] = {}
+    for letter, ax, (key, part) in zip("abcdefgh", axes[:, 0], panels, strict=False):
+        ax.set_title(f"$\\bf{{{letter}}}$  {name(key)}")
+        labels[ax] = _panel(ax, part[part["drawn"]], data[data["model"] == key[0]])
+    axes[-1, 0].set_xlabel("last-layer relative μ")
+    drawing.label_ends(figure, labels, header="λ")
+    return figure, data
+
+
+def name(key: tuple) -> str:
+    """Of a panel, from (model, gating)."""
+    model, gating = key
+    return model if pd.isna(gating) else f"{model}, {gate_word(gating)}"
+
+
+def _points(rows: pd.DataFrame) -> pd.DataFrame:
+    """Relative mu and loss of every arm side by side."""
+    columns = {"mean": "", "std": "_std", "n": "_n", "drawn": "_drawn"}
+    sides = []
+    for measure in ("relative_mu", "lm_loss"):
+        side = summarise(rows, (measure,)).set_index(list(POINT))[list(columns)]
+        sides.append(side.rename(columns={column: measure + ending for column, ending in columns.items()}))
+    data = sides[0].join(sides[1]).reset_index()
+    data["n"] = data["lm_loss_n"]
+    data["drawn"] = (data["relative_mu_drawn"] != "masked") & (data["lm_loss_drawn"] == "point")
+    return data.drop(columns=["relative_mu_n", "lm_loss_n", "relative_mu_drawn", "lm_loss_drawn"])
+
+
+def _panel(ax: Axes, part: pd.DataFrame, whole: pd.DataFrame) -> list[Label]:
+    """The points of one panel; `whole` are those of its model, which share the loss axis. Returns their labels."""
+    lams = list(whole["lam"].unique())
+    shown = whole[whole["drawn"]]
+    low, high = shown["lm_loss"].min(), (shown["lm_loss"] + shown["lm_loss_std"].fillna(0)).max()
+    ax.set(xlim=(0, 1.03), ylabel="loss, nats per token")
+    if high > WIDE * low:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.set_ylim(0.9 * low, 1.05 * high)
+    untouched = shown[(shown["lam"] == 1) & (shown["gating"].isna() | shown["gating"].fillna(False).astype(bool))]
+    rule: dict[str, Any] = {"color": "0.45", "lw": 0.7, "ls": (0, (4, 3)), "zorder": 1}
+    ax.axvline(COLLAPSED, **rule)
+    for loss in untouched["lm_loss"]:
+        ax.axhline(loss, **rule)
+    labels: list[Label] = []
+    for point in part.to_dict("records"):
+        x, y, colour = point["relative_mu"], point["lm_loss"], drawing.lambda_colour(point["lam"], lams)
+        spread: dict[str, Any] = {"xerr": point["relative_mu_std"], "yerr": point["lm_loss_std"], "elinewidth": 0.6}
+        ax.errorbar(x, y, fmt="o", ms=3, color=colour, **spread)
+        labels.append((x, y, drawing.number(point["lam"]), colour))
+    return labels

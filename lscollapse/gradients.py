@@ -1,0 +1,123 @@
+"""Gradient collapse: the norm of the loss gradient with respect to X^(k), layer by layer, of every variant.
+
+The loss is the language-model loss of quality.py, one an excerpt. Forward, X of every layer is kept; backward, one block at
+a time is computed again on the model's own modules under the hooks of `surgery`, and the gradient pulled back through it.
+All in float32. Like X (forward.py), the gradient is carried as g * 2^power, one power per excerpt: it neither vanishes nor
+overflows by itself however many layers multiply it.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lscollapse.forward import LOG10_2, Stream, Table, checked_ids
+from lscollapse.models import Adapter, adapt
+from lscollapse.models.adapter import Head
+from lscollapse.quality import Exercise, exercise_of, head_of, last_X, losses
+from lscollapse.variants import Variant, check
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class State(NamedTuple):
+    """The input of a block, X * 2^exponent."""
+
+    X: Tensor  # (B, N, d)
+    exponent: Tensor  # (B,)
+
+
+def grad_norm(
+    model: Any,
+    ids: Any,
+    variants: Sequence[Variant] = (Variant(),),
+    *,
+    mask_token: int | None = None,
+    seed: int = 0,
+    first: int = 0,
+) -> pd.DataFrame:
+    """Frobenius norm of the gradient of each excerpt's loss with respect to its X^(k), k = 0..K.
+
+    Args:
+        model: a transformers model with a language-model head, in eval mode and in memory, or its Adapter.
+        ids, variants, mask_token, seed, first: as for `quality.lm_loss`; an encoder reads the excerpts with hidden tokens.
+
+    Returns:
+        One row per variant, excerpt and layer, with the columns of `measure`: measure `grad_norm`, in nats per token and
+        unit of X. `overflow` at every layer of an excerpt whose X leaves float32 anywhere; `below_floor` where it is zero.
+
+    Raises:
+        QualityError: the model has no head, or an encoder's mask token is missing.
+        UnsupportedModel: the checkpoint is streamed, so that there are no modules to go back through.
+        SurgeryError, ValueError: as `measure`.
+    """
+    adapter = adapt(model)
+    head = head_of(adapter)
+    for variant in variants:
+        check(adapter, variant)
+    tokens = checked_ids(adapter, ids)
+    exercise = exercise_of(adapter, tokens, mask_token, seed, first)
+    single = adapter if adapter.dtype == torch.float32 else adapt(copy.deepcopy(adapter.model).float())
+    table = Table(n_tokens=tokens.shape[1])
+    for number, variant in enumerate(variants):
+        with torch.no_grad():
+            stream = Stream(single, variant, single.embed(exercise.inputs), torch.float32)
+        norms = list(_norms(single, stream, head, exercise))
+        lost = np.array(stream.status) != "ok"
+        for layer, log2 in enumerate(reversed(norms)):
+            log2 = np.where(lost, np.nan, log2)
+            status = ["below_floor" if v == -np.inf else s for s, v in zip(stream.status, log2, strict=True)]
+            log10 = np.where(np.isfinite(log2), log2 * LOG10_2, np.nan)
+            bound = np.full(len(lost), np.nan)
+            table.extend(adapter, number, stream, layer, "grad_norm", np.exp2(log2), log10, status, bound, math.nan)
+    return table.frame()
+
+
+def _norms(adapter: Adapter, stream: Stream, head: Head, exercise: Exercise) -> Iterator[np.ndarray]:
+    """log2 of the norm for k = K..0, (B,) each; meaningless where the stream ends with another status than ok."""
+    states = [State(stream.X, stream.exponent.clone())]
+    with torch.no_grad():
+        for layer in range(adapter.n_layers):
+            stream.step(adapter, layer, None)
+            states.append(State(stream.X, stream.exponent.clone()))
+    lost = torch.tensor([status != "ok" for status in stream.status], device=stream.X.device)
+    g, power = _from_head(adapter, stream, head, exercise), np.zeros(len(lost))
+    for layer in reversed(range(-1, adapter.n_layers)):
+        g = torch.where(lost[:, None, None], 0.0, g)
+        shift = torch.frexp(g.abs().amax((1, 2))).exponent
+        g = torch.ldexp(g.double(), -shift[:, None, None]).float()
+        power += shift.cpu().numpy()
+        with np.errstate(divide="ignore"):
+            size = np.log2(torch.linalg.vector_norm(g.double(), dim=(1, 2)).cpu().numpy())
+        yield size + power - states[layer + 1].exponent.cpu().numpy()
+        if layer >= 0:
+            g = _pulled_back(adapter, stream, layer, states[layer], g)
+
+
+def _from_head(adapter: Adapter, stream: Stream, head: Head, exercise: Exercise) -> Tensor:
+    """Gradient of each excerpt's loss with respect to the last X as it is carried; one excerpt's scores at a time."""
+    with torch.enable_grad():
+        X = stream.X = stream.X.detach().requires_grad_()
+        Y = last_X(adapter, stream)
+        pulls = []
+        for b, y in enumerate(Y):
+            end = y.detach()[None].requires_grad_()
+            one = Exercise(exercise.inputs[b : b + 1], exercise.at[b : b + 1], exercise.labels[b : b + 1])
+            pulls += torch.autograd.grad(losses(head, end, one), end)
+        return torch.autograd.grad(Y, X, torch.cat(pulls))[0]
+
+
+def _pulled_back(adapter: Adapter, stream: Stream, layer: int, state: State, g: Tensor) -> Tensor:
+    """The gradient with respect to the input of block `layer` from that with respect to its output, both as carried."""
+    with torch.enable_grad():
+        X = stream.X = state.X.detach().requires_grad_()
+        stream.exponent = state.exponent.clone()
+        stream.step(adapter, layer, None)
+        return torch.autograd.grad(stream.X, X, g)[0]

@@ -1,0 +1,56 @@
+"""Mamba (transformers' MambaModel): pre-norm block, X + mixer(norm(X)); the scan output is multiplied by silu(gate)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lscollapse.models.adapter import Adapter, Edit, HookSet
+from lscollapse.models.mamba2 import _mixer_skip, _residual_skip
+
+OPEN = 1.2784645427610738  # silu(OPEN) = 1: a gate that changes nothing
+
+
+class MambaAdapter(Adapter):
+    """Deviation: without its gate the mixer is given one that multiplies by 1, to the rounding of the dtype."""
+
+    model_types = ("mamba",)
+    has_gate = True
+    skip_sites = ("residual", "mixer")
+    norm_sites = ("both", "block")
+    pre_norm = True
+
+    @property
+    def n_layers(self) -> int:
+        return self.config.num_hidden_layers
+
+    def block(self, layer: int) -> Any:
+        return self.model.layers[layer]
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.model.embeddings(ids)
+
+    def run(self, layer: int, X: Tensor) -> Tensor:
+        return self.model.layers[layer](X)
+
+    def before_output(self) -> nn.Module:
+        return self.model.norm_f
+
+    def install(self, block: Any, edit: Edit, hooks: HookSet) -> None:
+        _residual_skip(
+            block, edit, hooks
+        )  # always: with residual_in_fp32 the block itself rounds a float64 X to float32
+        if edit.changes_mixer:
+            _mixer_skip(block.mixer, edit, hooks)
+        if not edit.gating:
+            hooks.after(block.mixer.in_proj, "gate (opened)", lambda args, kwargs, output: _open_gate(output))
+        if edit.removes_norm("block"):
+            hooks.after(block.norm, "norm (removed)", lambda args, kwargs, output: args[0])
+
+
+def _open_gate(projected: Tensor) -> Tensor:
+    """The second half of in_proj's output (B, N, 2 * inner) is the gate."""
+    value, gate = projected.chunk(2, dim=-1)
+    return torch.cat([value, torch.full_like(gate, OPEN)], dim=-1)

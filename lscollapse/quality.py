@@ -1,0 +1,212 @@
+"""Quality beside collapse: the language-model loss of every variant on the excerpts that are measured, in nats per token.
+
+A decoder predicts each next token of an excerpt; an encoder fills in the 15 % of its tokens that a seeded stream has
+replaced by the mask token. The head (final norm and output matrix) goes over blocks of the vocabulary: no more scores
+than those of one block are in memory.
+
+Certified exit. X of an excerpt that was certified at layer k stands for X^(K) up to the factor lam_k ... lam_{K-1} and a
+relative change of at most `bound` in each row. A final RMSNorm sees of the factor only its sign, and turns the change of a
+row into one of at most 2 bound sqrt(d) max|g|, g its weight. So a score moves by at most that times the longest row of the
+output matrix, and the loss by twice as much: the `bound` of the row.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lscollapse.forward import HIGH, Engines, Stream, Table, checked_ids
+from lscollapse.models import Adapter, adapt
+from lscollapse.models.adapter import Head
+from lscollapse.models.tensors import forget
+from lscollapse.variants import Variant, check
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MASKED = 0.15  # share of the tokens that an encoder has to fill in
+BLOCK = 4096  # vocabulary entries that are scored at a time
+STREAM = int.from_bytes(b"masked")  # names the stream of random numbers that hides tokens
+
+
+class QualityError(ValueError):
+    """The model has no language-model head, or no mask token is known."""
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """What the model reads and what it has to say: token `labels[b, p]` from the last X at position `at[b, p]`."""
+
+    inputs: Tensor  # (B, N)
+    at: Tensor  # (B, P)
+    labels: Tensor  # (B, P)
+
+
+def lm_loss(
+    model: Any,
+    ids: Any,
+    variants: Sequence[Variant] = (Variant(),),
+    dtype: torch.dtype | None = None,
+    *,
+    mask_token: int | None = None,
+    seed: int = 0,
+    first: int = 0,
+    streams: Sequence[Stream] | None = None,
+) -> pd.DataFrame:
+    """The language-model loss of every variant on every excerpt.
+
+    Args:
+        model: a transformers model with a language-model head, in eval mode, or its Adapter.
+        ids, variants, dtype: as for `forward.measure`.
+        mask_token: id that hides a token; needed for encoders.
+        seed, first: choose the hidden tokens, of excerpts `first`, `first` + 1, ...
+        streams: of a decoder, what `measure` ended with for these ids and variants; computed where not given.
+
+    Returns:
+        One row per variant and excerpt, with the columns of `measure`: measure `lm_loss`, layer K, nats per token.
+        `overflow` where X left its range, `certified` with a bound where the last layers were not computed.
+
+    Raises:
+        QualityError: the model has no head, or an encoder's mask token is missing.
+        SurgeryError, UnsupportedModel, ValueError: as `measure`.
+    """
+    adapter = adapt(model)
+    head = head_of(adapter)
+    tokens = checked_ids(adapter, ids)
+    exercise = exercise_of(adapter, tokens, mask_token, seed, first)
+    with torch.no_grad():
+        if streams is None or adapter.masked:
+            streams = last_streams(adapter, exercise.inputs, variants, dtype)
+        table = Table(n_tokens=tokens.shape[1])
+        longest = _longest_row(head) if any(not np.isnan(s.bound).all() for s in streams) else math.nan
+        for number, stream in enumerate(streams):
+            value = losses(head, last_X(adapter, stream), exercise).double().cpu().numpy()
+            bad = [
+                "overflow" if s == "ok" and not np.isfinite(v) else s for s, v in zip(stream.status, value, strict=True)
+            ]
+            status = [
+                "certified" if s == "ok" and not np.isnan(b) else s for s, b in zip(bad, stream.bound, strict=True)
+            ]
+            value = np.where(np.array(bad) == "ok", value, np.nan)
+            bound = _loss_bound(head, longest, stream.bound)
+            table.extend(
+                adapter, number, stream, adapter.n_layers, "lm_loss", value, np.log10(value), status, bound, math.nan
+            )
+    return table.frame()
+
+
+def head_of(adapter: Adapter) -> Head:
+    """The model's head, or QualityError."""
+    head = adapter.head
+    if head is None:
+        kind = "MaskedLM" if adapter.masked else "CausalLM"
+        raise QualityError(
+            f"no language-model head is known of this {adapter.config.model_type}: give the model as ...For{kind}"
+        )
+    return head
+
+
+def exercise_of(adapter: Adapter, tokens: Tensor, mask_token: int | None, seed: int, first: int) -> Exercise:
+    """Next tokens for a decoder; for an encoder round(0.15 N) hidden tokens, at least one, by seed and excerpt number."""
+    batch, N = tokens.shape
+    if not adapter.masked:
+        if N < 2:
+            raise QualityError("an excerpt of one token has no next one: give --tokens 2 or more")
+        return Exercise(tokens, torch.arange(N - 1, device=tokens.device).expand(batch, -1), tokens[:, 1:])
+    if mask_token is None:
+        raise QualityError(
+            f"{adapter.config.model_type} fills in masked tokens and its tokenizer has no mask token: give mask_token, or"
+            " texts with --tokenizer native"
+        )
+    hidden = max(1, round(MASKED * N))
+    chosen = [
+        np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(STREAM, first + b))).permutation(N)[:hidden]
+        for b in range(batch)
+    ]
+    at = torch.as_tensor(np.sort(chosen, axis=1), device=tokens.device)
+    return Exercise(tokens.scatter(1, at, mask_token), at, tokens.gather(1, at))
+
+
+def last_streams(
+    adapter: Adapter, inputs: Tensor, variants: Sequence[Variant], dtype: torch.dtype | None
+) -> list[Stream]:
+    """The stream of every variant after the last layer, nothing measured on the way."""
+    for variant in variants:
+        check(adapter, variant)
+    engines = Engines(adapter, variants, dtype)
+    pairs = zip(variants, engines.dtypes, strict=True)
+    streams = [Stream(adapter, v, engines.embed(inputs, kind), kind) for v, kind in pairs]
+    for layer in range(adapter.n_layers):
+        running = [stream for stream in streams if stream.running]
+        blocks = engines.blocks(layer, {stream.dtype for stream in running})
+        for stream in running:
+            stream.step(engines.adapter(stream.dtype), layer, blocks[stream.dtype])
+    return streams
+
+
+def last_X(adapter: Adapter, stream: Stream) -> Tensor:
+    """X^(K) as the head gets it, (B, N, d), float32 at least; zeros for excerpts that left the range.
+
+    In its true size up to 2^HIGH, and with that size beyond, where a final norm gives the same.
+    """
+    X = stream.X.to(torch.promote_types(stream.X.dtype, torch.float32))
+    lost = torch.tensor([status != "ok" for status in stream.status], device=X.device)
+    X = torch.where(lost[:, None, None], 0.0, X)
+    if not adapter.pre_norm:
+        return X
+    exponent = stream.exponent.cpu().numpy().astype(float)
+    power = np.where(np.isnan(stream.bound), exponent, stream.power)
+    largest = torch.frexp(X.abs().amax((1, 2))).exponent.cpu().numpy()
+    scale = stream.sign * np.exp2(np.minimum(power, HIGH - largest))
+    return X * torch.as_tensor(scale, dtype=X.dtype, device=X.device)[:, None, None]
+
+
+def losses(head: Head, X: Tensor, exercise: Exercise) -> Tensor:
+    """Mean cross-entropy of every excerpt, (B, N, d) -> (B,), in nats per token; differentiable in X."""
+    at = exercise.at[..., None].expand(-1, -1, X.shape[-1])
+    transform = copy.deepcopy(head.transform).to(X.device, X.dtype)
+    per_excerpt = zip(X.gather(1, at), exercise.labels, strict=True)
+    return torch.stack([cross_entropy(transform(x), labels, head).mean() for x, labels in per_excerpt])
+
+
+def cross_entropy(Z: Tensor, labels: Tensor, head: Head) -> Tensor:
+    """-log softmax(Z @ weight.T + bias)[labels], (P, e) and (P,) -> (P,), over blocks of the vocabulary."""
+    total = Z.new_full(labels.shape, -math.inf)  # log of the sum of exp(scores)
+    wanted = Z.new_zeros(labels.shape)
+    for start, weight in _blocks(head):
+        scores = Z @ weight.to(Z).T  # (P, block)
+        if head.bias is not None:
+            scores = scores + head.bias[start : start + BLOCK].to(Z)
+        total = torch.logaddexp(total, scores.logsumexp(-1))
+        inside = (labels >= start) & (labels < start + scores.shape[-1])
+        own = scores.gather(1, (labels - start).clamp(0, scores.shape[-1] - 1)[:, None])[:, 0]
+        wanted = torch.where(inside, own, wanted)
+    return total - wanted
+
+
+def _blocks(head: Head) -> Iterator[tuple[int, Tensor]]:
+    """The rows of the output matrix, BLOCK at a time, each with the number of its first."""
+    for start in range(0, len(head.weight), BLOCK):
+        block = head.weight[start : start + BLOCK]
+        yield start, block
+        if head.mapped:
+            forget({"output": block})
+
+
+def _longest_row(head: Head) -> float:
+    return max(float(torch.linalg.vector_norm(block.float(), dim=-1).max()) for _, block in _blocks(head))
+
+
+def _loss_bound(head: Head, longest: float, bound: np.ndarray) -> np.ndarray:
+    """How far a certified excerpt's loss can be off (see the module); the transform is then a norm alone."""
+    if np.isnan(bound).all():
+        return bound
+    g = next(head.transform.parameters()).detach()
+    return 4 * bound * math.sqrt(len(g)) * float(g.abs().max()) * longest
