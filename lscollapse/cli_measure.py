@@ -64,8 +64,9 @@ def show(rows: pd.DataFrame, own_tokens: bool) -> None:
     console = Console(soft_wrap=True, highlight=False)
     console.print(figures.describe(rows), markup=False)
     if not reads_pixels(rows):
-        own = " (the model's own; the paper feeds every model BERT's: --tokenizer bert)" if own_tokens else ""
-        console.print(f"Tokens: {', '.join(rows['tokenizer'].unique())}{own}.", markup=False)
+        tokens = ", ".join(rows["tokenizer"].unique())
+        own = " (the model's own; the paper feeds every model BERT's: --tokenizer bert)"
+        console.print(f"Tokens: {tokens}{own if own_tokens and tokens != 'bert-base-uncased' else ''}.", markup=False)
     if BACKEND in set(rows["backend"]):
         console.print("No adapter of its own: blocks and residual sums were found, and tested on these excerpts.")
     found = list(measuring.arms(rows))

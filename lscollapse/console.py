@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 class Bar:
-    """An experiments.Progress on the terminal; off a terminal it prints notes only."""
+    """An experiments.Progress on the terminal; off a terminal it prints notes only. `what` is done meanwhile."""
 
-    def __init__(self) -> None:
+    def __init__(self, what: str = "measuring") -> None:
         self.console = Console(stderr=True, soft_wrap=True)
-        columns = (TextColumn("measuring"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(),
+        columns = (TextColumn(what), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(),
                    TextColumn("left"), TimeRemainingColumn())  # fmt: skip
         self.progress = Progress(*columns, console=self.console, disable=not sys.stderr.isatty())
         self.task: TaskID | None = None
@@ -174,4 +174,4 @@ def models_table() -> None:
             entry.name, entry.architecture, f"{entry.n_parameters:,}" if entry.n_parameters else "-", where, entry.text
         )
     Console().print(table)
-    print("Any hub id or local folder of these architectures works too.")
+    print("Any hub id or local folder of a transformers model works too.")

@@ -71,7 +71,7 @@ def figure1(rows: pd.DataFrame, model: str, yscale: str = "linear", note: str = 
 
 @styled
 def figure2(rows: pd.DataFrame, yscale: str = "linear", note: str = "") -> tuple[Figure, pd.DataFrame]:
-    """Figure 2: last-layer relative mu against lambda, LayerNorm on; transformers, Mamba-2 and S4D in panels of their own.
+    """Figure 2: last-layer relative mu against lambda, LayerNorm on; transformers, Mamba and models of images in panels of their own.
 
     The rank-1 residual is the thin dashed line of the same colour. Raises FigureError without such rows.
     """
@@ -83,7 +83,7 @@ def figure2(rows: pd.DataFrame, yscale: str = "linear", note: str = "") -> tuple
     texts = rows.drop_duplicates("model").set_index("model")["text"]
     gated = data["gating"].notna()
     pixels = data["model"].isin([model for (model,), part in groups_of(rows, ["model"]) if reads_pixels(part)])
-    panels = {"transformers": data[~gated & ~pixels], "Mamba-2": data[gated], "S4D": data[pixels]}
+    panels = {"transformers": data[~gated & ~pixels], "Mamba": data[gated], "images": data[pixels]}
     panels = {title: part for title, part in panels.items() if len(part)}
     words = _words(rows, data)
     if (data["drawn"] == "masked").any():

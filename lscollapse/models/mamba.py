@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lscollapse.models.adapter import Adapter, Edit, HookSet
-from lscollapse.models.mamba2 import _mixer_skip, _residual_skip
+from lscollapse.models.mamba2 import mixer_skip, residual_skip
 
 OPEN = 1.2784645427610738  # silu(OPEN) = 1: a gate that changes nothing
 
@@ -39,11 +39,11 @@ class MambaAdapter(Adapter):
         return self.model.norm_f
 
     def install(self, block: Any, edit: Edit, hooks: HookSet) -> None:
-        _residual_skip(
+        residual_skip(
             block, edit, hooks
         )  # always: with residual_in_fp32 the block itself rounds a float64 X to float32
         if edit.changes_mixer:
-            _mixer_skip(block.mixer, edit, hooks)
+            mixer_skip(block.mixer, edit, hooks)
         if not edit.gating:
             hooks.after(block.mixer.in_proj, "gate (opened)", lambda args, kwargs, output: _open_gate(output))
         if edit.removes_norm("block"):

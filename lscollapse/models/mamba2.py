@@ -96,9 +96,9 @@ class Mamba2Adapter(Adapter):
 
     def install(self, block: Any, edit: Edit, hooks: HookSet) -> None:
         if edit.changes_sum:
-            _residual_skip(block, edit, hooks)
+            residual_skip(block, edit, hooks)
         if edit.changes_mixer:
-            _mixer_skip(block.mixer, edit, hooks)
+            mixer_skip(block.mixer, edit, hooks)
         if edit.removes_norm("mixer"):
 
             def ungated(args: tuple, kwargs: dict, _output: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ def _norm_arguments(args: tuple, kwargs: dict) -> tuple[Tensor, Tensor]:
     return args[0], args[1] if len(args) > 1 else kwargs["gate"]
 
 
-def _residual_skip(block: Any, edit: Edit, hooks: HookSet) -> None:
+def residual_skip(block: Any, edit: Edit, hooks: HookSet) -> None:
     """lam*X + O around the whole block (skip_site residual)."""
     seen: dict[str, Tensor] = {}
 
@@ -134,7 +134,7 @@ def _residual_skip(block: Any, edit: Edit, hooks: HookSet) -> None:
     hooks.after(block, "block output", add)
 
 
-def _mixer_skip(mixer: Any, edit: Edit, hooks: HookSet) -> None:
+def mixer_skip(mixer: Any, edit: Edit, hooks: HookSet) -> None:
     """lam*V added to the scan output in place of the gate (skip_site mixer): D + lam while the mixer runs."""
     original = mixer.D.data
 

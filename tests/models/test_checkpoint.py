@@ -221,7 +221,7 @@ def test_missing_unexpected_and_misshapen_tensors(tmp_path, write):
         ({"rms_norm": False}, "rms_norm=False"),
         ({"ssm_cfg": {"layer": "Mamba2", "headdim": 5}}, "must equal num_heads * head_dim"),
         ({"d_model": "sixteen"}, "not valid"),
-        ({"model_type": "gpt2"}, "model_type 'gpt2'"),
+        ({"model_type": "their_own"}, "model_type 'their_own'"),
     ],
 )
 def test_configs_that_cannot_be_read(tmp_path, changes, says):
