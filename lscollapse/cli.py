@@ -14,6 +14,7 @@ from lscollapse.cli_look import claims, compare, doctor, report
 from lscollapse.cli_measure import measure
 from lscollapse.cli_paper import ablate_gating, ablate_s4d, experiment_of, figures, sweep_lambda
 from lscollapse.cli_theory import find_lambda, theory
+from lscollapse.cli_train import table1, train
 
 app = typer.Typer(
     help="Is my deep sequence model collapsing, and what would stop it? Rank collapse and lambda-skip connections.",
@@ -25,7 +26,7 @@ app = typer.Typer(
 PAPER, MODEL, RESULTS, PREPARE = "The paper's experiments", "Your model", "Results", "Prepare and check"
 
 for panel, verbs in (
-    (PAPER, (sweep_lambda, ablate_gating, ablate_s4d)),
+    (PAPER, (sweep_lambda, ablate_gating, ablate_s4d, table1, train)),
     (MODEL, (measure, find_lambda)),
     (RESULTS, (figures, report, claims, compare)),
     (PREPARE, (doctor,)),

@@ -87,16 +87,18 @@ def ablate_s4d(
     excerpts: Annotated[int | None, typer.Option(help="How many held-out images.  [default: 32]")] = None,
     source: Annotated[str | None, typer.Option(help="digits, cifar10 or a folder.  [default: what the net was trained on]")] = None,
     dtype: o.Dtype = None, device: o.Device = None, seed: o.Seed = None, random_init: o.RandomInit = None, offline: o.Offline = None,
-    engine: o.Engine = None, address: o.Address = None, settings: o.Set = None, out: o.Out = None,
+    engine: o.Engine = None, address: o.Address = None,
+    train_arms: Annotated[bool, typer.Option("--retrain", help="Train each arm as it is, instead of ablating one trained net.")] = False,
+    settings: o.Set = None, out: o.Out = None,
 ) -> None:  # fmt: skip
     """Skip x LayerNorm of a trained S4D on images: Figure 4."""
     given = locals()
-    from lscollapse import console, experiments
+    from lscollapse import console, experiments, retrain
 
     experiment = experiment_of(given)
-    out = out or Path("runs/ablate-s4d")
-    with console.Bar() as bar:
-        rows = experiments.ablate_s4d(experiment, out, bar)
+    out = out or Path("runs/ablate-s4d-retrained" if train_arms else "runs/ablate-s4d")
+    with console.Bar("training" if train_arms else "measuring") as bar:
+        rows = (retrain.ablate_s4d if train_arms else experiments.ablate_s4d)(experiment, out, bar)
     console.arms_table(rows)
     console.claims_table(rows)
     _draw(rows, out, "linear")

@@ -189,8 +189,9 @@ def measure(
                 table.add(adapter, number, stream, layer + 1)
                 if progress is not None:
                     progress(len(tokens))
-        for stream in streams if finished is not None else ():
-            finished(stream)
+        if finished is not None:
+            for stream in streams:
+                finished(stream)
     return table.frame()
 
 

@@ -27,6 +27,7 @@ COLUMNS = (
     "floor",
 )  # fmt: skip
 ORDER = ("subject", "variant", "layer", "measure", "excerpt")  # of the rows, whatever the work items were
+LEFT_BEFORE = ("manifest.json.tmp", "nets")  # by a kill at that very moment; nets that were trained for the run
 RECORDED_PACKAGES = (
     "lscollapse",
     "torch",
@@ -54,6 +55,9 @@ class RunFolder:
         RunFolderError: not writable, or made with another identity (says what differs).
     """
 
+    columns: tuple[str, ...] = COLUMNS
+    order: tuple[str, ...] = ORDER
+
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
         self.path = path
         self.identity = json.loads(json.dumps(identity))
@@ -66,7 +70,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             if manifest.exists():
                 return
-            if any(entry.name != "manifest.json.tmp" for entry in path.iterdir()):  # left by a kill at that very moment
+            if any(entry.name not in LEFT_BEFORE for entry in path.iterdir()):
                 raise RunFolderError(
                     f"{path} is not empty and not a run folder: give an empty or new folder with --out"
                 )
@@ -94,7 +98,8 @@ class RunFolder:
         import pandas as pd
 
         rows = pd.concat([pd.read_parquet(self.parts / f"{item}.parquet") for item in items], ignore_index=True)
-        rows = rows.sort_values(list(ORDER), kind="stable", key=_rank).reset_index(drop=True)[list(COLUMNS)]
+        rows = rows.sort_values(list(self.order), kind="stable", key=_rank).reset_index(drop=True)
+        rows = rows[list(self.columns)]
         write_parquet(rows, self.path / "rows.parquet")
         write_atomic(self.path / "rows.csv", rows.to_csv(index=False, float_format="%.10g"))
         record = {"complete": True, "identity": self.identity, **environment(), **facts}

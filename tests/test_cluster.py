@@ -53,7 +53,12 @@ class Nodes:
     def start(self, name: str, *arguments: str, **environment: str) -> str:
         log = self.temp / f"{name}.log"
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", *arguments]
-        options = ["--num-cpus=1", "--node-ip-address=127.0.0.1", "--object-store-memory=80000000", "--disable-usage-stats"]
+        options = [
+            "--num-cpus=1",
+            "--node-ip-address=127.0.0.1",
+            "--object-store-memory=80000000",
+            "--disable-usage-stats",
+        ]
         with log.open("w") as out:
             process = subprocess.Popen(
                 [*command, *options], stdout=out, stderr=out, start_new_session=True, env=os.environ | environment

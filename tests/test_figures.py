@@ -230,7 +230,7 @@ def test_figure2_reads_the_last_layer_of_each_model_and_says_who_reads_smiles(sw
     for label in ("albert-smiles reads SMILES", "minilm-l6 reads Wikipedia summaries", "mamba2-tiny gate removed"):
         assert label in words
     assert "mamba2-tiny full architecture" in words and "rank-1 residual" in words
-    assert [ax.get_title("left") for ax in figure.axes] == [r"$\bf{a}$  transformers", r"$\bf{b}$  Mamba-2"]
+    assert [ax.get_title("left") for ax in figure.axes] == [r"$\bf{a}$  transformers", r"$\bf{b}$  Mamba"]
 
 
 def test_figure2_crosses_out_what_overflowed():

@@ -132,7 +132,11 @@ def test_only_lambda_is_switched() -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "reason"),
     [
-        ("XLNet", {"max_position_embeddings": None, "d_head": 4}, r"takes \(6, 2, 16\), not \(excerpts, tokens, width\)"),
+        (
+            "XLNet",
+            {"max_position_embeddings": None, "d_head": 4},
+            r"takes \(6, 2, 16\), not \(excerpts, tokens, width\)",
+        ),
         ("Rwkv", {"attention_hidden_size": 16}, "adds its own input to something 0 times"),
         ("Bloom", {"apply_residual_connection_post_layernorm": True}, "adds its own input to something 0 times"),
     ],

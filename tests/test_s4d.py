@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pandas as pd
@@ -17,14 +16,15 @@ from safetensors.torch import save_file
 from scipy.signal import cont2discrete
 
 import lscollapse
-from lscollapse import claims, experiments, figures
-from lscollapse.config import ConfigError, Experiment
+from lscollapse import claims, experiments, figures, retrain
+from lscollapse.config import ConfigError, Experiment, S4DTraining, load
 from lscollapse.forward import measure
 from lscollapse.identity import differences
 from lscollapse.models import adapt, checkpoint
 from lscollapse.models.tensors import CheckpointError
 from lscollapse.nets.s4d import S4D, S4DConfig, S4DMixer, causal_convolution
 from lscollapse.tasks import images
+from lscollapse.train import TrainingError
 from lscollapse.variants import Variant
 from tests.equivalence.compare import assert_rows_match
 
@@ -156,11 +156,11 @@ def test_a_pixel_is_read_as_its_colours() -> None:
 
 def test_state_space_parameters_train_slowly_and_without_decay() -> None:
     net = little()
-    rest, ssm = net.parameter_groups(lr=4e-3, weight_decay=0.05)
-    assert (rest["lr"], rest["weight_decay"], ssm["lr"], ssm["weight_decay"]) == (4e-3, 0.05, 1e-3, 0.0)
+    rest, ssm = net.parameter_groups(weight_decay=0.05)
+    assert (rest["weight_decay"], ssm["weight_decay"], ssm["highest_lr"]) == (0.05, 0.0, 1e-3)
+    assert "highest_lr" not in rest
     assert sum(p.numel() for p in ssm["params"]) == 3 * (6 + 2 * 6 * 4)
     assert len(ssm["params"]) + len(rest["params"]) == len(list(net.parameters()))
-    assert net.parameter_groups(lr=1e-4, weight_decay=0.0)[1]["lr"] == 1e-4
 
 
 @pytest.mark.parametrize("bad", [{"state_size": 7}, {"num_hidden_layers": 0}, {"levels": 1}])
@@ -231,61 +231,74 @@ def test_the_shipped_net_has_the_accuracy_of_its_card() -> None:
 
 # --- training ---
 
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_s4d", SCRIPT)
-    assert spec and spec.loader
-    module = sys.modules["train_s4d"] = importlib.util.module_from_spec(spec)  # where its dataclass looks itself up
-    spec.loader.exec_module(module)
-    return module
+FEW = S4DTraining(epochs=3, batch=200, save_every=4, model={"hidden_size": 6, "state_size": 4, "num_hidden_layers": 2})
 
 
 class Killed(Exception):
     pass
 
 
-def test_training_killed_and_continued_ends_with_the_same_bits(script: ModuleType, tmp_path: Path) -> None:
-    shape = {"hidden_size": 6, "state_size": 4, "num_hidden_layers": 2}
-    training = script.Training(epochs=3, batch=200, save_every=4, model=shape)  # 7 steps an epoch
-    script.train(training, tmp_path / "whole", report=lambda line: None)
+class Killer:
+    """A Progress that ends the training after some steps."""
 
-    def die(line: str) -> None:
-        if line.startswith("14,"):
+    def __init__(self, after: int) -> None:
+        self.left, self.told = after, list[str]()
+        self.note = self.told.append
+
+    def start(self, total: float) -> None:
+        return None
+
+    def advance(self, amount: float) -> None:
+        self.left -= 1
+        if not self.left:
             raise Killed
 
+
+def test_training_killed_and_continued_ends_with_the_same_bits(tmp_path: Path) -> None:
+    retrain.train_net(FEW, tmp_path / "whole")  # 7 steps an epoch
     with pytest.raises(Killed):
-        script.train(training, tmp_path / "parts", report=die)
+        retrain.train_net(FEW, tmp_path / "parts", Killer(14))
     killed = torch.load(tmp_path / "parts" / "state.pt", weights_only=True)
     assert killed["step"] == 12  # in the middle of the second epoch
-    told: list[str] = []
-    script.train(training, tmp_path / "parts", report=told.append)
-    assert told[0] == "continuing at step 12"
+    again = Killer(1000)
+    retrain.train_net(FEW, tmp_path / "parts", again)
+    assert "continued at step 12 of 21" in again.told[0]
     whole, parts = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("whole", "parts"))
     assert whole["step"] == parts["step"] == 21
-    assert all(torch.equal(whole["model"][name], parts["model"][name]) for name in whole["model"])
+    assert all(torch.equal(whole["net"][name], parts["net"][name]) for name in whole["net"])
     moments = [list(state["optimizer"]["state"].values()) for state in (whole, parts)]
     assert all(torch.equal(a["exp_avg_sq"], b["exp_avg_sq"]) for a, b in zip(*moments, strict=True))
-    losses = [[line.split(",")[2:] for line in state["log"]] for state in (whole, parts)]
-    assert losses[0] == losses[1]
 
-    script.export(tmp_path / "parts", tmp_path / "exported")
+    record = retrain.export(tmp_path / "parts", tmp_path / "exported")
     loaded = checkpoint.load(tmp_path / "exported")
     assert (loaded.model.config.data, loaded.model.config.levels, loaded.model.config.channels) == ("digits", 17, 1)
+    assert loaded.info.sha256 == record["sha256"] and record["steps"] == 21
     torch.testing.assert_close(
-        loaded.model.layers[0].mixer.C.data, parts["model"]["layers.0.mixer.C"], rtol=1e-3, atol=1e-3
+        loaded.model.layers[0].mixer.C.data, parts["net"]["layers.0.mixer.C"], rtol=1e-3, atol=1e-3
     )
-    with pytest.raises(SystemExit, match="other settings"):
-        script.train(script.Training(epochs=4, batch=200, model=shape), tmp_path / "parts")
+    with pytest.raises(TrainingError, match=r"settings\.steps: 21, now 28"):
+        retrain.train_net(FEW.model_copy(update={"epochs": 4}), tmp_path / "parts")
 
 
-def test_the_configuration_of_figure_4_is_the_papers_shape(script: ModuleType) -> None:
-    import yaml
+def test_the_script_trains(tmp_path: Path) -> None:
+    little_net = [f"--set=model.{key}={value}" for key, value in FEW.model.items()]
+    call = [
+        sys.executable,
+        str(SCRIPT),
+        "--out",
+        str(tmp_path / "run"),
+        "--set=epochs=1",
+        "--set=batch=700",
+        *little_net,
+    ]
+    subprocess.run(call, check=True, capture_output=True, timeout=300)
+    retrain.export(tmp_path / "run", tmp_path / "exported")
+    assert checkpoint.load(tmp_path / "exported").model.config.hidden_size == 6
 
-    values = yaml.safe_load((SCRIPT.parents[1] / "configs" / "training" / "figure4.yaml").read_text())
-    training = script.Training(**values)
-    made = S4DConfig.from_dict({**training.model, "data": training.data})
-    assert made == S4DConfig()
+
+def test_the_configuration_of_figure_4_is_the_papers_shape() -> None:
+    training = load(SCRIPT.parents[1] / "configs" / "training" / "figure4.yaml", None, None, S4DTraining)
+    assert S4DConfig.from_dict({**training.model, "data": training.data}) == S4DConfig()
 
 
 # --- Figure 4 ---
@@ -325,6 +338,41 @@ def test_figure4_draws_the_means_and_says_what_was_done(figure4_run: tuple[S4D, 
     assert {"skip + LN", "no skip + LN", "skip, no LN", "no skip, no LN"} <= labels
 
 
+def test_every_arm_is_trained_as_it_is_measured(tmp_path: Path) -> None:
+    few = FEW.model_copy(update={"epochs": 1})
+    config = Experiment(models=["mamba2-tiny"], excerpts=2, retrain=few, workers=1)
+    rows = retrain.ablate_s4d(config, tmp_path / "run")
+    arms = pd.read_csv(tmp_path / "run" / "nets" / "arms.csv").set_index("arm")
+    assert set(rows["model"]) == {"s4d-digits-retrained"} and rows["checkpoint_sha256"].nunique() == 4
+    assert set(zip(rows["lam"], rows["layernorm"], strict=True)) == {(1, True), (1, False), (0, True), (0, False)}
+    for (lam, norm), part in rows.groupby(["lam", "layernorm"]):
+        arm = f"{'skip' if lam else 'no-skip'}-{'norm' if norm else 'no-norm'}"
+        net = checkpoint.load(tmp_path / "run" / "nets" / arm / "s4d-digits-retrained").model
+        assert (net.config.lam, net.config.layernorm) == (lam, norm)
+        ids = np.array([excerpt.ids for excerpt in images.excerpts("digits", net.config, 2, 0).excerpts])
+        expected = plain_s4d(weights_of(net), net.config, ids, Variant(lam=float(lam), layernorm=bool(norm)))
+        assert_rows_match(part, expected, rel=2e-5, noise=2e-6)
+        with torch.no_grad():  # its own forward pass, without surgery, is that arm too
+            own = net.layers[0](net.embed(torch.from_numpy(ids)))
+        np.testing.assert_allclose(own.double().numpy(), expected[1], rtol=1e-4, atol=1e-5)
+        test = images.load("digits", "test")
+        with torch.no_grad():
+            right = net(torch.from_numpy(test.ids)).argmax(1).numpy() == test.labels
+        assert arms.loc[arm, "test_accuracy"] == pytest.approx(
+            right.mean(), abs=2 / 360
+        )  # the file is in half precision
+    figure, data = figures.figure4(rows, "s4d-digits-retrained")
+    assert "4 nets, each arm retrained" in " ".join(figure.get_supxlabel().split()) and len(data) == 2 * 4 * 3
+    pd.testing.assert_frame_equal(retrain.ablate_s4d(config, tmp_path / "run"), rows)
+
+
+def test_an_arm_that_diverged_is_named_and_left_out(tmp_path: Path) -> None:
+    config = Experiment(excerpts=2, retrain=FEW.model_copy(update={"epochs": 1, "lr": 1e30, "warmup": 0.0}), workers=1)
+    with pytest.raises(TrainingError, match="no arm could be trained"):
+        retrain.ablate_s4d(config, tmp_path / "run")
+    assert pd.read_csv(tmp_path / "run" / "nets" / "arms.csv")["note"].str.contains("training stopped").all()
+
+
 @pytest.mark.parametrize(("last", "verdict"), [(0.9, claims.AGREE), (0.3, claims.DISAGREE)])
 def test_claim_of_figure_4(last: float, verdict: str) -> None:
     parts = [
@@ -345,7 +393,7 @@ def test_claim_of_figure_4(last: float, verdict: str) -> None:
     assert f"{last:.3f}" in found["figure 4"].numbers
     with_norm = {finding.claim: finding for finding in claims.judge(rows[rows["layernorm"]])}
     assert with_norm["figure 4"].verdict == claims.NOT_MEASURED
-    assert set(found) == {"figure 4"}
+    assert set(found) == {"figure 4", "figure 4b"}
 
 
 def test_lambda_is_swept_on_s4d_too(figure4_run: tuple[S4D, pd.DataFrame], tmp_path: Path) -> None:

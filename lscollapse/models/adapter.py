@@ -100,7 +100,7 @@ class Adapter(ABC):
     @property
     def head(self) -> Head | None:
         """The language-model head, None where the model came without one or its parts are not known."""
-        output = getattr(self.whole, "get_output_embeddings", lambda: None)()
+        output: Any = getattr(self.whole, "get_output_embeddings", lambda: None)()
         transform = None if output is None else self.before_output()
         return None if transform is None else Head(transform, output.weight, output.bias)
 

@@ -33,6 +33,8 @@ class S4DConfig:
         levels: integer values that one colour channel of a pixel can take.
         channels: colour channels of a pixel: 1 grey, 3 red, green and blue.
         data: what it was trained on, as `tasks.images.load` names it.
+        lam: strength of the skip; 0 for a net without.
+        layernorm: whether the blocks have their norm.
     """
 
     model_type: ClassVar[str] = "s4d"
@@ -45,6 +47,8 @@ class S4DConfig:
     num_labels: int = 10
     dropout: float = 0.1
     data: str = "cifar10"
+    lam: float = 1.0
+    layernorm: bool = True
 
     def __post_init__(self) -> None:
         sizes = (self.hidden_size, self.state_size // 2, self.num_hidden_layers, self.channels, self.num_labels)
@@ -118,16 +122,17 @@ def causal_convolution(u: Tensor, K: Tensor) -> Tensor:
 
 
 class S4DBlock(nn.Module):
-    """norm(X + O), O = dropout(mixer(X))."""
+    """norm(lam X + O), O = dropout(mixer(X))."""
 
     def __init__(self, config: S4DConfig) -> None:
         super().__init__()
         self.mixer = S4DMixer(config.hidden_size, config.state_size // 2, config.dropout)
         self.dropout = nn.Dropout(config.dropout)
-        self.norm = nn.LayerNorm(config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size) if config.layernorm else nn.Identity()
+        self.lam = config.lam
 
     def forward(self, X: Tensor) -> Tensor:  # (B, N, d) -> (B, N, d)
-        return self.norm(X + self.dropout(self.mixer(X)))
+        return self.norm(self.lam * X + self.dropout(self.mixer(X)))
 
 
 class S4D(nn.Module):
@@ -154,12 +159,12 @@ class S4D(nn.Module):
             X = layer(X)
         return self.decoder(X.mean(1))
 
-    def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """For an optimiser, as the S4 authors train: dt and A at a rate of at most 1e-3 and without weight decay."""
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """For `train.fit`, as the S4 authors train: dt and A at a rate of at most 1e-3 and without weight decay."""
         ssm = [p for name, p in self.named_parameters() if name.endswith(("log_dt", "log_A_real", "A_imag"))]
         held = set(map(id, ssm))
         rest = [p for p in self.parameters() if id(p) not in held]
         return [
-            {"params": rest, "lr": lr, "weight_decay": weight_decay},
-            {"params": ssm, "lr": min(lr, SSM_RATE), "weight_decay": 0.0},
+            {"params": rest, "weight_decay": weight_decay},
+            {"params": ssm, "weight_decay": 0.0, "highest_lr": SSM_RATE},
         ]

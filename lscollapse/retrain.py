@@ -1,0 +1,158 @@
+"""S4D trained on images: the shipped net, Figure 4's, and the four arms of `ablate-s4d --retrain`, each trained as it is."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+
+from lscollapse import pool
+from lscollapse.config import Experiment, S4DTraining
+from lscollapse.devices import device
+from lscollapse.nets.s4d import S4D, S4DConfig
+from lscollapse.results import write_atomic
+from lscollapse.runs import run
+from lscollapse.subjects import SILENT, Progress
+from lscollapse.tasks import images
+from lscollapse.train import LOG, STATE, Data, Diverged, Examples, Outcome, Settings, evaluate, fit
+from lscollapse.variants import Variant
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lscollapse.models import Adapter
+
+ARMS = tuple(itertools.product((1.0, 0.0), (True, False)))  # lam, layernorm
+KEPT_WHOLE = ("log_dt", "A_imag")  # float32 in a checkpoint: in half precision their product, a phase, would be off
+
+
+def ablate_s4d(config: Experiment, out: Path, progress: Progress = SILENT) -> pd.DataFrame:
+    """Figure 4 with each arm trained: skip x LayerNorm, four nets from the same seed, on the same held-out images.
+
+    `config.retrain` says how they are trained. An arm whose training diverged is left out, and named. The nets are in
+    `out`/nets, where a training that was killed continues, with their accuracies in arms.csv.
+    """
+    import pandas as pd
+
+    training, nets = config.retrain, out / "nets"
+    name = f"s4d-{Path(training.data).name}-retrained"
+    arms = [Arm(training, lam, norm, nets / _arm_name(lam, norm) / name, device(config)) for lam, norm in ARMS]
+    lines: list[dict[str, Any]] = []
+
+    def keep(arm: Arm, line: dict[str, Any]) -> None:
+        lines.append(line)
+        progress.note(f"{line['arm']}: {line['note']}")
+        progress.advance(1)
+
+    progress.start(len(arms))
+    workers = config.workers or (1 if arms[0].device == "cuda" else os.cpu_count() or 1)
+    pool.map_items(train_arm, arms, on_result=keep, workers=workers)
+    order = [_arm_name(lam, norm) for lam, norm in ARMS]
+    lines.sort(key=lambda line: order.index(line["arm"]))
+    write_atomic(nets / "arms.csv", pd.DataFrame(lines).to_csv(index=False))
+    trained = [str(arm.folder) for arm, line in zip(arms, lines, strict=True) if line["test_accuracy"] is not None]
+    if not trained:
+        raise Diverged(f"no arm could be trained: lower retrain.lr ({training.lr:g})")
+    return run("ablate-s4d", config.model_copy(update={"models": trained}), out, own_variant, progress)
+
+
+def own_variant(adapter: Adapter, config: Experiment) -> list[Variant]:
+    """The arm that a net was trained as."""
+    return [Variant(lam=adapter.config.lam, layernorm=adapter.config.layernorm)]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One net to be trained; `folder` gets its checkpoint, the folder above it the state of the training."""
+
+    training: S4DTraining
+    lam: float
+    layernorm: bool
+    folder: Path
+    device: str
+
+
+def train_arm(arm: Arm) -> dict[str, Any]:
+    """Train one arm and write its checkpoint: {arm, lam, layernorm, test_accuracy (None: diverged), steps, note}."""
+    line: dict[str, Any] = {"arm": arm.folder.parent.name, "lam": arm.lam, "layernorm": arm.layernorm}
+    try:
+        state = arm.folder.parent
+        outcome = train_net(arm.training, state, device=arm.device, lam=arm.lam, layernorm=arm.layernorm)
+    except Diverged as error:
+        return {**line, "test_accuracy": None, "steps": None, "note": str(error)}
+    if not (arm.folder / "training.json").exists():
+        export(state, arm.folder)
+    note = f"test accuracy {100 * outcome.accuracy:.1f} % after {outcome.steps} steps, {outcome.seconds:.0f} s"
+    return {**line, "test_accuracy": outcome.accuracy, "steps": outcome.steps, "note": note}
+
+
+def train_net(
+    training: S4DTraining, folder: Path, progress: Progress = SILENT, device: str = "cpu", compiled: bool = False,
+    **arm: Any,
+) -> Outcome:  # fmt: skip
+    """Train an S4D, or continue the training that `folder` holds; nothing is chosen by the test images' accuracy.
+
+    Args:
+        compiled: compile the layers; needs a C++ compiler.
+        arm: `lam` and `layernorm` of the net.
+    """
+    train, test = images.load(training.data, "train"), images.load(training.data, "test")
+    given = {"levels": train.levels, "channels": train.channels, "num_labels": train.n_labels, "data": training.data}
+    net = untrained(S4DConfig.from_dict({**training.model, **given, **arm}), training.seed)
+    if compiled:
+        for layer in net.layers:
+            layer.compile()
+    settings = Settings(
+        steps=training.epochs * (len(train.ids) // training.batch), betas=(0.9, 0.98),
+        **training.model_dump(include={"batch", "lr", "weight_decay", "warmup", "seed", "save_every"}),
+    )  # fmt: skip
+    data = Data(Examples(train.ids, train.labels), Examples(test.ids, test.labels), train.source)
+    return fit(net, data, settings, folder, progress, device)
+
+
+def untrained(config: S4DConfig, seed: int) -> S4D:
+    torch.manual_seed(seed)
+    return S4D(config)
+
+
+def export(state_folder: Path, folder: Path) -> dict[str, Any]:
+    """Write the checkpoint (half precision but for KEPT_WHOLE), its config and its training record, which is returned."""
+    state = torch.load(state_folder / STATE, map_location="cpu", weights_only=True)
+    settings = state["identity"]["settings"]
+    net = untrained(S4DConfig.from_dict(state["identity"]["net"]), settings["seed"])
+    train, test = images.load(net.config.data, "train"), images.load(net.config.data, "test")
+    examples = Examples(test.ids, test.labels)
+    before, _ = evaluate(net, examples, "cpu")
+    tensors = {
+        name: value.contiguous() if name.endswith(KEPT_WHOLE) else value.half().contiguous()
+        for name, value in state["net"].items()
+    }
+    net.load_state_dict(tensors)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    write_atomic(folder / "config.json", json.dumps(net.config.to_dict(), indent=2) + "\n")
+    write_atomic(folder / "loss.csv", (state_folder / LOG).read_text(encoding="utf-8"))
+    record = {
+        "parameters": sum(value.numel() for value in tensors.values()),
+        "data": train.source,
+        "training_images": len(train.ids),
+        "test_images": len(test.ids),
+        "steps": state["step"],
+        "seconds": round(state["seconds"]),
+        "test_accuracy": {"trained": evaluate(net, examples, "cpu")[0], "untrained": before},
+        **{name: settings[name] for name in ("batch", "lr", "weight_decay", "warmup", "seed")},
+        "sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
+    }
+    write_atomic(folder / "training.json", json.dumps(record, indent=2) + "\n")
+    return record
+
+
+def _arm_name(lam: float, layernorm: bool) -> str:
+    return f"{'skip' if lam else 'no-skip'}-{'norm' if layernorm else 'no-norm'}"

@@ -1,0 +1,170 @@
+"""Table 1 of arXiv:2410.10609v3: mixers x lambda modes x learning rates x seeds on MQAR and LRA image -> run folder.
+
+Every cell is one work item: a folder of its own under cells/, rows that are there whole or not at all. Of a mixer and
+lambda mode, the learning rate with the best mean validation accuracy is chosen; then its nets read the test set, once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lscollapse import pool
+from lscollapse.cells import Cell, cells, device_of, test_cell, train_cell
+from lscollapse.config import ConfigError
+from lscollapse.results import RunFolder, read_rows, write_atomic
+from lscollapse.subjects import SILENT, Progress
+from lscollapse.table1_config import Table1
+from lscollapse.tasks import images
+from lscollapse.train import STATE, Diverged
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLUMNS = (
+    "task", "data", "mixer", "lam", "lr", "seed", "dtype", "when", "layer", "excerpt", "measure", "value", "status",
+)  # fmt: skip
+ARM = ["task", "mixer", "lam"]
+UNDECISIVE = {"device", "engine", "address", "gpus_per_item", "workers", "tensorboard", "margin"}
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+class Engine(Protocol):
+    """Calls a function on items, and `on_result(item, result)` here: `pool.map_items` or `cluster.map_items`."""
+
+    def __call__(self, function: Callable, items: list, *, on_result: Callable) -> None: ...
+
+
+class Table1Folder(RunFolder):
+    columns = COLUMNS
+    order = ("task", "mixer", "lam", "lr", "seed", "when", "measure", "layer", "excerpt")
+
+
+def run(config: Table1, out: Path, progress: Progress = SILENT) -> pd.DataFrame:
+    """Train every cell of `config` and return the finished table of the run folder `out`.
+
+    The rows do not depend on who trained which cell, nor on how often the grid was killed and continued. On Ray the
+    state of a training is on the node that trains (or on a shared disk); everything else is written here.
+    """
+    engine = engine_of(config)
+    folder = Table1Folder(out, {"experiment": "table1", "config": config.model_dump(mode="json", exclude=UNDECISIVE)})
+    if folder.complete:
+        progress.note(f"{out} is complete: nothing to compute")
+        return read_rows(out)
+    every = list(cells(config, out / "cells"))
+    missing = [cell for cell in every if not folder.has(cell.key)]
+    if len(missing) < len(every):
+        progress.note(f"{out} is continued: {len(every) - len(missing)} of {len(every)} cells are there")
+    progress.start(len(missing))
+    done = len(every) - len(missing)
+
+    def keep(cell: Cell, result: dict[str, Any]) -> None:
+        nonlocal done
+        done += 1
+        store(folder, cell, result)
+        progress.note(f"{done} of {len(every)}  {cell.words}: {result['note']}, {result['seconds']:.0f} s")
+        progress.advance(1)
+
+    engine(train_cell, missing, on_result=keep)
+    chosen = choose(folder, every)
+    read = [cell for cell in chosen if not folder.has(f"{cell.key}-test")]
+    engine(
+        test_cell,
+        [(cell, (out / "cells" / cell.key / WEIGHTS).read_bytes()) for cell in read],
+        on_result=lambda trained, result: folder.add(f"{trained[0].key}-test", frame(result["rows"])),
+    )
+    keys = [*(cell.key for cell in every), *(f"{cell.key}-test" for cell in chosen)]
+    return folder.finish(keys, {"engine": config.engine, "images": _images_record(config)})
+
+
+def one_cell(config: Table1, task: str, lr: float | None, steps: int | None, out: Path | None) -> Cell:
+    """The cell of a configuration with one mixer, lambda mode and seed; `lr` and `steps` override its own.
+
+    Raises:
+        ConfigError: a task that the configuration does not have.
+    """
+    found = [cell for cell in cells(config, Path("runs/train")) if cell.task == task]
+    if not found:
+        raise ConfigError(f"no task {task!r} in the configuration: it has {', '.join(config.tasks)}")
+    cell = found[0] if lr is None else replace(found[0], lr=lr)
+    training = cell.training if steps is None else {**cell.training, "steps": steps}
+    return replace(cell, training=training, folder=out or Path("runs/train") / cell.key)
+
+
+def train_one(cell: Cell, progress: Progress = SILENT) -> pd.DataFrame:
+    """Train and test one cell in this process; its rows, which are in rows.csv of its folder with the net.
+
+    Raises:
+        Diverged: the loss or its gradient was not finite.
+    """
+    result = train_cell(cell, progress)
+    if not result["weights"]:
+        raise Diverged(result["note"])
+    write_net(cell.folder, result)
+    rows = frame([*result["rows"], *test_cell((cell, result["weights"]))["rows"]])
+    write_atomic(cell.folder / "rows.csv", rows.to_csv(index=False, float_format="%.10g"))
+    return rows
+
+
+def store(folder: RunFolder, cell: Cell, result: dict[str, Any]) -> None:
+    """The trained net, then the rows: with them the cell counts as done, and its training state can go."""
+    if result["weights"]:
+        write_net(cell.folder, result)
+    folder.add(cell.key, frame(result["rows"]))
+    (cell.folder / STATE).unlink(missing_ok=True)
+
+
+def write_net(folder: Path, result: dict[str, Any]) -> None:
+    """What `train_cell` gave, as config.json and model.safetensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / CONFIG, json.dumps(result["config"], indent=2) + "\n")
+    temporary = folder / "model.tmp"
+    temporary.write_bytes(result["weights"])
+    temporary.replace(folder / WEIGHTS)
+
+
+def choose(folder: RunFolder, every: list[Cell]) -> list[Cell]:
+    """The cells of the learning rate with the best mean validation accuracy of each arm.
+
+    A rate at which a net of some seed diverged is not chosen; an arm without any other has no test accuracy. Of equal
+    rates the lowest is chosen.
+    """
+    import pandas as pd
+
+    rows = pd.concat([pd.read_parquet(folder.parts / f"{cell.key}.parquet") for cell in every])
+    accuracy = rows[rows["measure"] == "validation_accuracy"]
+    means = accuracy.groupby([*ARM, "lr"])["value"].apply(lambda values: values.mean(skipna=False)).dropna()
+    best = set(means.groupby(ARM).idxmax())  # (task, mixer, lam, lr)
+    return [cell for cell in every if (cell.task, cell.mixer, cell.lam, cell.lr) in best]
+
+
+def frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """The rows of one work item."""
+    import pandas as pd
+
+    return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"layer": "Int64", "excerpt": "Int64"})
+
+
+def engine_of(config: Table1) -> Engine:
+    """As many processes as configured, else one for each core, or one where the GPU computes; or Ray."""
+    if config.engine == "ray":
+        from lscollapse import cluster
+
+        return partial(cluster.map_items, address=config.address, num_gpus=config.gpus_per_item or 0)
+    default = 1 if device_of(config.device) == "cuda" else os.cpu_count() or 1
+    return partial(pool.map_items, workers=config.workers or default)
+
+
+def _images_record(config: Table1) -> dict[str, Any]:
+    """Source and checksum of the images trained and tested on."""
+    if config.image is None:
+        return {}
+    data = config.image.data
+    found = {split: images.grey(data.source, split, data.seed) for split in images.GREY_SPLITS}
+    return {split: {"source": part.source, "images": len(part.ids), "sha256": part.sha256}
+            for split, part in found.items()}  # fmt: skip

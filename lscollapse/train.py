@@ -1,0 +1,314 @@
+"""The one training loop: AdamW, a linear warm-up, then a cosine or a constant rate; continued exactly where it was killed.
+
+What a step does depends on the weights, the optimizer and the step's number alone: the order of the data and the dropout
+of a step are drawn from (seed, epoch) and (seed, step). So a saved step is all that there is to save, and a run that was
+killed and continued ends with the same bits on a CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lscollapse.results import differences, write_atomic
+from lscollapse.subjects import SILENT, Progress
+
+STATE, LOG, RECORD = "state.pt", "log.csv", "diverged.json"
+EVALUATED_AT_ONCE = 256  # examples
+HEADER = "step,seconds,train_loss,held_out_loss,held_out_accuracy"
+
+
+class TrainingError(ValueError):
+    """A folder cannot continue this training."""
+
+
+class Diverged(TrainingError):
+    """The loss or its gradient was no finite number; the folder's diverged.json has the record."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the weights, beside the net and the data.
+
+    Attributes:
+        steps: of the optimizer, over all epochs.
+        batch: examples a step; those that fill no batch wait for the next epoch.
+        lr: the highest learning rate; parameter groups may set a lower one (`highest_lr`).
+        warmup: part of all steps in which the rate rises linearly.
+        schedule: what follows: `cosine` to zero, or `constant`.
+        clip: greatest norm of the gradient.
+        loss: `cross_entropy`, or `paper_code`: the authors' public code gives softmax(logits) to the cross-entropy, which
+            takes the softmax again.
+        evaluate_every: steps between two looks at the held-out examples; None: an epoch.
+        save_every, save_seconds: the state is written after so many steps, or seconds, and at the end.
+    """
+
+    steps: int
+    batch: int = 64
+    lr: float = 1e-3
+    weight_decay: float = 0.1
+    warmup: float = 0.1
+    schedule: Literal["cosine", "constant"] = "cosine"
+    clip: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    loss: Literal["cross_entropy", "paper_code"] = "cross_entropy"
+    seed: int = 0
+    evaluate_every: int | None = None
+    save_every: int = 1000
+    save_seconds: float = 60.0
+
+
+@dataclass(frozen=True)
+class Examples:
+    """One split.
+
+    Attributes:
+        ids: (n, N) integers, what the net reads.
+        labels: (n,) classes, or (n, P) one for each position of `at`.
+        at: (n, P) the positions that are asked for, or None where the net gives one output a sequence.
+    """
+
+    ids: np.ndarray
+    labels: np.ndarray
+    at: np.ndarray | None = None
+
+    def batch(self, rows: Any, device: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        """ids, labels and at of some rows as int64 on the device."""
+
+        def take(values: np.ndarray) -> Tensor:
+            return torch.from_numpy(values[rows].astype(np.int64)).to(device)
+
+        return take(self.ids), take(self.labels), None if self.at is None else take(self.at)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained on, and what the accuracy is reported on meanwhile; `source` names both, with their seed."""
+
+    train: Examples
+    held_out: Examples
+    source: str
+
+
+@dataclass
+class Outcome:
+    """A finished training: seconds over all its starts, the accuracy and loss on the held-out examples at the end."""
+
+    steps: int
+    seconds: float
+    accuracy: float
+    loss: float
+    train_loss: float
+
+
+@dataclass
+class _State:
+    step: int = 0
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)  # since the last line of the log
+    log: list[str] = field(default_factory=lambda: [HEADER])
+
+
+def rate(step: int, settings: Settings) -> float:
+    """The learning rate of a step, 0..steps-1, relative to the highest."""
+    first = max(1, round(settings.warmup * settings.steps))
+    if step < first:
+        return (step + 1) / first
+    if settings.schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - first) / (settings.steps - first)))
+
+
+def rows_of(step: int, n_examples: int, settings: Settings) -> np.ndarray:
+    """Which examples a step sees: a new order every epoch."""
+    size = min(settings.batch, n_examples)
+    epoch, number = divmod(step, n_examples // size)
+    order = np.random.default_rng([settings.seed, epoch]).permutation(n_examples)
+    return order[number * size : (number + 1) * size]
+
+
+def loss_of(logits: Tensor, labels: Tensor, kind: str) -> Tensor:
+    """Mean loss; logits (..., classes), labels (...)."""
+    logits = logits.float().flatten(0, -2)
+    return F.cross_entropy(logits.softmax(-1) if kind == "paper_code" else logits, labels.flatten())
+
+
+@torch.no_grad()
+def evaluate(net: nn.Module, examples: Examples, device: str, kind: str = "cross_entropy") -> tuple[float, float]:
+    """Accuracy and mean loss over all labels, without dropout."""
+    net.eval()
+    right, total, count = 0, 0.0, 0
+    for first in range(0, len(examples.ids), EVALUATED_AT_ONCE):
+        ids, labels, at = examples.batch(slice(first, first + EVALUATED_AT_ONCE), device)
+        with autocast(device):
+            logits = net(ids) if at is None else net(ids, at)
+        right += int((logits.argmax(-1) == labels).sum())
+        total += float(loss_of(logits, labels, kind)) * labels.numel()
+        count += labels.numel()
+    net.train()
+    return right / count, total / count
+
+
+def autocast(device: str) -> AbstractContextManager[Any]:
+    """bfloat16 products on a GPU, float32 on a CPU."""
+    return torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") else nullcontext()
+
+
+def fit(
+    net: nn.Module, data: Data, settings: Settings, folder: Path, progress: Progress = SILENT, device: str = "cpu",
+    tensorboard: bool = True,
+) -> Outcome:  # fmt: skip
+    """Train `net` in place, or continue the training that `folder` holds.
+
+    Args:
+        net: gives logits for (ids) or (ids, at), and `parameter_groups(weight_decay)`.
+        folder: gets state.pt (the last saved step), log.csv and TensorBoard's events.
+
+    Raises:
+        Diverged: the loss or the gradient became infinite or NaN, now or when the folder was trained before.
+        TrainingError: the folder holds a training with other settings.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / RECORD).exists():
+        raise Diverged(_diverged(json.loads((folder / RECORD).read_text(encoding="utf-8")), folder))
+    net.to(device).train()
+    groups = net.parameter_groups(settings.weight_decay)  # type: ignore[operator]
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
+    identity = {"settings": asdict(settings), "data": data.source, "net": net.config.to_dict()}  # type: ignore[union-attr, operator]
+    state = _continued(net, optimizer, folder, identity, device)
+    if state.step:
+        progress.note(f"{folder} is continued at step {state.step} of {settings.steps}")
+    progress.start(settings.steps - state.step)
+    writer = _writer(folder, state.step) if tensorboard else None
+    try:
+        return _train(net, optimizer, data, settings, folder, identity, state, progress, device, writer)
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+def _train(
+    net: Any, optimizer: torch.optim.Optimizer, data: Data, settings: Settings, folder: Path, identity: dict[str, Any],
+    state: _State, progress: Progress, device: str, writer: Any,
+) -> Outcome:  # fmt: skip
+    n_examples = len(data.train.ids)
+    every = settings.evaluate_every or max(1, n_examples // settings.batch)
+    began = time.monotonic() - state.seconds
+    saved = time.monotonic()
+    while state.step < settings.steps:
+        rows = rows_of(state.step, n_examples, settings)
+        loss, norm = _step(net, optimizer, data.train.batch(rows, device), settings, state.step, device)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            record = {"step": state.step + 1, "loss": str(loss), "gradient_norm": str(norm), "lr": settings.lr}
+            write_atomic(folder / RECORD, json.dumps(record, indent=2) + "\n")
+            raise Diverged(_diverged(record, folder))
+        state.step += 1
+        state.losses.append(loss)
+        progress.advance(1)
+        last = state.step == settings.steps
+        if state.step % every == 0 or last:
+            state.seconds = time.monotonic() - began
+            _report(net, data, settings, state, progress, device, writer)
+        if state.step % settings.save_every == 0 or last or time.monotonic() - saved >= settings.save_seconds:
+            state.seconds = time.monotonic() - began
+            write_atomic(folder / LOG, "\n".join(state.log) + "\n")
+            _save({"identity": identity, "net": net.state_dict(), "optimizer": optimizer.state_dict(), **asdict(state)},
+                  folder / STATE)  # fmt: skip
+            saved = time.monotonic()
+    *_, train_loss, loss, accuracy = map(float, state.log[-1].split(","))
+    return Outcome(state.step, state.seconds, accuracy, loss, train_loss)
+
+
+def _step(
+    net: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor, Tensor | None], settings: Settings,
+    step: int, device: str,
+) -> tuple[float, float]:  # fmt: skip
+    """One update, if the gradient is finite; returns the loss before it and the norm of the gradient before clipping."""
+    ids, labels, at = batch
+    for group in optimizer.param_groups:
+        group["lr"] = min(settings.lr, group.get("highest_lr", math.inf)) * rate(step, settings)
+    torch.manual_seed(settings.seed * 1_000_003 + step)  # dropout of this step, the same in a continued run
+    with autocast(device):
+        logits = net(ids) if at is None else net(ids, at)
+    loss = loss_of(logits, labels, settings.loss)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = float(nn.utils.clip_grad_norm_(net.parameters(), settings.clip))
+    if math.isfinite(norm):
+        optimizer.step()
+    return float(loss.detach()), norm
+
+
+def _report(
+    net: Any, data: Data, settings: Settings, state: _State, progress: Progress, device: str, writer: Any
+) -> None:
+    accuracy, held_out = evaluate(net, data.held_out, device, settings.loss)
+    train = sum(state.losses) / len(state.losses)
+    state.losses.clear()
+    state.log.append(f"{state.step},{state.seconds:.1f},{train:.6g},{held_out:.6g},{accuracy:.6g}")
+    left = state.seconds / state.step * (settings.steps - state.step)
+    progress.note(
+        f"step {state.step} of {settings.steps}  loss {train:.4f}  held out {100 * accuracy:.1f} %"
+        f"  left {int(left) // 60}:{int(left) % 60:02d}"
+    )
+    if writer is None:
+        return
+    scalars = {"loss/train": train, "loss/held_out": held_out, "accuracy/held_out": accuracy}
+    scalars["rate"] = settings.lr * rate(state.step - 1, settings)
+    lams = net.lams() if hasattr(net, "lams") else []
+    scalars |= {f"lambda/layer {layer}": lam for layer, lam in enumerate(lams, 1)}
+    for name, value in scalars.items():
+        writer.add_scalar(name, value, state.step)
+
+
+def _writer(folder: Path, step: int) -> Any:
+    """TensorBoard's, where it is installed; events after `step`, of a run that was killed, are taken back."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=step + 1)
+
+
+def _continued(
+    net: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, identity: dict[str, Any], device: str
+) -> _State:
+    file = folder / STATE
+    if not file.exists():
+        return _State()
+    held = torch.load(file, map_location=device, weights_only=True)
+    plain = json.loads(json.dumps(identity))
+    different = differences(json.loads(json.dumps(held.pop("identity"))), plain)
+    if different:
+        raise TrainingError(f"{folder} was trained otherwise ({'; '.join(different[:4])}): give a new folder")
+    net.load_state_dict(held.pop("net"))
+    optimizer.load_state_dict(held.pop("optimizer"))
+    return _State(**held)
+
+
+def _save(state: dict[str, Any], path: Path) -> None:
+    """Whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as handle:
+        torch.save(state, handle)
+        handle.flush()
+        os.fsync(handle.fileno())
+    temporary.replace(path)
+
+
+def _diverged(record: dict[str, Any], folder: Path) -> str:
+    return (
+        f"loss {record['loss']}, gradient {record['gradient_norm']} at step {record['step']}: training stopped, lower the"
+        f" learning rate ({record['lr']:g}); {folder / RECORD} has the record"
+    )
