@@ -362,7 +362,9 @@ def test_a_phone_has_nothing_beside_the_screen(view, path):
 def test_the_numbers_are_a_table_and_a_file(view):
     figure = view.figure("Figure 3")
     figure.find_element(By.TAG_NAME, "summary").click()
-    cells = figure.find_elements(By.CSS_SELECTOR, "details tbody tr")[2].find_elements(By.TAG_NAME, "td")
+    rows = (By.CSS_SELECTOR, "details tbody tr")
+    WebDriverWait(view.driver, 10, poll_frequency=0.02).until(lambda _: len(figure.find_elements(*rows)) > 2)
+    cells = figure.find_elements(*rows)[2].find_elements(By.TAG_NAME, "td")
     mean, sd = expected(ablation(), 2, arm="gate, LN")
     assert cells[0].text == f"{mean:.3f} ± {sd:.3f}"
     view.click(figure, "Save as CSV")

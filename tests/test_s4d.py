@@ -402,7 +402,7 @@ def test_lambda_is_swept_on_s4d_too(figure4_run: tuple[S4D, pd.DataFrame], tmp_p
     rows = experiments.sweep_lambda(Experiment(models=[str(folder)], lambdas=[-1, 0, 1], excerpts=2), tmp_path / "run")
     assert set(rows["lam"]) == {-1, 0, 1} and rows["gating"].isna().all()
     figure, _ = figures.figure2(rows)
-    assert [ax.get_title("left").split()[-1] for ax in figure.axes] == ["S4D"]
+    assert [ax.get_title("left").split()[-1] for ax in figure.axes] == ["images"]
 
 
 def test_only_s4d_is_ablated_so(tmp_path: Path) -> None:
