@@ -55,6 +55,7 @@ def table1(
 ) -> None:  # fmt: skip
     """Fixed against learnt lambda: mixers x lambda modes x learning rates x seeds, the table and its figures."""
     from lscollapse import console, figures_table1, table1_report
+    from lscollapse.results import write_atomic
     from lscollapse.table1 import run
 
     flags = {"device": device, "workers": workers, "engine": engine, "address": address}
@@ -62,6 +63,9 @@ def table1(
     with console.Bar("training") as bar:
         rows = run(grid, out, bar)
     to = to or out
+    if to != out:
+        to.mkdir(parents=True, exist_ok=True)
+        write_atomic(to / "manifest.json", (out / "manifest.json").read_text(encoding="utf-8"))
     typer.echo(table1_report.markdown(rows, grid.margin))
     for path in [*table1_report.write(rows, grid.margin, to), *figures_table1.draw(rows, to)]:
         typer.echo(f"wrote {path}")
