@@ -74,7 +74,7 @@ def excerpts(
 @app.command(rich_help_panel=PREPARE)
 def fetch(
     model: Annotated[str, typer.Argument(help="Short name or hub id.")],
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.  [default: the pinned one]")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.  \\[default: the pinned one]")] = None,
 ) -> None:
     """Download a model from the hub, resumable, checked by size and sha256, so that --offline runs find it."""
     from lscollapse.models import hub, registry

@@ -48,7 +48,7 @@ def compare(
 
 
 def doctor(
-    config: Annotated[Path | None, typer.Option("--config", help="YAML file of a run.  [default: the embedded one]")] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="YAML file of a run.  \\[default: the embedded one]")] = None,
     model: Annotated[list[str] | None, typer.Option("--model", help="Short name, folder or hub id; repeat for several.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="key=value, any setting of the configuration.")] = None,
 ) -> None:  # fmt: skip

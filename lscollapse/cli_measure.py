@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 def measure(
     model: o.ModelName,
-    lambdas: Annotated[str | None, typer.Option(help='Comma-separated, such as "-2,0,0.5,1".  [default: 1, the model as it is]')] = None,
+    lambdas: Annotated[str | None, typer.Option(help='Comma-separated, such as "-2,0,0.5,1".  \\[default: 1, the model as it is]')] = None,
     lambdas_file: o.LambdasFile = None, excerpts: o.Excerpts = None, tokens: o.Tokens = None,
     source: Annotated[str | None, typer.Option(help="packaged, wikipedia, datasets, or a .txt, .jsonl or .parquet file; for ViT digits or a folder of pictures.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="native, bert, or a folder or hub id.  [default: native]")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="native, bert, or a folder or hub id.  \\[default: native]")] = None,
     skip_site: o.SkipSite = None,
     gating: Annotated[bool, typer.Option("--gating/--no-gating", help="Without the gate, where the mixer has one.")] = True,
     dtype: o.Dtype = None, device: o.Device = None, seed: o.Seed = None, random_init: o.RandomInit = None,
     offline: o.Offline = None, stream: o.Stream = None, max_memory: o.Memory = None, settings: o.Set = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder.  [default: runs/measure/MODEL]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder.  \\[default: runs/measure/MODEL]")] = None,
     yscale: o.Yscale = "linear",
 ) -> None:  # fmt: skip
     """Does this model collapse? Any encoder or decoder of transformers: rank-collapse measures layer by layer, and a verdict."""

@@ -84,8 +84,8 @@ def ablate_gating(
 
 def ablate_s4d(
     config: o.Config = None, model: o.Model = None,
-    excerpts: Annotated[int | None, typer.Option(help="How many held-out images.  [default: 32]")] = None,
-    source: Annotated[str | None, typer.Option(help="digits, cifar10 or a folder.  [default: what the net was trained on]")] = None,
+    excerpts: Annotated[int | None, typer.Option(help="How many held-out images.  \\[default: 32]")] = None,
+    source: Annotated[str | None, typer.Option(help="digits, cifar10 or a folder.  \\[default: what the net was trained on]")] = None,
     dtype: o.Dtype = None, device: o.Device = None, seed: o.Seed = None, random_init: o.RandomInit = None, offline: o.Offline = None,
     engine: o.Engine = None, address: o.Address = None,
     train_arms: Annotated[bool, typer.Option("--retrain", help="Train each arm as it is, instead of ablating one trained net.")] = False,
@@ -106,7 +106,7 @@ def ablate_s4d(
 
 def figures(
     runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
-    to: Annotated[Path | None, typer.Option(help="Where to put the figures.  [default: each run's folder]")] = None,
+    to: Annotated[Path | None, typer.Option(help="Where to put the figures.  \\[default: each run's folder]")] = None,
     yscale: o.Yscale = "linear",
 ) -> None:
     """Draw the figures of finished runs again, without computing."""

@@ -15,19 +15,19 @@ ModelName = Annotated[str, typer.Argument(help="Short name, folder or hub id.")]
 Target = Annotated[float, typer.Option(help="Relative mu to keep at the last layer, mean over the excerpts.")]
 Tolerance = Annotated[float, typer.Option(help="Relative width of a bracket at which bisection ends.")]
 Excerpts = Annotated[int, typer.Option(help="How many excerpts.")]
-Tokens = Annotated[int | None, typer.Option(help="Tokens of each excerpt.  [default: 128]")]
+Tokens = Annotated[int | None, typer.Option(help="Tokens of each excerpt.  \\[default: 128]")]
 Source = Annotated[
     str | None, typer.Option(help="packaged, wikipedia, datasets, smiles, or a .txt, .jsonl or .parquet file.")
 ]
-Tokenizer = Annotated[str | None, typer.Option(help="bert, native, or a folder or hub id.  [default: bert]")]
+Tokenizer = Annotated[str | None, typer.Option(help="bert, native, or a folder or hub id.  \\[default: bert]")]
 Gating = Annotated[bool, typer.Option("--gating/--no-gating", help="Without the gate: lambda stands in its place.")]
-Seed = Annotated[int | None, typer.Option(help="Which excerpts are drawn.  [default: 0]")]
+Seed = Annotated[int | None, typer.Option(help="Which excerpts are drawn.  \\[default: 0]")]
 Offline = Annotated[bool | None, typer.Option("--offline", help="Make no call to the hub.")]
-Memory = Annotated[str | None, typer.Option("--max-memory", help="Bound on memory when streaming.  [default: 2GiB]")]
+Memory = Annotated[str | None, typer.Option("--max-memory", help="Bound on memory when streaming.  \\[default: 2GiB]")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="key=value, any setting of the configuration; repeat for several.")
 ]
-Out = Annotated[Path | None, typer.Option(help="Where to put the files.  [default: runs/VERB]")]
+Out = Annotated[Path | None, typer.Option(help="Where to put the files.  \\[default: runs/VERB]")]
 
 
 def _subject(model: str, settings: list[str] | None, bar: Any, **flags: Any) -> Any:

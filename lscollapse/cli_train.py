@@ -7,31 +7,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lscollapse import options as o
+
 if TYPE_CHECKING:
     import pandas as pd
 
 Config = Annotated[
     Path | None,
-    typer.Option("--config", help="YAML file as in configs/table1; flags override it.  [default: embedded]"),
+    typer.Option("--config", help="YAML file as in configs/table1; flags override it.  \\[default: embedded]"),
 ]
-Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.  [default: auto]")]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", help="key=value, any setting of the configuration; repeat for several.")
-]
-Engine = Annotated[str | None, typer.Option(help="local or ray.  [default: local]")]
-Address = Annotated[str | None, typer.Option(help="Of a Ray cluster: auto or HOST:PORT.  [default: start one here]")]
 
 
 def train(
     task: Annotated[str, typer.Option(help="mqar or image.")] = "mqar",
     mixer: Annotated[str, typer.Option(help="attention, linear, mamba or mamba2.")] = "attention",
     lam: Annotated[str, typer.Option(help="A number, fixed in all layers, or learnable.")] = "1",
-    lam_init: Annotated[float | None, typer.Option(help="Where a learnable lambda starts.  [default: -1]")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.  [default: the first of the configuration]")] = None,
-    steps: Annotated[int | None, typer.Option(help="Of the optimizer.  [default: as configured]")] = None,
+    lam_init: Annotated[float | None, typer.Option(help="Where a learnable lambda starts.  \\[default: -1]")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.  \\[default: the first of the configuration]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Of the optimizer.  \\[default: as configured]")] = None,
     seed: Annotated[int, typer.Option(help="Of the weights and the order of the data.")] = 0,
-    config: Config = None, device: Device = None, settings: Set = None,
-    out: Annotated[Path | None, typer.Option(help="Where to train.  [default: runs/train/CELL]")] = None,
+    config: Config = None, device: o.Device = None, settings: o.Set = None,
+    out: Annotated[Path | None, typer.Option(help="Where to train.  \\[default: runs/train/CELL]")] = None,
 ) -> None:  # fmt: skip
     """Train one net of Table 1 and read the test set once; killed and started again it continues to the same numbers."""
     from lscollapse import console, table1
@@ -47,11 +43,11 @@ def train(
 
 
 def table1(
-    config: Config = None, device: Device = None,
-    workers: Annotated[int | None, typer.Option(help="Processes on this machine.  [default: one for each core]")] = None,
-    engine: Engine = None, address: Address = None, settings: Set = None,
+    config: Config = None, device: o.Device = None,
+    workers: Annotated[int | None, typer.Option(help="Processes on this machine.  \\[default: one for each core]")] = None,
+    engine: o.Engine = None, address: o.Address = None, settings: o.Set = None,
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/table1"),
-    to: Annotated[Path | None, typer.Option(help="Where to put table and figures.  [default: the run folder]")] = None,
+    to: Annotated[Path | None, typer.Option(help="Where to put table and figures.  \\[default: the run folder]")] = None,
 ) -> None:  # fmt: skip
     """Fixed against learnt lambda: mixers x lambda modes x learning rates x seeds, the table and its figures."""
     from lscollapse import console, figures_table1, table1_report
