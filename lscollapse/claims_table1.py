@@ -30,7 +30,7 @@ def judge(rows: pd.DataFrame) -> Iterator[Finding]:
     from lscollapse import table1_report as report
     from lscollapse.table1_config import Table1
 
-    found = report.comparisons(rows, Table1.model_fields["margin"].default)
+    found = [c for c in report.comparisons(rows, Table1.model_fields["margin"].default) if c.task != report.ALL]
     tasks = ", ".join(report.TASKS[task] for task in dict.fromkeys(c.task for c in found))
     points = "; ".join(
         f"{report.TASKS[c.task]} {report.MIXERS[c.mixer]}, {c.lam}: {100 * c.difference:+.1f} (at least {100 * c.low:+.1f})"

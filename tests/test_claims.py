@@ -169,6 +169,14 @@ def test_table1(learnt: Sequence[float], fixed: Sequence[float], first: str, sec
     assert f"MQAR Mamba, learnt from -1: {points:+.1f}" in found["table 1a"].numbers
 
 
+def test_table1_of_several_mixers_is_judged_mixer_by_mixer() -> None:
+    """Their average, which the `table1` verb adds, is no case of its own."""
+    one = trained([0.9, 0.91, 0.9], [0.9, 0.91, 0.9])
+    found = list(claims_table1.judge(pd.concat([one, one.assign(mixer="attention")])))
+    assert [finding.claim for finding in found] == ["table 1a", "table 1b"]
+    assert found[0].model == "MQAR" and found[0].numbers.startswith("of 2: 2 no worse")
+
+
 def test_table1_without_a_pair_of_arms() -> None:
     rows = trained([0.9, 0.9], [])
     assert [finding.verdict for finding in claims_table1.judge(rows)] == [NOT_MEASURED, NOT_MEASURED]
