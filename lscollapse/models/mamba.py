@@ -5,38 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lscollapse.models.adapter import Adapter, Edit, HookSet
-from lscollapse.models.mamba2 import mixer_skip, residual_skip
+from lscollapse.models.adapter import Edit, HookSet
+from lscollapse.models.mamba2 import MambaStack, mixer_skip, residual_skip
 
 OPEN = 1.2784645427610738  # silu(OPEN) = 1: a gate that changes nothing
 
 
-class MambaAdapter(Adapter):
+class MambaAdapter(MambaStack):
     """Deviation: without its gate the mixer is given one that multiplies by 1, to the rounding of the dtype."""
 
     model_types = ("mamba",)
-    has_gate = True
-    skip_sites = ("residual", "mixer")
     norm_sites = ("both", "block")
-    pre_norm = True
-
-    @property
-    def n_layers(self) -> int:
-        return self.config.num_hidden_layers
-
-    def block(self, layer: int) -> Any:
-        return self.model.layers[layer]
-
-    def embed(self, ids: Tensor) -> Tensor:
-        return self.model.embeddings(ids)
-
-    def run(self, layer: int, X: Tensor) -> Tensor:
-        return self.model.layers[layer](X)
-
-    def before_output(self) -> nn.Module:
-        return self.model.norm_f
 
     def install(self, block: Any, edit: Edit, hooks: HookSet) -> None:
         residual_skip(

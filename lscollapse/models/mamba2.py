@@ -17,16 +17,12 @@ from lscollapse.models.mamba2_gpu import GpuBlock
 from lscollapse.models.mamba2_native import Mamba2Shape, NativeBlock, Workers
 
 
-class Mamba2Adapter(Adapter):
-    model_types = ("mamba2",)
+class MambaStack(Adapter):
+    """What Mamba and Mamba-2 share: pre-norm blocks with a gate, between an embedding and a final norm."""
+
     has_gate = True
     skip_sites = ("residual", "mixer")
-    norm_sites = ("both", "mixer", "block")
     pre_norm = True
-
-    def __init__(self, model: Any) -> None:
-        super().__init__(model)
-        self.workers = Workers()
 
     @property
     def n_layers(self) -> int:
@@ -40,6 +36,18 @@ class Mamba2Adapter(Adapter):
 
     def run(self, layer: int, X: Tensor) -> Tensor:
         return self.model.layers[layer](X)
+
+    def before_output(self) -> nn.Module:
+        return self.model.norm_f
+
+
+class Mamba2Adapter(MambaStack):
+    model_types = ("mamba2",)
+    norm_sites = ("both", "mixer", "block")
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.workers = Workers()
 
     @property
     def native(self) -> bool:
@@ -90,9 +98,6 @@ class Mamba2Adapter(Adapter):
             c.hidden_size, c.num_heads, c.head_dim, c.state_size, c.n_groups, c.conv_kernel, c.layer_norm_epsilon,
             tuple(c.time_step_limit),
         )  # fmt: skip
-
-    def before_output(self) -> nn.Module:
-        return self.model.norm_f
 
     def install(self, block: Any, edit: Edit, hooks: HookSet) -> None:
         if edit.changes_sum:
