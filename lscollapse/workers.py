@@ -7,18 +7,13 @@ agreed on. A process ends with the one that started it, however that ends.
 from __future__ import annotations
 
 import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lscollapse.config import Experiment
 from lscollapse.items import Item, measure_item
+from lscollapse.pool import WorkerError, begin, in_processes
 from lscollapse.results import RunFolder
 from lscollapse.subjects import SILENT, Progress, load_adapter
 
@@ -26,10 +21,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from lscollapse.models import Adapter
-
-
-class WorkerError(ValueError):
-    """A process that measured came to a sudden end, or sees another model than the one that started it."""
 
 
 class Worker:
@@ -70,34 +61,19 @@ def measure_items(
     Raises:
         WorkerError: a process was killed. Errors of the measuring itself come through as they are.
     """
-    context = multiprocessing.get_context("spawn")
-    free: Any = context.Queue()
+    free: Any = multiprocessing.get_context("spawn").Queue()
     for device in devices:
         free.put(device)
     arguments = (free, len(devices), config, folder.path, folder.identity)
-    pool = ProcessPoolExecutor(len(devices), context, _start, arguments)
-    try:
-        for done in as_completed([pool.submit(_measure, item) for item in items]):
-            progress.advance(done.result())
-    except BrokenProcessPool:
-        raise WorkerError(
-            "a worker process was killed (out of memory?); what was measured is kept, the same command continues,"
-            " with less memory under --set workers=1"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+    kept = "what was measured is kept, the same command continues, with less memory under --set workers=1"
+    in_processes(_measure, items, lambda _, cost: progress.advance(cost), len(devices), _start, arguments, kept)
 
 
 def _start(free: Any, n_workers: int, config: Experiment, path: Path, identity: dict[str, Any]) -> None:
     import torch
 
-    from lscollapse import allocation
-
     global _worker, _folder
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the process that started this one tells the user
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    allocation.keep_freed_memory()
-    torch.set_num_threads(max(1, torch.get_num_threads() // n_workers))
+    begin(max(1, torch.get_num_threads() // n_workers))
     _worker = Worker(config.model_copy(update={"device": free.get()}))
     _folder = RunFolder(path, identity)
 
@@ -106,11 +82,3 @@ def _measure(item: Item) -> float:
     assert _worker is not None and _folder is not None
     _folder.add(item.key, _worker.rows(item))
     return item.cost
-
-
-def end_with_parent() -> None:
-    """Wait for the process that started this one to end, then end."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
