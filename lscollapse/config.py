@@ -70,6 +70,7 @@ class S4DTraining(Section):
     warmup: float = Field(default=0.1, ge=0, le=1)
     seed: int = Field(default=0, ge=0)
     save_every: int = Field(default=30, ge=1)
+    crops: bool = False  # random crops and flips, for square images
     model: dict[str, Any] = Field(default={})
 
 

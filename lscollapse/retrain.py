@@ -113,7 +113,12 @@ def train_net(
         steps=training.epochs * (len(train.ids) // training.batch), betas=(0.9, 0.98),
         **training.model_dump(include={"batch", "lr", "weight_decay", "warmup", "seed", "save_every"}),
     )  # fmt: skip
-    data = Data(Examples(train.ids, train.labels), Examples(test.ids, test.labels), train.source)
+    data = Data(
+        Examples(train.ids, train.labels),
+        Examples(test.ids, test.labels),
+        train.source,
+        images.cropped if training.crops else None,
+    )
     return fit(net, data, settings, folder, progress, device)
 
 

@@ -11,8 +11,10 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,11 +96,16 @@ class Examples:
 
 @dataclass(frozen=True)
 class Data:
-    """What is trained on, and what the accuracy is reported on meanwhile; `source` names both, with their seed."""
+    """What is trained on, and what the accuracy is reported on meanwhile; `source` names both, with their seed.
+
+    Attributes:
+        augment: (ids, seed) -> ids, changes the examples of a step anew each time they are seen.
+    """
 
     train: Examples
     held_out: Examples
     source: str
+    augment: Callable[[Tensor, Any], Tensor] | None = None
 
 
 @dataclass
@@ -134,8 +141,13 @@ def rows_of(step: int, n_examples: int, settings: Settings) -> np.ndarray:
     """Which examples a step sees: a new order every epoch."""
     size = min(settings.batch, n_examples)
     epoch, number = divmod(step, n_examples // size)
-    order = np.random.default_rng([settings.seed, epoch]).permutation(n_examples)
-    return order[number * size : (number + 1) * size]
+    return _order(settings.seed, epoch, n_examples)[number * size : (number + 1) * size]
+
+
+@lru_cache(maxsize=1)
+def _order(seed: int, epoch: int, n_examples: int) -> np.ndarray:
+    """Drawn once an epoch: a permutation of 100,000 takes longer than a step of a small net on a GPU."""
+    return np.random.default_rng([seed, epoch]).permutation(n_examples)
 
 
 def loss_of(logits: Tensor, labels: Tensor, kind: str) -> Tensor:
@@ -207,8 +219,10 @@ def _train(
     began = time.monotonic() - state.seconds
     saved = time.monotonic()
     while state.step < settings.steps:
-        rows = rows_of(state.step, n_examples, settings)
-        loss, norm = _step(net, optimizer, data.train.batch(rows, device), settings, state.step, device)
+        ids, *asked = data.train.batch(rows_of(state.step, n_examples, settings), device)
+        if data.augment is not None:
+            ids = data.augment(ids, [settings.seed, state.step])
+        loss, norm = _step(net, optimizer, (ids, *asked), settings, state.step, device)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             record = {"step": state.step + 1, "loss": str(loss), "gradient_norm": str(norm), "lr": settings.lr}
             write_atomic(folder / RECORD, json.dumps(record, indent=2) + "\n")

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -184,3 +185,20 @@ def test_excerpts_are_held_out_images_drawn_by_the_seed() -> None:
         images.excerpts("digits", GREY, 361, 0)
     with pytest.raises(CorpusError, match="the model reads 3 of 256"):
         images.excerpts("digits", S4DConfig(), 1, 0)
+
+
+def test_crops_are_those_of_a_padded_image_moved_and_mirrored() -> None:
+    """Every crop is one of the 81 windows of the image padded by 4, as NumPy cuts them, or its mirror image."""
+    side = 6
+    pictures = np.arange(1, 20 * side * side + 1).reshape(20, side, side)
+    found = images.cropped(torch.from_numpy(pictures.reshape(20, -1)), [0, 7]).numpy().reshape(20, side, side)
+    mirrored = 0
+    for picture, crop in zip(pictures, found, strict=True):
+        padded = np.pad(picture, 4)
+        windows = [padded[y : y + side, x : x + side] for y in range(9) for x in range(9)]
+        plain = any((crop == w).all() for w in windows)
+        assert plain or any((crop == w[:, ::-1]).all() for w in windows)
+        mirrored += not plain
+    assert 4 <= mirrored <= 16
+    again = images.cropped(torch.from_numpy(pictures.reshape(20, -1)), [0, 7]).numpy().reshape(20, side, side)
+    np.testing.assert_array_equal(found, again)

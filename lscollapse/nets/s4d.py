@@ -117,8 +117,9 @@ def causal_convolution(u: Tensor, K: Tensor) -> Tensor:
     """y[l] = sum_j K[j] u[l - j] for each channel: (B, N, d) and (N, d) -> (B, N, d), by FFT without wrapping round."""
     length = u.shape[1]
     real = torch.promote_types(u.dtype, torch.float32)
-    spectrum = torch.fft.rfft(u.to(real), 2 * length, dim=1) * torch.fft.rfft(K.to(real), 2 * length, dim=0)
-    return torch.fft.irfft(spectrum, 2 * length, dim=1)[:, :length].to(u.dtype)
+    rows = u.mT.to(real, memory_format=torch.contiguous_format)  # (B, d, N): transforms of neighbours in memory
+    spectrum = torch.fft.rfft(rows, 2 * length) * torch.fft.rfft(K.to(real).T, 2 * length)
+    return torch.fft.irfft(spectrum, 2 * length)[..., :length].mT.to(u.dtype)
 
 
 class S4DBlock(nn.Module):

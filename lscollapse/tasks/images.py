@@ -7,6 +7,7 @@ levels is 0..16; a colour pixel of 8 bits is the number written #RRGGBB.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,11 +20,13 @@ from lscollapse.texts import first_line
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import Tensor
 
 DIGITS_SOURCE = "handwritten digits (scikit-learn load_digits)"
 HELD_OUT = 360  # of the 1,797 digits
 CIFAR10 = "uoft-cs/cifar10"  # on the hub
 SIDE = 32  # to which the pictures of a folder are resized
+SHIFT = 4  # pixels by which `cropped` moves an image
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 COLOUR = {"levels": 256, "channels": 3}
 GREY_SPLITS = ("train", "validation", "test")
@@ -178,6 +181,24 @@ def pixel_ids(picture: Any) -> np.ndarray:
     """A PIL picture as (height * width,) ids of 24-bit colour."""
     red, green, blue = np.moveaxis(np.asarray(picture.convert("RGB"), dtype=np.int32), -1, 0)
     return ((red * 256 + green) * 256 + blue).reshape(-1)
+
+
+def cropped(ids: Tensor, seed: Any) -> Tensor:
+    """Square images (B, N), each moved by up to SHIFT pixels both ways over a black ground and half of them mirrored.
+
+    What nets are trained with on CIFAR-10: a random crop after padding by 4, and a random flip. The seed decides.
+    """
+    import torch
+
+    side = math.isqrt(ids.shape[1])
+    rng = np.random.default_rng(seed)
+    up, left = rng.integers(-SHIFT, SHIFT + 1, (2, len(ids), 1))
+    rows, columns = np.arange(side) + up, np.arange(side) + left  # (B, side)
+    columns = np.where(rng.random((len(ids), 1)) < 0.5, columns, side - 1 - columns)
+    inside = ((rows >= 0) & (rows < side))[:, :, None] & ((columns >= 0) & (columns < side))[:, None]
+    source = rows.clip(0, side - 1)[:, :, None] * side + columns.clip(0, side - 1)[:, None]  # (B, side, side)
+    taken = ids.gather(1, torch.from_numpy(source.reshape(len(ids), -1)).to(ids.device))
+    return taken * torch.from_numpy(inside.reshape(len(ids), -1)).to(ids.device)
 
 
 def _division(n_images: int, n_test: int, split: str) -> np.ndarray:
