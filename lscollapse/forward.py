@@ -252,6 +252,7 @@ class Table:
         """The rows of every measure of a variant's X at one layer."""
         floor = measures.floor(stream.dtype)
         arrays, power = stream.values, stream.power
+        bounds = measures.bounds(arrays, stream.bound, *stream.X.shape[1:])
         for name in measures.MEASURES:
             mantissa = arrays[name]
             with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -263,7 +264,7 @@ class Table:
             hidden = (name in measures.VANISHING) & (arrays["relative_mu" if name == "mu" else name] < floor)
             flags = zip(stream.status, hidden, np.isnan(mantissa), ~np.isnan(stream.bound), strict=True)
             status = [_status(*row) for row in flags]
-            self.extend(adapter, number, stream, layer, name, value, log10, status, stream.bound, floor)
+            self.extend(adapter, number, stream, layer, name, value, log10, status, bounds[name], floor)
 
     def extend(
         self, adapter: Adapter, number: int, stream: Stream, layer: int, measure: str,
