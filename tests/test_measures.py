@@ -266,10 +266,27 @@ def test_one_row() -> None:
     assert found["mean_cosine"].isnan()
 
 
-def test_floors_are_the_spacing_of_the_format() -> None:
-    assert measures.floor(torch.float32) == 2.0**-23
+@pytest.mark.parametrize("terms", [16, 64, 256, 1024, 3072])
+def test_a_floor_is_over_the_rounding_of_two_products(terms: int) -> None:
+    """Against float64: 0.21 eps sqrt(n / 2) as long as sums are added one by one, and under the floor over sqrt(2) always."""
+    generator = torch.Generator().manual_seed(terms)
+    X, W = (torch.randn(64, terms, generator=generator) for _ in range(2))
+    exact = X.double() @ W.double().T
+    error = float((X @ W.T - exact).norm() / exact.norm())
+    assert error < measures.floor(torch.float32) / math.sqrt(2)
+    if terms <= 64:
+        assert error == pytest.approx(0.21 * 2.0**-23 * math.sqrt(terms / 2), rel=0.3)
+    X, W = X.bfloat16(), W.bfloat16()
+    exact = X.double() @ W.double().T
+    rounded = float((X @ W.T - exact).norm() / exact.norm())
+    assert rounded == pytest.approx(0.21 * 2.0**-7, rel=0.1)
+    assert math.sqrt(12) * rounded < measures.floor(torch.bfloat16)
+
+
+def test_floors() -> None:
+    assert measures.floor(torch.float32) == 2.0**-21
     assert measures.floor(torch.bfloat16) == 2.0**-7
-    assert measures.floor(torch.float64) == 2.0**-52
+    assert measures.floor(torch.float64) == 2.0**-50
 
 
 def moved_rows(Y: np.ndarray, b: float, random: np.random.Generator, kind: int) -> np.ndarray:
