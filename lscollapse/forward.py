@@ -34,7 +34,7 @@ class Stream:
     def __init__(self, adapter: Adapter, variant: Variant, X: Tensor, dtype: torch.dtype) -> None:
         self.variant = variant
         self.dtype = dtype
-        self.computed = dtype  # the narrowest that any of its operations gives numbers in
+        self.computed = dtype  # the narrowest among its operations (Engines.stream): what the rows say
         self.X = X
         self.exponent = torch.zeros(len(X), dtype=torch.int64, device=X.device)
         self.status = measures.status(X)
