@@ -216,24 +216,24 @@ def bounds(values: Mapping[str, np.ndarray], change: np.ndarray, n: int, d: int)
         dong_residual: ||E||_inf <= b sqrt(d) ||Y||_inf and ||E||_1 <= b d ||Y||_1 (norms of rows and columns as entries' sums);
             R moves by at most twice that, and D^2 is a product of two quotients that are at most 2 each.
     """
-    r, D, b = values["rank1_residual"], values["dong_residual"], change
+    r, s, D, b = values["rank1_residual"], values["stable_rank"], values["dong_residual"], change
+    below, columns, rows = np.minimum(r, b), b * d, b * math.sqrt(d)
+    spread = 4 * columns + 4 * rows + 4 * columns * rows  # of D^2, before the change of ||Y||_1 ||Y||_inf
+    least, shrunk, grown = np.minimum(spread, D**2), (1 - columns) * (1 - rows), (1 + columns) * (1 + rows)
+    # Differences are written as quotients of what they are made of, so that none of them is rounded to zero.
     with np.errstate(divide="ignore", invalid="ignore"):
-        s = values["stable_rank"]
-        larger, smaller = (
-            np.minimum(1 / (1 - np.minimum(r + b, 1) ** 2), min(n, d)),
-            1 / (1 - np.maximum(r - b, 0) ** 2),
-        )
-        columns, rows = b * d, b * math.sqrt(d)
-        spread = 4 * columns + 4 * rows + 4 * columns * rows
-        most = np.sqrt((D**2 + spread) / ((1 - columns) * (1 - rows)))
-        least = np.sqrt(np.fmax(D**2 - spread, 0.0) / ((1 + columns) * (1 + rows)))
+        larger = s * (2 * r * b + b**2) / (1 - np.minimum(r + b, 1) ** 2)
+        smaller = s * (2 * r * below - below**2) / (1 - (r - below) ** 2)
+        over = (spread + D**2 * (columns + rows - columns * rows)) / (shrunk * (np.sqrt((D**2 + spread) / shrunk) + D))
+        under = (least + D**2 * (columns + rows + columns * rows)) / (grown * (np.sqrt((D**2 - least) / grown) + D))
+        dong = np.where(columns < 1, np.minimum(np.fmax(over, under), 2.0), 2.0)
         return {
-            "mu": np.where(b < values["relative_mu"], -np.log10(1 - b / values["relative_mu"]), np.inf + b),
+            "mu": np.where(b < values["relative_mu"], -np.log1p(-b / values["relative_mu"]) / math.log(10), np.inf + b),
             "relative_mu": b,
             "rank1_residual": b,
-            "stable_rank": np.maximum(larger - s, s - smaller),
+            "stable_rank": np.maximum(np.minimum(larger, min(n, d) - s), smaller),
             "mean_cosine": 2 * b,
-            "dong_residual": np.where(columns < 1, np.minimum(np.maximum(most - D, D - least), 2.0), 2.0 + b),
+            "dong_residual": np.where(b > 0, dong, b),
         }
 
 

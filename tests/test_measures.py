@@ -328,6 +328,13 @@ def test_bound_of_the_stable_rank_grows_with_its_square() -> None:
     found = measures.bounds(values, np.array([1e-9]), 128, 64)
     assert float(found["stable_rank"][0]) == pytest.approx(2 * r * 625 * 1e-9, rel=1e-5)
     assert float(found["mean_cosine"][0]) == 2e-9
+    tiny = measures.bounds(values, np.array([1e-20]), 128, 64)  # under the spacing of every value
+    assert float(tiny["stable_rank"][0]) == pytest.approx(2 * r * 625 * 1e-20, rel=1e-12)
+    assert float(tiny["mu"][0]) == pytest.approx(1e-20 / r / math.log(10), rel=1e-12)
+    D2 = 4 * (64 + 8) * 1e-20 + r**2 * (64 + 8) * 1e-20  # the change of D^2 to first order
+    assert float(tiny["dong_residual"][0]) == pytest.approx(D2 / (2 * r), rel=1e-12)
+    none = measures.bounds(values | {"dong_residual": np.array([0.0])}, np.array([0.0]), 128, 64)
+    assert {float(bound[0]) for bound in none.values()} == {0.0}
     assert all(np.isnan(bound[0]) for bound in measures.bounds(values, np.array([np.nan]), 128, 64).values())
 
 
