@@ -7,7 +7,6 @@ excerpt, O is scaled by the same exact power of two when it is added, and log10 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lscollapse import certify, measures
+from lscollapse import certify, measures, precision
 from lscollapse.models import Adapter, adapt
 from lscollapse.models.adapter import NativeBlock
 from lscollapse.variants import Variant, check, surgery_on_layer
@@ -35,6 +34,7 @@ class Stream:
     def __init__(self, adapter: Adapter, variant: Variant, X: Tensor, dtype: torch.dtype) -> None:
         self.variant = variant
         self.dtype = dtype
+        self.computed = dtype  # the narrowest among its operations (Engines.stream): what the rows say
         self.X = X
         self.exponent = torch.zeros(len(X), dtype=torch.int64, device=X.device)
         self.status = measures.status(X)
@@ -70,7 +70,7 @@ class Stream:
         self._proved = np.full(len(self.bound), np.nan)
         if self._left is not None:
             bound = certify.relative_change(self._left[layer], self.X, self.exponent).cpu().numpy()
-            proved = ~settled & (bound < measures.floor(self.dtype))
+            proved = ~settled & (bound < torch.finfo(self.dtype).eps)
             self._proved = np.where(proved, bound, np.nan)
 
     def settle(self) -> None:
@@ -169,13 +169,13 @@ def measure(
         engines = Engines(adapter, variants, dtype)
         table = Table(n_tokens=tokens.shape[1])
         embedded = {kind: engines.embed(tokens, kind) for kind in set(engines.dtypes)}
-        streams = [Stream(adapter, v, embedded[kind], kind) for v, kind in zip(variants, engines.dtypes, strict=True)]
+        streams = [engines.stream(v, embedded[kind], kind) for v, kind in zip(variants, engines.dtypes, strict=True)]
         if gains is not None:
             for stream in streams:
                 stream.certify_with(gains)
-        first = measures.measure_all(adapter.embed(tokens))
+        first = {kind: measures.measure_all(X) for kind, X in embedded.items()}
         for number, stream in enumerate(streams):
-            stream.record(0, first)
+            stream.record(0, first[stream.dtype])
             table.add(adapter, number, stream, 0)
         for layer in range(adapter.n_layers):
             blocks = engines.blocks(layer, {s.dtype for s in streams if s.running})
@@ -199,22 +199,35 @@ class Engines:
     """Which dtype each variant computes in, and what computes a block in that dtype."""
 
     def __init__(self, adapter: Adapter, variants: Sequence[Variant], dtype: torch.dtype | None) -> None:
-        self._adapters = {adapter.dtype: adapter}
         self._original = adapter
+        self._adapters = {adapter.dtype: adapter} if adapter.native or adapter.dtype != torch.float64 else {}
+        self._computed: dict[torch.dtype, torch.dtype] = {}
         self.dtypes = [dtype or (torch.float64 if v.removes_block_norm else adapter.dtype) for v in variants]
 
     def adapter(self, dtype: torch.dtype) -> Adapter:
         """The model in `dtype`: itself, or a converted copy where its modules have to compute in another one."""
         if dtype not in self._adapters:
             original = self._original
-            self._adapters[dtype] = original if original.native else adapt(copy.deepcopy(original.model).to(dtype))
+            self._adapters[dtype] = original if original.native else precision.converted(original, dtype)
         return self._adapters[dtype]
 
     def embed(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-        """The first residual stream; float32 at least where the package's own blocks keep it so."""
+        """The first residual stream; float32 at least where the package's own blocks keep it so.
+
+        Before the first one, an excerpt goes through the float64 copy of a model, to see whether all of that is float64.
+        """
         adapter = self.adapter(dtype)
+        if dtype not in self._computed:
+            probed = dtype == torch.float64 and not adapter.native  # elsewhere wider operations only help
+            self._computed[dtype] = precision.computed_in(adapter, tokens[:1]) if probed else dtype
         X = adapter.embed(tokens)
         return X.to(torch.promote_types(dtype, torch.float32)) if adapter.native else X
+
+    def stream(self, variant: Variant, X: Tensor, dtype: torch.dtype) -> Stream:
+        """The stream of a variant that starts with an embedded X."""
+        stream = Stream(self._original, variant, X, dtype)
+        stream.computed = self._computed[dtype]
+        return stream
 
     def blocks(self, layer: int, dtypes: set[torch.dtype]) -> dict[torch.dtype, NativeBlock | None]:
         """The package's own block `layer` in every dtype; None where the model's module computes it."""
@@ -250,8 +263,9 @@ class Table:
 
     def add(self, adapter: Adapter, number: int, stream: Stream, layer: int) -> None:
         """The rows of every measure of a variant's X at one layer."""
-        floor = measures.floor(stream.dtype)
+        floor = measures.floor(stream.computed)
         arrays, power = stream.values, stream.power
+        bounds = measures.bounds(arrays, stream.bound, *stream.X.shape[1:])
         for name in measures.MEASURES:
             mantissa = arrays[name]
             with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -263,7 +277,7 @@ class Table:
             hidden = (name in measures.VANISHING) & (arrays["relative_mu" if name == "mu" else name] < floor)
             flags = zip(stream.status, hidden, np.isnan(mantissa), ~np.isnan(stream.bound), strict=True)
             status = [_status(*row) for row in flags]
-            self.extend(adapter, number, stream, layer, name, value, log10, status, stream.bound, floor)
+            self.extend(adapter, number, stream, layer, name, value, log10, status, bounds[name], floor)
 
     def extend(
         self, adapter: Adapter, number: int, stream: Stream, layer: int, measure: str,
@@ -280,7 +294,7 @@ class Table:
             "layernorm": variant.layernorm,
             "skip_site": variant.skip_site,
             "norm_site": variant.norm_site,
-            "dtype": str(stream.dtype).removeprefix("torch."),
+            "dtype": str(stream.computed).removeprefix("torch."),
             "n_tokens": self.n_tokens,
             "layer": layer,
             "floor": floor,

@@ -109,7 +109,8 @@ def trace(adapter: Adapter, ids: Any, lam: float, gating: bool = True) -> Iterat
     variant, dtype = Variant(lam=lam, gating=gating), adapter.dtype
     with torch.no_grad():
         engines = forward.Engines(adapter, [variant], None)
-        stream = forward.Stream(adapter, variant, engines.embed(forward.checked_ids(adapter, ids), dtype), dtype)
+        adapter = engines.adapter(dtype)
+        stream = engines.stream(variant, engines.embed(forward.checked_ids(adapter, ids), dtype), dtype)
         for layer in range(adapter.n_layers):
             X, native = stream.X, engines.blocks(layer, {dtype})[dtype]
             if native is None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from lscollapse import measures
 from lscollapse.forward import checked_ids
 from lscollapse.models import Adapter, adapt
+from lscollapse.models.widened import computing_in
 from lscollapse.variants import Variant, surgery_on_layer
 
 
@@ -33,7 +34,8 @@ def differences(model: Any, ids: Any) -> Iterator[LayerDifference]:
     tokens = checked_ids(adapter, ids)
     with torch.no_grad():
         reference = layer_outputs(adapter, tokens)
-        streams = {"hooks": adapter.embed(tokens)}
+        with computing_in(adapter.dtype):
+            streams = {"hooks": adapter.embed(tokens)}
         if adapter.native:
             streams["native"] = streams["hooks"]
         for path, X in streams.items():
@@ -59,7 +61,8 @@ def layer_outputs(adapter: Adapter, tokens: Tensor) -> list[Tensor]:
     handles = [adapter.block(0).register_forward_pre_hook(first_input, with_kwargs=True)]
     handles += [block.register_forward_hook(output) for block in blocks.values()]
     try:
-        adapter.forward(tokens)
+        with computing_in(adapter.dtype):
+            adapter.forward(tokens)
     finally:
         for handle in handles:
             handle.remove()
@@ -70,7 +73,7 @@ def _step(adapter: Adapter, layer: int, path: str, X: Tensor) -> Tensor:
     if path == "native":
         block = adapter.native_block(layer, X.dtype)
         return block(X, lam=1.0, gating=True, layernorm=True, skip_site="residual", norm_site="both", o_scale=1.0)
-    with surgery_on_layer(adapter, layer, Variant(), o_scale=X.new_ones(())):
+    with surgery_on_layer(adapter, layer, Variant(), o_scale=X.new_ones(())), computing_in(adapter.dtype):
         return adapter.run(layer, X)
 
 

@@ -1,8 +1,11 @@
 """Rank-collapse measures: pure functions of a layer's output Y, shape (..., N, d) -> (...).
 
-N tokens, d channels; leading axes (excerpts, variants) are kept apart and never pooled. Everything is computed in
-float64 after dividing by the largest entry, so values of 1e-300 or 1e300 are as good as values of 1, and subtracting
-the first row before the mean keeps full relative accuracy when all rows agree to the last bits.
+N tokens, d channels; leading axes (excerpts, variants) are kept apart and never pooled. Everything is computed in float64
+after scaling by a power of two, which rounds nothing, so values of 1e-300 or 1e300 are as good as values of 1.
+
+Accuracy, of the numbers in Y as they are: mu, relative mu and dong_residual to a relative 1e-13, also where all rows agree to
+their last bits; rank1_residual within 1e-16, however small; mean_cosine within 1e-15, whatever the lengths of the rows;
+stable_rank s to a relative s * 1e-15.
 
 A layer output that holds NaN or infinity gives NaN; `status` says which it was.
 """
@@ -10,6 +13,7 @@ A layer output that holds NaN or infinity gives NaN; `status` says which it was.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import cache
 from typing import NamedTuple
 
@@ -26,21 +30,40 @@ STATUSES = ("ok", "below_floor", "overflow", "nan")
 VANISHING = ("mu", "relative_mu", "rank1_residual", "dong_residual")
 
 
-class Scaled(NamedTuple):
-    """A finite Y as unit * scale with max|unit| = 1 (or Y = 0), and which of the leading entries are finite at all."""
+# Powers of two up to this, and one over them, are normal float64 numbers.
+LARGEST_POWER = 1022
+# Rows shorter than this, relative to the largest entry, get a scale of their own before they are squared.
+SHORT = 2.0**-500
 
-    unit: Tensor  # (..., N, d), float64
+
+class Scaled(NamedTuple):
+    """A finite Y as unit * scale, where scale is a power of two: nothing is rounded on the way."""
+
+    unit: Tensor  # (..., N, d), float64, largest entry about 1 (2^-52 where Y is subnormal); NaN where Y is not finite
     scale: Tensor  # (...)
-    finite: Tensor  # (...), bool
+    largest: Tensor  # (..., N), the largest entry of each row of Y, in float64
 
 
 def _scaled(Y: Tensor) -> Scaled:
-    Y = Y.to(torch.float64)
-    scale = torch.linalg.vector_norm(Y, math.inf, dim=(-2, -1))
-    finite = torch.isfinite(scale)
-    divisor = torch.where(finite & (scale > 0), scale, 1.0)
-    unit = Y / divisor[..., None, None]
-    return Scaled(unit if finite.all() else unit.masked_fill(~finite[..., None, None], math.nan), scale, finite)
+    largest = Y.abs().amax(-1).to(torch.float64)
+    whole = largest.amax(-1)  # NaN where an entry is NaN
+    power = _exponent(whole)
+    unit = _times_two_to(Y, -power[..., None, None])
+    finite = torch.isfinite(whole)
+    if not finite.all():
+        unit = unit.masked_fill(~finite[..., None, None], math.nan)
+    return Scaled(unit, torch.ldexp(torch.ones_like(whole), power), largest)
+
+
+def _exponent(size: Tensor) -> Tensor:
+    """e with 2^(e-1) <= size < 2^e, within +-LARGEST_POWER; 1 where size is not finite."""
+    return torch.frexp(size.where(size.isfinite(), 1.0)).exponent.clamp(-LARGEST_POWER, LARGEST_POWER)
+
+
+def _times_two_to(Y: Tensor, power: Tensor) -> Tensor:
+    """Y * 2^power in a new float64 tensor."""
+    factor = torch.ldexp(torch.ones_like(power, dtype=torch.float64), power)
+    return Y * factor if Y.dtype == torch.float64 else Y.to(torch.float64).mul_(factor)
 
 
 def _norm(Z: Tensor) -> Tensor:
@@ -64,8 +87,8 @@ def mu(Y: Tensor) -> Tensor:
 
     Deviation: the text says "mean of columns"; the formula, and this function, subtract the mean row.
     """
-    unit, scale, _ = _scaled(Y)
-    return _norm(_centred(unit)) * scale
+    scaled = _scaled(Y)
+    return _norm(_centred(scaled.unit)) * scaled.scale
 
 
 def relative_mu(Y: Tensor) -> Tensor:
@@ -91,7 +114,7 @@ def stable_rank(Y: Tensor) -> Tensor:
 
 def mean_cosine(Y: Tensor) -> Tensor:
     """Mean cosine between distinct rows, in [-1/(N-1), 1]. NaN when a row is zero or there is one row only."""
-    return _mean_cosine(_scaled(Y).unit)
+    return _mean_cosine(Y, _scaled(Y))
 
 
 def dong_residual(Y: Tensor) -> Tensor:
@@ -110,17 +133,21 @@ def _norm_1_inf(A: Tensor) -> Tensor:
 
 
 def _deflated(unit: Tensor) -> Tensor:
-    """Y without its leading singular component.
+    """Y without its leading singular component u w, right to a tenth of the spacing of float64 times ||Y||.
 
-    The leading singular vector comes from the small Gram matrix; its error enters the residual only as sigma_1 * eps, so
-    residuals down to 1e-15 are right although the Gram matrix squares the condition number.
+    u comes from the small Gram matrix, with an error e of some roundings, and leaves R = e w + u e' of the same size. Both are
+    taken from R itself: e = R w^T / ||w||^2 and e' = u^T R, less what they share.
     """
-    finite = unit if unit.isfinite().all() else torch.nan_to_num(unit)
-    if unit.shape[-2] <= unit.shape[-1]:
-        u = _leading_eigenvector(finite @ finite.mT)[..., None]
-        return unit - u @ (u.mT @ unit)
-    v = _leading_eigenvector(finite.mT @ finite)[..., None]
-    return unit - (unit @ v) @ v.mT
+    if unit.shape[-2] > unit.shape[-1]:
+        return _deflated(unit.mT).mT
+    Z = unit.reshape(-1, *unit.shape[-2:])
+    finite = Z if Z.isfinite().all() else torch.nan_to_num(Z)
+    u = _leading_eigenvector(finite @ finite.mT)[..., None]
+    w = u.mT @ Z
+    R = torch.baddbmm(Z, u, w, alpha=-1)
+    e = R @ w.mT / w.square().sum(-1, keepdim=True)
+    rest = u.mT @ R - (u.mT @ e) * w
+    return torch.baddbmm(R, torch.cat([e, u], -1), torch.cat([w, rest], -2), alpha=-1).reshape(unit.shape)
 
 
 def _leading_eigenvector(gram: Tensor) -> Tensor:
@@ -146,33 +173,82 @@ def _thread_pools() -> ThreadpoolController:
     return ThreadpoolController()
 
 
-def _mean_cosine(unit: Tensor) -> Tensor:
-    n = unit.shape[-2]
-    lengths = torch.linalg.vector_norm(unit, dim=-1, keepdim=True)
-    rows = _divide(unit, lengths)
-    total = rows.sum(-2).square().sum(-1)
-    return _divide(total - n, torch.full_like(total, float(n * (n - 1))))
+def _mean_cosine(Y: Tensor, scaled: Scaled) -> Tensor:
+    """Of unit rows u_i: (||sum u_i||^2 - N) / (N (N - 1)), whatever the lengths of the rows of Y are."""
+    unit, n = scaled.unit, Y.shape[-2]
+    if (scaled.largest < scaled.scale[..., None] * SHORT).any():
+        unit = _times_two_to(Y, -_exponent(scaled.largest)[..., None])
+    lengths = torch.linalg.vector_norm(unit, dim=-1)
+    total = (lengths.reciprocal()[..., None, :] @ unit).square().sum((-2, -1))
+    return _divide(total - n, torch.full_like(total, float(n * (n - 1)))).clamp(max=1.0)
 
 
 def measure_all(Y: Tensor) -> dict[str, Tensor]:
     """Every measure of MEASURES at once, {name: (...)}, sharing the passes over Y."""
-    unit, scale, _ = _scaled(Y)
+    scaled = _scaled(Y)
+    unit = scaled.unit
     R = _centred(unit)
     size, centred = _norm(unit), _norm(R)
     residual = _divide(_norm(_deflated(unit)), size)
     return {
-        "mu": centred * scale,
+        "mu": centred * scaled.scale,
         "relative_mu": _divide(centred, size).clamp(max=1.0),
         "rank1_residual": residual,
         "stable_rank": 1.0 / (1.0 - residual.square()),
-        "mean_cosine": _mean_cosine(unit),
+        "mean_cosine": _mean_cosine(Y, scaled),
         "dong_residual": _divide(_norm_1_inf(R), _norm_1_inf(unit)),
     }
 
 
+def bounds(values: Mapping[str, np.ndarray], change: np.ndarray, n: int, d: int) -> dict[str, np.ndarray]:
+    """The most by which each measure of Y (n, d) can differ from that of Y + E, given ||E_i|| <= b ||Y_i|| for every row i.
+
+    Args:
+        values: the measures of Y, one array over excerpts each.
+        change: b of every excerpt, below 1; NaN gives NaN.
+
+    With alpha = arcsin b the largest angle that a row, and so Y as a whole, turns by:
+        relative_mu, rank1_residual: b. Both are sines of the angle between Y and a set of lines through 0.
+        mu: of its log10, -log10(1 - b / relative_mu), since ||R|| moves by at most b ||Y||.
+        stable_rank: s = 1 / (1 - r^2) of the rank-1 residual r, so ds = 2 r s^2 dr, which grows with s^2: the difference of s at
+            r + b and at r; or, where s cannot grow over min(n, d), of s at r and at r - b.
+        mean_cosine: 2 b. An angle between two rows moves by at most 2 alpha, its cosine by 2 sin(alpha).
+        dong_residual: ||E||_inf <= b sqrt(d) ||Y||_inf and ||E||_1 <= b d ||Y||_1 (norms of rows and columns as entries' sums);
+            R moves by at most twice that, and D^2 is a product of two quotients that are at most 2 each.
+    """
+    r, s, D, b = values["rank1_residual"], values["stable_rank"], values["dong_residual"], change
+    below, columns, rows = np.minimum(r, b), b * d, b * math.sqrt(d)
+    spread = 4 * columns + 4 * rows + 4 * columns * rows  # of D^2, before the change of ||Y||_1 ||Y||_inf
+    least, shrunk, grown = np.minimum(spread, D**2), (1 - columns) * (1 - rows), (1 + columns) * (1 + rows)
+    # Differences are written as quotients of what they are made of, so that none of them is rounded to zero.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        larger = s * (2 * r * b + b**2) / (1 - np.minimum(r + b, 1) ** 2)
+        smaller = s * (2 * r * below - below**2) / (1 - (r - below) ** 2)
+        over = (spread + D**2 * (columns + rows - columns * rows)) / (shrunk * (np.sqrt((D**2 + spread) / shrunk) + D))
+        under = (least + D**2 * (columns + rows + columns * rows)) / (grown * (np.sqrt((D**2 - least) / grown) + D))
+        dong = np.where(columns < 1, np.minimum(np.fmax(over, under), 2.0), 2.0)
+        return {
+            "mu": np.where(b < values["relative_mu"], -np.log1p(-b / values["relative_mu"]) / math.log(10), np.inf + b),
+            "relative_mu": b,
+            "rank1_residual": b,
+            "stable_rank": np.maximum(np.minimum(larger, min(n, d) - s), smaller),
+            "mean_cosine": 2 * b,
+            "dong_residual": np.where(b > 0, dong, b),
+        }
+
+
 def floor(dtype: torch.dtype) -> float:
-    """Relative mu below which a forward pass in `dtype` cannot tell a value from zero: the unit round-off spacing."""
-    return float(torch.finfo(dtype).eps)
+    """What rounding makes of the relative mu of equal rows in a forward pass in `dtype`: less than this cannot be told from zero.
+
+    Equal rows stay different by their rounding, and what rounds most is a matrix product. Rounding to nearest has a relative
+    error of 0.21 eps (root mean square over a binade, eps the spacing at 1). A sum of n terms of random sign rounds n partial
+    sums, the k-th sqrt(k / n) of the last, so its relative error is 0.21 eps sqrt(n / 2). Libraries start another partial sum
+    after some 256 terms: 2.4 eps (measured 2.1 to 2.6 for 1,024 to 3,072 terms, on CPU and GPU). From where attention makes the
+    rows equal to the block's output there are two products in a row, hence sqrt(2) of it: 3.4 eps, here 4. Narrower formats add
+    up in float32 and round a product once, 0.21 eps, so that eps covers a block's dozen roundings.
+    """
+    eps = torch.finfo(dtype).eps
+    return 4 * eps if dtype in (torch.float32, torch.float64) else eps
 
 
 def status(Y: Tensor) -> list[str]:

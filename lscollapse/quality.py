@@ -26,6 +26,7 @@ from lscollapse.forward import HIGH, Engines, Stream, Table, checked_ids
 from lscollapse.models import Adapter, adapt
 from lscollapse.models.adapter import Head
 from lscollapse.models.tensors import forget
+from lscollapse.models.widened import computing_in
 from lscollapse.variants import Variant, check
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def last_streams(
         check(adapter, variant)
     engines = Engines(adapter, variants, dtype)
     pairs = zip(variants, engines.dtypes, strict=True)
-    streams = [Stream(adapter, v, engines.embed(inputs, kind), kind) for v, kind in pairs]
+    streams = [engines.stream(v, engines.embed(inputs, kind), kind) for v, kind in pairs]
     for layer in range(adapter.n_layers):
         running = [stream for stream in streams if stream.running]
         blocks = engines.blocks(layer, {stream.dtype for stream in running})
@@ -173,7 +174,8 @@ def losses(head: Head, X: Tensor, exercise: Exercise) -> Tensor:
     at = exercise.at[..., None].expand(-1, -1, X.shape[-1])
     transform = copy.deepcopy(head.transform).to(X.device, X.dtype)
     per_excerpt = zip(X.gather(1, at), exercise.labels, strict=True)
-    return torch.stack([cross_entropy(transform(x), labels, head).mean() for x, labels in per_excerpt])
+    with computing_in(X.dtype):
+        return torch.stack([cross_entropy(transform(x), labels, head).mean() for x, labels in per_excerpt])
 
 
 def cross_entropy(Z: Tensor, labels: Tensor, head: Head) -> Tensor:

@@ -14,6 +14,7 @@ from lscollapse.models.mamba import MambaAdapter
 from lscollapse.models.mamba2 import Mamba2Adapter
 from lscollapse.models.s4d import S4DAdapter
 from lscollapse.models.vit import VitAdapter
+from lscollapse.models.widened import computing_in
 
 ADAPTERS: tuple[type[Adapter], ...] = (
     Mamba2Adapter, AlbertAdapter, BertAdapter, RobertaAdapter, Gpt2Adapter, LlamaAdapter, MambaAdapter, VitAdapter,
@@ -36,7 +37,9 @@ def adapt(model: Any) -> Adapter:
     if not fitting and isinstance(model, PreTrainedModel):
         fitting = [GenericAdapter]
     for adapter in fitting:
-        found = adapter(getattr(model, "base_model", model))
+        base = getattr(model, "base_model", model)
+        with computing_in(getattr(base, "dtype", None)):  # some adapters try the model out
+            found = adapter(base)
         found.whole = model
         return found
     known = ", ".join(name for adapter in ADAPTERS for name in adapter.model_types)

@@ -110,8 +110,9 @@ class Adapter(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return next(self.model.parameters()).dtype
+        """Of the weights; where they differ the narrowest, which is as good as what they compute."""
+        dtypes = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
+        return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
     @property
     def device(self) -> torch.device:

@@ -1,0 +1,114 @@
+"""A model in another dtype, and the dtype that its operations then really compute in.
+
+The float64 copy of a model computes in float64 whatever its modules ask for (models/widened.py), with constants made anew in
+float64. Whether that is all of it, a probe finds out, which watches what comes out of each operation.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lscollapse.models import Adapter, adapt
+from lscollapse.models.widened import computing_in
+
+SAME = 1e-5  # how far a constant computed in float64 may be from the one computed in float32, relative
+
+
+def converted(adapter: Adapter, dtype: torch.dtype) -> Adapter:
+    """The adapter of a copy of the model in `dtype`; in float64, `embed` and `run` compute in float64 throughout.
+
+    What has that dtype already is shared with the model, not copied.
+    """
+    shared = {id(p): p for p in adapter.model.parameters() if p.dtype == dtype}
+    model = copy.deepcopy(adapter.model, shared).to(dtype)
+    if dtype != torch.float64:
+        return adapt(model)
+    with torch.no_grad(), computing_in(dtype):
+        _compute_constants(model)
+    found = adapt(model)
+    for name in ("embed", "run"):
+        setattr(found, name, _within(dtype, getattr(found, name)))
+    return found
+
+
+def computed_in(adapter: Adapter, ids: Tensor) -> torch.dtype:
+    """The narrowest dtype that any operation of a pass over `ids` takes or gives numbers in."""
+    with torch.no_grad(), _Watch() as watch:
+        X = adapter.embed(ids)
+        for layer in range(adapter.n_layers):
+            X = adapter.run(layer, X)
+    return watch.narrowest
+
+
+class _Watch(TorchDispatchMode):
+    """Notes the dtype of what every operation takes and returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrowest = torch.float64
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for value in tree_leaves((args, kwargs, output)):
+            if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
+                part = value.dtype.to_real()
+                if torch.finfo(part).eps > torch.finfo(self.narrowest).eps:
+                    self.narrowest = part
+        return output
+
+
+def _within(dtype: torch.dtype, function: Callable[..., Any]) -> Callable[..., Any]:
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with computing_in(dtype):
+            return function(*args, **kwargs)
+
+    return called
+
+
+def _compute_constants(model: Any) -> None:
+    """Buffers that no checkpoint holds (rotary frequencies, the scale of an embedding), anew as transformers makes them.
+
+    One that comes out as another number than it was, rounding aside, was set by someone, and is kept.
+    """
+    from transformers import PreTrainedModel
+    from transformers.initialization import guard_torch_init_functions
+
+    def visit(owner: Any, module: nn.Module) -> None:
+        constants = {name: b for name, b in module.named_buffers(recurse=False) if b.is_floating_point()}
+        held = module.state_dict(keep_vars=True)
+        constants = {name: b for name, b in constants.items() if name not in held}
+        if owner is not None and constants:
+            _initialise(owner, module, constants)
+        for child in module.children():
+            visit(child if isinstance(child, PreTrainedModel) else owner, child)
+
+    with guard_torch_init_functions(), torch.random.fork_rng(devices=[]):
+        visit(model if isinstance(model, PreTrainedModel) else None, model)
+
+
+def _initialise(owner: Any, module: nn.Module, constants: dict[str, Tensor]) -> None:
+    """Let `owner` initialise the constants of a module and nothing else; transformers leaves alone what bears its mark."""
+    mark = "_is_hf_initialized"
+    before = {name: constant.clone() for name, constant in constants.items()}
+    for constant in constants.values():
+        vars(constant).pop(mark, None)
+    kept = [t for t in (*module.parameters(), *module.buffers()) if not any(t is c for c in constants.values())]
+    marked = [t for t in kept if not getattr(t, mark, False)]
+    for tensor in marked:
+        setattr(tensor, mark, True)
+    try:
+        owner._init_weights(module)
+    finally:
+        for tensor in marked:
+            delattr(tensor, mark)
+    for name, old in before.items():
+        new = getattr(module, name)
+        if new.shape != old.shape or not torch.allclose(new, old, rtol=SAME, atol=0.0, equal_nan=True):
+            setattr(module, name, old)
