@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lscollapse.forward import HIGH, Engines, Stream, Table, checked_ids
+from lscollapse.forward import Engines, Stream, Table, checked_ids
 from lscollapse.models import Adapter, adapt
 from lscollapse.models.adapter import Head
+from lscollapse.models.carried import HIGH
 from lscollapse.models.tensors import forget
 from lscollapse.variants import Variant, check
 
@@ -161,10 +162,8 @@ def last_X(adapter: Adapter, stream: Stream) -> Tensor:
     X = torch.where(lost[:, None, None], 0.0, X)
     if not adapter.pre_norm:
         return X
-    exponent = stream.exponent.cpu().numpy().astype(float)
-    power = np.where(np.isnan(stream.bound), exponent, stream.power)
     largest = torch.frexp(X.abs().amax((1, 2))).exponent.cpu().numpy()
-    scale = stream.sign * np.exp2(np.minimum(power, HIGH - largest))
+    scale = stream.sign * np.exp2(np.minimum(stream.power, HIGH - largest))
     return X * torch.as_tensor(scale, dtype=X.dtype, device=X.device)[:, None, None]
 
 
