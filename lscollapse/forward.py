@@ -10,6 +10,7 @@ measures and all; what later layers would do to it is one factor, the product of
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +93,8 @@ class Stream:
 
     def step(self, adapter: Adapter, layer: int, native: NativeBlock | None) -> None:
         """X <- block `layer` of this variant."""
+        if not self.carries_scale and not self.variant.removes_block_norm:
+            self._lose_what_no_norm_can_see()
         before, exponent = self.X, self.carried.exponent
         self.X = self._block(adapter, layer, native)
         if self.carries_scale:
@@ -104,6 +107,13 @@ class Stream:
         for i, found in enumerate(measures.status(self.X)):
             if self.status[i] == "ok" and found != "ok":
                 self.status[i] = "overflow"  # a finite input under finite weights becomes NaN only by way of infinity
+
+    def _lose_what_no_norm_can_see(self) -> None:
+        """Excerpts whose squares leave the range: an RMSNorm would make zeros of them without a word."""
+        limit = math.sqrt(torch.finfo(torch.promote_types(self.X.dtype, torch.float32)).max / self.X.shape[-1])
+        lost = torch.linalg.vector_norm(self.X.detach(), math.inf, dim=(1, 2)) > limit
+        if lost.any():
+            self.X = self.X.masked_fill(lost[:, None, None], math.inf)
 
     def _block(self, adapter: Adapter, layer: int, native: NativeBlock | None) -> Tensor:
         """The block's output, in the scale that it is carried in from then on."""

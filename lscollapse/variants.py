@@ -9,7 +9,7 @@ path on which the edit had no effect. On exit, also after an exception, the mode
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class Variant:
 
     def __post_init__(self) -> None:
         values = self.lam if isinstance(self.lam, tuple) else (self.lam,)
-        if not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
+        if not all(isinstance(v, int | float) and abs(v) <= sys.float_info.max for v in values):
             raise SurgeryError(f"lambda must be finite numbers, got {self.lam!r}")
 
     def lam_at(self, layer: int) -> float:
