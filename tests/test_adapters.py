@@ -166,12 +166,15 @@ def test_streams_that_outgrow_their_scale(name: str, site: str) -> None:
         assert here["log10"]["mu"] == pytest.approx(np.log10(measured["mu"]), abs=1e-4)
 
 
-def test_what_the_carried_scale_cannot_do_is_refused() -> None:
-    lam = (4096.0,) * 5 + (0.0,)
-    model = plain_decoders.tiny("gpt2", num_hidden_layers=len(lam))
-    with pytest.raises(UnsupportedModel, match="lambda = 0 on the ffn skip"):
-        lscollapse.measure(model, ids_for("gpt2"), [Variant(lam, skip_site="ffn")])
-    lscollapse.measure(model, ids_for("gpt2"), [Variant(0.0, skip_site="ffn"), Variant(lam, skip_site="both")])
+def test_lambda_zero_on_the_ffn_skip_drops_a_scale_that_the_attention_skip_still_needs() -> None:
+    lam = (4096.0,) * 5 + (0.0, -3.0)
+    model, ids = plain_decoders.tiny("gpt2", num_hidden_layers=len(lam)), ids_for("gpt2")
+    rows = lscollapse.measure(model, ids, [Variant(lam, skip_site="ffn")]).set_index(["layer", "excerpt", "measure"])
+    for layer, Y in enumerate(plain("gpt2", model, ids, lam, site="ffn")):
+        for excerpt, matrix in enumerate(Y):
+            measured = plain_models.plain_measures(matrix)
+            for name in ("relative_mu", "mu"):
+                assert rows["value"][layer, excerpt, name] == pytest.approx(measured[name], rel=1e-4), (layer, name)
 
 
 def test_pixels_as_the_published_processor_makes_them() -> None:
