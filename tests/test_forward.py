@@ -300,6 +300,19 @@ def test_lambda_inside_the_mixer_leaves_the_scale_of_the_residual_alone() -> Non
         assert_follows_far(rows, outputs, 1e-4, str(variant))
 
 
+@pytest.mark.parametrize("act", ["silu", "swish"])
+def test_a_lambda_inside_the_mixer_whose_squares_leave_float32(act: str) -> None:
+    """The norm before out_proj takes its size out again; a lambda that float32 does not hold is an overflow."""
+    model, ids = tiny.mamba2(hidden_act=act), tiny.ids(2, 6)
+    weights = wide_range(plain_models.weights_of(model))
+    for lam in (1e25, -1e37):
+        outputs = plain_models.mamba2(weights, model.config, ids, lam, False, True, "mixer")
+        rows = lscollapse.measure(model, ids, [Variant(lam, gating=False, skip_site="mixer")])
+        assert_follows_far(rows, outputs, 1e-4, str(lam))
+    rows = lscollapse.measure(model, ids, [Variant(1e39, gating=False, skip_site="mixer")])
+    assert set(rows.loc[rows["layer"] > 0, "status"]) == {"overflow"}
+
+
 def test_a_stream_whose_squares_leave_the_range_is_lost_where_it_is_not_carried() -> None:
     """Gemma-2's RMSNorm makes zeros of 1e25 in float32: no number after that is the model's."""
     from transformers import Gemma2Config, Gemma2Model
