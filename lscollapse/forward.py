@@ -101,8 +101,8 @@ class Stream:
             self.X = self.carried.fit(self.X)
         settled = ~np.isnan(self.bound)
         if settled.any():
-            frozen = torch.from_numpy(settled).to(before.device)[:, None, None]
-            self.X = torch.where(frozen, before, self.X)
+            frozen = torch.from_numpy(settled).to(before.device)
+            self.X[frozen] = before[frozen]
             self.carried.exponent = np.where(settled, exponent, self.carried.exponent)
         for i, found in enumerate(measures.status(self.X)):
             if self.status[i] == "ok" and found != "ok":
@@ -111,7 +111,7 @@ class Stream:
     def _lose_what_no_norm_can_see(self) -> None:
         """Excerpts whose squares leave the range: an RMSNorm would make zeros of them without a word."""
         limit = math.sqrt(torch.finfo(torch.promote_types(self.X.dtype, torch.float32)).max / self.X.shape[-1])
-        lost = torch.linalg.vector_norm(self.X.detach(), math.inf, dim=(1, 2)) > limit
+        lost = self.X.detach().abs().amax((1, 2)) > limit
         if lost.any():
             self.X = self.X.masked_fill(lost[:, None, None], math.inf)
 

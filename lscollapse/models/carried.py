@@ -62,7 +62,7 @@ class Carried:
 
     def _shift(self, X: Tensor, lam: float) -> np.ndarray:
         """By how much the exponents have to grow (or fall) for lam*X, (B,)."""
-        largest = torch.linalg.vector_norm(X.detach(), math.inf, dim=(1, 2)).double().cpu().numpy()
+        largest = X.detach().abs().amax((1, 2)).double().cpu().numpy()
         mantissa, exponent = np.frexp(largest)
         mine = math.frexp(lam)[1]
         top = exponent.astype(np.int64) + mine  # |lam*X| < 2^top
