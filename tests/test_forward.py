@@ -279,6 +279,17 @@ def test_any_finite_lambda_before_a_layer_norm(lam: float | tuple[float, ...], s
     assert_follows_far(lscollapse.measure(model, ids, [Variant(lam, skip_site=site)]), outputs, 1e-4, site)
 
 
+@pytest.mark.parametrize("lam", [(64.0,) * 6 + (1 / 64,) * 6, (1e6,) * 6 + (1e-6,) * 6, (1e30, 1e-30) * 6], ids=str)
+def test_rows_of_all_norms_that_grow_and_shrink(lam: tuple[float, ...]) -> None:
+    """The norm's eps is nothing beside the smallest row in its true size, and must not be where X is carried scaled."""
+    model, ids = tiny.mamba2(n_layers=12), tiny.ids(2, 8)
+    with torch.no_grad():
+        order = torch.randperm(tiny.VOCABULARY, generator=torch.Generator().manual_seed(1))
+        model.embeddings.weight *= torch.logspace(-4, 6, tiny.VOCABULARY)[order][:, None]
+    outputs = plain_models.mamba2(wide_range(plain_models.weights_of(model)), model.config, ids, lam)
+    assert_follows_far(lscollapse.measure(model, ids, [Variant(lam)]), outputs, 2e-6, str(lam))
+
+
 def test_lambda_inside_the_mixer_leaves_the_scale_of_the_residual_alone() -> None:
     """X' = X + O there: with the gate lambda is absent, without it the residual keeps what it has, whatever lambda is."""
     model, ids = tiny.mamba2(n_layers=6, seed=2), tiny.ids(2, 6)

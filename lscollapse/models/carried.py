@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# A stream whose largest entry would pass 2^HIGH is carried at 2^LOW: far enough under overflow for sums of squares in
-# float32, far enough above one for the norm's eps to stay negligible. A smaller one is raised to it as far as the exponent goes.
-HIGH, LOW = 40, 20
+# A stream whose largest entry would pass 2^HIGH is carried at 2^LOW, and one that has shrunk is raised to it as far as its
+# exponent goes: as high as a norm's gradient allows, which has the third power of 1/rms(X) in float32. A norm's eps is
+# negligible beside rows down to 2^-36 of the largest then, as it is beside their true size.
+HIGH, LOW = 42, 40
 STEEPEST = 100  # log2 of the largest number that X is multiplied with; 2^128 is too large for float32
 
 
@@ -48,12 +49,12 @@ class Carried:
         skip, o_scale = self.plan(X, lam)
         O = O * o_scale.to(O)
         if lam == 0.0:
-            return O.to(torch.promote_types(X.dtype, O.dtype))
+            return self.fit(O.to(torch.promote_types(X.dtype, O.dtype)))
         mantissa = math.frexp(lam)[0]  # X times a power of two first: that rounds nothing, in any dtype
-        return mantissa * (X * (skip / mantissa).to(X)) + O
+        return self.fit(mantissa * (X * (skip / mantissa).to(X)) + O)
 
     def fit(self, X: Tensor) -> Tensor:
-        """X with its largest entry back in range, after a sum whose O was large or cancelled it."""
+        """X with its largest entry in range, where O was large or cancelled the rest."""
         shift = self._shift(X, 0.5)
         if not shift.any():
             return X
