@@ -19,6 +19,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,7 +97,8 @@ def remaining(gains: Sequence[float], variant: Variant, dtype: torch.dtype) -> l
     return left[::-1]
 
 
-def relative_change(left: float, X: Tensor, exponent: Tensor) -> Tensor:
+def relative_change(left: float, X: Tensor, exponent: np.ndarray) -> np.ndarray:
     """e_k / min_i ||x_i|| of every excerpt, for X (B, N, d) carried as X * 2^exponent; infinite where a row is zero."""
-    shortest = torch.linalg.vector_norm(X.double(), dim=-1).amin(-1)
-    return torch.where(shortest > 0, torch.ldexp(left / shortest, -exponent), math.inf)
+    shortest = torch.linalg.vector_norm(X.double(), dim=-1).amin(-1).cpu().numpy()
+    with np.errstate(divide="ignore", over="ignore"):
+        return np.ldexp(np.divide(left, shortest, out=np.full_like(shortest, math.inf), where=shortest > 0), -exponent)

@@ -114,7 +114,7 @@ class Experiment(Section):
             raise ValueError("lambdas must be finite numbers")
         if len(set(values)) != len(values):
             raise ValueError("a lambda is given twice")
-        return sorted(values)
+        return sorted(v + 0.0 for v in values)  # -0 becomes 0
 
     @field_validator("workers", "address", "gpus_per_item")
     @classmethod

@@ -72,8 +72,8 @@ def lambda_colour(lam: float, lams: Sequence[float]) -> str:
         return "#808080"
     if lam == 0:
         return "#000000"
-    top = max(1.0, *(abs(v) for v in lams if np.isfinite(v)))
-    return to_hex((NEGATIVE if lam < 0 else POSITIVE)(np.arcsinh(2 * abs(lam)) / np.arcsinh(2 * top)))
+    size, top = (min(v, 1e300) for v in (abs(lam), max(1.0, *(abs(v) for v in lams if np.isfinite(v)))))
+    return to_hex((NEGATIVE if lam < 0 else POSITIVE)(np.arcsinh(2 * size) / np.arcsinh(2 * top)))
 
 
 def spread(wanted: Sequence[float], heights: Sequence[float], low: float, high: float) -> np.ndarray:

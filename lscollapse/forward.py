@@ -1,12 +1,15 @@
 """The layer-major pass: for each layer, for each variant; reduced to measurements at once, no activations kept.
 
 Large lambda. The residual stream of a pre-norm net grows as |lam|^K and would leave float32 at |lam| = 4 and 64 layers.
-Its mixer sees norm(X), which does not depend on the scale of X, so X is carried as mantissa * 2^e with one exponent per
-excerpt, O is scaled by the same exact power of two when it is added, and log10 of mu is that of the true value.
+It is carried as X * 2^exponent (models/carried.py), and log10 of mu is that of the true value.
+
+Certified exit (certify.py). From the layer at which an excerpt is certified on its X stands still, with its exponent, its
+measures and all; what later layers would do to it is one factor, the product of their lambdas.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,32 +20,39 @@ from torch import Tensor
 from lscollapse import certify, measures, precision
 from lscollapse.models import Adapter, adapt
 from lscollapse.models.adapter import NativeBlock
+from lscollapse.models.carried import Carried
 from lscollapse.variants import Variant, check, surgery_on_layer
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# A stream that grows past 2^HIGH is scaled down to 2^LOW: far enough under overflow for sums of squares in float32,
-# far enough above one for the RMSNorm's eps to stay negligible.
-HIGH, LOW = 40, 20
 LOG10_2 = float(np.log10(2.0))
 
 
 class Stream:
-    """The residual stream of one variant: X * 2^exponent per excerpt, and what became of excerpts that left the range."""
+    """The residual stream of one variant and what became of its excerpts.
+
+    The stream is X * 2^carried.exponent; of a certified excerpt, times `sign` * 2^`skipped` besides.
+
+    Attributes:
+        status: of each excerpt, `ok` or how it left the range.
+        values: the measures of X.
+        bound: of the certified excerpts, how far the values can be off: what the weights prove, and rounding (B,).
+        skipped, sign: log2 and sign of the product of the lambdas since an excerpt was certified, (B,).
+    """
 
     def __init__(self, adapter: Adapter, variant: Variant, X: Tensor, dtype: torch.dtype) -> None:
         self.variant = variant
         self.dtype = dtype
         self.computed = dtype  # the narrowest among its operations (Engines.stream): what the rows say
         self.X = X
-        self.exponent = torch.zeros(len(X), dtype=torch.int64, device=X.device)
+        self.carried = Carried(len(X))
         self.status = measures.status(X)
         self.carries_scale = adapter.pre_norm and not variant.removes_block_norm
-        self.values: dict[str, np.ndarray] = {}  # the measures of X, or of what X was when its excerpt was certified
-        self.power = np.zeros(len(X))  # log2 of what mu in `values` is still to be multiplied with
-        self.bound = np.full(len(X), np.nan)  # of the certified excerpts: how far the values can be off
-        self.sign = np.ones(len(X))  # of the lambdas since an excerpt was certified
+        self.values: dict[str, np.ndarray] = {}
+        self.bound = np.full(len(X), np.nan)
+        self.skipped = np.zeros(len(X))
+        self.sign = np.ones(len(X))
         self._left: list[float] | None = None
         self._proved = self.bound
 
@@ -51,27 +61,30 @@ class Stream:
         """Whether the next block has to be computed: some excerpt is finite and not certified."""
         return any(s == "ok" and np.isnan(b) for s, b in zip(self.status, self.bound, strict=True))
 
+    @property
+    def power(self) -> np.ndarray:
+        """log2 of the size of the stream over that of X, (B,)."""
+        return self.carried.exponent + self.skipped
+
     def certify_with(self, gains: Sequence[float]) -> None:
         if certify.applies(self.variant):
             self._left = certify.remaining(gains, self.variant, self.dtype)
 
     def record(self, layer: int, values: dict[str, Tensor] | None) -> None:
-        """Take the measures of X, the input of block `layer`; of certified excerpts only mu moves on, with lambda."""
+        """Take the measures of X, the input of block `layer`; None where X is what it was."""
         settled = ~np.isnan(self.bound)
         if settled.any():
-            self.power[settled] += np.log2(abs(self.variant.lam_at(layer - 1)))
-            self.sign[settled] *= np.sign(self.variant.lam_at(layer - 1))
+            lam = self.variant.lam_at(layer - 1)
+            self.skipped[settled] += np.log2(abs(lam))
+            self.sign[settled] *= np.sign(lam)
         if values is None:
             return
-        for name, fresh in values.items():
-            new = fresh.cpu().numpy()
-            self.values[name] = np.where(settled, self.values[name], new) if settled.any() else new
-        self.power[~settled] = self.exponent.cpu().numpy()[~settled]
+        self.values = {name: value.cpu().numpy() for name, value in values.items()}
         self._proved = np.full(len(self.bound), np.nan)
         if self._left is not None:
-            bound = certify.relative_change(self._left[layer], self.X, self.exponent).cpu().numpy()
+            bound = certify.relative_change(self._left[layer], self.X, self.carried.exponent)
             proved = ~settled & (bound < torch.finfo(self.dtype).eps)
-            self._proved = np.where(proved, bound, np.nan)
+            self._proved = np.where(proved, np.maximum(bound, measures.floor(self.computed)), np.nan)
 
     def settle(self) -> None:
         """From the next layer on, the excerpts just proved keep their values."""
@@ -80,56 +93,47 @@ class Stream:
 
     def step(self, adapter: Adapter, layer: int, native: NativeBlock | None) -> None:
         """X <- block `layer` of this variant."""
-        o_scale = None
-        if self.exponent.any():
-            self._make_room(abs(self.variant.lam_at(layer)))
-            o_scale = _power_of_two(self.X, -self.exponent)
-        variant = self.variant
-        if native is not None:
-            self.X = native(
-                self.X,
-                lam=variant.lam_at(layer) if variant.acts else 1.0,
-                gating=variant.gating,
-                layernorm=variant.layernorm,
-                skip_site=variant.skip_site if variant.acts else "residual",
-                norm_site=variant.norm_site,
-                o_scale=1.0 if o_scale is None else o_scale,
-            )
-        else:
-            with surgery_on_layer(adapter, layer, variant, o_scale):
-                self.X = adapter.run(layer, self.X)
+        if not self.carries_scale and not self.variant.removes_block_norm:
+            self._lose_what_no_norm_can_see()
+        before, exponent = self.X, self.carried.exponent
+        self.X = self._block(adapter, layer, native)
         if self.carries_scale:
-            self._rescale()
+            self.X = self.carried.fit(self.X)
+        settled = ~np.isnan(self.bound)
+        if settled.any():
+            frozen = torch.from_numpy(settled).to(before.device)
+            self.X[frozen] = before[frozen]
+            self.carried.exponent = np.where(settled, exponent, self.carried.exponent)
         for i, found in enumerate(measures.status(self.X)):
             if self.status[i] == "ok" and found != "ok":
                 self.status[i] = "overflow"  # a finite input under finite weights becomes NaN only by way of infinity
 
-    def _make_room(self, lam: float) -> None:
-        """Lower the exponents where lam*X + O will be small again, so that O does not vanish under a scale it outgrew.
+    def _lose_what_no_norm_can_see(self) -> None:
+        """Excerpts whose squares leave the range: an RMSNorm would make zeros of them without a word."""
+        limit = math.sqrt(torch.finfo(torch.promote_types(self.X.dtype, torch.float32)).max / self.X.shape[-1])
+        lost = self.X.detach().abs().amax((1, 2)) > limit
+        if lost.any():
+            self.X = self.X.masked_fill(lost[:, None, None], math.inf)
 
-        Nothing of X remains at lam = 0, so its scale is dropped; only norm(X), which does not see it, is still needed.
-        """
-        if lam == 0.0:
-            self.exponent.zero_()
-        elif lam < 1.0:
-            largest = torch.frexp(self.X.abs().amax((1, 2))).exponent
-            wanted = LOW - int(np.floor(np.log2(lam))) - largest
-            shift = torch.minimum(torch.minimum(wanted, HIGH + 10 - largest), self.exponent).clamp(min=0)
-            self.X = self.X * _power_of_two(self.X, shift)
-            self.exponent -= shift
-
-    def _rescale(self) -> None:
-        largest = self.X.abs().amax((1, 2))
-        grown = torch.isfinite(largest) & (largest > 2.0**HIGH)
-        if grown.any():
-            shift = torch.where(grown, torch.frexp(largest).exponent - LOW, 0)
-            self.X = self.X * _power_of_two(self.X, -shift)
-            self.exponent += shift
-
-
-def _power_of_two(X: Tensor, exponent: Tensor) -> Tensor:
-    """2^exponent for every excerpt of X, (B, 1, 1). A factor, because torch.ldexp(X, integers) has a zero gradient."""
-    return torch.ldexp(X.new_ones(len(X)), exponent)[:, None, None]
+    def _block(self, adapter: Adapter, layer: int, native: NativeBlock | None) -> Tensor:
+        """The block's output, in the scale that it is carried in from then on."""
+        variant = self.variant
+        lam = variant.lam_at(layer) if variant.acts else 1.0
+        own_scale = not self.carries_scale or (lam == 1.0 and not self.carried.exponent.any())
+        if native is None:
+            with surgery_on_layer(adapter, layer, variant, None if own_scale else self.carried):
+                return adapter.run(layer, self.X)
+        on_mixer = variant.acts and variant.skip_site == "mixer"
+        factors = {} if own_scale else self.carried.plan(self.X, 1.0 if on_mixer else lam)._asdict()
+        return native(
+            self.X,
+            lam=lam,
+            gating=variant.gating,
+            layernorm=variant.layernorm,
+            skip_site=variant.skip_site if variant.acts else "residual",
+            norm_site=variant.norm_site,
+            **factors,
+        )
 
 
 def measure(

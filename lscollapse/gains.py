@@ -30,7 +30,7 @@ class Step(NamedTuple):
 
     X: Tensor
     parts: list[tuple[Tensor, Tensor]]
-    exponent: Tensor
+    exponent: np.ndarray  # (B,)
 
 
 class Mixing(NamedTuple):
@@ -79,7 +79,8 @@ def _measure(subject: Subject, ids: Any, lam: float) -> tuple[Array, ...]:
             first = measures.relative_mu(X).numpy(force=True)
         if not step.parts:
             norm = torch.linalg.vector_norm(step.X.double(), dim=(1, 2))
-            final = torch.ldexp(norm, step.exponent).numpy(force=True)
+            with np.errstate(over="ignore"):
+                final = np.ldexp(norm.numpy(force=True), step.exponent)
             break
         gains = [_gains(*part, step.exponent, centre) for part in step.parts]
         rows.append(gains[0][0])
@@ -94,14 +95,14 @@ def normalised(X: Tensor) -> Tensor:
     return X / torch.linalg.vector_norm(X, dim=-1, keepdim=True)
 
 
-def _gains(X: Tensor, O: Tensor, exponent: Tensor, centre: bool) -> tuple[Array, Array]:
+def _gains(X: Tensor, O: Tensor, exponent: np.ndarray, centre: bool) -> tuple[Array, Array]:
     """(max_i ||O_i|| / ||X_i||, ||O||_F / ||X||_F) of every excerpt, (B,) each."""
     X, O = X.double(), O.double()
     frobenius = torch.linalg.vector_norm(O, dim=(1, 2)) / torch.linalg.vector_norm(X, dim=(1, 2))
     if centre:
         X, O = X - X.mean(-1, keepdim=True), O - O.mean(-1, keepdim=True)
     row = (torch.linalg.vector_norm(O, dim=-1) / torch.linalg.vector_norm(X, dim=-1)).amax(-1)
-    return tuple(torch.ldexp(gain, -exponent).numpy(force=True) for gain in (row, frobenius))  # type: ignore[return-value]
+    return np.ldexp(row.numpy(force=True), -exponent), np.ldexp(frobenius.numpy(force=True), -exponent)
 
 
 def trace(adapter: Adapter, ids: Any, lam: float, gating: bool = True) -> Iterator[Step]:
@@ -116,13 +117,11 @@ def trace(adapter: Adapter, ids: Any, lam: float, gating: bool = True) -> Iterat
             if native is None:
                 parts = sublayers(adapter, layer, X, lam)
             else:
-                O = native(
-                    X, lam=0.0, gating=gating, layernorm=True, skip_site="residual", norm_site="both", o_scale=1.0
-                )
+                O = native(X, lam=0.0, gating=gating, layernorm=True, skip_site="residual", norm_site="both")
                 parts = [(X, O)]
-            yield Step(X, parts, stream.exponent.clone())
+            yield Step(X, parts, stream.carried.exponent)
             stream.step(adapter, layer, native)
-        yield Step(stream.X, [], stream.exponent)
+        yield Step(stream.X, [], stream.carried.exponent)
 
 
 def head_rows(subject: Subject) -> Iterator[dict[str, Any]]:
@@ -132,7 +131,7 @@ def head_rows(subject: Subject) -> Iterator[dict[str, Any]]:
     for layer, step in enumerate(trace(subject.adapter, ids, 1.0, gating)):
         if not step.parts:
             return
-        Ms, S = mixing(subject.adapter, layer, torch.ldexp(step.X.double(), step.exponent[:, None, None]))
+        Ms, S = mixing(subject.adapter, layer, step.X.double())
         sizes = np.linalg.norm(Ms, axis=(2, 3))  # (B, h)
         for head, C_M in enumerate(sizes.max(0)):
             row = {"layer": layer + 1, "head": head, "C_M": float(C_M)}

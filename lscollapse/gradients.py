@@ -31,7 +31,7 @@ class State(NamedTuple):
     """The input of a block, X * 2^exponent."""
 
     X: Tensor  # (B, N, d)
-    exponent: Tensor  # (B,)
+    exponent: np.ndarray  # (B,)
 
 
 def grad_norm(
@@ -82,11 +82,11 @@ def grad_norm(
 
 def _norms(adapter: Adapter, stream: Stream, head: Head, exercise: Exercise) -> Iterator[np.ndarray]:
     """log2 of the norm for k = K..0, (B,) each; meaningless where the stream ends with another status than ok."""
-    states = [State(stream.X, stream.exponent.clone())]
+    states = [State(stream.X, stream.carried.exponent)]
     with torch.no_grad():
         for layer in range(adapter.n_layers):
             stream.step(adapter, layer, None)
-            states.append(State(stream.X, stream.exponent.clone()))
+            states.append(State(stream.X, stream.carried.exponent))
     lost = torch.tensor([status != "ok" for status in stream.status], device=stream.X.device)
     g, power = _from_head(adapter, stream, head, exercise), np.zeros(len(lost))
     for layer in reversed(range(-1, adapter.n_layers)):
@@ -96,7 +96,7 @@ def _norms(adapter: Adapter, stream: Stream, head: Head, exercise: Exercise) -> 
         power += shift.cpu().numpy()
         with np.errstate(divide="ignore"):
             size = np.log2(torch.linalg.vector_norm(g.double(), dim=(1, 2)).cpu().numpy())
-        yield size + power - states[layer + 1].exponent.cpu().numpy()
+        yield size + power - states[layer + 1].exponent
         if layer >= 0:
             g = _pulled_back(adapter, stream, layer, states[layer], g)
 
@@ -118,6 +118,6 @@ def _pulled_back(adapter: Adapter, stream: Stream, layer: int, state: State, g: 
     """The gradient with respect to the input of block `layer` from that with respect to its output, both as carried."""
     with torch.enable_grad():
         X = stream.X = state.X.detach().requires_grad_()
-        stream.exponent = state.exponent.clone()
+        stream.carried.exponent = state.exponent
         stream.step(adapter, layer, None)
         return torch.autograd.grad(stream.X, X, g)[0]

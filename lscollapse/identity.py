@@ -11,6 +11,7 @@ from torch import Tensor
 from lscollapse import measures
 from lscollapse.forward import checked_ids
 from lscollapse.models import Adapter, adapt
+from lscollapse.models.carried import Carried
 from lscollapse.models.widened import computing_in
 from lscollapse.variants import Variant, surgery_on_layer
 
@@ -72,8 +73,8 @@ def layer_outputs(adapter: Adapter, tokens: Tensor) -> list[Tensor]:
 def _step(adapter: Adapter, layer: int, path: str, X: Tensor) -> Tensor:
     if path == "native":
         block = adapter.native_block(layer, X.dtype)
-        return block(X, lam=1.0, gating=True, layernorm=True, skip_site="residual", norm_site="both", o_scale=1.0)
-    with surgery_on_layer(adapter, layer, Variant(), o_scale=X.new_ones(())), computing_in(adapter.dtype):
+        return block(X, lam=1.0, gating=True, layernorm=True, skip_site="residual", norm_site="both")
+    with surgery_on_layer(adapter, layer, Variant(), Carried(len(X))), computing_in(adapter.dtype):
         return adapter.run(layer, X)
 
 

@@ -4,9 +4,9 @@ A decoder predicts each next token of an excerpt; an encoder fills in the 15 % o
 replaced by the mask token. The head (final norm and output matrix) goes over blocks of the vocabulary: no more scores
 than those of one block are in memory.
 
-Certified exit. X of an excerpt that was certified at layer k stands for X^(K) up to the factor lam_k ... lam_{K-1} and a
-relative change of at most `bound` in each row. A final RMSNorm sees of the factor only its sign, and turns the change of a
-row into one of at most 2 bound sqrt(d) max|g|, g its weight. So a score moves by at most that times the longest row of the
+Certified exit. X of an excerpt that was certified at layer k stands for X^(K) up to the factor lam_k ... lam_{K-1}, which
+`last_X` puts back, and a relative change of at most `bound` in each row. A final RMSNorm turns the change of a row into
+one of at most 2 bound sqrt(d) max|g|, g its weight. So a score moves by at most that times the longest row of the
 output matrix, and the loss by twice as much: the `bound` of the row.
 """
 
@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lscollapse.forward import HIGH, Engines, Stream, Table, checked_ids
+from lscollapse.forward import Engines, Stream, Table, checked_ids
 from lscollapse.models import Adapter, adapt
 from lscollapse.models.adapter import Head
+from lscollapse.models.carried import HIGH
 from lscollapse.models.tensors import forget
 from lscollapse.models.widened import computing_in
 from lscollapse.variants import Variant, check
@@ -155,17 +156,15 @@ def last_streams(
 def last_X(adapter: Adapter, stream: Stream) -> Tensor:
     """X^(K) as the head gets it, (B, N, d), float32 at least; zeros for excerpts that left the range.
 
-    In its true size up to 2^HIGH, and with that size beyond, where a final norm gives the same.
+    In its true size up to 2^HIGH, and in that size beyond, where a final norm gives the same.
     """
     X = stream.X.to(torch.promote_types(stream.X.dtype, torch.float32))
     lost = torch.tensor([status != "ok" for status in stream.status], device=X.device)
     X = torch.where(lost[:, None, None], 0.0, X)
     if not adapter.pre_norm:
         return X
-    exponent = stream.exponent.cpu().numpy().astype(float)
-    power = np.where(np.isnan(stream.bound), exponent, stream.power)
     largest = torch.frexp(X.abs().amax((1, 2))).exponent.cpu().numpy()
-    scale = stream.sign * np.exp2(np.minimum(power, HIGH - largest))
+    scale = stream.sign * np.exp2(np.minimum(stream.power, HIGH - largest))
     return X * torch.as_tensor(scale, dtype=X.dtype, device=X.device)[:, None, None]
 
 

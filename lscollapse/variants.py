@@ -9,16 +9,15 @@ path on which the edit had no effect. On exit, also after an exception, the mode
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from lscollapse.models import Adapter, adapt
 from lscollapse.models.adapter import Edit, HookSet
+from lscollapse.models.carried import Carried
 
 
 class SurgeryError(ValueError):
@@ -47,7 +46,7 @@ class Variant:
 
     def __post_init__(self) -> None:
         values = self.lam if isinstance(self.lam, tuple) else (self.lam,)
-        if not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
+        if not all(isinstance(v, int | float) and abs(v) <= sys.float_info.max for v in values):
             raise SurgeryError(f"lambda must be finite numbers, got {self.lam!r}")
 
     def lam_at(self, layer: int) -> float:
@@ -110,15 +109,15 @@ def surgery(model: Any, variant: Variant) -> Iterator[Adapter]:
 
 
 @contextmanager
-def surgery_on_layer(adapter: Adapter, layer: int, variant: Variant, o_scale: Tensor | None = None) -> Iterator[None]:
-    """The same for one call of one layer, with O multiplied by the power of two `o_scale` (see forward.py)."""
-    with _edited(adapter, [(adapter.block(layer), [layer])], variant, o_scale):
+def surgery_on_layer(adapter: Adapter, layer: int, variant: Variant, carried: Carried | None = None) -> Iterator[None]:
+    """The same for one call of one layer, with the block's sums formed anew in the scale that X is carried in."""
+    with _edited(adapter, [(adapter.block(layer), [layer])], variant, carried):
         yield
 
 
 @contextmanager
 def _edited(
-    adapter: Adapter, blocks: list[tuple[Any, list[int]]], variant: Variant, o_scale: Tensor | None
+    adapter: Adapter, blocks: list[tuple[Any, list[int]]], variant: Variant, carried: Carried | None
 ) -> Iterator[None]:
     if adapter.model.training:
         raise SurgeryError(
@@ -127,7 +126,7 @@ def _edited(
     installed: list[tuple[HookSet, dict[str, int]]] = []
     try:
         for block, layers in blocks:
-            installed.append(_install(adapter, block, layers, variant, o_scale))
+            installed.append(_install(adapter, block, layers, variant, carried))
         yield
     finally:
         for hooks, _ in installed:
@@ -140,7 +139,7 @@ def _edited(
 
 
 def _install(
-    adapter: Adapter, block: Any, layers: list[int], variant: Variant, o_scale: Tensor | None
+    adapter: Adapter, block: Any, layers: list[int], variant: Variant, carried: Carried | None
 ) -> tuple[HookSet, dict[str, int]]:
     lams = {variant.lam_at(layer) for layer in layers}
     on_mixer = variant.skip_site == "mixer"
@@ -154,13 +153,13 @@ def _install(
     hooks.on_exit(handle.remove)
     edit = Edit(
         lam=lambda: variant.lam_at(layers[(calls["block"] - 1) % len(layers)]),
-        changes_sum=o_scale is not None or (not on_mixer and lams != {1.0}),
+        changes_sum=carried is not None or (not on_mixer and lams != {1.0}),
         changes_mixer=on_mixer and variant.acts and lams != {0.0},
         gating=variant.gating or not adapter.has_gate,
         layernorm=variant.layernorm,
         skip_site=variant.skip_site,
         norm_site=variant.norm_site,
-        o_scale=1.0 if o_scale is None else o_scale,
+        carried=carried,
     )
     try:
         adapter.install(block, edit, hooks)

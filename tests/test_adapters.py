@@ -14,6 +14,7 @@ import lscollapse
 from lscollapse import Variant
 from lscollapse.identity import differences
 from lscollapse.models import UnsupportedModel, adapt
+from lscollapse.models.carried import Carried
 from lscollapse.variants import surgery_on_layer
 from tests.equivalence import plain_decoders, plain_models
 
@@ -39,13 +40,13 @@ def plain(name: str, model: Any, ids: np.ndarray, *arguments: Any, **named: Any)
     return function(w, model.config, ids, *arguments, **named)
 
 
-def outputs(model: Any, ids: np.ndarray, variant: Variant, scale: float | None = None) -> list[np.ndarray]:
+def outputs(model: Any, ids: np.ndarray, variant: Variant, anew: bool = False) -> list[np.ndarray]:
     """Embedding and output of every block, one at a time, as forward.py runs them."""
     adapter = adapt(model)
     X = adapter.embed(torch.as_tensor(ids))
     found = [X]
     for layer in range(adapter.n_layers):
-        with surgery_on_layer(adapter, layer, variant, None if scale is None else X.new_tensor(scale)):
+        with surgery_on_layer(adapter, layer, variant, Carried(len(X)) if anew else None):
             X = adapter.run(layer, X)
         found.append(X)
     return [Y.detach().double().numpy() for Y in found]
@@ -83,8 +84,8 @@ def test_lambda_one_is_the_model_itself(name: str, dtype: torch.dtype) -> None:
     # Mamba's residual stream is float32 in transformers, whatever the model's dtype.
     tolerance = 1e-6 if dtype == torch.float32 or name == "mamba" else 1e-12
     with torch.no_grad():
-        for scale in (None, 1.0):
-            found = outputs(model, ids, Variant(), scale)
+        for anew in (False, True):
+            found = outputs(model, ids, Variant(), anew)
             expected = [state.double().numpy() for state in states]
             assert_close(found[1:] if name == "mamba" else found[:-1], expected, tolerance, name)
             assert_close([final_norm(model, found[-1]).double().numpy()], [last.double().numpy()], tolerance, "final")
@@ -165,12 +166,15 @@ def test_streams_that_outgrow_their_scale(name: str, site: str) -> None:
         assert here["log10"]["mu"] == pytest.approx(np.log10(measured["mu"]), abs=1e-4)
 
 
-def test_what_the_carried_scale_cannot_do_is_refused() -> None:
-    lam = (4096.0,) * 5 + (0.0,)
-    model = plain_decoders.tiny("gpt2", num_hidden_layers=len(lam))
-    with pytest.raises(UnsupportedModel, match="lambda = 0 on the ffn skip"):
-        lscollapse.measure(model, ids_for("gpt2"), [Variant(lam, skip_site="ffn")])
-    lscollapse.measure(model, ids_for("gpt2"), [Variant(0.0, skip_site="ffn"), Variant(lam, skip_site="both")])
+def test_lambda_zero_on_the_ffn_skip_drops_a_scale_that_the_attention_skip_still_needs() -> None:
+    lam = (4096.0,) * 5 + (0.0, -3.0)
+    model, ids = plain_decoders.tiny("gpt2", num_hidden_layers=len(lam)), ids_for("gpt2")
+    rows = lscollapse.measure(model, ids, [Variant(lam, skip_site="ffn")]).set_index(["layer", "excerpt", "measure"])
+    for layer, Y in enumerate(plain("gpt2", model, ids, lam, site="ffn")):
+        for excerpt, matrix in enumerate(Y):
+            measured = plain_models.plain_measures(matrix)
+            for name in ("relative_mu", "mu"):
+                assert rows["value"][layer, excerpt, name] == pytest.approx(measured[name], rel=1e-4), (layer, name)
 
 
 def test_pixels_as_the_published_processor_makes_them() -> None:

@@ -218,6 +218,43 @@ def test_certified_rows_of_the_embedded_mamba2() -> None:
     assert assert_certified_rows_hold(found, computed, rounding) > 100
 
 
+def test_an_excerpt_stands_still_from_its_certification_on() -> None:
+    """Its measures to the bit, mu by the lambdas alone, while the other excerpt of its tile goes on being computed."""
+    model = tiny.mamba2(n_layers=LAYERS, seed=3)
+    with torch.no_grad():
+        model.embeddings.weight[:30] *= 1e4
+    ids = np.stack([tiny.ids(1, 6)[0] % 30, 30 + tiny.ids(1, 6)[0] % 30])
+    lams = (-40.0, 30.0, -8.0, 0.5, -64.0, 9.0, 1e39)
+    rows = measure(model, ids, [Variant(lams)], gains=gains_of(model)).set_index("measure")
+    late, early = (rows[rows["excerpt"] == n] for n in (1, 0))
+    first = early[early["bound"].notna()]["layer"].min()
+    assert 0 < first < LAYERS - 1 and not (late["bound"].notna() & (late["layer"] <= first + 1)).any()
+    for name, kept in early[early["layer"] >= first - 1].groupby(level=0):
+        if name == "mu":
+            steps = np.diff(kept["log10"])
+            np.testing.assert_allclose(steps, np.log10(np.abs(lams[first - 1 :])), rtol=1e-12)
+        else:
+            assert kept["value"].nunique() == 1, name
+
+
+def test_the_bound_is_never_under_the_floor() -> None:
+    """What is left to compute can be 1e-20; rounding is there all the same."""
+    model = tiny.mamba2(n_layers=LAYERS)
+    with torch.no_grad():
+        scaled_out_proj(1e-20)(model)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        rows = measure(model, tiny.ids(2, 5), [Variant(8.0)], dtype, gains=gains_of(model))
+        relative = rows[rows["measure"].isin(["relative_mu", "rank1_residual"])]["bound"].dropna()
+        assert len(relative) and (relative >= torch.finfo(dtype).eps).all()
+
+
+def test_the_relative_change_of_a_stream_carried_far_is_not_taken_for_zero() -> None:
+    """e = 2^1000 against rows of 2^20 * 2^970 is a change of 2^10, though 2^-970 itself is nothing in float32."""
+    X = torch.full((2, 3, 4), 2.0**19)
+    found = certify.relative_change(2.0**1000, X, np.array([970, 1060]))
+    np.testing.assert_allclose(found, [2.0**10, 2.0**-80], rtol=1e-12)
+
+
 @pytest.mark.parametrize(
     "variant",
     [

@@ -48,6 +48,7 @@ def test_precedence(tmp_path: Path) -> None:
 def test_settings_are_yaml() -> None:
     found = load(settings=["lambdas=[2, -1, 0.5]", "models=[a, b]", "random_init=true", "source=x=y.txt"])
     assert found.lambdas == [-1.0, 0.5, 2.0]
+    assert str(load(settings=["lambdas=[-0.0, 1e-320, 1e39]"]).lambdas) == "[0.0, 1e-320, 1e+39]"
     assert found.models == ["a", "b"]
     assert found.random_init is True
     assert found.source == "x=y.txt"

@@ -15,7 +15,7 @@ import lscollapse
 from lscollapse import Variant, assets
 from lscollapse.measures import MEASURES
 from lscollapse.models import checkpoint, registry
-from tests.equivalence import plain_models, tiny
+from tests.equivalence import plain_decoders, plain_models, tiny
 from tests.equivalence.compare import assert_rows_match, by_layer
 
 LAMS = (-2.0, 0.0, 3.0)
@@ -216,6 +216,123 @@ def test_per_layer_lambdas_may_grow_and_shrink(deep: Any, name: str) -> None:
     lam = PER_LAYER[name]
     outputs = plain_models.mamba2(plain_models.weights_of(deep), deep.config, ids, lam)
     assert_follows(lscollapse.measure(deep, ids, [Variant(lam=lam)]), outputs)
+
+
+# --- any finite lambda ------------------------------------------------------------------------------
+
+EXTREMES: list[float | tuple[float, ...]] = [
+    1e39, -1e38, 1e300, 5e-324, 1e-40, 1e-46, -0.0,
+    (1e35, 1.0) * 3, (1e30, 1e-46) * 3, (1e300, -1e-300) * 3, (1e39, 1e39, 1e-39, 1e-39, 1e-39, 1e39),
+    (1e14, 0.0, 1e14, 0.5, -0.0, 1.0), (1e25, 5e-324, 1.0, 1e9, -1e-9, 2.0),
+]  # fmt: skip
+
+
+def wide_range(weights: plain_models.Weights) -> plain_models.Weights:
+    """Weights as numpy's long double, with which the plain models hold 1e4932."""
+    return {name: value.astype(np.longdouble) for name, value in weights.items()}
+
+
+def assert_follows_far(rows: pd.DataFrame, outputs: list[np.ndarray], rel: float, what: str) -> None:
+    """As assert_follows, for outputs in long double that float64 does not hold."""
+    table = by_layer(rows)
+    for layer, Y in enumerate(outputs):
+        for excerpt, matrix in enumerate(Y):
+            size = np.abs(matrix).max()
+            expected = plain_models.plain_measures((matrix / size).astype(np.float64))
+            for name in MEASURES:
+                value, log10, status = table[layer, excerpt, name]
+                where = f"{what}, layer {layer}, excerpt {excerpt}, {name}: {value}, {log10}, {status}"
+                assert status == "ok", where
+                if name == "mu":
+                    slack = rel * (1 + 0.01 / expected["relative_mu"])  # rounding shows where rows are nearly equal
+                    assert log10 == pytest.approx(float(np.log10(expected["mu"]) + np.log10(size)), abs=slack), where
+                else:
+                    assert value == pytest.approx(expected[name], rel=rel, abs=rel), where
+
+
+@pytest.mark.parametrize("act", ["silu", "swish"])
+@pytest.mark.parametrize("lam", EXTREMES, ids=str)
+def test_any_finite_lambda_on_the_residual_of_mamba2(lam: float | tuple[float, ...], act: str) -> None:
+    """By the package's own blocks and by hooks (of which transformers computes parts in float32 whatever the dtype); not
+    even float64 holds 1e300^6."""
+    model, ids = tiny.mamba2(n_layers=6, seed=2, hidden_act=act), tiny.ids(2, 6)
+    outputs = plain_models.mamba2(wide_range(plain_models.weights_of(model)), model.config, ids, lam)
+    for dtype, rel in ((torch.float32, 1e-4), (torch.float64, 1e-11 if act == "silu" else 1e-4)):
+        assert_follows_far(lscollapse.measure(model, ids, [Variant(lam)], dtype), outputs, rel, f"{lam}, {dtype}")
+
+
+@pytest.mark.parametrize("site", ["residual", "ffn", "both"])
+@pytest.mark.parametrize("lam", [1e39, -1e300, 1e-46, (1e39, 0.0, 1e35), (1e20, 1e-20, 1e300)], ids=str)
+def test_any_finite_lambda_on_either_skip_of_gpt2(lam: float | tuple[float, ...], site: str) -> None:
+    model, ids = plain_decoders.tiny("gpt2"), tiny.ids(2, 6)
+    weights = wide_range(plain_models.weights_of(model))
+    outputs = plain_decoders.gpt2(weights, model.config, ids, lam, True, site)
+    assert_follows_far(lscollapse.measure(model, ids, [Variant(lam, skip_site=site)]), outputs, 1e-4, site)
+
+
+@pytest.mark.parametrize("site", ["residual", "ffn", "both"])
+@pytest.mark.parametrize("lam", [1e25, -1e39, (1e-46, 1e39, 1e300), (1e25, 0.5, 1e39)], ids=str)
+def test_any_finite_lambda_before_a_layer_norm(lam: float | tuple[float, ...], site: str) -> None:
+    """The squares of lam*X leave float32 in the LayerNorm from 1e19 on; what it makes of them does not."""
+    model, ids = tiny.bert(), tiny.ids(2, 6)
+    outputs = plain_models.bert(wide_range(plain_models.weights_of(model)), model.config, ids, lam, True, site)
+    assert_follows_far(lscollapse.measure(model, ids, [Variant(lam, skip_site=site)]), outputs, 1e-4, site)
+
+
+@pytest.mark.parametrize("lam", [(64.0,) * 6 + (1 / 64,) * 6, (1e6,) * 6 + (1e-6,) * 6, (1e30, 1e-30) * 6], ids=str)
+def test_rows_of_all_norms_that_grow_and_shrink(lam: tuple[float, ...]) -> None:
+    """The norm's eps is nothing beside the smallest row in its true size, and must not be where X is carried scaled."""
+    model, ids = tiny.mamba2(n_layers=12), tiny.ids(2, 8)
+    with torch.no_grad():
+        order = torch.randperm(tiny.VOCABULARY, generator=torch.Generator().manual_seed(1))
+        model.embeddings.weight *= torch.logspace(-4, 6, tiny.VOCABULARY)[order][:, None]
+    outputs = plain_models.mamba2(wide_range(plain_models.weights_of(model)), model.config, ids, lam)
+    assert_follows_far(lscollapse.measure(model, ids, [Variant(lam)]), outputs, 2e-6, str(lam))
+
+
+def test_lambda_inside_the_mixer_leaves_the_scale_of_the_residual_alone() -> None:
+    """X' = X + O there: with the gate lambda is absent, without it the residual keeps what it has, whatever lambda is."""
+    model, ids = tiny.mamba2(n_layers=6, seed=2), tiny.ids(2, 6)
+    with torch.no_grad():
+        for layer, factor in zip(model.layers, (3e12, 3e12, 3e12, 0.3, 0.3, 3e12), strict=True):
+            layer.mixer.out_proj.weight *= factor  # X passes 2^40 at once
+    weights = wide_range(plain_models.weights_of(model))
+    arms = [
+        Variant(0.0, skip_site="mixer"),
+        Variant(1.0),
+        Variant((1e14, 0.0, 3.0, -0.5, 0.0, 1.0), gating=False, layernorm=False, skip_site="mixer", norm_site="mixer"),
+    ]
+    found = arms_of(lscollapse.measure(model, ids, arms), 3)
+    for variant, rows in zip(arms, found, strict=True):
+        v = variant
+        outputs = plain_models.mamba2(
+            weights, model.config, ids, v.lam, v.gating, v.layernorm, v.skip_site, v.norm_site
+        )
+        assert_follows_far(rows, outputs, 1e-4, str(variant))
+
+
+@pytest.mark.parametrize("act", ["silu", "swish"])
+def test_a_lambda_inside_the_mixer_whose_squares_leave_float32(act: str) -> None:
+    """The norm before out_proj takes its size out again; a lambda that float32 does not hold is an overflow."""
+    model, ids = tiny.mamba2(hidden_act=act), tiny.ids(2, 6)
+    weights = wide_range(plain_models.weights_of(model))
+    for lam in (1e25, -1e37):
+        outputs = plain_models.mamba2(weights, model.config, ids, lam, False, True, "mixer")
+        rows = lscollapse.measure(model, ids, [Variant(lam, gating=False, skip_site="mixer")])
+        assert_follows_far(rows, outputs, 1e-4, str(lam))
+    rows = lscollapse.measure(model, ids, [Variant(1e39, gating=False, skip_site="mixer")])
+    assert set(rows.loc[rows["layer"] > 0, "status"]) == {"overflow"}
+
+
+def test_a_stream_whose_squares_leave_the_range_is_lost_where_it_is_not_carried() -> None:
+    """Gemma-2's RMSNorm makes zeros of 1e25 in float32: no number after that is the model's."""
+    from transformers import Gemma2Config, Gemma2Model
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4}
+    model = Gemma2Model(Gemma2Config(vocab_size=61, num_key_value_heads=2, head_dim=4, **sizes)).eval()
+    table = by_layer(lscollapse.measure(model, tiny.ids(1, 6), [Variant((1e25, 1e-25, 1.0))]))
+    assert [table[layer, 0, "relative_mu"][2] for layer in range(4)] == ["ok", "ok", "overflow", "overflow"]
 
 
 # --- statuses -------------------------------------------------------------------------------------

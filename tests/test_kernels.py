@@ -154,6 +154,7 @@ def test_block_is_the_plain_block(
     kernels: Kernels, name: str, skip_site: str, norm_site: str | None, gating: bool
 ) -> None:
     s, lam, o_scale = SHAPES[name], -1.5, torch.tensor([0.25, 1.0, 2.0]).view(3, 1, 1)
+    skip = torch.tensor([0.0, -0.5, 3.0]).view(3, 1, 1)
     w, X = weights(s, biases=name == "one group"), stream(s)
     arm = {"gating": gating, "layernorm": norm_site is None, "skip_site": skip_site, "norm_site": norm_site or "both"}
     shift = lam if skip_site == "mixer" else 0.0
@@ -161,6 +162,8 @@ def test_block_is_the_plain_block(
     expected = (1.0 if skip_site == "mixer" else lam) * X + o_scale * O
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.05)):
         before = X.clone()
+        scaled = GpuBlock(w, s, kernels, dtype)(X, lam=lam, skip=skip, o_scale=o_scale, **arm)
+        assert relative_error(scaled, skip * X + o_scale * O) < tolerance
         found = GpuBlock(w, s, kernels, dtype)(X, lam=lam, o_scale=o_scale, **arm)
         assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert relative_error(found, expected) < tolerance

@@ -264,6 +264,63 @@ def test_certified_loss_knows_the_sign_of_the_lambdas_that_were_skipped() -> Non
     assert abs(found[1e6] - found[-1e6]) > 0.01
 
 
+def plain_decoder_loss(model: Any, ids: np.ndarray, lam: Any) -> np.ndarray:
+    X = plain_models.mamba2(plain_models.weights_of(model.backbone), model.config, ids, lam)[-1]
+    weight, eps = model.backbone.norm_f.weight.double(), model.config.layer_norm_epsilon
+    norm = lambda X: F.rms_norm(X, weight.shape, weight, eps)  # noqa: E731
+    return plain_loss(X[:, :-1], norm, model.lm_head.weight, None, ids[:, 1:])
+
+
+LAYERS = 14
+SETTLING = [
+    8.0, -8.0, -5.0, 64.0, -64.0, -1e3, 1.0, -1.0,
+    (-7.0, 3.0, -40.0, 900.0, -0.5, -11.0, 6.0, -1.0, -1.0, 0.25, -3.0, -3.0, -2.0, 8.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("lam", SETTLING, ids=str)
+def test_excerpts_of_a_tile_that_settle_at_different_layers_have_their_own_loss(lam: Any) -> None:
+    """The words of one excerpt are 10^4 times those of the other: it is certified layers before it, whatever the tile."""
+    model = mamba2(n_layers=LAYERS, use_bias=False)
+    with torch.no_grad():
+        model.backbone.embeddings.weight[:30] *= 1e4
+        model.lm_head.weight = torch.nn.Parameter(torch.randn(model.lm_head.weight.shape) / 4)  # untied, of words alike
+    ids = np.stack([tiny.ids(1, N)[0] % 30, 30 + tiny.ids(1, N)[0] % 30, tiny.ids(1, N, seed=1)[0] % 30])
+    adapter, variants = adapt(model), [Variant(lam)]
+    gains = certify.gains(adapter, "")
+    from lscollapse.forward import measure
+
+    exact = plain_decoder_loss(model, ids, lam)
+    for tile in ([0, 1, 2], [0], [1], [2, 1]):
+        streams: list[Any] = []
+        rows = measure(adapter, ids[tile], variants, gains=gains, finished=streams.append)
+        settled = rows[rows["bound"].notna()].groupby("excerpt")["layer"].min()
+        if len(tile) == 3 and lam not in (1.0, -1.0):
+            assert settled[0] < settled[1]
+        found = values(lm_loss(adapter, ids[tile], variants, streams=streams))[0]
+        np.testing.assert_allclose(found, exact[tile], rtol=2e-5)
+
+
+@pytest.mark.parametrize("lam", [0.5, -0.5, 0.6])
+def test_the_final_norm_sees_the_true_size_of_a_small_stream_that_was_certified(lam: float) -> None:
+    """Its eps is not small beside X = lam^K X_0 here, so that a size counted twice is another loss."""
+    model = mamba2(n_layers=12, use_bias=False)
+    with torch.no_grad():
+        model.backbone.embeddings.weight[:30] *= 1e-3  # not certified as soon as the others, if at all
+        model.lm_head.weight = torch.nn.Parameter(torch.randn(model.lm_head.weight.shape))
+        for layer in model.backbone.layers:
+            layer.mixer.out_proj.weight.mul_(1e-13)
+    ids = np.stack([tiny.ids(1, N)[0] % 30, 30 + tiny.ids(1, N)[0] % 30])
+    adapter, variants = adapt(model), [Variant(lam)]
+    streams: list[Any] = []
+    from lscollapse.forward import measure
+
+    measure(adapter, ids, variants, gains=certify.gains(adapter, ""), finished=streams.append)
+    early = lm_loss(adapter, ids, variants, streams=streams)
+    assert "certified" in set(early["status"])
+    np.testing.assert_allclose(values(early)[0], plain_decoder_loss(model, ids, lam), rtol=1e-5)
+
+
 # --- in a run --------------------------------------------------------------------------------------------
 
 

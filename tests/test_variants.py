@@ -320,7 +320,7 @@ def test_variants_that_a_model_does_not_have(kind: str, changes: dict[str, Any],
     assert_same(before, snapshot(model))
 
 
-@pytest.mark.parametrize("lam", [float("nan"), float("inf"), "2", (1.0, float("-inf")), None])
+@pytest.mark.parametrize("lam", [float("nan"), float("inf"), "2", (1.0, float("-inf")), None, 10**400])
 def test_lambda_must_be_a_finite_number(lam: Any) -> None:
     with pytest.raises(SurgeryError, match="finite"):
         Variant(lam)

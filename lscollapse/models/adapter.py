@@ -14,6 +14,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from lscollapse.models.carried import Carried
+
 
 class UnsupportedModel(ValueError):
     """No adapter knows this architecture, or the model does not look as its architecture should."""
@@ -158,7 +160,8 @@ class NativeBlock(Protocol):
         layernorm: bool,
         skip_site: str,
         norm_site: str,
-        o_scale: float | Tensor,
+        skip: float | Tensor | None = None,
+        o_scale: float | Tensor = 1.0,
     ) -> Tensor: ...
 
 
@@ -168,9 +171,9 @@ class Edit:
 
     Attributes:
         lam: the lambda of the layer that the current call of the block stands for.
-        changes_sum: the block's own X + O must become lam*X + o_scale*O.
+        changes_sum: the block's own X + O must become lam*X + O, formed anew.
         changes_mixer: lam*V must be added to the scan output (skip_site `mixer`).
-        o_scale: power of two, one or per excerpt (B, 1, 1), where X is carried scaled down (see forward.py).
+        carried: the scale that X is carried in (see carried.py); None where it is in its own.
     """
 
     lam: Callable[[], float]
@@ -180,15 +183,19 @@ class Edit:
     layernorm: bool
     skip_site: str
     norm_site: str
-    o_scale: float | Tensor = 1.0
+    carried: Carried | None = None
 
     def removes_norm(self, site: str) -> bool:
         return not self.layernorm and self.norm_site in (site, "both")
 
     def add(self, X: Tensor, O: Tensor) -> Tensor:
-        """lam*X + O, Eq. (3), arXiv:2410.10609v3: formed from X and O, so that lam = 0 is exactly O."""
-        lam = 1.0 if self.skip_site == "mixer" else self.lam()
-        O = O * self.o_scale
+        """lam*X + O, Eq. (3), arXiv:2410.10609v3, at a skip where lambda acts; at skip_site `mixer` that is none."""
+        return self.sum(1.0 if self.skip_site == "mixer" else self.lam(), X, O)
+
+    def sum(self, lam: float, X: Tensor, O: Tensor) -> Tensor:
+        """lam*X + O, formed from X and O so that lam = 0 is exactly O."""
+        if self.carried is not None:
+            return self.carried.add(lam, X, O)
         return O.to(torch.promote_types(X.dtype, O.dtype)) if lam == 0.0 else lam * X + O
 
 

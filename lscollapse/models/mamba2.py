@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lscollapse.kernels import Kernels, resolve
 from lscollapse.models.adapter import Adapter, Edit, HookSet
+from lscollapse.models.carried import Carried
 from lscollapse.models.mamba2_gpu import GpuBlock
 from lscollapse.models.mamba2_native import Mamba2Shape, NativeBlock, Workers
 
@@ -112,9 +113,14 @@ class Mamba2Adapter(MambaStack):
 
             hooks.after(block.mixer.norm, "mixer.norm (removed)", ungated)
         elif not edit.gating:
-            hooks.before(block.mixer.norm, "mixer.norm (gate)", lambda args, kwargs: (args[0], None))
+            hooks.before(block.mixer.norm, "mixer.norm (gate)", lambda args, kwargs: (_in_range(args[0]), None))
         if edit.removes_norm("block"):
             hooks.after(block.norm, "norm (removed)", lambda args, kwargs, output: args[0].to(output.dtype))
+
+
+def _in_range(y: Tensor) -> Tensor:
+    """y (B, N, inner) at a size whose squares float32 holds, as those of a large lambda in the scan are not; for a norm."""
+    return Carried(len(y)).fit(y)
 
 
 def _norm_arguments(args: tuple, kwargs: dict) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lscollapse.kernels import Kernels, gated_norm
-from lscollapse.models.mamba2_native import BlockError, Mamba2Shape, NativeBlock
+from lscollapse.models.mamba2_native import BlockError, Mamba2Shape, NativeBlock, per_excerpt
 
 
 class GpuBlock(NativeBlock):
@@ -44,6 +44,7 @@ class GpuBlock(NativeBlock):
         layernorm: bool = True,
         skip_site: str = "residual",
         norm_site: str = "both",
+        skip: float | Tensor | None = None,
         o_scale: float | Tensor = 1.0,
     ) -> Tensor:
         """The block of one variant; arguments, result and errors as in NativeBlock."""
@@ -57,10 +58,12 @@ class GpuBlock(NativeBlock):
         mixed = self._mix_batch(
             projected, self._D + lam if on_mixer else self._D, gating, layernorm or norm_site == "block"
         )
-        scale = torch.as_tensor(o_scale, dtype=self.stream, device=X.device).reshape(-1, 1, 1)
-        O = F.linear(mixed.to(self.dtype), self._out_proj, self._out_bias).to(self.stream) * scale
-        lam = 1.0 if on_mixer else lam
-        return O.add_(X, alpha=lam) if lam else O
+        if skip is None:
+            skip = 1.0 if on_mixer else lam
+        skips, scales = (per_excerpt(factor, len(X), self.stream) for factor in (skip, o_scale))
+        O = F.linear(mixed.to(self.dtype), self._out_proj, self._out_bias).to(self.stream)
+        O *= scales.to(X.device)[:, None, None]
+        return O.addcmul_(X, skips.to(X.device)[:, None, None]) if skips.any() else O
 
     def _mix_batch(self, projected: Tensor, D: Tensor, gating: bool, keep_norm: bool) -> Tensor:
         """Conv, scan, gate and norm: projected (B, N, [z,] xBC, dt) -> (B, N, inner)."""

@@ -142,6 +142,7 @@ class NativeBlock:
         layernorm: bool = True,
         skip_site: str = "residual",
         norm_site: str = "both",
+        skip: float | Tensor | None = None,
         o_scale: float | Tensor = 1.0,
     ) -> Tensor:
         """The block of one variant, with O = mixer(norm(X)).
@@ -151,10 +152,11 @@ class NativeBlock:
             lam: strength of the skip.
             gating: False takes the gate, silu(z), out of the mixer.
             layernorm: False takes out the norms that norm_site names.
-            skip_site: `residual`: Y = lam*X + o_scale*O, exactly o_scale*O for lam = 0. `mixer`: lam times the scan's
-                input is added to its output (D + lam in the place of D), and Y = X + o_scale*O.
+            skip_site: `residual`: Y = lam*X + O, exactly O for lam = 0. `mixer`: lam times the scan's input is added to
+                its output (D + lam in the place of D), and Y = X + O.
             norm_site: `mixer` (the norm before out_proj), `block` (the pre-norm) or `both`.
-            o_scale: scales O, one number or one an excerpt (B, 1, 1), where X is carried scaled.
+            skip, o_scale: where X is carried scaled (carried.py), Y = skip*X + o_scale*O instead; one number or one an
+                excerpt (B, 1, 1).
 
         Returns:
             Y, (B, N, hidden), a new tensor, float32 (float64 for a float64 block).
@@ -168,7 +170,8 @@ class NativeBlock:
         keep_mixer = layernorm or norm_site == "block"
         X = X.to(self.stream)
         D = self._D + lam if skip_site == "mixer" else self._D
-        lam = 1.0 if skip_site == "mixer" else lam
+        if skip is None:
+            skip = 1.0 if skip_site == "mixer" else lam
 
         def enter(workspace: ssd.Workspace, X: Tensor, out: Tensor) -> None:
             if keep_block:
@@ -179,10 +182,10 @@ class NativeBlock:
         def mix(workspace: ssd.Workspace, projected: Tensor, out: Tensor) -> None:
             self._mix(workspace, projected, D, gating, keep_mixer, out)
 
-        def add(_: ssd.Workspace, X: Tensor, O: Tensor, scale: float, out: Tensor) -> None:
+        def add(_: ssd.Workspace, X: Tensor, O: Tensor, skip: float, scale: float, out: Tensor) -> None:
             torch.mul(O, scale, out=out)
-            if lam:
-                out.add_(X, alpha=lam)
+            if skip:
+                out.add_(X, alpha=skip)
 
         take = self.workers.workspace.take
         normed = take("normed", X.shape, self.dtype)
@@ -198,8 +201,8 @@ class NativeBlock:
         _linear(mixed.flatten(0, 1), self._out_proj, self._out_bias, O.flatten(0, 1))
 
         Y = torch.empty_like(X)
-        scales = torch.as_tensor(o_scale).flatten().expand(batch).tolist()
-        self.workers.each(add, X, O, scales, Y)
+        skips, scales = (per_excerpt(factor, batch, self.stream).tolist() for factor in (skip, o_scale))
+        self.workers.each(add, X, O, skips, scales, Y)
         return Y
 
     def _mix(
@@ -257,6 +260,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, workspace: ssd.
         rms = (parts / largest).square_().mean(-1, keepdim=True).add_(eps / largest / largest).sqrt_() * largest
     unit = torch.div(parts, rms, out=workspace.take("unit", parts.shape, x.dtype))
     torch.mul(unit.flatten(1), weight, out=out)
+
+
+def per_excerpt(factor: float | Tensor, batch: int, dtype: torch.dtype) -> Tensor:
+    """One number an excerpt, (B,), as `dtype` holds it: infinite where it is too large."""
+    return torch.as_tensor(factor, dtype=torch.float64).to(dtype).flatten().expand(batch)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lscollapse.models.adapter import Edit, HookSet
+from lscollapse.models.carried import Carried
 
 
 class PostNormAdd:
@@ -40,4 +41,7 @@ class PostNormAdd:
         self._seen[key] = value[0] if isinstance(value, tuple) else value
 
     def _replace_sum(self, args: tuple, kwargs: dict) -> tuple:
-        return (self._edit.add(self._seen.pop("X"), self._seen.pop("O")),)
+        X, O = self._seen.pop("X"), self._seen.pop("O")
+        if not self._edit.removes_norm("block"):
+            self._edit.carried = Carried(len(X))  # of this sum alone: the norm that follows does not see its scale
+        return (self._edit.add(X, O),)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lscollapse.models.adapter import Edit, HookSet, UnsupportedModel
+from lscollapse.models.adapter import Edit, HookSet
 from lscollapse.models.recorded import RecordedAdapter, first_of
 
 
@@ -61,12 +61,5 @@ def _sums(block: Any, parts: Parts, edit: Edit, hooks: HookSet) -> None:
 
 
 def _add(edit: Edit, X: Tensor, O: Tensor, site: str) -> Tensor:
-    """lam*X + O where lambda acts at `site`, else X + O; O in the scale that X is carried in."""
-    if edit.skip_site not in (site, "both"):
-        return X + O * edit.o_scale
-    if edit.skip_site == "ffn" and edit.lam() == 0.0 and isinstance(edit.o_scale, Tensor):
-        raise UnsupportedModel(
-            "lambda = 0 on the ffn skip after layers that grew past 2^40: the scale that X is carried in is lost there;"
-            " use smaller lambdas or skip_site both"
-        )
-    return edit.add(X, O)
+    """lam*X + O where lambda acts at `site`, else X + O."""
+    return edit.add(X, O) if edit.skip_site in (site, "both") else edit.sum(1.0, X, O)

@@ -138,6 +138,20 @@ def test_lambda_zero_is_exactly_the_scaled_mixer_output() -> None:
     assert torch.equal(block(X, lam=0.0, o_scale=scales), scales.double() * O)
 
 
+@pytest.mark.parametrize("skip_site", ["residual", "mixer"])
+def test_skip_stands_in_the_place_of_lambda_on_the_residual_excerpt_by_excerpt(skip_site: str) -> None:
+    s = SHAPES["two groups"]
+    w, X, lam = weights(s), stream(s), -1e39
+    skip, scale = (torch.tensor(f, dtype=torch.float64).view(3, 1, 1) for f in ([0.0, -2.5, 2.0**-9], [1.0, 0.25, 0.5]))
+    shift, gating = (1.5, False) if skip_site == "mixer" else (0.0, True)
+    expected = skip * X + scale * plain_O(w, s, X, gating, True, True, shift)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        block = NativeBlock(w, s, dtype)
+        found = block(X, lam=shift or lam, gating=gating, skip_site=skip_site, skip=skip, o_scale=scale)
+        assert relative_error(found, expected) < tolerance
+    assert torch.isinf(NativeBlock(w, s, torch.float32)(X, lam=lam)).all()  # not carried, it leaves float32
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("gating", [True, False])
 def test_an_excerpt_gives_the_same_in_any_batch(dtype: torch.dtype, gating: bool) -> None:
