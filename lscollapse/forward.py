@@ -43,6 +43,7 @@ class Stream:
         self.power = np.zeros(len(X))  # log2 of what mu in `values` is still to be multiplied with
         self.bound = np.full(len(X), np.nan)  # of the certified excerpts: how far the values can be off
         self.sign = np.ones(len(X))  # of the lambdas since an excerpt was certified
+        self.handed: dict[int, Any] = {}  # what the blocks hand to later ones beside X (see Adapter.run)
         self._left: list[float] | None = None
         self._proved = self.bound
 
@@ -97,7 +98,7 @@ class Stream:
             )
         else:
             with surgery_on_layer(adapter, layer, variant, o_scale):
-                self.X = adapter.run(layer, self.X)
+                self.X = adapter.run(layer, self.X, self.handed)
         if self.carries_scale:
             self._rescale()
         for i, found in enumerate(measures.status(self.X)):

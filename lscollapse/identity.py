@@ -38,9 +38,10 @@ def differences(model: Any, ids: Any) -> Iterator[LayerDifference]:
             streams["native"] = streams["hooks"]
         for path, X in streams.items():
             yield _difference(0, path, X, reference[0])
+        handed: dict[int, Any] = {}
         for layer in range(adapter.n_layers):
             for path in streams:
-                streams[path] = _step(adapter, layer, path, streams[path])
+                streams[path] = _step(adapter, layer, path, streams[path], handed)
                 yield _difference(layer + 1, path, streams[path], reference[layer + 1])
 
 
@@ -66,12 +67,12 @@ def layer_outputs(adapter: Adapter, tokens: Tensor) -> list[Tensor]:
     return seen
 
 
-def _step(adapter: Adapter, layer: int, path: str, X: Tensor) -> Tensor:
+def _step(adapter: Adapter, layer: int, path: str, X: Tensor, handed: dict[int, Any]) -> Tensor:
     if path == "native":
         block = adapter.native_block(layer, X.dtype)
         return block(X, lam=1.0, gating=True, layernorm=True, skip_site="residual", norm_site="both", o_scale=1.0)
     with surgery_on_layer(adapter, layer, Variant(), o_scale=X.new_ones(())):
-        return adapter.run(layer, X)
+        return adapter.run(layer, X, handed)
 
 
 def _difference(layer: int, path: str, Y: Tensor, reference: Tensor) -> LayerDifference:

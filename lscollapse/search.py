@@ -120,8 +120,7 @@ def load(config: Experiment, progress: Progress = SILENT) -> Subject:
 
 def _grid_variants(adapter: Adapter, config: Experiment) -> list[Variant]:
     lams = sorted({sign * size for sign in SIGNS for size in GRID})
-    gating = config.gating is not False or not adapter.has_gate
-    return [Variant(lam=lam, gating=gating, skip_site=config.skip_site) for lam in lams]
+    return [Variant(lam=lam, gating=config.gating is not False, skip_site=config.skip_site) for lam in lams]
 
 
 def find(

@@ -121,18 +121,34 @@ Variants = Callable[["Adapter", Experiment], list[Variant]]
 
 def load_subjects(config: Experiment, variants: Variants, progress: Progress) -> Iterator[Subject]:
     """Every model of `config`, trained and, if asked for, freshly initialised, with its excerpts and variants."""
+    import torch
+
     from lscollapse import certify
+    from lscollapse.forward import checked_ids
 
     inits = ("trained", "random") if config.random_init else ("trained",)
+    scored = False
     for name, init in itertools.product(config.models, inits):
         adapter, info = load_adapter(name, init, config, progress)
         arms = tuple(variants(adapter, config))
         for arm in arms:
             check(adapter, arm)
         corpus = excerpts_for(info, adapter, config, progress)
+        with torch.no_grad():  # what cannot be measured is refused here, before anything is written
+            adapter.embed(checked_ids(adapter, [corpus.excerpts[0].ids]))
+        scored = scored or (needs_head(config) and adapter.head is not None)
         tiles = _plan(adapter, info, corpus, arms, config, progress)
         gains = certify.gains(adapter, info.sha256, config.cache_dir) if config.certified_exit else None
         yield Subject(name, init, info, adapter.config.hidden_size, corpus, arms, tiles, gains, adapter)
+    if needs_head(config) and not scored:
+        from lscollapse.models.heads import missing
+
+        raise ConfigError(f"nothing to score: {missing(adapter)}")
+
+
+def needs_head(config: Experiment) -> bool:
+    """Whether something is asked for that a language-model head is needed for."""
+    return config.quality or config.gradients
 
 
 def load_adapter(name: str, init: str, config: Experiment, progress: Progress) -> tuple[Adapter, ModelInfo]:
@@ -174,14 +190,17 @@ def load_adapter(name: str, init: str, config: Experiment, progress: Progress) -
 
 def _attach_head(adapter: Adapter, name: str, init: str, config: Experiment, progress: Progress) -> None:
     """Where the configuration asks for what needs a language-model head."""
-    if not (config.quality or config.gradients):
+    if not needs_head(config):
         return
+    from lscollapse.gradients import check_chain
     from lscollapse.models import checkpoint, heads
 
+    if config.gradients:
+        check_chain(adapter)
     where: Any = {"revision": config.revision, "cache_dir": config.cache_dir, "offline": config.offline}
     seed = config.seed if init == "random" else None
     if not heads.attach(adapter, lambda: checkpoint.open_head(name, **where), seed):
-        progress.note(f"{name} has no language-model head: its loss and gradients are not measured")
+        progress.note(f"{name}: {heads.missing(adapter)}; its loss and gradients are not measured")
 
 
 def _choose_kernels(adapter: Adapter, config: Experiment, progress: Progress) -> None:

@@ -152,7 +152,7 @@ def test_a_finished_run_is_not_computed_again(config: Experiment, run: Any) -> N
 
 @pytest.mark.parametrize(
     ("named", "value"),
-    [("lambdas", [0.0, 1.0]), ("tokens", 5), ("gating", False), ("seed", 3)],
+    [("lambdas", [0.0, 1.0]), ("tokens", 5), ("gating", True), ("seed", 3)],
 )
 def test_a_run_of_another_configuration_is_refused(config: Experiment, run: Any, named: str, value: Any) -> None:
     with pytest.raises(RunFolderError, match=rf"another configuration \(config\.{named}: "):
@@ -175,7 +175,8 @@ def per_layer_file(path: Path, lams: list[float]) -> Path:
 def test_per_layer_lambdas_from_a_file(config: Experiment, models: dict[str, Any], frozen: Any, tmp_path: Path) -> None:
     lams = [1.5, -0.5]
     file = per_layer_file(tmp_path / "lams.csv", lams)
-    small = config.model_copy(update={"lambdas": [1.0], "excerpts": 2, "lambdas_file": file, "gating": False})
+    changes = {"lambdas": [1.0], "excerpts": 2, "lambdas_file": file, "gating": False, "models": config.models[:1]}
+    small = config.model_copy(update=changes)
     rows = experiments.sweep_lambda(small, tmp_path / "run")
     model = models["little-mamba"][1]
     found = rows[(rows["model"] == "little-mamba") & rows["lam"].isna()]

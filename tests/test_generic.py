@@ -122,11 +122,16 @@ def test_surgery_on_a_whole_forward_leaves_no_trace() -> None:
 
 def test_only_lambda_is_switched() -> None:
     model = build("GPTNeoX")
-    with pytest.raises(SurgeryError, match="skip_site 'ffn' does not exist in gpt_neox"):
-        lscollapse.measure(model, ids(), [Variant(skip_site="ffn")])
-    assert not GenericAdapter.has_gate
-    with pytest.raises(UnsupportedModel, match="the norms of gpt_neox are not known"):
-        lscollapse.measure(model, ids(), [Variant(layernorm=False)])
+    for variant, reason in (
+        (Variant(skip_site="ffn"), "skip_site 'ffn' is not known of gpt_neox"),
+        (Variant(norm_site="block"), "norm_site 'block' is not known of gpt_neox"),
+        (Variant(layernorm=False), "the norms of gpt_neox are not known"),
+        (Variant(gating=False), "whether the mixers of gpt_neox have a gate, and where, is not known"),
+    ):
+        with pytest.raises(SurgeryError, match=reason):
+            lscollapse.measure(model, ids(), [variant])
+        with pytest.raises(SurgeryError, match=reason), lscollapse.surgery(model, variant):
+            pytest.fail("the context was entered")
 
 
 @pytest.mark.parametrize(

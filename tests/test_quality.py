@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from lscollapse import Variant, certify, experiments, quality
-from lscollapse.config import Experiment
+from lscollapse.config import ConfigError, Experiment
 from lscollapse.models import adapt, checkpoint
 from lscollapse.quality import QualityError, lm_loss
 from tests.equivalence import plain_models, tiny
@@ -328,7 +328,8 @@ def test_a_streamed_checkpoint_has_the_losses_of_the_loaded_one(tmp_path: Path, 
 
 
 def test_an_encoder_checkpoint_with_and_without_its_head(tmp_path: Path) -> None:
-    """The mask token is that of the tokenizer of the excerpts; a sentence encoder has no head, and the run says so."""
+    """The mask token is that of the tokenizer of the excerpts; a sentence encoder has no head: a run says so, and one that
+    has nothing else to score is refused."""
     frozen(tmp_path, "bert-base-uncased", size=113)
     config = tiny.bert(vocab_size=113).config
     model = with_head(BertForMaskedLM, config)
@@ -344,9 +345,14 @@ def test_an_encoder_checkpoint_with_and_without_its_head(tmp_path: Path) -> None
             assert math.isclose(value, float(model(masked[None], labels=labels[None]).loss), rel_tol=1e-5)
 
     BertModel(config).save_pretrained(tmp_path / "base")
-    rows, notes = sweep(tmp_path, tmp_path / "base", "b", lambdas=[1.0])
-    assert rows.empty
-    assert any("no language-model head" in line for line in notes)
+    reason = "no language-model head came with this bert: give it as BertForMaskedLM"
+    with pytest.raises(ConfigError, match=f"^nothing to score: {reason}$"):
+        sweep(tmp_path, tmp_path / "base", "b", lambdas=[1.0])
+    assert not (tmp_path / "b").exists()
+    both = [str(tmp_path / "base"), str(tmp_path / "whole")]
+    rows, notes = sweep(tmp_path, tmp_path / "whole", "c", lambdas=[1.0], models=both)
+    assert set(rows["model"]) == {"whole"}
+    assert [line for line in notes if reason in line]
 
 
 def test_an_albert_checkpoint_of_another_layout(tmp_path: Path) -> None:
@@ -368,8 +374,9 @@ def test_an_albert_checkpoint_of_another_layout(tmp_path: Path) -> None:
 
 
 def test_errors_are_one_clear_line(tmp_path: Path) -> None:
-    with pytest.raises(QualityError, match=r"no language-model head .* mamba2: give the model as \.\.\.ForCausalLM"):
-        lm_loss(tiny.mamba2(), tiny.ids(1, 4))
+    for base, head in ((tiny.mamba2(), "Mamba2ForCausalLM"), (tiny.bert(), "BertForMaskedLM")):
+        with pytest.raises(QualityError, match=rf"no language-model head came with this .*: give it as {head}$"):
+            lm_loss(base, tiny.ids(1, 4), mask_token=MASK)
     with pytest.raises(QualityError, match=r"fills in masked tokens .* no mask token"):
         lm_loss(bert(), tiny.ids(1, 4))
     with pytest.raises(QualityError, match="one token has no next one"):

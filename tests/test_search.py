@@ -163,7 +163,8 @@ def test_the_embedded_models_keep_what_was_found(name: str) -> None:
         registry.embedded_files(registry.resolve(name))
     except assets.AssetError as error:
         pytest.skip(str(error))
-    settings: dict[str, Any] = {"models": [name], "excerpts": 8, "gating": False}
+    gating = False if name == "mamba2-tiny" else None
+    settings: dict[str, Any] = {"models": [name], "excerpts": 8, "gating": gating}
     found = search.find(search.load(Experiment(**settings)), 0.5)
     exact = search.load(Experiment(**settings, dtype="float64", certified_exit=False))
     for sign in search.SIGNS:

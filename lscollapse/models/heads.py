@@ -46,10 +46,20 @@ def attach(adapter: Adapter, read: Callable[[], Mapping[str, Tensor]], random_in
     return adapter.head is not None
 
 
+def missing(adapter: Adapter) -> str:
+    """What to say of a model without a language-model head: which class has one, if any has."""
+    what = adapter.config.model_type
+    if adapter.head_class is None:
+        return f"no language-model head is known of {what}: choose a model that predicts or fills in tokens"
+    return f"no language-model head came with this {what}: give it as {adapter.head_class}"
+
+
 def _class(adapter: Adapter) -> Any:
     """transformers' class of this architecture with a language-model head, None where there is none."""
     from transformers.models.auto import modeling_auto
 
+    if adapter.head_class is None:
+        return None
     mapping = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING if adapter.masked else modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
     return mapping.get(type(adapter.config), None)
 
