@@ -199,7 +199,11 @@ def _attach_head(adapter: Adapter, name: str, init: str, config: Experiment, pro
         check_chain(adapter)
     where: Any = {"revision": config.revision, "cache_dir": config.cache_dir, "offline": config.offline}
     seed = config.seed if init == "random" else None
-    if not heads.attach(adapter, lambda: checkpoint.open_head(name, **where), seed):
+
+    def load(kind: Any) -> Any:
+        return checkpoint.load_with_head(name, kind, dtype=adapter.dtype, **where)
+
+    if not heads.attach(adapter, lambda: checkpoint.open_head(name, **where), load, seed):
         progress.note(f"{name}: {heads.missing(adapter)}; its loss and gradients are not measured")
 
 

@@ -28,7 +28,7 @@ class BertAdapter(Adapter):
     def run(self, layer: int, X: Tensor, handed: dict[int, Any] | None = None) -> Tensor:
         return self.block(layer)(X, self._mask(X))
 
-    def _mask(self, X: Tensor) -> Tensor | None:
+    def _mask(self, X: Tensor) -> Any:
         """As the model makes it for excerpts without padding; None where its attention needs none."""
         if not self.config.is_decoder:
             return None

@@ -2,14 +2,17 @@
 
 The blocks are the longest list of modules that lies in no other list. A residual sum is the one addition in its forward
 that has the block's own input X as an operand; the other operand is O (in a block with two skips that is the mixer's:
-lambda acts there, as at skip_site `residual` elsewhere). Lambda replaces this sum by lam*X + O. Gate and norms are not
-known, so they are not switched.
+lambda acts there, as at skip_site `residual` elsewhere). Lambda replaces this sum by lam*X + O. Gate, norms and other
+skips are not known, so they are not switched. The scores of the vocabulary are those of the model's own forward
+(own_head.py).
 
 What is tested, on a few made-up tokens when the adapter is made and on the first ids that it embeds:
     the blocks follow one another, each taking what the one before gave, (excerpts, tokens, width);
     in every block there is exactly one such sum;
     with lambda = 1 formed anew, the block's output is what it was, to rounding;
     with lambda = 0 the sum is O bit for bit, and the block's output is another.
+And on the first of those ids alone, for three lambdas layer by layer: that replayed blocks give what they give in a whole
+forward (recorded.py).
 """
 
 from __future__ import annotations
@@ -28,8 +31,8 @@ from lscollapse.models.adapter import Edit, HookSet, UnsupportedModel
 from lscollapse.models.objective import class_with_head
 from lscollapse.models.own_head import OwnHead
 from lscollapse.models.recorded import (
-    Recording,
     RecordedAdapter,
+    Recording,
     failures_as,
     first_argument,
     forward_of,
@@ -40,7 +43,8 @@ from lscollapse.models.recorded import (
 
 ADDITIONS = (Tensor.add, Tensor.add_, torch.add)
 CASTS = (Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.double, Tensor.bfloat16, Tensor.half)
-DTYPES = re.compile(r"dtype|scalar type|converted to type |\b(Float|Float32|Float16|BFloat16|Double|Half)\b")  # in torch's complaints
+# What torch's complaints of dtypes say.
+DTYPES = re.compile(r"dtype|scalar type|converted to type |\b(Float|Float32|Float16|BFloat16|Double|Half)\b")
 PROBE = (2, 6)  # excerpts, tokens
 BACKEND = "transformers, generic adapter"
 Add = Callable[[Tensor, Tensor], Tensor]
