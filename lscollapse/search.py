@@ -232,7 +232,10 @@ def attention_flow(adapter: Adapter, X: Tensor) -> tuple[Any, Array]:
 
     def mixer(Y: Array) -> Array:
         Z = torch.as_tensor(Y[None] * size, dtype=X.dtype, device=X.device)
-        O = sum(share * sublayers(adapter, layer, Z)[0][1][0].double() for layer, share in weight.items())
+        handed: dict[int, Any] = {}  # later layers may need what earlier ones make of Z
+        O = sum(
+            share * sublayers(adapter, layer, Z, handed=handed)[0][1][0].double() for layer, share in weight.items()
+        )
         return torch.as_tensor(O).numpy(force=True) / size
 
     return mixer, unit_rows(X[0].double().cpu().numpy())
@@ -249,10 +252,12 @@ class _Recorder(Edit):
         return (self.lam() if len(self.seen) == 1 else 1.0) * X + O
 
 
-def sublayers(adapter: Adapter, layer: int, X: Tensor, lam: float = 1.0) -> list[tuple[Tensor, Tensor]]:
+def sublayers(
+    adapter: Adapter, layer: int, X: Tensor, lam: float = 1.0, handed: dict[int, Any] | None = None
+) -> list[tuple[Tensor, Tensor]]:
     """(X, O) of every skip of block `layer` for the block's input X (B, N, d): the mixer's, then the feed-forward's.
 
-    lam acts on the first skip only (skip_site `residual`). The model is left as it was.
+    lam acts on the first skip only (skip_site `residual`); handed as for `Adapter.run`. The model is left as it was.
     """
     both = "both" in adapter.skip_sites
     edit = _Recorder(lambda: lam, True, False, True, True, "both" if both else "residual", "both")
@@ -260,7 +265,7 @@ def sublayers(adapter: Adapter, layer: int, X: Tensor, lam: float = 1.0) -> list
     try:
         adapter.install(adapter.block(layer), edit, hooks)
         with torch.no_grad():
-            adapter.run(layer, X)
+            adapter.run(layer, X, handed)
     finally:
         hooks.remove()
     return edit.seen

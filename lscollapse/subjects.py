@@ -21,6 +21,8 @@ from lscollapse.tasks import images, pictures
 from lscollapse.variants import Variant, check
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lscollapse.corpus import Corpus, Tokenizer
     from lscollapse.models import Adapter
     from lscollapse.models.checkpoint import ModelInfo
@@ -121,8 +123,6 @@ Variants = Callable[["Adapter", Experiment], list[Variant]]
 
 def load_subjects(config: Experiment, variants: Variants, progress: Progress) -> Iterator[Subject]:
     """Every model of `config`, trained and, if asked for, freshly initialised, with its excerpts and variants."""
-    import torch
-
     from lscollapse import certify
     from lscollapse.forward import checked_ids
 
@@ -134,8 +134,7 @@ def load_subjects(config: Experiment, variants: Variants, progress: Progress) ->
         for arm in arms:
             check(adapter, arm)
         corpus = excerpts_for(info, adapter, config, progress)
-        with torch.no_grad():  # what cannot be measured is refused here, before anything is written
-            adapter.embed(checked_ids(adapter, [corpus.excerpts[0].ids]))
+        _try(adapter, checked_ids(adapter, [corpus.excerpts[0].ids]))
         scored = scored or (needs_head(config) and adapter.head is not None)
         tiles = _plan(adapter, info, corpus, arms, config, progress)
         gains = certify.gains(adapter, info.sha256, config.cache_dir) if config.certified_exit else None
@@ -144,6 +143,19 @@ def load_subjects(config: Experiment, variants: Variants, progress: Progress) ->
         from lscollapse.models.heads import missing
 
         raise ConfigError(f"nothing to score: {missing(adapter)}")
+
+
+def _try(adapter: Adapter, tokens: Tensor) -> None:
+    """Embed one excerpt, so that what cannot be measured is refused before anything is written."""
+    import torch
+
+    try:
+        with torch.no_grad():
+            adapter.embed(tokens)
+    except torch.OutOfMemoryError:
+        raise plan.MemoryPlanError(
+            "the device has no room for one excerpt: use fewer --tokens or --device cpu"
+        ) from None
 
 
 def needs_head(config: Experiment) -> bool:

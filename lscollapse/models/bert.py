@@ -28,9 +28,14 @@ class BertAdapter(Adapter):
     def run(self, layer: int, X: Tensor, handed: dict[int, Any] | None = None) -> Tensor:
         return self.block(layer)(X, self._mask(X))
 
+    @property
+    def causal(self) -> bool:
+        """Whether a token attends to earlier ones alone."""
+        return bool(self.config.is_decoder)
+
     def _mask(self, X: Tensor) -> Any:
         """As the model makes it for excerpts without padding; None where its attention needs none."""
-        if not self.config.is_decoder:
+        if not self.causal:
             return None
         from transformers.masking_utils import create_causal_mask
 
