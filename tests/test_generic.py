@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -384,6 +385,13 @@ def test_three_ways_of_handing_on(kind: str) -> None:
             np.testing.assert_allclose(here.sort_values("excerpt")["value"], expected, rtol=1e-5)
 
 
+def test_one_arm_needs_no_memory_of_its_own() -> None:
+    """Layer by layer without `handed`, as an arm that runs by itself; and again after another `embed`."""
+    model = HandingModel(MadeUpConfig("list")).eval()
+    for tokens in (ids(), ids(1, 5)):
+        assert_close(outputs(adapt(model), tokens, Variant(-0.5)), plain_handing(model, tokens, -0.5), 1e-6, "alone")
+
+
 def test_what_is_handed_on_by_another_way_is_refused() -> None:
     """Through attributes of the modules the arms would get each other's."""
     model = HandingModel(MadeUpConfig("attribute")).eval()
@@ -397,20 +405,44 @@ def test_what_is_handed_on_by_another_way_is_refused() -> None:
 # --- dtypes ---------------------------------------------------------------------------------------
 
 
+class Fixed(MadeUpBlock):
+    """Has float32 numbers that no conversion of the model reaches."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(kind)
+        self.numbers = torch.eye(8)
+
+    def forward(self, X: Tensor) -> Tensor:
+        return X + torch.tanh(X @ self.numbers)
+
+
+def falcon_mamba() -> Any:
+    """As published, its residual stream is float32 whatever the dtype of the weights."""
+    changes = {"state_size": 4, "time_step_rank": 4, "num_attention_heads": None, "intermediate_size": 32}
+    return build("FalconMamba", residual_in_fp32=True, **changes)
+
+
+def with_fixed_numbers() -> Any:
+    model = made_up("good")
+    model.layers = nn.ModuleList(Fixed("good") for _ in range(3))
+    return model
+
+
 @pytest.mark.parametrize(
-    ("name", "changes", "dtype", "reason"),
+    ("make", "dtype", "reason"),
     [
-        ("FalconMamba", {"state_size": 4, "time_step_rank": 4, "residual_in_fp32": True}, torch.bfloat16, "in float32"),
-        ("FalconMamba", {"state_size": 4, "time_step_rank": 4, "residual_in_fp32": True}, torch.float64, "in float32"),
-        ("Jamba", {}, torch.float64, "its forward fails: .*Double"),
-        ("Mixtral", {}, torch.float64, "its forward fails: .*Double"),
+        (falcon_mamba, torch.bfloat16, "FalconMambaBlock 1 adds its own input in float32"),
+        (with_fixed_numbers, torch.bfloat16, "its forward fails: expected .* same dtype"),
+        (with_fixed_numbers, torch.float64, "its forward fails: expected .* same dtype"),
     ],
 )
 def test_a_dtype_that_a_model_does_not_compute_in_is_called_that(
-    name: str, changes: dict[str, Any], dtype: torch.dtype, reason: str
+    make: Callable[[], Any], dtype: torch.dtype, reason: str
 ) -> None:
-    model = build(name, **{"num_attention_heads": None, "intermediate_size": 32} | changes if changes else {})
-    said = rf"does not compute in {str(dtype)[6:]} throughout: .*{reason}.*--dtype float32"
+    """And it is measured in float32, so that the advice is right."""
+    model = make()
+    lscollapse.measure(model, ids())
+    said = rf"does not compute in {str(dtype)[6:]} throughout: {reason}.*--dtype float32"
     with pytest.raises(UnsupportedModel, match=said):
         lscollapse.measure(model, ids(), dtype=dtype)
     with pytest.raises(UnsupportedModel, match=said):

@@ -86,7 +86,7 @@ class Adapter(ABC):
 
         Args:
             handed: one dict for each arm, empty before layer 0: what its blocks hand to later ones beside X. Needed where
-                several arms are run by turns, or a block takes more than X.
+                several arms are run by turns; without it all calls since the last `embed` are one arm's.
         """
 
     @property

@@ -33,13 +33,11 @@ from lscollapse.models.own_head import OwnHead
 from lscollapse.models.recorded import (
     RecordedAdapter,
     Recording,
-    failures_as,
     first_argument,
     forward_of,
     record,
-    relative_difference,
-    rounding,
 )
+from lscollapse.models.trial import failures_as, relative_difference, rounding
 
 ADDITIONS = (Tensor.add, Tensor.add_, torch.add)
 CASTS = (Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.double, Tensor.bfloat16, Tensor.half)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lscollapse.models.adapter import UnsupportedModel
-from lscollapse.models.recorded import forward_of, record, relative_difference, rounding, uncached
+from lscollapse.models.recorded import forward_of, record, uncached
+from lscollapse.models.trial import relative_difference, rounding
 
 
 class OwnHead:

@@ -20,11 +20,9 @@ import torch
 from torch import Tensor
 
 from lscollapse.models.adapter import Adapter, Edit, HookSet, UnsupportedModel
-from lscollapse.texts import first_line
+from lscollapse.models.trial import failures_as, relative_difference, rounding
 
 REPLAYED = (1.0, 0.5, -0.5)  # lambdas of the arms that the test replays
-ROUNDING = 64  # times the dtype's spacing: how far what is computed again may be off, relative to its norm
-LARGEST_ROUNDING = 2.0**-5  # the same at most, in dtypes of few digits
 
 
 @dataclass(frozen=True)
@@ -178,7 +176,7 @@ class RecordedAdapter(Adapter):
         return self.calls[0].X
 
     def run(self, layer: int, X: Tensor, handed: dict[int, Any] | None = None) -> Tensor:
-        call, handed = self.calls[layer], {} if handed is None else handed
+        call, handed = self.calls[layer], self._alone if handed is None else handed
         args, kwargs = call.others
         own_args = tuple(self._own(value, handed) for value in args)
         output = call.again(X, (own_args, {name: self._own(value, handed) for name, value in kwargs.items()}))
@@ -197,6 +195,7 @@ class RecordedAdapter(Adapter):
 
     def _take(self, recording: Recording) -> None:
         self._recording, self.calls, self._given = recording, recording.calls, recording.given()
+        self._alone: dict[int, Any] = {}  # of an arm that runs by itself
 
     def _own(self, value: Any, handed: dict[int, Any]) -> Any:
         """An argument of a block as one arm has it: outputs and containers of the arm's own in place of the recorded ones."""
@@ -270,29 +269,6 @@ class RecordedAdapter(Adapter):
             yield
         finally:
             hooks.remove()
-
-
-@contextmanager
-def failures_as(refusal: Callable[[str], UnsupportedModel]) -> Iterator[None]:
-    """Errors of a model's own code become refusal(first line); those of memory stay what they are."""
-    try:
-        yield
-    except (UnsupportedModel, torch.OutOfMemoryError):
-        raise
-    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
-        raise refusal(first_line(error)) from error
-
-
-def relative_difference(found: Tensor, expected: Tensor) -> float:
-    """In the Frobenius norm; 0 where both are 0."""
-    difference = float(torch.linalg.vector_norm(found.double() - expected.double()))
-    size = float(torch.linalg.vector_norm(expected.double()))
-    return difference / size if size else float("inf") if difference else 0.0
-
-
-def rounding(dtype: torch.dtype) -> float:
-    """How far what is computed again in `dtype` may be off, relative to its norm."""
-    return min(ROUNDING * torch.finfo(dtype).eps, LARGEST_ROUNDING)
 
 
 def _is_container(value: Any) -> bool:
