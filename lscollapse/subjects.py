@@ -125,9 +125,11 @@ def load_subjects(config: Experiment, variants: Variants, progress: Progress) ->
     """Every model of `config`, trained and, if asked for, freshly initialised, with its excerpts and variants."""
     from lscollapse import certify
     from lscollapse.forward import checked_ids
+    from lscollapse.models.heads import missing
 
     inits = ("trained", "random") if config.random_init else ("trained",)
-    scored = False
+    scored: list[bool] = []
+    unscored: dict[str, str] = {}  # why, by model
     for name, init in itertools.product(config.models, inits):
         adapter, info = load_adapter(name, init, config, progress)
         arms = tuple(variants(adapter, config))
@@ -135,14 +137,17 @@ def load_subjects(config: Experiment, variants: Variants, progress: Progress) ->
             check(adapter, arm)
         corpus = excerpts_for(info, adapter, config, progress)
         _try(adapter, checked_ids(adapter, [corpus.excerpts[0].ids]))
-        scored = scored or (needs_head(config) and adapter.head is not None)
+        if needs_head(config):
+            scored.append(adapter.head is not None)
+            if not scored[-1]:
+                unscored[name] = missing(adapter)
         tiles = _plan(adapter, info, corpus, arms, config, progress)
         gains = certify.gains(adapter, info.sha256, config.cache_dir) if config.certified_exit else None
         yield Subject(name, init, info, adapter.config.hidden_size, corpus, arms, tiles, gains, adapter)
-    if needs_head(config) and not scored:
-        from lscollapse.models.heads import missing
-
-        raise ConfigError(f"nothing to score: {missing(adapter)}")
+    if scored and not any(scored):
+        raise ConfigError(f"nothing to score: {'; '.join(dict.fromkeys(unscored.values()))}")
+    for name, why in unscored.items():
+        progress.note(f"{name}: {why}; its loss and gradients are not measured")
 
 
 def _try(adapter: Adapter, tokens: Tensor) -> None:
@@ -182,7 +187,7 @@ def load_adapter(name: str, init: str, config: Experiment, progress: Progress) -
         reader = checkpoint.open_layers(name, **where)
         streamed = StreamedMamba2(reader, Upload(torch.device(on))) if on != "cpu" else StreamedMamba2(reader)
         _choose_kernels(streamed, config, progress)
-        _attach_head(streamed, name, init, config, progress)
+        _attach_head(streamed, name, init, config)
         return streamed, reader.info
     # The package's own blocks round the weights themselves; the modules of other models are loaded in the dtype.
     own = architecture == "mamba2" or config.dtype == "auto"
@@ -196,11 +201,11 @@ def load_adapter(name: str, init: str, config: Experiment, progress: Progress) -
         ) from None
     set_threads(adapter.config.hidden_size)
     _choose_kernels(adapter, config, progress)
-    _attach_head(adapter, name, init, config, progress)
+    _attach_head(adapter, name, init, config)
     return adapter, loaded.info
 
 
-def _attach_head(adapter: Adapter, name: str, init: str, config: Experiment, progress: Progress) -> None:
+def _attach_head(adapter: Adapter, name: str, init: str, config: Experiment) -> None:
     """Where the configuration asks for what needs a language-model head."""
     if not needs_head(config):
         return
@@ -215,8 +220,7 @@ def _attach_head(adapter: Adapter, name: str, init: str, config: Experiment, pro
     def load(kind: Any) -> Any:
         return checkpoint.load_with_head(name, kind, dtype=adapter.dtype, **where)
 
-    if not heads.attach(adapter, lambda: checkpoint.open_head(name, **where), load, seed):
-        progress.note(f"{name}: {heads.missing(adapter)}; its loss and gradients are not measured")
+    heads.attach(adapter, lambda: checkpoint.open_head(name, **where), load, seed)
 
 
 def _choose_kernels(adapter: Adapter, config: Experiment, progress: Progress) -> None:
