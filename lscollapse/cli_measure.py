@@ -26,7 +26,7 @@ def measure(
     source: Annotated[str | None, typer.Option(help="packaged, wikipedia, datasets, or a .txt, .jsonl or .parquet file; for ViT digits or a folder of pictures.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="native, bert, or a folder or hub id.  \\[default: native]")] = None,
     skip_site: o.SkipSite = None,
-    gating: Annotated[bool, typer.Option("--gating/--no-gating", help="Without the gate, where the mixer has one.")] = True,
+    gating: Annotated[bool, typer.Option("--gating/--no-gating", help="Without the gate; refused where none is known.")] = True,
     dtype: o.Dtype = None, device: o.Device = None, seed: o.Seed = None, random_init: o.RandomInit = None,
     offline: o.Offline = None, stream: o.Stream = None, max_memory: o.Memory = None, settings: o.Set = None,
     out: Annotated[Path | None, typer.Option(help="Run folder.  \\[default: runs/measure/MODEL]")] = None,

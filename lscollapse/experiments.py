@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lscollapse.config import ConfigError, Experiment
 from lscollapse.models import registry
 from lscollapse.runs import SILENT, Progress, load_corpus, load_subjects, run
-from lscollapse.variants import Variant
+from lscollapse.variants import Variant, without_gate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,7 +37,8 @@ def sweep_lambda(config: Experiment, out: Path, progress: Progress = SILENT) -> 
 
 
 def sweep_variants(adapter: Adapter, config: Experiment) -> list[Variant]:
-    gates = [True] if not adapter.has_gate else [False, True] if config.gating is None else [config.gating]
+    both = [False, True] if adapter.has_gate else [True]
+    gates = both if config.gating is None else [config.gating]
     lams = _lambdas(adapter, config)
     return [
         Variant(lam=lam, gating=gating, skip_site=config.skip_site, norm_site=_norm_site(adapter, config))
@@ -109,7 +110,7 @@ def check_identity(config: Experiment, progress: Progress = SILENT) -> list[Laye
 
 def _needs_gate(adapter: Adapter) -> None:
     if not adapter.has_gate:
-        raise ConfigError(f"{adapter.config.model_type} has no gate to ablate: choose a Mamba-2 model with --model")
+        raise ConfigError(f"{without_gate(adapter)}: choose a Mamba-2 or Mamba model with --model")
 
 
 def _lambdas(adapter: Adapter, config: Experiment) -> list[float | tuple[float, ...]]:

@@ -53,6 +53,7 @@ class Stream:
         self.bound = np.full(len(X), np.nan)
         self.skipped = np.zeros(len(X))
         self.sign = np.ones(len(X))
+        self.handed: dict[int, Any] = {}  # what the blocks hand to later ones beside X (see Adapter.run)
         self._left: list[float] | None = None
         self._proved = self.bound
 
@@ -122,7 +123,7 @@ class Stream:
         own_scale = not self.carries_scale or (lam == 1.0 and not self.carried.exponent.any())
         if native is None:
             with surgery_on_layer(adapter, layer, variant, None if own_scale else self.carried):
-                return adapter.run(layer, self.X)
+                return adapter.run(layer, self.X, self.handed)
         on_mixer = variant.acts and variant.skip_site == "mixer"
         factors = {} if own_scale else self.carried.plan(self.X, 1.0 if on_mixer else lam)._asdict()
         return native(

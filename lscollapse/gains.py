@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from lscollapse import forward, measures, ssd
+from lscollapse.models.bert import BertAdapter
 from lscollapse.models.mamba2 import Mamba2Adapter
 from lscollapse.search import sublayers
 from lscollapse.subjects import Subject
@@ -167,13 +168,16 @@ def _cpu(tensor: Tensor | None) -> Tensor | None:
 
 
 def _attention_mixing(adapter: Adapter, layer: int, X: Tensor) -> Mixing:
-    """softmax(Q K^T / sqrt(d_h)) of every head, and ||W_V^h W_O^h||_2."""
+    """softmax(Q K^T / sqrt(d_h)) of every head, of a decoder over earlier tokens alone, and ||W_V^h W_O^h||_2."""
     block, heads = adapter.block(layer).attention, adapter.config.num_attention_heads
     own = getattr(block, "self", block)
     out = block.output.dense if own is not block else block.dense
     X = X.to(own.query.weight.dtype)
     q, k = (part(X).unflatten(-1, (heads, -1)).transpose(1, 2).double() for part in (own.query, own.key))
-    Ms = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), dim=-1)
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B, h, N, N)
+    if isinstance(adapter, BertAdapter) and adapter.causal:
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
+    Ms = torch.softmax(scores, dim=-1)
     W_V = own.value.weight.double().unflatten(0, (heads, -1))  # (h, e, d)
     W_O = out.weight.double().unflatten(1, (heads, -1)).transpose(0, 1)  # (h, d, e)
     S = torch.linalg.matrix_norm(W_O @ W_V, 2)

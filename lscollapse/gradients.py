@@ -19,7 +19,8 @@ from torch import Tensor
 
 from lscollapse.forward import LOG10_2, Stream, Table, checked_ids
 from lscollapse.models import Adapter, adapt
-from lscollapse.models.adapter import Head
+from lscollapse.models.adapter import Head, UnsupportedModel
+from lscollapse.models.own_head import OwnHead
 from lscollapse.quality import Exercise, exercise_of, head_of, last_X, losses
 from lscollapse.variants import Variant, check
 
@@ -55,7 +56,8 @@ def grad_norm(
 
     Raises:
         QualityError: the model has no head, or an encoder's mask token is missing.
-        UnsupportedModel: the checkpoint is streamed, so that there are no modules to go back through.
+        UnsupportedModel: the checkpoint is streamed, so that there are no modules to go back through; or blocks hand
+            numbers to later ones beside X.
         SurgeryError, ValueError: as `measure`.
     """
     adapter = adapt(model)
@@ -69,6 +71,7 @@ def grad_norm(
     for number, variant in enumerate(variants):
         with torch.no_grad():
             stream = Stream(single, variant, single.embed(exercise.inputs), torch.float32)
+        check_chain(single)
         norms = list(_norms(single, stream, head, exercise))
         lost = np.array(stream.status) != "ok"
         for layer, log2 in enumerate(reversed(norms)):
@@ -80,7 +83,16 @@ def grad_norm(
     return table.frame()
 
 
-def _norms(adapter: Adapter, stream: Stream, head: Head, exercise: Exercise) -> Iterator[np.ndarray]:
+def check_chain(adapter: Adapter) -> None:
+    """Raise UnsupportedModel where X^(k) is not all that the loss sees of the first k blocks."""
+    if adapter.hands_on:
+        raise UnsupportedModel(
+            f"the gradient of {adapter.config.model_type} cannot be followed from block to block: its blocks hand numbers"
+            " (as shared keys and values) to later ones beside X; leave out --gradients"
+        )
+
+
+def _norms(adapter: Adapter, stream: Stream, head: Head | OwnHead, exercise: Exercise) -> Iterator[np.ndarray]:
     """log2 of the norm for k = K..0, (B,) each; meaningless where the stream ends with another status than ok."""
     states = [State(stream.X, stream.carried.exponent)]
     with torch.no_grad():
@@ -101,7 +113,7 @@ def _norms(adapter: Adapter, stream: Stream, head: Head, exercise: Exercise) -> 
             g = _pulled_back(adapter, stream, layer, states[layer], g)
 
 
-def _from_head(adapter: Adapter, stream: Stream, head: Head, exercise: Exercise) -> Tensor:
+def _from_head(adapter: Adapter, stream: Stream, head: Head | OwnHead, exercise: Exercise) -> Tensor:
     """Gradient of each excerpt's loss with respect to the last X as it is carried; one excerpt's scores at a time."""
     with torch.enable_grad():
         X = stream.X = stream.X.detach().requires_grad_()

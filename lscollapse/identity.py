@@ -41,9 +41,10 @@ def differences(model: Any, ids: Any) -> Iterator[LayerDifference]:
             streams["native"] = streams["hooks"]
         for path, X in streams.items():
             yield _difference(0, path, X, reference[0])
+        handed: dict[int, Any] = {}
         for layer in range(adapter.n_layers):
             for path in streams:
-                streams[path] = _step(adapter, layer, path, streams[path])
+                streams[path] = _step(adapter, layer, path, streams[path], handed)
                 yield _difference(layer + 1, path, streams[path], reference[layer + 1])
 
 
@@ -70,12 +71,12 @@ def layer_outputs(adapter: Adapter, tokens: Tensor) -> list[Tensor]:
     return seen
 
 
-def _step(adapter: Adapter, layer: int, path: str, X: Tensor) -> Tensor:
+def _step(adapter: Adapter, layer: int, path: str, X: Tensor, handed: dict[int, Any]) -> Tensor:
     if path == "native":
         block = adapter.native_block(layer, X.dtype)
         return block(X, lam=1.0, gating=True, layernorm=True, skip_site="residual", norm_site="both")
     with surgery_on_layer(adapter, layer, Variant(), Carried(len(X))), computing_in(adapter.dtype):
-        return adapter.run(layer, X)
+        return adapter.run(layer, X, handed)
 
 
 def _difference(layer: int, path: str, Y: Tensor, reference: Tensor) -> LayerDifference:

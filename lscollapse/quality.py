@@ -2,7 +2,8 @@
 
 A decoder predicts each next token of an excerpt; an encoder fills in the 15 % of its tokens that a seeded stream has
 replaced by the mask token. The head (final norm and output matrix) goes over blocks of the vocabulary: no more scores
-than those of one block are in memory.
+than those of one block are in memory. Where the parts of the head are not known (own_head.py) the model's own forward
+makes the scores, of one excerpt at a time.
 
 Certified exit. X of an excerpt that was certified at layer k stands for X^(K) up to the factor lam_k ... lam_{K-1}, which
 `last_X` puts back, and a relative change of at most `bound` in each row. A final RMSNorm turns the change of a row into
@@ -20,12 +21,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lscollapse.forward import Engines, Stream, Table, checked_ids
 from lscollapse.models import Adapter, adapt
 from lscollapse.models.adapter import Head
 from lscollapse.models.carried import HIGH
+from lscollapse.models.heads import missing
+from lscollapse.models.own_head import OwnHead
 from lscollapse.models.tensors import forget
 from lscollapse.models.widened import computing_in
 from lscollapse.variants import Variant, check
@@ -104,14 +108,11 @@ def lm_loss(
     return table.frame()
 
 
-def head_of(adapter: Adapter) -> Head:
+def head_of(adapter: Adapter) -> Head | OwnHead:
     """The model's head, or QualityError."""
     head = adapter.head
     if head is None:
-        kind = "MaskedLM" if adapter.masked else "CausalLM"
-        raise QualityError(
-            f"no language-model head is known of this {adapter.config.model_type}: give the model as ...For{kind}"
-        )
+        raise QualityError(missing(adapter))
     return head
 
 
@@ -168,12 +169,18 @@ def last_X(adapter: Adapter, stream: Stream) -> Tensor:
     return X * torch.as_tensor(scale, dtype=X.dtype, device=X.device)[:, None, None]
 
 
-def losses(head: Head, X: Tensor, exercise: Exercise) -> Tensor:
+def losses(head: Head | OwnHead, X: Tensor, exercise: Exercise) -> Tensor:
     """Mean cross-entropy of every excerpt, (B, N, d) -> (B,), in nats per token; differentiable in X."""
-    at = exercise.at[..., None].expand(-1, -1, X.shape[-1])
-    transform = copy.deepcopy(head.transform).to(X.device, X.dtype)
-    per_excerpt = zip(X.gather(1, at), exercise.labels, strict=True)
     with computing_in(X.dtype):
+        if isinstance(head, OwnHead):
+            excerpts = zip(X, exercise.inputs, exercise.at, exercise.labels, strict=True)
+            scores = (
+                (head.scores(x[None], ids[None])[0, at], labels) for x, ids, at, labels in excerpts
+            )  # (P, V), (P,)
+            return torch.stack([F.cross_entropy(own, labels) for own, labels in scores])
+        at = exercise.at[..., None].expand(-1, -1, X.shape[-1])
+        transform = copy.deepcopy(head.transform).to(X.device, X.dtype)
+        per_excerpt = zip(X.gather(1, at), exercise.labels, strict=True)
         return torch.stack([cross_entropy(transform(x), labels, head).mean() for x, labels in per_excerpt])
 
 
@@ -201,13 +208,15 @@ def _blocks(head: Head) -> Iterator[tuple[int, Tensor]]:
             forget({"output": block})
 
 
-def _longest_row(head: Head) -> float:
+def _longest_row(head: Head | OwnHead) -> float:
+    assert isinstance(head, Head)  # as of every architecture whose excerpts are certified
     return max(float(torch.linalg.vector_norm(block.float(), dim=-1).max()) for _, block in _blocks(head))
 
 
-def _loss_bound(head: Head, longest: float, bound: np.ndarray) -> np.ndarray:
+def _loss_bound(head: Head | OwnHead, longest: float, bound: np.ndarray) -> np.ndarray:
     """How far a certified excerpt's loss can be off (see the module); the transform is then a norm alone."""
     if np.isnan(bound).all():
         return bound
+    assert isinstance(head, Head)
     g = next(head.transform.parameters()).detach()
     return 4 * bound * math.sqrt(len(g)) * float(g.abs().max()) * longest

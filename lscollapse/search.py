@@ -120,8 +120,7 @@ def load(config: Experiment, progress: Progress = SILENT) -> Subject:
 
 def _grid_variants(adapter: Adapter, config: Experiment) -> list[Variant]:
     lams = sorted({sign * size for sign in SIGNS for size in GRID})
-    gating = config.gating is not False or not adapter.has_gate
-    return [Variant(lam=lam, gating=gating, skip_site=config.skip_site) for lam in lams]
+    return [Variant(lam=lam, gating=config.gating is not False, skip_site=config.skip_site) for lam in lams]
 
 
 def find(
@@ -233,7 +232,10 @@ def attention_flow(adapter: Adapter, X: Tensor) -> tuple[Any, Array]:
 
     def mixer(Y: Array) -> Array:
         Z = torch.as_tensor(Y[None] * size, dtype=X.dtype, device=X.device)
-        O = sum(share * sublayers(adapter, layer, Z)[0][1][0].double() for layer, share in weight.items())
+        handed: dict[int, Any] = {}  # later layers may need what earlier ones make of Z
+        O = sum(
+            share * sublayers(adapter, layer, Z, handed=handed)[0][1][0].double() for layer, share in weight.items()
+        )
         return torch.as_tensor(O).numpy(force=True) / size
 
     return mixer, unit_rows(X[0].double().cpu().numpy())
@@ -250,10 +252,12 @@ class _Recorder(Edit):
         return (self.lam() if len(self.seen) == 1 else 1.0) * X + O
 
 
-def sublayers(adapter: Adapter, layer: int, X: Tensor, lam: float = 1.0) -> list[tuple[Tensor, Tensor]]:
+def sublayers(
+    adapter: Adapter, layer: int, X: Tensor, lam: float = 1.0, handed: dict[int, Any] | None = None
+) -> list[tuple[Tensor, Tensor]]:
     """(X, O) of every skip of block `layer` for the block's input X (B, N, d): the mixer's, then the feed-forward's.
 
-    lam acts on the first skip only (skip_site `residual`). The model is left as it was.
+    lam acts on the first skip only (skip_site `residual`); handed as for `Adapter.run`. The model is left as it was.
     """
     both = "both" in adapter.skip_sites
     edit = _Recorder(lambda: lam, True, False, True, True, "both" if both else "residual", "both")
@@ -261,7 +265,7 @@ def sublayers(adapter: Adapter, layer: int, X: Tensor, lam: float = 1.0) -> list
     try:
         adapter.install(adapter.block(layer), edit, hooks)
         with torch.no_grad():
-            adapter.run(layer, X)
+            adapter.run(layer, X, handed)
     finally:
         hooks.remove()
     return edit.seen

@@ -21,6 +21,8 @@ from lscollapse.tasks import images, pictures
 from lscollapse.variants import Variant, check
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lscollapse.corpus import Corpus, Tokenizer
     from lscollapse.models import Adapter
     from lscollapse.models.checkpoint import ModelInfo
@@ -122,17 +124,48 @@ Variants = Callable[["Adapter", Experiment], list[Variant]]
 def load_subjects(config: Experiment, variants: Variants, progress: Progress) -> Iterator[Subject]:
     """Every model of `config`, trained and, if asked for, freshly initialised, with its excerpts and variants."""
     from lscollapse import certify
+    from lscollapse.forward import checked_ids
+    from lscollapse.models.heads import missing
 
     inits = ("trained", "random") if config.random_init else ("trained",)
+    scored: list[bool] = []
+    unscored: dict[str, str] = {}  # why, by model
     for name, init in itertools.product(config.models, inits):
         adapter, info = load_adapter(name, init, config, progress)
         arms = tuple(variants(adapter, config))
         for arm in arms:
             check(adapter, arm)
         corpus = excerpts_for(info, adapter, config, progress)
+        _try(adapter, checked_ids(adapter, [corpus.excerpts[0].ids]))
+        if needs_head(config):
+            scored.append(adapter.head is not None)
+            if not scored[-1]:
+                unscored[name] = missing(adapter)
         tiles = _plan(adapter, info, corpus, arms, config, progress)
         gains = certify.gains(adapter, info.sha256, config.cache_dir) if config.certified_exit else None
         yield Subject(name, init, info, adapter.config.hidden_size, corpus, arms, tiles, gains, adapter)
+    if scored and not any(scored):
+        raise ConfigError(f"nothing to score: {'; '.join(dict.fromkeys(unscored.values()))}")
+    for name, why in unscored.items():
+        progress.note(f"{name}: {why}; its loss and gradients are not measured")
+
+
+def _try(adapter: Adapter, tokens: Tensor) -> None:
+    """Embed one excerpt, so that what cannot be measured is refused before anything is written."""
+    import torch
+
+    try:
+        with torch.no_grad():
+            adapter.embed(tokens)
+    except torch.OutOfMemoryError:
+        raise plan.MemoryPlanError(
+            "the device has no room for one excerpt: use fewer --tokens or --device cpu"
+        ) from None
+
+
+def needs_head(config: Experiment) -> bool:
+    """Whether something is asked for that a language-model head is needed for."""
+    return config.quality or config.gradients
 
 
 def load_adapter(name: str, init: str, config: Experiment, progress: Progress) -> tuple[Adapter, ModelInfo]:
@@ -154,7 +187,7 @@ def load_adapter(name: str, init: str, config: Experiment, progress: Progress) -
         reader = checkpoint.open_layers(name, **where)
         streamed = StreamedMamba2(reader, Upload(torch.device(on))) if on != "cpu" else StreamedMamba2(reader)
         _choose_kernels(streamed, config, progress)
-        _attach_head(streamed, name, init, config, progress)
+        _attach_head(streamed, name, init, config)
         return streamed, reader.info
     # The package's own blocks round the weights themselves; the modules of other models are loaded in the dtype.
     own = architecture == "mamba2" or config.dtype == "auto"
@@ -168,20 +201,26 @@ def load_adapter(name: str, init: str, config: Experiment, progress: Progress) -
         ) from None
     set_threads(adapter.config.hidden_size)
     _choose_kernels(adapter, config, progress)
-    _attach_head(adapter, name, init, config, progress)
+    _attach_head(adapter, name, init, config)
     return adapter, loaded.info
 
 
-def _attach_head(adapter: Adapter, name: str, init: str, config: Experiment, progress: Progress) -> None:
+def _attach_head(adapter: Adapter, name: str, init: str, config: Experiment) -> None:
     """Where the configuration asks for what needs a language-model head."""
-    if not (config.quality or config.gradients):
+    if not needs_head(config):
         return
+    from lscollapse.gradients import check_chain
     from lscollapse.models import checkpoint, heads
 
+    if config.gradients:
+        check_chain(adapter)
     where: Any = {"revision": config.revision, "cache_dir": config.cache_dir, "offline": config.offline}
     seed = config.seed if init == "random" else None
-    if not heads.attach(adapter, lambda: checkpoint.open_head(name, **where), seed):
-        progress.note(f"{name} has no language-model head: its loss and gradients are not measured")
+
+    def load(kind: Any) -> Any:
+        return checkpoint.load_with_head(name, kind, dtype=adapter.dtype, **where)
+
+    heads.attach(adapter, lambda: checkpoint.open_head(name, **where), load, seed)
 
 
 def _choose_kernels(adapter: Adapter, config: Experiment, progress: Progress) -> None:

@@ -219,10 +219,10 @@ def _train(
     began = time.monotonic() - state.seconds
     saved = time.monotonic()
     while state.step < settings.steps:
-        ids, *asked = data.train.batch(rows_of(state.step, n_examples, settings), device)
+        ids, labels, at = data.train.batch(rows_of(state.step, n_examples, settings), device)
         if data.augment is not None:
             ids = data.augment(ids, [settings.seed, state.step])
-        loss, norm = _step(net, optimizer, (ids, *asked), settings, state.step, device)
+        loss, norm = _step(net, optimizer, (ids, labels, at), settings, state.step, device)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             record = {"step": state.step + 1, "loss": str(loss), "gradient_norm": str(norm), "lr": settings.lr}
             write_atomic(folder / RECORD, json.dumps(record, indent=2) + "\n")

@@ -30,7 +30,7 @@ class Variant:
 
     Attributes:
         lam: strength of the skip, Eq. (3): one value for all layers, or a tuple with one per layer.
-        gating: False removes the multiplicative gate (no effect on a model without one).
+        gating: False removes the multiplicative gate; refused where a model has none, or none is known.
         layernorm: False removes the norms named by `norm_site`.
         skip_site: where lambda acts: `residual` (lam*X + O around the mixer), `mixer` (Mamba-2: lam*V added to the scan
             output in place of the gate, so without effect while the gate is on), `ffn` or `both` (post-norm transformers:
@@ -63,8 +63,8 @@ class Variant:
         """Whether the norms of the block itself are gone, so that its values may grow without bound."""
         return not self.layernorm and self.norm_site != "mixer"
 
-    def arm(self, has_gate: bool = True) -> str:
-        """Short name of the arm, without lambda."""
+    def arm(self, has_gate: bool | None = True) -> str:
+        """Short name of the arm, without lambda; without the gate where the model has none, or none is known."""
         words = [] if not has_gate else ["gate"] if self.gating else ["no gate"]
         words.append("LN" if self.layernorm else "no LN" if self.norm_site == "both" else f"no {self.norm_site} LN")
         if self.skip_site != "residual":
@@ -73,18 +73,27 @@ class Variant:
 
 
 def check(adapter: Adapter, variant: Variant) -> None:
-    """Raise SurgeryError where the model has no such skip or norm, or another number of layers."""
+    """Raise SurgeryError where the model has no such skip, norm or gate, or another number of layers."""
     what = adapter.config.model_type
-    if variant.skip_site not in adapter.skip_sites:
-        raise SurgeryError(
-            f"skip_site {variant.skip_site!r} does not exist in {what}: use one of {', '.join(adapter.skip_sites)}"
-        )
-    if variant.norm_site not in adapter.norm_sites:
-        raise SurgeryError(
-            f"norm_site {variant.norm_site!r} does not exist in {what}: use one of {', '.join(adapter.norm_sites)}"
-        )
+    if not variant.gating and not adapter.has_gate:
+        raise SurgeryError(f"{without_gate(adapter)}: measure it with its mixers as they are (leave out --no-gating)")
+    sites = (("skip_site", variant.skip_site, adapter.skip_sites), ("norm_site", variant.norm_site, adapter.norm_sites))
+    for name, wanted, known in sites:
+        if wanted not in known:
+            absent = "does not exist in" if adapter.knows_sites else "is not known of"
+            raise SurgeryError(f"{name} {wanted!r} {absent} {what}: use one of {', '.join(known)}")
+    if not variant.layernorm and not adapter.knows_sites:
+        raise SurgeryError(f"the norms of {what} are not known here, so they cannot be removed: leave them on")
     if isinstance(variant.lam, tuple) and len(variant.lam) != adapter.n_layers:
         raise SurgeryError(f"{len(variant.lam)} lambdas for {adapter.n_layers} layers of {what}: give one per layer")
+
+
+def without_gate(adapter: Adapter) -> str:
+    """Why the gate of a model cannot be removed."""
+    what = adapter.config.model_type
+    if adapter.has_gate is None:
+        return f"whether the mixers of {what} have a gate, and where, is not known here, so it cannot be removed"
+    return f"{what} has no gate that could be removed"
 
 
 @contextmanager
@@ -155,7 +164,7 @@ def _install(
         lam=lambda: variant.lam_at(layers[(calls["block"] - 1) % len(layers)]),
         changes_sum=carried is not None or (not on_mixer and lams != {1.0}),
         changes_mixer=on_mixer and variant.acts and lams != {0.0},
-        gating=variant.gating or not adapter.has_gate,
+        gating=variant.gating,
         layernorm=variant.layernorm,
         skip_site=variant.skip_site,
         norm_site=variant.norm_site,

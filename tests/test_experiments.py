@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from transformers import BambaConfig, BambaForCausalLM
 
-from lscollapse import experiments
+from lscollapse import experiments, measuring, search
 from lscollapse.config import ConfigError, Experiment
 from lscollapse.results import COLUMNS, RunFolderError
 from tests.equivalence import plain_models, tiny
@@ -152,7 +155,7 @@ def test_a_finished_run_is_not_computed_again(config: Experiment, run: Any) -> N
 
 @pytest.mark.parametrize(
     ("named", "value"),
-    [("lambdas", [0.0, 1.0]), ("tokens", 5), ("gating", False), ("seed", 3)],
+    [("lambdas", [0.0, 1.0]), ("tokens", 5), ("gating", True), ("seed", 3)],
 )
 def test_a_run_of_another_configuration_is_refused(config: Experiment, run: Any, named: str, value: Any) -> None:
     with pytest.raises(RunFolderError, match=rf"another configuration \(config\.{named}: "):
@@ -175,7 +178,8 @@ def per_layer_file(path: Path, lams: list[float]) -> Path:
 def test_per_layer_lambdas_from_a_file(config: Experiment, models: dict[str, Any], frozen: Any, tmp_path: Path) -> None:
     lams = [1.5, -0.5]
     file = per_layer_file(tmp_path / "lams.csv", lams)
-    small = config.model_copy(update={"lambdas": [1.0], "excerpts": 2, "lambdas_file": file, "gating": False})
+    changes = {"lambdas": [1.0], "excerpts": 2, "lambdas_file": file, "gating": False, "models": config.models[:1]}
+    small = config.model_copy(update=changes)
     rows = experiments.sweep_lambda(small, tmp_path / "run")
     model = models["little-mamba"][1]
     found = rows[(rows["model"] == "little-mamba") & rows["lam"].isna()]
@@ -226,6 +230,62 @@ def test_random_weights_beside_the_trained_ones(config: Experiment, tmp_path: Pa
     for init, same in (("trained", True), ("random", False)):
         ours, theirs = rows[rows["init"] == init]["value"], other[other["init"] == init]["value"]
         assert np.allclose(ours, theirs, equal_nan=True) == same
+
+
+# --- gates that are absent, or not known ----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bamba(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Mixers of Mamba-2, which have a gate, in an architecture without an adapter of its own."""
+    folder = tmp_path_factory.mktemp("bamba") / "little-bamba"
+    config = BambaConfig(
+        vocab_size=tiny.VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, attn_layer_indices=[1], mamba_chunk_size=8, mamba_d_head=8, mamba_d_state=4, mamba_n_heads=4,
+        mamba_n_groups=1,
+    )  # fmt: skip
+    BambaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+RUNS: dict[str, Callable[[Experiment, Path], Any]] = {
+    "measure": measuring.measure,
+    "sweep-lambda": experiments.sweep_lambda,
+    "ablate-gating": experiments.ablate_gating,
+    "all-readings": experiments.all_readings,
+    "find-lambda": lambda config, out: search.load(config),
+}
+
+
+@pytest.mark.parametrize("kind", ["bamba", "albert"])
+@pytest.mark.parametrize("verb", RUNS)
+def test_a_gate_that_cannot_be_removed_is_refused_by_every_verb(
+    verb: str, kind: str, config: Experiment, bamba: str, tmp_path: Path
+) -> None:
+    """One line, and nothing is written; an unknown gate is not said to be absent."""
+    model = bamba if kind == "bamba" else config.models[1]
+    settings = config.model_copy(update={"models": [model], "gating": False, "excerpts": 2})
+    with pytest.raises(ValueError) as caught:
+        RUNS[verb](settings, tmp_path / "run")
+    said = str(caught.value)
+    assert "\n" not in said and not (tmp_path / "run").exists()
+    if kind == "bamba":
+        assert "whether the mixers of bamba have a gate, and where, is not known here" in said
+        assert "has no gate" not in said
+    else:
+        assert "albert has no gate that could be removed" in said
+
+
+def test_a_gate_that_is_not_known_stays_as_it_is(config: Experiment, bamba: str, tmp_path: Path) -> None:
+    """One arm, whose rows say nothing of a gate, with the loss of transformers."""
+    settings = config.model_copy(update={"models": [bamba], "excerpts": 2, "lambdas": [1.0], "quality": True})
+    rows = experiments.sweep_lambda(settings, tmp_path / "run")
+    assert set(rows["arm"]) == {"LN"} and rows["gating"].isna().all()
+    ids = torch.tensor([json.loads(line)["ids"][:TOKENS] for line in Path(config.source).read_text().splitlines()[:2]])
+    model = BambaForCausalLM.from_pretrained(bamba).eval()
+    with torch.no_grad():
+        theirs = [float(model(row[None], labels=row[None], use_cache=False).loss) for row in ids]
+    np.testing.assert_allclose(rows.loc[rows["measure"] == "lm_loss", "value"], theirs, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("named", "value"), [("skip_site", "mixer"), ("skip_site", "ffn"), ("device", "tpu")])

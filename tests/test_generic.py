@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,11 +15,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 import lscollapse
 from lscollapse import Variant
+from lscollapse.gradients import check_chain
 from lscollapse.models import UnsupportedModel, adapt
 from lscollapse.models.generic import GenericAdapter
 from lscollapse.variants import SurgeryError
 from tests.equivalence import plain_decoders, plain_models, tiny
 from tests.test_adapters import assert_close, ids_for, outputs, plain
+from tests.test_variants import captured
 
 _SETTINGS = {
     "vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 24,
@@ -122,11 +126,16 @@ def test_surgery_on_a_whole_forward_leaves_no_trace() -> None:
 
 def test_only_lambda_is_switched() -> None:
     model = build("GPTNeoX")
-    with pytest.raises(SurgeryError, match="skip_site 'ffn' does not exist in gpt_neox"):
-        lscollapse.measure(model, ids(), [Variant(skip_site="ffn")])
-    assert not GenericAdapter.has_gate
-    with pytest.raises(UnsupportedModel, match="the norms of gpt_neox are not known"):
-        lscollapse.measure(model, ids(), [Variant(layernorm=False)])
+    for variant, reason in (
+        (Variant(skip_site="ffn"), "skip_site 'ffn' is not known of gpt_neox"),
+        (Variant(norm_site="block"), "norm_site 'block' is not known of gpt_neox"),
+        (Variant(layernorm=False), "the norms of gpt_neox are not known"),
+        (Variant(gating=False), "whether the mixers of gpt_neox have a gate, and where, is not known"),
+    ):
+        with pytest.raises(SurgeryError, match=reason):
+            lscollapse.measure(model, ids(), [variant])
+        with pytest.raises(SurgeryError, match=reason), lscollapse.surgery(model, variant):
+            pytest.fail("the context was entered")
 
 
 @pytest.mark.parametrize(
@@ -252,6 +261,192 @@ def test_the_users_own_input_is_tested_too() -> None:
     adapter.embed(torch.as_tensor(ids(2, 8)))
     with pytest.raises(UnsupportedModel, match="Long 1 adds its own input to something 0 times"):
         lscollapse.measure(adapt(model), ids(2, 9))
+
+
+# --- what blocks hand to later blocks -------------------------------------------------------------
+
+_SPARSE = {
+    "num_key_value_heads": 4, "moe_intermediate_size": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+    "topk_group": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4,
+    "index_topk": 4, "index_head_dim": 8, "index_n_heads": 2, "indexer_types": ["full", "shared", "full", "shared"],
+    "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"], "num_hidden_layers": 4,
+}  # fmt: skip
+_GEMMA4 = {
+    "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8, "num_global_key_value_heads": 2, "sliding_window": 6,
+    "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 61, "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+}  # fmt: skip
+HANDING_ON: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "2 layers take keys and values": ("Gemma4Text", _GEMMA4 | {"num_kv_shared_layers": 2}, True),
+    "4 layers take keys and values": ("Gemma4Text", _GEMMA4 | {"num_kv_shared_layers": 4}, True),
+    "the choice of tokens": ("GlmMoeDsa", _SPARSE, False),
+    "the choice, keys and values": (
+        "MistralLarge4Text",
+        _SPARSE | {"head_dim": 8, "kv_source_layers": [0, 0, 2, 2], "no_rope_layers": [1] * 4},
+        True,
+    ),
+}
+
+
+def assert_measured_as_a_whole_forward(model: Any, tokens: np.ndarray) -> None:
+    """All measures of arms that `measure` runs by turns, against the definitions on whole forwards under surgery."""
+    variants = [Variant(1.0), Variant(0.3), Variant(-2.0)]
+    rows = lscollapse.measure(model, tokens, variants)
+    blocks = [call.block for call in adapt(model).calls]
+    for number, variant in enumerate(variants):
+        with lscollapse.surgery(model, variant), captured(blocks, "output") as outputs, torch.no_grad():
+            model(torch.as_tensor(tokens), use_cache=False)
+        for layer, Y in enumerate(outputs, 1):
+            for excerpt, y in enumerate(Y):
+                here = rows[(rows["variant"] == number) & (rows["layer"] == layer) & (rows["excerpt"] == excerpt)]
+                expected = plain_models.plain_measures(y.numpy())
+                found = here.set_index("measure")["value"]
+                for name, value in expected.items():
+                    assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-6), (variant, layer, name)
+
+
+@pytest.mark.parametrize("what", HANDING_ON)
+def test_what_blocks_hand_on_is_kept_for_each_arm(what: str) -> None:
+    name, changes, numbers = HANDING_ON[what]
+    model = build(name, **changes)
+    assert_measured_as_a_whole_forward(model, ids())
+    assert adapt(model).hands_on == numbers
+    if numbers:
+        with pytest.raises(UnsupportedModel, match="cannot be followed from block to block"):
+            check_chain(adapt(model))
+
+
+def test_no_cache_fills_up_where_a_wrapper_hides_the_argument() -> None:
+    """BART's decoder on its own takes *args and **kwargs, and keeps keys and values unless it is told not to."""
+    torch.manual_seed(0)
+    config = transformers.BartConfig(**_SETTINGS | FOUND["Bart"])
+    model = tiny._shaken(transformers.BartForCausalLM(config), 0)
+    assert_measured_as_a_whole_forward(model, ids())
+    assert model.config.use_cache and model.model.config.use_cache
+
+
+class Handing(MadeUpBlock):
+    """tanh(W X), and a share of what the block before made of its own input, which it gets in one of several ways."""
+
+    def forward(self, X: Tensor, earlier: Any = None) -> Any:
+        made = torch.tanh(self.mixer(X))
+        if self.kind == "attribute":
+            earlier, self.neighbour.kept = self.kept, made
+            return X + made + (0.0 if earlier is None else 0.5 * earlier)
+        if self.kind == "output":
+            return X + made + (0.0 if earlier is None else 0.5 * earlier), made
+        before = earlier[-1] if self.kind == "list" and earlier else earlier.get("made") if earlier else None
+        earlier.append(made) if self.kind == "list" else earlier.update(made=made)
+        return X + made + (0.0 if before is None else 0.5 * before)
+
+
+class HandingModel(MadeUpModel):
+    def __init__(self, config: MadeUpConfig) -> None:
+        super().__init__(config)
+        self.layers = nn.ModuleList(Handing(config.block) for _ in range(3))
+        for block, after in zip(self.layers, [*self.layers[1:], SimpleNamespace()], strict=True):
+            object.__setattr__(block, "neighbour", after)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        X, kind = self.words(input_ids), self.config.block
+        for layer in self.layers:
+            layer.kept = None
+        earlier: Any = {"list": [], "dict": {}, "output": None}.get(kind)
+        for layer in self.layers:
+            if kind == "output":
+                X, earlier = layer(X, earlier)
+            else:
+                X = layer(X, earlier) if kind in ("list", "dict") else layer(X)
+        return X
+
+
+def plain_handing(model: Any, tokens: np.ndarray, lam: float) -> list[np.ndarray]:
+    X = model.words.weight.detach().double().numpy()[tokens]
+    found, before = [X], np.zeros_like(X)
+    for layer in model.layers:
+        weight, bias = (p.detach().double().numpy() for p in (layer.mixer.weight, layer.mixer.bias))
+        made = np.tanh(X @ weight.T + bias)
+        X = lam * X + made + 0.5 * before
+        found.append(X)
+        before = made
+    return found
+
+
+@pytest.mark.parametrize("kind", ["output", "list", "dict"])
+def test_three_ways_of_handing_on(kind: str) -> None:
+    """The sum found is X + made, to which what came from before is added; so O is `made`, and lambda does not reach the rest."""
+    model = HandingModel(MadeUpConfig(kind)).eval()
+    lams = (0.5, -2.0, 0.0, 1.0)
+    rows = lscollapse.measure(model, ids(), [Variant(lam) for lam in lams])
+    for number, lam in enumerate(lams):
+        for layer, X in enumerate(plain_handing(model, ids(), lam)):
+            here = rows[(rows["variant"] == number) & (rows["layer"] == layer) & (rows["measure"] == "relative_mu")]
+            expected = [plain_models.plain_measures(x)["relative_mu"] for x in X]
+            np.testing.assert_allclose(here.sort_values("excerpt")["value"], expected, rtol=1e-5)
+
+
+def test_one_arm_needs_no_memory_of_its_own() -> None:
+    """Layer by layer without `handed`, as an arm that runs by itself; and again after another `embed`."""
+    model = HandingModel(MadeUpConfig("list")).eval()
+    for tokens in (ids(), ids(1, 5)):
+        assert_close(outputs(adapt(model), tokens, Variant(-0.5)), plain_handing(model, tokens, -0.5), 1e-6, "alone")
+
+
+def test_what_is_handed_on_by_another_way_is_refused() -> None:
+    """Through attributes of the modules the arms would get each other's."""
+    model = HandingModel(MadeUpConfig("attribute")).eval()
+    reason = (
+        r"made-up cannot be measured layer by layer: with lambda = -?\d.* it gets something else from earlier blocks"
+    )
+    with pytest.raises(UnsupportedModel, match=reason):
+        lscollapse.measure(model, ids(), [Variant(0.5)])
+
+
+# --- dtypes ---------------------------------------------------------------------------------------
+
+
+class Fixed(MadeUpBlock):
+    """Has float32 numbers that no conversion of the model reaches."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(kind)
+        self.numbers = torch.eye(8)
+
+    def forward(self, X: Tensor) -> Tensor:
+        return X + torch.tanh(X @ self.numbers)
+
+
+def falcon_mamba() -> Any:
+    """As published, its residual stream is float32 whatever the dtype of the weights."""
+    changes = {"state_size": 4, "time_step_rank": 4, "num_attention_heads": None, "intermediate_size": 32}
+    return build("FalconMamba", residual_in_fp32=True, **changes)
+
+
+def with_fixed_numbers() -> Any:
+    model = made_up("good")
+    model.layers = nn.ModuleList(Fixed("good") for _ in range(3))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "dtype", "reason"),
+    [
+        (falcon_mamba, torch.bfloat16, "FalconMambaBlock 1 adds its own input in float32"),
+        (with_fixed_numbers, torch.bfloat16, "its forward fails: expected .* same dtype"),
+        (with_fixed_numbers, torch.float64, "its forward fails: expected .* same dtype"),
+    ],
+)
+def test_a_dtype_that_a_model_does_not_compute_in_is_called_that(
+    make: Callable[[], Any], dtype: torch.dtype, reason: str
+) -> None:
+    """And it is measured in float32, so that the advice is right."""
+    model = make()
+    lscollapse.measure(model, ids())
+    said = rf"does not compute in {str(dtype)[6:]} throughout: {reason}.*--dtype float32"
+    with pytest.raises(UnsupportedModel, match=said):
+        lscollapse.measure(model, ids(), dtype=dtype)
+    with pytest.raises(UnsupportedModel, match=said):
+        adapt(model.to(dtype))
 
 
 def test_training_mode_and_no_blocks_are_refused() -> None:

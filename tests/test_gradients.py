@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BertLMHeadModel
 
 from lscollapse import Variant
 from lscollapse.config import ConfigError
@@ -19,7 +20,21 @@ from lscollapse.models import UnsupportedModel, checkpoint
 from lscollapse.models.streamed import StreamedMamba2
 from tests.equivalence import plain_models, tiny
 from tests.models.layouts import hf_state, write_hf
-from tests.test_quality import MASK, N, albert, bert, frozen, gpt2, hidden, llama, mamba2, sweep
+from tests.test_quality import (
+    MASK,
+    PREDICTING,
+    N,
+    albert,
+    bert,
+    frozen,
+    gpt2,
+    hidden,
+    llama,
+    mamba2,
+    of_class,
+    sweep,
+    with_head,
+)
 
 
 def norms(rows: pd.DataFrame) -> np.ndarray:
@@ -34,6 +49,16 @@ def blocks_of(model: Any) -> list[nn.Module]:
         groups = [list(group.albert_layers) for group in base.encoder.albert_layer_groups]
         return [*groups[0], *groups[0], *groups[1], *groups[1]]
     return list({"bert": lambda: base.encoder.layer, "gpt2": lambda: base.h}.get(kind, lambda: base.layers)())
+
+
+def gemma2() -> Any:
+    return of_class("Gemma2", "CausalLM", **PREDICTING["Gemma2"])
+
+
+def bert_decoder() -> Any:
+    """Eager attention, which has no causal mask of its own."""
+    config = tiny.bert(is_decoder=True, attn_implementation="eager").config
+    return with_head(BertLMHeadModel, config)
 
 
 def autograd_norms(model: Any, ids: Tensor, labels: Tensor) -> list[float]:
@@ -56,10 +81,12 @@ def autograd_norms(model: Any, ids: Tensor, labels: Tensor) -> list[float]:
     return [float(torch.linalg.vector_norm(X.grad)) for X in seen]
 
 
-@pytest.mark.parametrize("make", [mamba2, gpt2, llama, bert, albert], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", [mamba2, gpt2, llama, bert, albert, gemma2, bert_decoder], ids=lambda make: make.__name__
+)
 def test_at_lambda_one_they_are_those_of_autograd(make: Callable[[], Any]) -> None:
     model, ids = make(), torch.as_tensor(tiny.ids(2, N))
-    masked = model.config.model_type in ("bert", "albert")
+    masked = type(model).__name__.endswith("ForMaskedLM")
     rows = grad_norm(model, ids, mask_token=MASK if masked else None, seed=1)
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
     theirs = []
@@ -160,3 +187,15 @@ def test_a_run_has_their_rows_and_a_streamed_one_is_refused(tmp_path: Path) -> N
         sweep(tmp_path, model, "streamed", stream="always", **settings)
     with pytest.raises(UnsupportedModel, match="no modules to put hooks on: use --stream never"):
         grad_norm(StreamedMamba2(checkpoint.open_layers(model)), [[1, 2, 3]])
+
+
+def test_blocks_that_hand_numbers_on_are_refused(tmp_path: Path) -> None:
+    """Shared keys and values of Gemma 4: X^(k) alone does not decide the loss. Nothing is left behind by the run."""
+    model = of_class("Gemma4Text", "CausalLM", **PREDICTING["Gemma4Text"])
+    with pytest.raises(UnsupportedModel, match="gradient of gemma4_text cannot be followed from block to block"):
+        grad_norm(model, tiny.ids(2, N))
+    model.save_pretrained(tmp_path / "model")
+    frozen(tmp_path, size=61)
+    with pytest.raises(UnsupportedModel, match="leave out --gradients"):
+        sweep(tmp_path, tmp_path / "model", "out", gradients=True, lambdas=[1.0])
+    assert not (tmp_path / "out").exists()

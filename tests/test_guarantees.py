@@ -22,7 +22,7 @@ IDS = tiny.ids(EXCERPTS, TOKENS, seed=4)
 
 
 def test_attention_matrices_are_those_transformers_returns() -> None:
-    for model in (tiny.bert(), tiny.albert(2, 1, 1)):
+    for model in (tiny.bert(), tiny.bert(is_decoder=True), tiny.albert(2, 1, 1)):
         model.set_attn_implementation("eager")
         with torch.no_grad():
             outputs = model(torch.tensor(IDS), output_attentions=True, output_hidden_states=True)

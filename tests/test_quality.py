@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from safetensors.torch import save_file
 from transformers import (
     AlbertForMaskedLM,
@@ -28,9 +29,10 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
+import lscollapse
 from lscollapse import Variant, certify, experiments, quality
-from lscollapse.config import Experiment
-from lscollapse.models import adapt, checkpoint
+from lscollapse.config import ConfigError, Experiment
+from lscollapse.models import UnsupportedModel, adapt, checkpoint
 from lscollapse.quality import QualityError, lm_loss
 from tests.equivalence import plain_models, tiny
 from tests.models.layouts import PADDED, hf_state, original_state, write_hf, write_original
@@ -141,6 +143,165 @@ def test_hidden_tokens_are_a_seventh_drawn_by_seed_and_excerpt_whatever_the_tile
     assert times.min() > 15 and times.max() < 75
     assert not np.array_equal(hidden(0, 0, 128), hidden(1, 0, 128))
     assert hidden(0, 0, 2).size == 1
+
+
+# --- architectures whose head is not known in parts ---------------------------------------------------
+
+SIZE = {
+    "vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 24,
+    "max_position_embeddings": 32, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+GROUPED = {"num_key_value_heads": 2, "head_dim": 4}
+PREDICTING: dict[str, dict[str, Any]] = {
+    "GPTNeoX": {},
+    "Gemma2": GROUPED | {"final_logit_softcapping": 2.0},
+    "Cohere": {"logit_scale": 0.25, "num_key_value_heads": 2},
+    "Granite": {"logits_scaling": 3.0, "embedding_multiplier": 2.0},
+    "OPT": {"ffn_dim": 24, "word_embed_proj_dim": 8},
+    "Mixtral": {"num_key_value_heads": 2, "num_local_experts": 4},
+    "FalconMamba": {"state_size": 4, "time_step_rank": 4, "num_attention_heads": None, "intermediate_size": 32},
+    "Gemma4Text": GROUPED | {
+        "num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3, "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 61, "global_head_dim": 8,
+        "num_global_key_value_heads": 2, "final_logit_softcapping": 2.0,
+    },
+    "Electra": {"embedding_size": 8, "is_decoder": True},
+}  # fmt: skip
+FILLING: dict[str, dict[str, Any]] = {
+    "DistilBert": {"hidden_dim": 24},
+    "Electra": {"embedding_size": 8},
+    "ModernBert": {"cls_token_id": 1, "sep_token_id": 2},
+}
+
+
+def of_class(name: str, kind: str, **changes: Any) -> Any:
+    settings = {key: value for key, value in (SIZE | changes).items() if value is not None}
+    config = getattr(transformers, f"{name}Config")(**settings)
+    return with_head(getattr(transformers, f"AutoModelFor{kind}").from_config, config)
+
+
+def masked_losses(model: Any, ids: torch.Tensor, seed: int) -> list[float]:
+    """transformers' own, each excerpt with the tokens hidden that `hidden` names."""
+    found = []
+    for number, row in enumerate(ids):
+        at = hidden(seed, number)
+        inputs, labels = row.clone(), torch.full_like(row, -100)
+        inputs[at], labels[at] = MASK, row[at]
+        with torch.no_grad():
+            found.append(float(model(input_ids=inputs[None], labels=labels[None]).loss))
+    return found
+
+
+@pytest.mark.parametrize("name", PREDICTING)
+def test_the_loss_of_any_decoder_is_that_of_transformers(name: str) -> None:
+    """With and without surgery: soft caps, scales and projections of the scores included."""
+    model, ids = of_class(name, "CausalLM", **PREDICTING[name]), torch.as_tensor(tiny.ids(3, N))
+    variants = [Variant(1.0), Variant(-0.5), Variant(2.0)]
+    rows = lm_loss(model, ids, variants)
+    for found, variant in zip(values(rows), variants, strict=True):
+        with lscollapse.surgery(model, variant), torch.no_grad():
+            theirs = [float(model(row[None], labels=row[None], use_cache=False).loss) for row in ids]
+        np.testing.assert_allclose(found, theirs, rtol=2e-6)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("name", FILLING)
+def test_the_loss_of_any_encoder_is_that_of_transformers(name: str) -> None:
+    model, ids = of_class(name, "MaskedLM", **FILLING[name]), torch.as_tensor(tiny.ids(3, N))
+    for variant in (Variant(1.0), Variant(-0.5)):
+        rows = lm_loss(model, ids, [variant], mask_token=MASK, seed=5)
+        with lscollapse.surgery(model, variant):
+            np.testing.assert_allclose(values(rows)[0], masked_losses(model, ids, 5), rtol=2e-6)
+
+
+def test_the_scores_are_made_in_the_dtype_of_the_stream() -> None:
+    """float32 weights, all computed in float64: against transformers' model in float64."""
+    model, ids = of_class("GPTNeoX", "CausalLM"), torch.as_tensor(tiny.ids(2, N))
+    found = values(lm_loss(model, ids, [Variant(-0.5)], torch.float64))[0]
+    assert model.dtype == torch.float32
+    with lscollapse.surgery(model.double(), Variant(-0.5)), torch.no_grad():
+        scores = model(ids).logits
+    assert scores.dtype == torch.float64
+    expected = F.cross_entropy(scores[:, :-1].mT, ids[:, 1:], reduction="none").mean(-1)
+    np.testing.assert_allclose(found, expected, rtol=1e-7)  # GPT-NeoX's angles are float32
+
+
+def test_a_head_that_sees_more_than_the_last_block_is_refused() -> None:
+    """Here the scores are scaled by what the first block made."""
+    model = of_class("GPTNeoX", "CausalLM")
+    made: dict[str, torch.Tensor] = {}
+    model.gpt_neox.layers[0].mlp.register_forward_hook(lambda module, args, output: made.update(scale=output.sum()))
+    model.lm_head.register_forward_hook(lambda module, args, output: output * made.pop("scale", 1.0))
+    with pytest.raises(UnsupportedModel, match="the loss of GPTNeoXForCausalLM cannot be measured: its scores follow"):
+        lm_loss(model, tiny.ids(2, N))
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (lambda: of_class("GPTNeoX", "CausalLM").gpt_neox, "came with this gpt_neox: give it as GPTNeoXForCausalLM"),
+        (lambda: of_class("DistilBert", "MaskedLM", hidden_dim=24).distilbert, "give it as DistilBertForMaskedLM"),
+        (lambda: tiny.bert(is_decoder=True), "came with this bert: give it as BertLMHeadModel"),
+        (
+            lambda: of_class("T5", "Seq2SeqLM", d_model=16, d_kv=4, d_ff=24),
+            "is known of t5: choose a model that predicts",
+        ),
+    ],
+)
+def test_a_model_without_a_head_says_what_to_give(model: Callable[[], Any], reason: str) -> None:
+    with pytest.raises(QualityError, match=f"^no language-model head .*{reason}"):
+        lm_loss(model(), tiny.ids(2, N), mask_token=MASK)
+
+
+# --- decoders of the BERT family ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("is_decoder", [True, False])
+@pytest.mark.parametrize("name", ["BertLMHeadModel", "RobertaForCausalLM", "BertForMaskedLM", "RobertaForMaskedLM"])
+def test_loss_by_the_class_and_mask_by_the_config(name: str, is_decoder: bool, attention: str) -> None:
+    kind = getattr(transformers, name)
+    config = kind.config_class(
+        **SIZE | {"max_position_embeddings": 40}, is_decoder=is_decoder, attn_implementation=attention
+    )
+    model, ids = with_head(kind, config), torch.as_tensor(tiny.ids(3, N) % 50 + 5)
+    with torch.no_grad():
+        states = model(ids, output_hidden_states=True, use_cache=False).hidden_states
+    rows = lscollapse.measure(model, ids)
+    mu = rows[rows["measure"] == "relative_mu"].pivot(index="layer", columns="excerpt", values="value")
+    expected = [[plain_models.plain_measures(x.numpy())["relative_mu"] for x in state] for state in states]
+    np.testing.assert_allclose(mu, expected, rtol=1e-5)
+    if "Masked" in name:
+        theirs = masked_losses(model, ids, 0)
+    else:
+        with torch.no_grad():
+            theirs = [float(model(row[None], labels=row[None], use_cache=False).loss) for row in ids]
+    mask_token = MASK if "Masked" in name else None
+    np.testing.assert_allclose(values(lm_loss(model, ids, mask_token=mask_token))[0], theirs, rtol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "name", ["BertLMHeadModel", "GPTNeoXForCausalLM", "DistilBertForMaskedLM", "RobertaForMaskedLM"]
+)
+def test_a_checkpoint_is_scored_as_the_class_it_was_saved_as(tmp_path: Path, name: str) -> None:
+    """Whatever the configuration says beside: the RoBERTa has is_decoder set."""
+    kind = getattr(transformers, name)
+    changes: dict[str, Any] = {"max_position_embeddings": 40, "vocab_size": 113}
+    changes |= {"is_decoder": True} if "Bert" in name[:4] or "Rob" in name else {}
+    model = with_head(kind, kind.config_class(**SIZE | changes))
+    model.save_pretrained(tmp_path / "model")
+    frozen(tmp_path, "bert-base-uncased", size=113)
+    rows, _ = sweep(tmp_path, tmp_path / "model", "a", lambdas=[1.0])
+    ids = torch.tensor([json.loads(line)["ids"] for line in (tmp_path / "frozen.jsonl").read_text().splitlines()])
+    theirs = []
+    for number, row in enumerate(ids):
+        inputs, labels = row.clone(), row.clone()
+        if "Masked" in name:
+            at, labels = hidden(0, number, 8), torch.full((8,), -100)
+            inputs[at], labels[at] = 103, row[at]
+        with torch.no_grad():
+            theirs.append(float(model(inputs[None], labels=labels[None]).loss))
+    np.testing.assert_allclose(rows.sort_values("excerpt")["value"], theirs, rtol=1e-5)
 
 
 # --- other variants ----------------------------------------------------------------------------------
@@ -385,7 +546,8 @@ def test_a_streamed_checkpoint_has_the_losses_of_the_loaded_one(tmp_path: Path, 
 
 
 def test_an_encoder_checkpoint_with_and_without_its_head(tmp_path: Path) -> None:
-    """The mask token is that of the tokenizer of the excerpts; a sentence encoder has no head, and the run says so."""
+    """The mask token is that of the tokenizer of the excerpts; a sentence encoder has no head: a run says so, and one that
+    has nothing else to score is refused."""
     frozen(tmp_path, "bert-base-uncased", size=113)
     config = tiny.bert(vocab_size=113).config
     model = with_head(BertForMaskedLM, config)
@@ -401,9 +563,14 @@ def test_an_encoder_checkpoint_with_and_without_its_head(tmp_path: Path) -> None
             assert math.isclose(value, float(model(masked[None], labels=labels[None]).loss), rel_tol=1e-5)
 
     BertModel(config).save_pretrained(tmp_path / "base")
-    rows, notes = sweep(tmp_path, tmp_path / "base", "b", lambdas=[1.0])
-    assert rows.empty
-    assert any("no language-model head" in line for line in notes)
+    reason = "no language-model head came with this bert: give it as BertForMaskedLM"
+    with pytest.raises(ConfigError, match=f"^nothing to score: {reason}$"):
+        sweep(tmp_path, tmp_path / "base", "b", lambdas=[1.0])
+    assert not (tmp_path / "b").exists()
+    both = [str(tmp_path / "base"), str(tmp_path / "whole")]
+    rows, notes = sweep(tmp_path, tmp_path / "whole", "c", lambdas=[1.0], models=both)
+    assert set(rows["model"]) == {"whole"}
+    assert [line for line in notes if reason in line]
 
 
 def test_an_albert_checkpoint_of_another_layout(tmp_path: Path) -> None:
@@ -425,8 +592,9 @@ def test_an_albert_checkpoint_of_another_layout(tmp_path: Path) -> None:
 
 
 def test_errors_are_one_clear_line(tmp_path: Path) -> None:
-    with pytest.raises(QualityError, match=r"no language-model head .* mamba2: give the model as \.\.\.ForCausalLM"):
-        lm_loss(tiny.mamba2(), tiny.ids(1, 4))
+    for base, head in ((tiny.mamba2(), "Mamba2ForCausalLM"), (tiny.bert(), "BertForMaskedLM")):
+        with pytest.raises(QualityError, match=rf"no language-model head came with this .*: give it as {head}$"):
+            lm_loss(base, tiny.ids(1, 4), mask_token=MASK)
     with pytest.raises(QualityError, match=r"fills in masked tokens .* no mask token"):
         lm_loss(bert(), tiny.ids(1, 4))
     with pytest.raises(QualityError, match="one token has no next one"):

@@ -9,12 +9,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lscollapse.models.carried import Carried
+from lscollapse.models.objective import class_with_head, fills_masks
+
+if TYPE_CHECKING:
+    from lscollapse.models.own_head import OwnHead
 
 
 class UnsupportedModel(ValueError):
@@ -42,11 +46,11 @@ class Adapter(ABC):
     """A transformers model as embed -> blocks 0..K-1 (-> head, which only quality.py and gradients.py use).
 
     Class attributes:
-        has_gate: whether the mixer has a multiplicative gate that `gating=False` can remove.
+        has_gate: whether the mixer has a multiplicative gate that `gating=False` can remove; None where that is not known.
         skip_sites: where lambda can act, the default first.
         norm_sites: which norms `layernorm=False` can remove, the default first.
+        knows_sites: False where only the first skip is known: the block may have other skips and norms, which no edit reaches.
         pre_norm: the block adds O = mixer(norm(X)) to X and no norm follows, so O does not depend on the scale of X.
-        masked: the model was trained to fill in masked tokens, not to predict the next one.
 
     Attributes:
         model: the base model.
@@ -54,11 +58,11 @@ class Adapter(ABC):
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
-    has_gate: ClassVar[bool] = False
+    has_gate: ClassVar[bool | None] = False
     skip_sites: ClassVar[tuple[str, ...]] = ("residual",)
     norm_sites: ClassVar[tuple[str, ...]] = ("both",)
+    knows_sites: ClassVar[bool] = True
     pre_norm: ClassVar[bool] = False
-    masked: ClassVar[bool] = False
     whole: Any = None
 
     def __init__(self, model: Any) -> None:
@@ -78,8 +82,18 @@ class Adapter(ABC):
         """Token ids (B, N) -> the input of the first block (B, N, d)."""
 
     @abstractmethod
-    def run(self, layer: int, X: Tensor) -> Tensor:
-        """Output of block `layer` for its input X, (B, N, d) -> (B, N, d), as the untouched forward calls it."""
+    def run(self, layer: int, X: Tensor, handed: dict[int, Any] | None = None) -> Tensor:
+        """Output of block `layer` for its input X, (B, N, d) -> (B, N, d), as the untouched forward calls it.
+
+        Args:
+            handed: one dict for each arm, empty before layer 0: what its blocks hand to later ones beside X. Needed where
+                several arms are run by turns; without it all calls since the last `embed` are one arm's.
+        """
+
+    @property
+    def hands_on(self) -> bool:
+        """Whether blocks hand numbers to later ones beside X, so that X^(k) alone does not decide what follows."""
+        return False
 
     def forward(self, ids: Tensor) -> Any:
         """The model's own forward on the ids that `embed` takes."""
@@ -100,8 +114,18 @@ class Adapter(ABC):
         """Register on `hooks` everything that turns `block` into the edited block."""
 
     @property
-    def head(self) -> Head | None:
-        """The language-model head, None where the model came without one or its parts are not known."""
+    def masked(self) -> bool:
+        """Whether the model fills in masked tokens instead of predicting the next one."""
+        return fills_masks(self.config, self.whole)
+
+    @property
+    def head_class(self) -> str | None:
+        """transformers' class with the head that the model would be scored by, None where there is none."""
+        return class_with_head(self.config, self.whole)
+
+    @property
+    def head(self) -> Head | OwnHead | None:
+        """The language-model head, None where the model came without one."""
         output: Any = getattr(self.whole, "get_output_embeddings", lambda: None)()
         transform = None if output is None else self.before_output()
         return None if transform is None else Head(transform, output.weight, output.bias)

@@ -14,7 +14,6 @@ class AlbertAdapter(Adapter):
     model_types = ("albert",)
     skip_sites = ("residual", "ffn", "both")
     norm_sites = ("both", "block")
-    masked = True
 
     @property
     def n_layers(self) -> int:
@@ -28,7 +27,7 @@ class AlbertAdapter(Adapter):
     def embed(self, ids: Tensor) -> Tensor:
         return self.model.encoder.embedding_hidden_mapping_in(self.model.embeddings(ids))
 
-    def run(self, layer: int, X: Tensor) -> Tensor:
+    def run(self, layer: int, X: Tensor, handed: dict[int, Any] | None = None) -> Tensor:
         return self.block(layer)(X, None)
 
     def before_output(self) -> nn.Module:

@@ -72,6 +72,23 @@ def filled(config: Any, folder: Path, where: str, dtype: torch.dtype) -> Any:
     return model
 
 
+def with_head(kind: Any, config: Any, folder: Path, where: str, dtype: torch.dtype) -> Any:
+    """The model of class `kind`, which has a head, with the weights of a local folder; None where those of the head are missing.
+
+    Raises:
+        CheckpointError: the weights are damaged.
+    """
+    with quietly():
+        try:
+            model, report = kind.from_pretrained(
+                folder, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
+            )  # fmt: skip
+        except Exception as error:  # as in `filled`
+            raise CheckpointError(f"the weights of {where} cannot be read: {first_line(error)}") from error
+    inside = f"{model.base_model_prefix}."
+    return model if all(name.startswith(inside) for name in report["missing_keys"]) else None
+
+
 def _in_a_block(name: str, model: Any) -> bool:
     """Whether a tensor of a file belongs to a numbered part of the base model, no head."""
     name = name.removeprefix(f"{model.base_model_prefix}.")

@@ -1,4 +1,4 @@
-"""BERT (and MiniLM, which is a BERT): post-norm encoder blocks with weights of their own."""
+"""BERT (and MiniLM, which is a BERT): post-norm blocks with weights of their own, encoder or (is_decoder) causal decoder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ class BertAdapter(Adapter):
     model_types: ClassVar[tuple[str, ...]] = ("bert",)
     skip_sites = ("residual", "ffn", "both")
     norm_sites = ("both", "block")
-    masked = True
 
     @property
     def n_layers(self) -> int:
@@ -26,8 +25,21 @@ class BertAdapter(Adapter):
     def embed(self, ids: Tensor) -> Tensor:
         return self.model.embeddings(ids)
 
-    def run(self, layer: int, X: Tensor) -> Tensor:
-        return self.block(layer)(X, None)
+    def run(self, layer: int, X: Tensor, handed: dict[int, Any] | None = None) -> Tensor:
+        return self.block(layer)(X, self._mask(X))
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token attends to earlier ones alone."""
+        return bool(self.config.is_decoder)
+
+    def _mask(self, X: Tensor) -> Any:
+        """As the model makes it for excerpts without padding; None where its attention needs none."""
+        if not self.causal:
+            return None
+        from transformers.masking_utils import create_causal_mask
+
+        return create_causal_mask(config=self.config, inputs_embeds=X, attention_mask=None, past_key_values=None)
 
     def before_output(self) -> nn.Module:
         return self.whole.cls.predictions.transform

@@ -135,6 +135,27 @@ def open_head(
     return {name: tensor for file in found.weights for name, tensor in head_tensors(read_tensors(file)).items()}
 
 
+def load_with_head(
+    name_or_path: str | Path,
+    kind: Any,
+    *,
+    dtype: torch.dtype,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    offline: bool = False,
+) -> Any:
+    """The whole model as transformers' class `kind` reads it; None where the checkpoint lacks the head.
+
+    For heads whose tensors have other names in the file than in the model; `open_head` knows those of `_classes`. Other
+    arguments and errors as for `load`.
+    """
+    found = _locate(registry.resolve(name_or_path), revision, cache_dir, offline, config_only=False)
+    config = _config(found)
+    if config.model_type in _classes():
+        return None
+    return auto.with_head(kind, config, found.weights[0].parent, found.where, dtype)
+
+
 def describe(
     name_or_path: str | Path,
     *,

@@ -35,7 +35,7 @@ class MambaStack(Adapter):
     def embed(self, ids: Tensor) -> Tensor:
         return self.model.embeddings(ids)
 
-    def run(self, layer: int, X: Tensor) -> Tensor:
+    def run(self, layer: int, X: Tensor, handed: dict[int, Any] | None = None) -> Tensor:
         return self.model.layers[layer](X)
 
     def before_output(self) -> nn.Module:

@@ -24,7 +24,7 @@ class S4DAdapter(Adapter):
     def embed(self, ids: Tensor) -> Tensor:
         return self.model.embed(ids)
 
-    def run(self, layer: int, X: Tensor) -> Tensor:
+    def run(self, layer: int, X: Tensor, handed: dict[int, Any] | None = None) -> Tensor:
         return self.model.layers[layer](X)
 
     @property
