@@ -128,7 +128,17 @@ def readings_table(rows: pd.DataFrame, folder: Path) -> None:
 
 
 def identity_table(differences: list[LayerDifference], tolerance: float = 1e-5) -> bool:
-    """Print the largest differences of each path and their layers; True where all are within `tolerance`."""
+    """Print the largest differences of each path and their layers; True where all are within `tolerance`.
+
+    Where values are not finite nothing is said of identity but which layers they are.
+    """
+    lost = [d.layer for d in differences if d.output != d.output or d.mu != d.mu]
+    if lost:
+        print(
+            f"not known whether it is identical: from layer {min(lost)} of {max(d.layer for d in differences)} on values are"
+            " missing (they leave the range of the dtype, or all rows are equal)"
+        )
+        return False
     table = Table(
         title="instrumented against untouched, largest over layers and excerpts", box=box.SIMPLE, title_justify="left"
     )

@@ -255,7 +255,6 @@ def tokenizer(
 
     Raises:
         CorpusError: there is no such tokenizer, or it needs code from the hub (which is never run).
-        ModelNameError: neither a folder here nor a hub name.
     """
     if spec == "native":
         if native is None:
@@ -270,9 +269,9 @@ def tokenizer(
     from lscollapse.models import hub, registry
 
     local = Path(spec).is_dir()
-    if not local and "@" not in spec:
-        registry.hub_id(spec)
     try:
+        if not local and "@" not in spec:
+            registry.hub_id(spec)
         folder = Path(spec) if local else _tokenizer_files(spec, cache_dir, offline)
         if not any((folder / name).is_file() for name in hub.TOKENIZER_FILES):  # transformers would make an empty one
             raise CorpusError(

@@ -48,7 +48,7 @@ class Arm(NamedTuple):
         if curve.empty:
             return None
         values = curve.to_numpy()
-        at = values.argmin() if WORST[measure] == "min" else values.argmax()
+        at = int(values.argmin() if WORST[measure] == "min" else values.argmax())
         return float(values[at]), int(curve.index[at])
 
 
@@ -93,7 +93,7 @@ def verdict(arm: Arm) -> str:
         return _no_verdict(arm, arm.lost)
     curve = arm.curves["relative_mu"].iloc[1:]
     under = curve.index[curve < COLLAPSED]
-    lowest, at, last = float(curve.min()), int(curve.index[curve.argmin()]), float(curve.iloc[-1])
+    lowest, at, last = float(curve.min()), int(curve.index[int(curve.argmin())]), float(curve.iloc[-1])
     if not len(under):
         text = f"does not collapse: relative mu stays over {COLLAPSED:g}; lowest {lowest:.3f} (layer {at}), last {last:.3f}"
     elif last >= COLLAPSED:

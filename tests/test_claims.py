@@ -273,6 +273,15 @@ def test_condition_7_with_the_models_own_constants(
     assert number in finding.numbers
 
 
+def test_a_bound_beside_a_lambda_that_is_not_known(tmp_path: Path) -> None:
+    """As `theory bound` writes a measured lambda above which last layers are missing."""
+    lines = ["\"Theorem 4.1, condition (7)\",0,900,900,", "\"measured, relative mu\",1,,\"not known, values are missing\",",
+             "\"measured, relative mu\",-1,2,2,"]  # fmt: skip
+    (tmp_path / "bounds.csv").write_text("\n".join(["bound,sign,lam,reads,note", *lines]), encoding="utf-8")
+    (finding,) = claims_theory.bounded(tmp_path)
+    assert finding.verdict == NOT_MEASURED and "last layer of some lambda is missing" in finding.numbers
+
+
 @pytest.mark.parametrize(
     ("sizes", "expected", "number"),
     [([0.5, 0.9, 0.2, 1.0], AGREE, "1 of 2 layers meet it; largest ||M||_F of a layer 0.9 to 1"),
