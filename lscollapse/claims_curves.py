@@ -7,11 +7,14 @@ A curve is the mean over excerpts of relative mu. Thresholds, the first three fi
     SMALL      |lambda| counts as small up to 0.5
     MUCH       a lambda is much lower than a bound when it is at most a tenth of it
 
-A predicate returns whether it holds and the numbers, or None where the table does not have what it needs.
+A predicate returns whether it holds and the numbers, or None where the table does not have what it needs. Where an arm that
+it needs lacks layers, because an excerpt left the range of floating point there, it raises MissingLayers: nothing is said on
+part of a curve.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from lscollapse.tasks.images import reads_pixels
@@ -22,6 +25,10 @@ if TYPE_CHECKING:
 
 COLLAPSED, RISE, SMALL, MUCH = 0.5, 0.1, 0.5, 0.1
 PAPER_BOUND, PAPER_A = 937.924, 0.9  # condition (7) for Mamba-2 in section 5.1, and its rate
+
+
+class MissingLayers(Exception):
+    """What an arm lacks that a sentence is about."""
 
 
 class Curves:
@@ -40,7 +47,23 @@ class Curves:
         return table[gate & (table["layernorm"] == layernorm) & (table["lam"] == lam)]
 
     def curve(self, lam: float, gating: bool, layernorm: bool) -> pd.Series:
-        """Layers 0..K without those that overflowed; empty when the arm was not measured."""
+        """Layers 0..K; empty when the arm was not measured.
+
+        Raises:
+            MissingLayers: an excerpt lacks some.
+        """
+        lost = self.lost(lam, gating, layernorm)
+        if lost is not None:
+            gate = ("gate, " if gating else "no gate, ") if self.gated else ""
+            depth = int(self._arm(self.means, lam, gating, layernorm)["layer"].max())
+            raise MissingLayers(
+                f"{gate}{'LN' if layernorm else 'no LN'}, lambda {lam:g}: layers {lost} to {depth} are missing, where"
+                f" {self._lost_excerpts(lam, gating, layernorm)} excerpts leave the range of floating point"
+            )
+        return self.held(lam, gating, layernorm)
+
+    def held(self, lam: float, gating: bool, layernorm: bool) -> pd.Series:
+        """The layers that every excerpt has; empty when the arm was not measured."""
         return self._arm(self.means, lam, gating, layernorm).set_index("layer")["value"].dropna()
 
     def lost(self, lam: float, gating: bool, layernorm: bool) -> int | None:
@@ -48,16 +71,26 @@ class Curves:
         values = self._arm(self.means, lam, gating, layernorm).set_index("layer")["value"]
         return int(values.index[values.isna()].min()) if values.isna().any() else None
 
+    def _lost_excerpts(self, lam: float, gating: bool, layernorm: bool) -> str:
+        arm = self._arm(self.relative, lam, gating, layernorm)
+        return f"{arm.loc[arm['value'].isna(), 'excerpt'].nunique()} of {arm['excerpt'].nunique()}"
+
     def excerpts(self, lam: float, gating: bool, layernorm: bool) -> pd.Series:
-        """Last-layer value of every excerpt."""
+        """Last-layer value of every excerpt; errors as for `curve`."""
+        self.curve(lam, gating, layernorm)
         arm = self._arm(self.relative, lam, gating, layernorm)
         return arm.loc[arm["layer"] == arm["layer"].max(), "value"]
 
-    def last(self, gating: bool, layernorm: bool = True) -> dict[float, float]:
-        """Last-layer value of every lambda measured."""
-        lams = sorted(set(self.means["lam"].dropna()))
-        curves = {lam: self.curve(lam, gating, layernorm) for lam in lams}
-        return {lam: float(curve.iloc[-1]) for lam, curve in curves.items() if len(curve)}
+    def lams(self, gating: bool, layernorm: bool = True) -> list[float]:
+        """Every lambda measured, ascending."""
+        return [
+            lam for lam in sorted(set(self.means["lam"].dropna())) if len(self._arm(self.means, lam, gating, layernorm))
+        ]
+
+    def last(self, gating: bool, lams: Iterable[float] | None = None) -> dict[float, float]:
+        """Last-layer value with LayerNorm of these lambdas (of every one measured by default); errors as for `curve`."""
+        wanted = self.lams(gating) if lams is None else lams
+        return {lam: float(self.curve(lam, gating, True).iloc[-1]) for lam in wanted}
 
 
 Judgement = tuple[bool, str] | None  # None: not measured
@@ -68,33 +101,37 @@ def _numbers(values: dict[float, float]) -> str:
 
 
 def small_lambda_collapses(curves: Curves) -> Judgement:
-    small = {lam: value for lam, value in curves.last(gating=False).items() if abs(lam) <= SMALL}
+    small = curves.last(False, [lam for lam in curves.lams(gating=False) if abs(lam) <= SMALL])
     return (all(v < COLLAPSED for v in small.values()), f"last layer {_numbers(small)}") if small else None
 
 
 def lambda_one_collapses(curves: Curves) -> Judgement:
-    last = curves.last(gating=False)
-    return (last[1.0] < COLLAPSED, f"last layer {last[1.0]:.3f}") if 1.0 in last else None
+    return _ends_collapsed(curves, 1.0)
 
 
 def large_lambda_avoids(curves: Curves) -> Judgement:
-    last = curves.last(gating=False)
-    if 1.0 not in last or min(last) >= -1 or max(last) <= 1:
+    lams = curves.lams(gating=False)
+    if 1.0 not in lams or min(lams) >= -1 or max(lams) <= 1:
         return None
-    ends = {lam: last[lam] for lam in (min(last), max(last))}
-    good = all(value >= COLLAPSED and value > last[1.0] for value in ends.values())
-    return good, f"last layer {_numbers(ends)}; at 1: {last[1.0]:.3f}"
+    ends, at_1 = curves.last(False, (min(lams), max(lams))), curves.last(False, [1.0])[1.0]
+    good = all(value >= COLLAPSED and value > at_1 for value in ends.values())
+    return good, f"last layer {_numbers(ends)}; at 1: {at_1:.3f}"
 
 
 def without_skip_collapses(curves: Curves) -> Judgement:
-    last = curves.last(gating=False)
-    return (last[0.0] < COLLAPSED, f"last layer {last[0.0]:.3f}") if 0.0 in last else None
+    return _ends_collapsed(curves, 0.0)
+
+
+def _ends_collapsed(curves: Curves, lam: float) -> Judgement:
+    curve = curves.curve(lam, False, True)
+    return (bool(curve.iloc[-1] < COLLAPSED), f"last layer {curve.iloc[-1]:.3f}") if len(curve) else None
 
 
 def deep_minimum_near_zero(curves: Curves) -> Judgement:
-    last = curves.last(gating=True)
-    if len(last) < 3 or 0.0 not in last:
+    lams = curves.lams(gating=True)
+    if len(lams) < 3 or 0.0 not in lams:
         return None
+    last = curves.last(gating=True)
     lowest = min(last, key=lambda lam: last[lam])
     return abs(lowest) <= SMALL and last[
         lowest
@@ -102,26 +139,30 @@ def deep_minimum_near_zero(curves: Curves) -> Judgement:
 
 
 def negative_is_higher(curves: Curves) -> Judgement:
-    last = curves.last(gating=True)
-    pairs = {lam: (last[-lam], last[lam]) for lam in last if lam > 0 and -lam in last}
-    if not pairs:
+    lams = curves.lams(gating=True)
+    both = [lam for lam in lams if lam > 0 and -lam in lams]
+    if not both:
         return None
+    last = curves.last(True, [*both, *(-lam for lam in both)])
+    pairs = {lam: (last[-lam], last[lam]) for lam in both}
     text = ", ".join(f"∓{lam:g}: {negative:.3f}/{positive:.3f}" for lam, (negative, positive) in pairs.items())
     return all(negative > positive for negative, positive in pairs.values()), f"last layer, negative/positive {text}"
 
 
 def choice_of_lambda_decides(curves: Curves) -> Judgement:
-    last = curves.last(gating=True)
-    if len(last) < 3 or 0.0 not in last:
+    lams = curves.lams(gating=True)
+    if len(lams) < 3 or 0.0 not in lams:
         return None
+    last = curves.last(gating=True)
     low, high = min(last, key=lambda lam: last[lam]), max(last, key=lambda lam: last[lam])
     return last[low] < COLLAPSED <= last[high], f"last layer {_numbers({low: last[low], high: last[high]})}"
 
 
 def much_lower_lambda_suffices(curves: Curves) -> Judgement:
-    last = curves.last(gating=True)
-    if len(last) < 3 or 0.0 not in last:
+    lams = curves.lams(gating=True)
+    if len(lams) < 3 or 0.0 not in lams:
         return None
+    last = curves.last(gating=True)
     bound = PAPER_BOUND if curves.gated else lambda_star(PAPER_A, float(curves.relative["n_tokens"].max()) ** 0.5)
     keeping = [lam for lam, value in last.items() if lam and value >= COLLAPSED]
     if not keeping:
@@ -180,9 +221,11 @@ def gated_unnormed_does_not_collapse(curves: Curves) -> Judgement:
 def layernorm_keeps_stable(curves: Curves) -> Judgement:
     arms = {("gate" if gating else "no gate") + (", LN" if norm else ", no LN"): (gating, norm)
             for norm in (True, False) for gating in (True, False)}  # fmt: skip
-    found = {name: curves.curve(1.0, *arm) for name, arm in arms.items()}
+    found = {name: curves.held(1.0, *arm) for name, arm in arms.items()}  # here a lost layer is what is looked for
     if not all(map(len, found.values())):
         return None
+    if "nan" in set(curves.relative.loc[curves.relative["lam"] == 1.0, "status"]):
+        raise MissingLayers("lambda 1: layers are missing, where values are all zero or no numbers")
     lost = {name: curves.lost(1.0, *arm) for name, arm in arms.items()}
     gains = {name: (curve - curve.cummin()).max() for name, curve in found.items()}
     unstable = {name: lost[name] is not None or gains[name] >= RISE for name in arms}

@@ -116,9 +116,13 @@ def _norms(channels: list[dict[str, str]], model: str) -> Finding:
 
 
 def _conservative(bounds: list[dict[str, str]], model: str) -> Finding:
-    lines = [(row["bound"], float(row["lam"])) for row in bounds]
+    lines = [(row["bound"], float(row["lam"] or "nan")) for row in bounds]
     condition = next(lam for bound, lam in lines if "condition (7)" in bound)
-    needed = min(lam for bound, lam in lines if bound == "measured, relative mu")
+    measured = [lam for bound, lam in lines if bound == "measured, relative mu"]
+    if any(map(math.isnan, measured)):
+        missing = "the last layer of some lambda is missing, where values leave the range of floating point"
+        return Finding(CONSERVATIVE, claims.CLAIMS[CONSERVATIVE].sentence, model, NOT_MEASURED, missing)
+    needed = min(measured)
     numbers = (
         f"|lambda| from {needed:.3g} on keeps the target"
         if math.isfinite(needed)

@@ -66,6 +66,8 @@ def excerpts(
     chosen = corpus.tokenizer(experiment.tokenizer) if experiment.tokenizer else None
     drawn = experiments.load_corpus(experiment, chosen)
     corpus.freeze(drawn, out)
+    for remark in drawn.remarks:
+        typer.echo(remark, err=True)
     typer.echo(
         f"wrote {len(drawn.excerpts)} excerpts of {drawn.source} to {out} ({drawn.skipped} texts were too short)"
     )

@@ -86,9 +86,11 @@ def _table(title: str, arms: Iterable[Arm]) -> Table:
     for arm in arms:
         lam = _lambda(arm)
         for measure, curve in arm.curves.items():
-            value, layer = arm.worst(measure) if len(curve) > 1 else (float("nan"), "-")
-            numbers = (f"{curve.iloc[0]:.3f}", f"{value:.3f}", str(layer), f"{curve.iloc[-1]:.3f}")
-            table.add_row(lam, measure.replace("_", " "), *numbers)
+            first = f"{curve.iloc[0]:.3f}" if len(curve) else "-"
+            worst = arm.worst(measure)
+            value, layer = ("-", "-") if worst is None else (f"{worst[0]:.3f}", str(worst[1]))
+            last = "missing" if arm.lost else f"{curve.iloc[-1]:.3f}"
+            table.add_row(lam, measure.replace("_", " "), first, value, layer, last)
             lam = ""
     return table
 

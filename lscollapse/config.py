@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from lscollapse.texts import CC_BY_SA
+from lscollapse.texts import CC_BY_SA, read_text
 
 EMBEDDED_MODELS = ["mamba2-tiny", "minilm-l6", "albert-smiles"]
 DEFAULT_LAMBDAS = [-8.0, -4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0]
@@ -204,7 +204,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ConfigError(f"no configuration file {file}")
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = yaml.safe_load(read_text(file, ConfigError))
     except yaml.YAMLError as error:
         raise ConfigError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):

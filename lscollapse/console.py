@@ -51,14 +51,16 @@ class Bar:
 def last_layer_table(rows: pd.DataFrame) -> None:
     """Print the mean last-layer relative mu: a line per lambda, a column per model and arm."""
     last = rows[(rows["measure"] == "relative_mu") & (rows["layer"] == rows.groupby("model")["layer"].transform("max"))]
-    means = last.groupby(["lam", "model", "init", "arm"], sort=False, dropna=False)["value"].mean()
+    arms = last.groupby(["lam", "model", "init", "arm"], sort=False, dropna=False)["value"]
+    means = arms.agg(lambda values: values.mean(skipna=False))  # an excerpt that lacks the last layer leaves no mean
     table = Table(title="last-layer relative mu, mean over excerpts", box=box.SIMPLE, title_justify="left")
     table.add_column("lambda", justify="right")
     subjects = list(dict.fromkeys(zip(last["model"], last["init"], last["arm"], strict=True)))
     for model, init, arm in subjects:
         table.add_column(f"{model}{_of(init)}\n{arm}", justify="right")
     for lam in sorted(last["lam"].unique()):
-        cells = (f"{means.get((lam, *subject), float('nan')):.3f}" for subject in subjects)
+        found = (means.get((lam, *subject), "") for subject in subjects)
+        cells = ("" if mean == "" else "missing" if mean != mean else f"{mean:.3f}" for mean in found)
         table.add_row("per layer" if lam != lam else f"{lam:g}", *cells)
     Console().print(table)
 
@@ -76,15 +78,15 @@ def arms_table(rows: pd.DataFrame) -> None:
         finite = part[part["layer"] < lost.min()] if len(lost) else part
         curve = finite.groupby("layer")["value"].mean()
         ends = f"layer {lost.min()}" if len(lost) else "none"
-        least = f"{curve.min():.3f} (layer {curve.idxmin()})"
+        least = f"{curve.min():.3f} (layer {curve.idxmin()})" if len(curve) else "-"
         table.add_row(
             f"{model}{_of(str(init))}",
             str(arm),
             "per layer" if lam != lam else f"{lam:g}",
             str(dtype),
-            f"{curve.iloc[0]:.3f}",
+            f"{curve.iloc[0]:.3f}" if len(curve) else "-",
             least,
-            f"{curve.iloc[-1]:.3f}",
+            "missing" if len(lost) else f"{curve.iloc[-1]:.3f}",
             ends,
         )
     Console().print(table)
@@ -97,7 +99,7 @@ def claims_table(rows: pd.DataFrame) -> None:
     console = Console(soft_wrap=True, highlight=False)
     console.print("what the paper writes, on these models (thresholds: lscollapse/claims.py)", style="italic")
     for finding in claims.judge(rows):
-        if finding.verdict != claims.NOT_MEASURED:
+        if finding.verdict != claims.NOT_MEASURED or finding.numbers:
             console.print(
                 f"  {finding.claim}  {finding.model}  [bold]{finding.verdict}[/bold]  {finding.sentence}", markup=True
             )
@@ -126,7 +128,17 @@ def readings_table(rows: pd.DataFrame, folder: Path) -> None:
 
 
 def identity_table(differences: list[LayerDifference], tolerance: float = 1e-5) -> bool:
-    """Print the largest differences of each path and their layers; True where all are within `tolerance`."""
+    """Print the largest differences of each path and their layers; True where all are within `tolerance`.
+
+    Where values are not finite nothing is said of identity but which layers they are.
+    """
+    lost = [d.layer for d in differences if d.output != d.output or d.mu != d.mu]
+    if lost:
+        print(
+            f"not known whether it is identical: from layer {min(lost)} of {max(d.layer for d in differences)} on values are"
+            " missing (they leave the range of the dtype, or all rows are equal)"
+        )
+        return False
     table = Table(
         title="instrumented against untouched, largest over layers and excerpts", box=box.SIMPLE, title_justify="left"
     )

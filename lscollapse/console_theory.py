@@ -72,8 +72,13 @@ def sentence(found: Found, sign: int, measure: str) -> str:
     sizes, values = found.curve(sign, measure)
     if lam == 0.0:
         return f"no collapse: over the target at every |lambda| tested, least {values.min():.3f} at {sizes[values.argmin()]:.3g}"
+    lost = found.missing(sign, measure)
+    gone = f"the last layer is missing at |lambda| {', '.join(f'{size:.3g}' for size in lost)}" if lost else ""
+    if math.isnan(lam):
+        kept = ", ".join(f"{low:.3g} to {high:.3g}" for low, high in stretches)
+        return f"not known: {gone}, where values leave floating point{f'; over the target for |lambda| {kept}' if kept else ''}"
     below = ", ".join(f"{low:.3g} to {high:.3g}" for low, high in stretches if high < sizes[-1])
-    aside = f"; over it also for |lambda| {below}" if below else ""
+    aside = (f"; over it also for |lambda| {below}" if below else "") + (f"; {gone}" if gone else "")
     if math.isfinite(lam):
         return f"|lambda| >= {lam:.3g} keeps it over the target{aside}"
     return f"none suffices up to {sizes[-1]:g}, where it is {values[-1]:.3f}{aside.replace(' also', '')}"
@@ -111,6 +116,8 @@ def size(line: Line) -> str:
 def _size(lam: float, none: str) -> str:
     if lam == 0.0:
         return "no collapse"
+    if math.isnan(lam):
+        return "not known, values are missing"
     if not math.isfinite(lam):
         return none
     return f"{lam:.3g}" if lam < 1000.0 else f"{lam:,.0f}"

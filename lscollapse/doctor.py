@@ -11,7 +11,7 @@ from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lscollapse import allocation, assets, corpus, devices, results, wikipedia
+from lscollapse import allocation, assets, corpus, devices, results, texts, wikipedia
 from lscollapse.config import ConfigError, Experiment, WikipediaSection
 from lscollapse.doctor_models import Check, asked, models
 from lscollapse.models import registry
@@ -154,14 +154,24 @@ def _entries(config: Experiment) -> Iterator[Entry]:
 
 
 def _source(config: Experiment) -> Iterator[Check]:
-    files = [config.wikipedia.titles] if config.wikipedia.titles else []
-    files += [] if config.source in corpus.SOURCES else [Path(config.source)]
-    for file in files:
-        if file.exists():
-            yield Check("source", f"{file} is there")
-        else:
-            yield Check("source", f"no {file}", f"give a file, or a source of {', '.join(corpus.SOURCES)}")
+    source = None if config.source in corpus.SOURCES else Path(config.source)
+    for name, file in (("titles", config.wikipedia.titles), ("lambdas", config.lambdas_file), ("source", source)):
+        if file is not None:
+            yield _file(name, file)
     yield _wikipedia(config.wikipedia, config.source == "wikipedia", config.offline)
+
+
+def _file(name: str, file: Path) -> Check:
+    """A file that a person gave; text is read, pictures and Parquet are left to their readers."""
+    if not file.exists():
+        instead = f", or a source of {', '.join(corpus.SOURCES)}" if name == "source" else ""
+        return Check(name, f"no {file}", f"give a file{instead}")
+    try:
+        if file.is_file() and file.suffix != ".parquet":
+            texts.read_text(file)
+    except corpus.CorpusError as error:
+        return Check(name, "cannot be read", str(error))
+    return Check(name, f"{file} is there")
 
 
 def _wikipedia(wiki: WikipediaSection, needed: bool, offline: bool) -> Check:

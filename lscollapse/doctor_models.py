@@ -21,7 +21,8 @@ from lscollapse.models.registry import Entry
 
 TIMEOUT = 5.0  # seconds for each call
 GIB = 2**30
-CACHED = "in the cache"
+CACHED, EMBEDDED, FOLDER = "in the cache", "embedded", "a local folder"
+HERE = (CACHED, EMBEDDED, FOLDER)  # where the files of a model can be looked at
 
 
 class TooLittle(ValueError):
@@ -51,7 +52,7 @@ def models(config: Experiment) -> Iterator[Check]:
         try:
             entry = registry.resolve(name)
             where, mend = _stored(entry, config, fault, needs)
-            fits = "" if mend and not entry.n_parameters else _fits(name, entry, config, offline or where == CACHED)
+            fits = "" if mend and not entry.n_parameters else _fits(name, entry, config, offline, where in HERE)
             yield Check(name, "; ".join(filter(None, (where, fits))), mend)
         except ValueError as error:
             yield Check(name, "cannot be used", str(error).replace(constants.ENDPOINT, host))
@@ -83,7 +84,7 @@ def _stored(entry: Entry, config: Experiment, fault: str, needs: dict[Path, int]
     from lscollapse.models import hub
 
     if entry.source != "hub":
-        return "embedded" if entry.embedded else "a local folder", ""
+        return EMBEDDED if entry.embedded else FOLDER, ""
     revision = config.revision or entry.revision or None
     cache = config.cache_dir.expanduser() / "hub" if config.cache_dir else Path(constants.HF_HUB_CACHE)
     try:
@@ -104,17 +105,18 @@ def _stored(entry: Entry, config: Experiment, fault: str, needs: dict[Path, int]
     return "not in the cache" + (f", at most {size / GIB:.2f} GiB" if size else ""), mend
 
 
-def _fits(name: str, entry: Entry, config: Experiment, offline: bool) -> str:
-    """How the weights are held, in how much memory.
+def _fits(name: str, entry: Entry, config: Experiment, offline: bool, here: bool) -> str:
+    """How the weights are held, in how much memory; where they are `here` as their files say, else as the registry does.
 
     Raises:
         TooLittle, MemoryPlanError: there is less.
-        CheckpointError: an unreadable config.json.
+        AssetError: an embedded file is missing.
+        CheckpointError: config.json cannot be read, or the weights are not there or not those that it describes.
     """
     from lscollapse.models import checkpoint
 
-    where: Any = {"revision": config.revision, "cache_dir": config.cache_dir, "offline": offline}
-    architecture, n_parameters = checkpoint.describe(name, **where)
+    where: Any = {"revision": config.revision, "cache_dir": config.cache_dir, "offline": offline or here}
+    architecture, n_parameters = (checkpoint.inspect if here else checkpoint.describe)(name, **where)
     on, limit = devices.device(config), devices.memory(config)
     itemsize = {"float64": 8, "bfloat16": 2}.get(config.dtype, 4)
     streamed = architecture == "mamba2" and (

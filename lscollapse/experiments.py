@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lscollapse.config import ConfigError, Experiment
 from lscollapse.models import registry
 from lscollapse.runs import SILENT, Progress, load_corpus, load_subjects, run
+from lscollapse.texts import read_text
 from lscollapse.variants import Variant, without_gate
 
 if TYPE_CHECKING:
@@ -128,9 +130,11 @@ def read_lambdas(file: Path, n_layers: int) -> tuple[float, ...]:
     import pandas as pd
 
     try:
-        table = pd.read_csv(file).sort_values("layer")
+        table = pd.read_csv(StringIO(read_text(file, ConfigError))).sort_values("layer")
         layers, lams = table["layer"].tolist(), table["lam"].astype(float).tolist()
-    except (OSError, KeyError, ValueError) as error:
+    except ConfigError:
+        raise
+    except (KeyError, ValueError) as error:
         raise ConfigError(f"{file} is not a CSV with the columns layer,lam ({' '.join(str(error).split())})") from None
     if layers != list(range(1, n_layers + 1)):
         raise ConfigError(f"{file} gives layers {layers[:3]}..., expected one line for each of 1..{n_layers}")

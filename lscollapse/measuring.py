@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from lscollapse.claims import COLLAPSED
 from lscollapse.config import Experiment
+from lscollapse.corpus import is_frozen
 from lscollapse.experiments import sweep_variants
 from lscollapse.runs import SILENT, Progress, run
 
@@ -18,10 +18,19 @@ if TYPE_CHECKING:
 WORST = {"relative_mu": "min", "rank1_residual": "min", "stable_rank": "min", "mean_cosine": "max"}  # of a curve
 
 
+class Lost(NamedTuple):
+    """Layers that an arm lacks: from `layer` on, in `excerpts` of its `total` excerpts, `why` in words."""
+
+    layer: int
+    excerpts: int
+    total: int
+    why: str
+
+
 class Arm(NamedTuple):
     """One variant of one model: a curve over layers 0..K, mean over excerpts, for each measure of WORST.
 
-    `lost` is the layer from which on an excerpt's values left the dtype, None where none did; curves end before it.
+    `lost` is None where every excerpt has every layer; curves end before it.
     """
 
     model: str
@@ -29,15 +38,18 @@ class Arm(NamedTuple):
     arm: str
     lam: float
     dtype: str
+    n_layers: int
     curves: dict[str, pd.Series]
-    lost: int | None
+    lost: Lost | None
 
-    def worst(self, measure: str) -> tuple[float, int]:
-        """The value nearest to collapse from layer 1 on (0 is the embedding), and its layer."""
-        curve = self.curves[measure].iloc[1:]
-        layers, values = curve.index.to_numpy(), curve.to_numpy()
-        at = values.argmin() if WORST[measure] == "min" else values.argmax()
-        return float(values[at]), int(layers[at])
+    def worst(self, measure: str) -> tuple[float, int] | None:
+        """The value nearest to collapse from layer 1 on (0 is the embedding), and its layer; None where there is none."""
+        curve = self.curves[measure].iloc[1:].dropna()
+        if curve.empty:
+            return None
+        values = curve.to_numpy()
+        at = int(values.argmin() if WORST[measure] == "min" else values.argmax())
+        return float(values[at]), int(curve.index[at])
 
 
 def measure(config: Experiment, out: Path, progress: Progress = SILENT) -> pd.DataFrame:
@@ -53,19 +65,7 @@ def measure(config: Experiment, out: Path, progress: Progress = SILENT) -> pd.Da
 
 def reads_own_tokens(config: Experiment) -> bool:
     """Whether `measure` gives the models text in their own tokens."""
-    return config.tokenizer == "native" or (config.tokenizer is None and not _is_frozen(config.source))
-
-
-def _is_frozen(source: str) -> bool:
-    """Whether a source is a file of excerpts that are token ids already."""
-    path = Path(source)
-    if path.suffix != ".jsonl" or not path.is_file():
-        return False
-    with path.open(encoding="utf-8") as lines:
-        try:
-            return "ids" in json.loads(next(lines, "{}"))
-        except ValueError:
-            return False  # the reader of the source says what is wrong with it
+    return config.tokenizer == "native" or (config.tokenizer is None and not is_frozen(config.source))
 
 
 def arms(rows: pd.DataFrame) -> Iterator[Arm]:
@@ -73,21 +73,27 @@ def arms(rows: pd.DataFrame) -> Iterator[Arm]:
     keys = ["model", "init", "arm", "lam", "dtype"]
     for key, part in rows.groupby(keys, sort=False, dropna=False):
         model, init, arm, lam, dtype = cast("tuple[str, str, str, float, str]", key)
-        lost = part.loc[part["status"].isin(["overflow", "nan"]) & (part["measure"] == "relative_mu"), "layer"]
-        end = int(lost.min()) if len(lost) else None
-        held = part if end is None else part[part["layer"] < end]
-        means = held.groupby(["measure", "layer"])["value"].mean()
-        yield Arm(model, init, arm, lam, dtype, {name: means[name] for name in WORST}, end)
+        lost = _lost(part[part["measure"] == "relative_mu"], dtype)
+        held = part if lost is None else part[part["layer"] < lost.layer]
+        curves = {name: held[held["measure"] == name].groupby("layer")["value"].mean() for name in WORST}
+        yield Arm(model, init, arm, lam, dtype, int(part["layer"].max()), curves, lost)
+
+
+def _lost(relative: pd.DataFrame, dtype: str) -> Lost | None:
+    gone = relative[relative["status"].isin(["overflow", "nan"])]
+    if gone.empty:
+        return None
+    why = f"leave {dtype}" if "overflow" in set(gone["status"]) else "are all zero or no numbers"
+    return Lost(int(gone["layer"].min()), gone["excerpt"].nunique(), relative["excerpt"].nunique(), why)
 
 
 def verdict(arm: Arm) -> str:
-    """Whether it collapses, by the threshold of claims.py on relative mu, with the numbers."""
+    """Whether it collapses, by the threshold of claims.py on relative mu, with the numbers; none where layers are missing."""
+    if arm.lost is not None:
+        return _no_verdict(arm, arm.lost)
     curve = arm.curves["relative_mu"].iloc[1:]
-    if curve.empty:
-        return f"its values leave {arm.dtype} in layer 1: nothing can be said"
     under = curve.index[curve < COLLAPSED]
-    lowest, at = arm.worst("relative_mu")
-    last, end = float(curve.iloc[-1]), int(curve.index[-1])
+    lowest, at, last = float(curve.min()), int(curve.index[int(curve.argmin())]), float(curve.iloc[-1])
     if not len(under):
         text = f"does not collapse: relative mu stays over {COLLAPSED:g}; lowest {lowest:.3f} (layer {at}), last {last:.3f}"
     elif last >= COLLAPSED:
@@ -99,12 +105,21 @@ def verdict(arm: Arm) -> str:
             f"collapses: relative mu is under {COLLAPSED:g} from layer {since} on; lowest {lowest:.3f} (layer {at}),"
             f" last {last:.3f}"
         )
-    if arm.lost is not None:
-        text += f"; its values leave {arm.dtype} in layer {arm.lost}"
-    rank1 = float(arm.curves["rank1_residual"][end])
+    rank1 = float(arm.curves["rank1_residual"].iloc[-1])
     if last >= COLLAPSED and rank1 < last / 2:
         text += (
             f"; but the rank-1 residual of the last is {rank1:.3f}: one direction carries nearly everything (rows at +u and"
             " -u, or a few long rows), which relative mu does not see"
         )
     return text
+
+
+def _no_verdict(arm: Arm, lost: Lost) -> str:
+    which = f"layers {lost.layer} to {arm.n_layers}" if lost.layer < arm.n_layers else f"layer {lost.layer}"
+    verb = "are" if lost.layer < arm.n_layers else "is"
+    text = (
+        f"no verdict: {which} of {arm.n_layers} {verb} missing, where the values of {lost.excerpts} of {lost.total} excerpts"
+        f" {lost.why}"
+    )
+    worst = arm.worst("relative_mu")
+    return text if worst is None else f"{text}; before that relative mu is lowest in layer {worst[1]} ({worst[0]:.3f})"

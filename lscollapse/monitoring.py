@@ -77,10 +77,11 @@ def warning(values: dict[str, float]) -> str:
     """What `monitor` found wrong, in one line; "" where all is well."""
     if values["collapse"] == HEALTHY:
         return ""
+    lowest = {name: worst(values, name) for name in WATCHED}
+    missing = any(value != value for _, value in lowest.values())
     kind = "rank collapse" if values["collapse"] == OVER else "rank collapse is near"
-    found = ", ".join(
-        f"{name} {value:.3f} at layer {layer}" for name in WATCHED for layer, value in [worst(values, name)]
-    )
+    kind = "values are not finite, so that nothing can be said of rank collapse" if missing else kind
+    found = ", ".join(f"{name} {value:.3f} at layer {layer}" for name, (layer, value) in lowest.items())
     return f"step {values['step']:g}: {kind}: lowest {found} (collapsed under {COLLAPSED:g}, warning under {EARLY:g})"
 
 

@@ -50,7 +50,8 @@ class Kept(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """|lambda| of one sign guessed from few excerpts: 0 when no collapse is in sight, infinity when nothing suffices."""
+    """|lambda| of one sign guessed from few excerpts: 0 when no collapse is in sight, infinity when nothing suffices, NaN where
+    values are missing."""
 
     lam: float
     how: str
@@ -64,7 +65,7 @@ class Found:
         arm: in words, without lambda.
         n_layers, n_excerpts, n_tokens: of the passes.
         estimates: sign -> Estimate.
-        points: lambda -> {measure: mean of the last layer over the excerpts}; NaN where an excerpt left the range.
+        points: lambda -> {measure: mean of the last layer over the excerpts}; NaN where an excerpt lacks it.
     """
 
     model: str
@@ -89,19 +90,31 @@ class Found:
         stretches = [[float(size) for size, _ in run] for over, run in runs if over]
         return [Kept(stretch[0], stretch[-1]) for stretch in stretches]
 
+    def missing(self, sign: int, measure: str) -> list[float]:
+        """The tested |lambda| whose last layer is missing in some excerpt, ascending."""
+        sizes, values = self.curve(sign, measure)
+        return [float(size) for size in sizes[np.isnan(values)]]
+
     def smallest(self, sign: int, measure: str) -> float:
-        """Smallest |lambda| from which on every tested one is over the target; 0 when all are, infinity when none is."""
-        stretches = self.kept(sign, measure)
-        reaches_the_end = stretches and stretches[-1].high == self.curve(sign, measure)[0][-1]
-        return stretches[-1].low if reaches_the_end else float("inf")
+        """Smallest |lambda| from which on every tested one is over the target; 0 when all are, infinity when none is.
+
+        NaN, which is no answer, where a value is missing above the largest tested |lambda| that is under the target.
+        """
+        sizes, values = self.curve(sign, measure)
+        under = sizes[values < self.target]
+        if len(under) and under[-1] == sizes[-1]:
+            return float("inf")
+        above = sizes > under[-1] if len(under) else sizes >= 0.0
+        return float("nan") if np.isnan(values[above]).any() else float(sizes[above][0])
 
     def rank_warning(self) -> str | None:
         """What to say where a negative lambda keeps relative mu over the target but not the rank-1 residual."""
         lam = self.smallest(-1, "relative_mu")
-        if not np.isfinite(lam) or self.smallest(-1, "rank1_residual") <= lam:
+        residual = self.smallest(-1, "rank1_residual")
+        if not np.isfinite(lam) or np.isnan(residual) or residual <= lam:
             return None
         sizes, values = self.curve(-1, "rank1_residual")
-        tested = [(float(v), float(s)) for s, v in zip(sizes, values, strict=True) if s >= lam]
+        tested = [(float(v), float(s)) for s, v in zip(sizes, values, strict=True) if s >= lam and not np.isnan(v)]
         worst, at = min(tested)
         return (
             f"negative lambda: relative mu stays over {self.target:g} from lambda = {-lam:.3g} on, but the rank-1 residual falls"
@@ -156,12 +169,13 @@ def find(
 def _midpoints(found: Found, sign: int, name: str) -> list[float]:
     """The middle of every bracket that is still too wide: neighbours on different sides of the target."""
     sizes, values = found.curve(sign, name)
+    known = ~np.isnan(values)  # at a missing value there is no side of the target
     over = values >= found.target
-    brackets = zip(sizes[:-1], sizes[1:], over[:-1], over[1:], strict=True)
+    brackets = zip(sizes[:-1], sizes[1:], over[:-1], over[1:], known[:-1] & known[1:], strict=True)
     return [
         float(sign * (low + high) / 2)
-        for low, high, before, after in brackets
-        if before != after and high - low > found.tol * max(high, SMALLEST)
+        for low, high, before, after, both in brackets
+        if both and before != after and high - low > found.tol * max(high, SMALLEST)
     ]
 
 
@@ -203,7 +217,7 @@ def _estimates_forward(subject: Subject, target: float) -> dict[int, Estimate]:
     rough = Found("", "", 0, 0, 0, target, 1.0, points=points)
     out = {}
     for sign in SIGNS:
-        low = rough.smallest(sign, "relative_mu")
+        low = rough.smallest(sign, "relative_mu")  # NaN where values are missing
         before = GRID[GRID.index(low) - 1] if 0.0 < low < np.inf else low
         lam = float(np.sqrt(low * before)) if before > 0.0 else low
         out[sign] = Estimate(lam, f"{CHEAP} excerpts through the net, |lambda| by factors of 2 to 4")

@@ -18,6 +18,8 @@ from lscollapse.config import ConfigError, Experiment
 from lscollapse.devices import device, memory, set_threads, worker_devices
 from lscollapse.models import registry
 from lscollapse.tasks import images, pictures
+from lscollapse.texts import read_text
+from lscollapse.token_checks import check_entries, check_ids
 from lscollapse.variants import Variant, check
 
 if TYPE_CHECKING:
@@ -101,6 +103,8 @@ class Task:
             "source": self.corpus.source,
             "too_short": self.corpus.skipped,
             **self.corpus.counts,
+            **({"unknown_share": self.corpus.unknown_share} if self.corpus.unknown_share else {}),
+            **({"repeated": self.corpus.repeated} if self.corpus.repeated else {}),
             "drawn": list(self.corpus.titles),
             **{PROVENANCE[name]: column for name, column in columns.items() if any(column)},
         }
@@ -275,7 +279,19 @@ def excerpts_for(info: ModelInfo, adapter: Adapter, config: Experiment, progress
 
     Deviation: a model whose vocabulary is smaller than the chosen tokenizer's (ALBERT's 30,000 against BERT's 30,522) is
     given text in its own tokens, since some of the ids would not exist.
+
+    Raises:
+        CorpusError: the tokens are not the model's, or mostly unknown ones.
+        CheckpointError: the model's embedding has rows of zeros for some of them.
     """
+    corpus = _drawn(info, adapter, config, progress)
+    check_ids(info, adapter, corpus)
+    for remark in corpus.remarks:
+        progress.note(f"{info.name}: {remark}")
+    return corpus
+
+
+def _drawn(info: ModelInfo, adapter: Adapter, config: Experiment, progress: Progress) -> Corpus:
     from lscollapse.models.vit import VitAdapter
 
     if info.architecture == "s4d":
@@ -290,13 +306,16 @@ def excerpts_for(info: ModelInfo, adapter: Adapter, config: Experiment, progress
     tokenizer = (
         corpora.tokenizer(config.tokenizer, native, **where) if config.tokenizer else None
     )  # None: BERT's, or a frozen file's
+    own, frozen = config.tokenizer == "native", corpora.is_frozen(config.source)
     size = (tokenizer or corpora.bert_tokenizer()).vocab_size
-    if size > adapter.config.vocab_size and not config.source.endswith(".jsonl"):
+    if size > adapter.vocabulary and not frozen and not own:
         progress.note(
-            f"{info.name} has {adapter.config.vocab_size} token ids, the {config.tokenizer or 'bert'} tokenizer {size}:"
+            f"{info.name} has {adapter.vocabulary} token ids, the {config.tokenizer or 'bert'} tokenizer {size}:"
             " the model's own tokenizer is used"
         )
-        tokenizer = corpora.tokenizer("native", native, **where)
+        tokenizer, own = corpora.tokenizer("native", native, **where), True
+    if own and tokenizer is not None and (remark := check_entries(info, tokenizer, adapter.vocabulary)):
+        progress.note(remark)
     return load_corpus(config, tokenizer)
 
 
@@ -305,10 +324,7 @@ def load_corpus(config: Experiment, tokenizer: Tokenizer | None) -> Corpus:
     wiki = config.wikipedia
     titles = None
     if wiki.titles:
-        if not wiki.titles.is_file():
-            raise ConfigError(f"no titles file {wiki.titles}")
-        titles = wiki.titles.read_text(encoding="utf-8").split("\n")
-        titles = [title.strip() for title in titles if title.strip()]
+        titles = [title.strip() for title in read_text(wiki.titles).split("\n") if title.strip()]
     cache = config.cache_dir or Path(os.environ.get("LSCOLLAPSE_CACHE") or Path.home() / ".cache" / "lscollapse")
     options = wiki.model_dump(exclude={"titles", "cache_dir"})
     settings = corpora.WikiSettings(cache_dir=wiki.cache_dir or cache.expanduser() / "wikipedia", **options)
@@ -335,7 +351,7 @@ def native_tokenizer(info: ModelInfo) -> str:
     if info.text == "smiles":
         return "smiles"
     if info.location.startswith("state-spaces/"):
-        return "EleutherAI/gpt-neox-20b"
+        return "EleutherAI/gpt-neox-20b@main"
     embedded = {entry.location for entry in registry.ENTRIES.values() if entry.embedded}
     if info.location in embedded:
         return "bert"

@@ -57,9 +57,25 @@ def packaged(seed: int) -> Iterator[Text]:
         yield Text(title, articles[title], f"https://en.wikipedia.org/wiki/{title.replace(' ', '_')}", "", CC_BY_SA)
 
 
+def read_text(path: Path, error: type[ValueError] = CorpusError) -> str:
+    """The text of a file that a person gave: UTF-8, with or without a byte order mark, lines ended in any way.
+
+    Args:
+        error: what is raised where it cannot be read, with the file's name in its one line.
+    """
+    if not path.is_file():
+        raise error(f"{path} cannot be read: {'it is no file' if path.exists() else 'there is no such file'}")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as cause:
+        raise error(f"{path} is not UTF-8 text (byte {cause.start}): convert it first") from cause
+    except OSError as cause:
+        raise error(f"{path} cannot be read: {cause.strerror}") from cause
+
+
 def plain_file(path: Path, seed: int) -> Iterator[Text]:
     """Texts of a .txt file, separated by blank lines, drawn by `seed`; titled by file name and place in the file."""
-    blocks = [block.strip() for block in re.split(r"\n\s*\n", _read(path)) if block.strip()]
+    blocks = [block.strip() for block in re.split(r"\n\s*\n", read_text(path)) if block.strip()]
     titles = {f"{path.stem} {number}": block for number, block in enumerate(blocks, 1)}
     return (Text(title, titles[title]) for title in sampling_order(titles, seed))
 
@@ -81,7 +97,7 @@ def jsonl_file(path: Path, seed: int) -> Iterator[Text]:
 def json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
     """(line number from 1, object) of every line of a .jsonl file that is not blank."""
     rows = []
-    for number, line in enumerate(_read(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -142,12 +158,3 @@ def _from_row(row: dict[str, Any], **defaults: str) -> Text:
     page = {"page_id": row.get("id", "")}
     known = {**defaults, **{name: row[name] for name in names if row.get(name) is not None}}
     return Text(text=row["text"], **{name: str(value) for name, value in {**page, **known}.items()})
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from error
-    except OSError as error:
-        raise CorpusError(f"{path} cannot be read: {error.strerror}") from error

@@ -12,13 +12,15 @@ import pytest
 import torch
 import typer
 from huggingface_hub import constants
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from lscollapse import assets, cli_look, doctor
 from lscollapse.config import Experiment
 from lscollapse.doctor import Check
 from lscollapse.doctor_models import available_memory
 from lscollapse.models import hub
-from tests.models.layouts import original_state, write_hf, write_original
+from tests.models.layouts import D_MODEL, N_LAYER, PADDED, hf_state, original_state, write_hf, write_original
+from tests.models.test_registry import mamba2_parameters
 from tests.servers.hub import HubServer
 from tests.servers.mediawiki import MediaWikiServer, Page
 
@@ -176,6 +178,71 @@ def test_a_missing_file_of_the_embedded_data(monkeypatch: pytest.MonkeyPatch) ->
     assert "no_such_package" in check.mend and check.found.startswith("6 of 7 files")
     check = found(offline(source="smiles"))["embedded data"]
     assert not check.mend and not check.good
+
+
+def test_a_folder_is_judged_by_its_files(tmp_path: Path) -> None:
+    """Weights that are not there, cut off, of another shape or of no floats; and a config.json that says another size."""
+    folder = write_hf(tmp_path / "mine")
+    name, file = str(folder), folder / "model.safetensors"
+    whole = file.read_bytes()
+    n_parameters = mamba2_parameters(D_MODEL, N_LAYER, vocab=PADDED, state=8, head=4, groups=2)
+    assert found(offline(name))[name].found.startswith(f"a local folder; {n_parameters:,} parameters in memory")
+    state = hf_state()
+    state["backbone.layers.0.mixer.out_proj.weight"] = state["backbone.layers.0.mixer.out_proj.weight"].to(torch.int8)
+    damages = {
+        "no weights in": file.unlink,
+        "cannot be read (cut off or damaged?": lambda: file.write_bytes(whole[:-100]),
+        "9 missing (layers.3.norm.weight": lambda: write_hf(folder, num_hidden_layers=4),
+        "out_proj.weight is of dtype int8": lambda: write_hf(folder, state),
+        "no config.json in": lambda: (folder / "config.json").unlink(),
+    }
+    for mend, damage in damages.items():
+        damage()
+        check = found(offline(name))[name]
+        assert check.found == "cannot be used" and mend in check.mend
+
+
+def test_a_config_of_two_layouts_is_that_of_its_files(tmp_path: Path) -> None:
+    name = str(write_original(tmp_path / "mine", model_type="mamba2"))
+    n_parameters = mamba2_parameters(D_MODEL, N_LAYER, vocab=PADDED, state=8, head=4, groups=2)
+    assert f"; {n_parameters:,} parameters in memory" in found(offline(name))[name].found
+
+
+def test_a_folder_that_transformers_reads(tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=16)
+    model, name = GPT2LMHeadModel(config), str(tmp_path / "gpt2")
+    model.save_pretrained(name)
+    n_parameters = sum(p.numel() for p in model.transformer.parameters())
+    assert f"a local folder; {n_parameters:,} parameters in memory" in found(offline(name))[name].found
+    GPT2Config(**{**config.to_dict(), "n_layer": 3}).save_pretrained(name)
+    assert "12 missing (h.2.ln_1.weight" in found(offline(name))[name].mend
+    (tmp_path / "gpt2" / "model.safetensors").unlink()
+    assert "no weights in" in found(offline(name))[name].mend
+
+
+def test_a_cache_whose_weights_are_gone(site: tuple[HubServer, MediaWikiServer]) -> None:
+    """The snapshot's links are there, what they point to is not."""
+    _, wiki = site
+    folder = hub.fetch(HF)
+    assert found(settings(wiki, HF, offline=True))[HF].found.startswith("in the cache; ")
+    (folder / "model.safetensors").resolve().unlink()
+    assert HF in mends(found(settings(wiki, HF, offline=True)))
+
+
+def test_text_files_are_read(tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "good.txt").write_text("Lamp")
+    bad, good = str(tmp_path / "latin.txt"), str(tmp_path / "good.txt")
+    for config, name in (
+        (offline(source=bad), "source"),
+        (offline(lambdas_file=bad), "lambdas"),
+        (offline(wikipedia={"titles": bad}), "titles"),
+    ):
+        check = found(config)[name]
+        assert check.found == "cannot be read" and check.mend.startswith(f"{bad} is not UTF-8 text (byte 3)")
+    checks = found(offline(source=good, lambdas_file=good, wikipedia={"titles": good}))
+    assert {checks[name].found for name in ("source", "lambdas", "titles")} == {f"{good} is there"}
+    assert "give a file" in found(offline(lambdas_file=tmp_path / "gone.csv"))["lambdas"].mend
 
 
 @pytest.mark.parametrize("contact", ["", "two\nlines", "ünï@example.org"])

@@ -215,8 +215,11 @@ def test_lambdas_file_in_any_order(tmp_path: Path) -> None:
     assert experiments.read_lambdas(file, 3) == (-1.0, 2.0, 0.5)
     with pytest.raises(ConfigError, match=r"1\.\.4"):
         experiments.read_lambdas(file, 4)
-    with pytest.raises(ConfigError, match="not a CSV"):
+    with pytest.raises(ConfigError, match=r"nothing\.csv cannot be read: there is no such file"):
         experiments.read_lambdas(tmp_path / "nothing.csv", 3)
+    file.write_text("layer;lam\n1;2\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="not a CSV"):
+        experiments.read_lambdas(file, 1)
 
 
 def test_random_weights_beside_the_trained_ones(config: Experiment, tmp_path: Path) -> None:

@@ -255,9 +255,12 @@ def table(relative: list[float], rank1: list[float] | None = None, lost: int | N
         (table([0.9, 0.4, 0.8, 0.3, 0.2, 0.45]),
          "collapses: relative mu is under 0.5 from layer 3 on; lowest 0.200 (layer 4), last 0.450"),
         (table([0.9, 0.4]), "collapses: relative mu is under 0.5 from layer 1 on; lowest 0.400 (layer 1), last 0.400"),
-        (table([0.9, 0.8, 0.7, 0.1], lost=3), "does not collapse: relative mu stays over 0.5; lowest 0.700 (layer 2), last"
-         " 0.700; its values leave float32 in layer 3"),
-        (table([0.9, 0.8], lost=1), "its values leave float32 in layer 1: nothing can be said"),
+        (table([0.9, 0.8, 0.7, 0.1, 0.1], lost=3), "no verdict: layers 3 to 4 of 4 are missing, where the values of 1 of 2"
+         " excerpts leave float32; before that relative mu is lowest in layer 2 (0.700)"),
+        (table([0.9, 0.4, 0.1], lost=2), "no verdict: layer 2 of 2 is missing, where the values of 1 of 2 excerpts leave float32;"
+         " before that relative mu is lowest in layer 1 (0.400)"),
+        (table([0.9, 0.8], lost=0).assign(status="nan"), "no verdict: layers 0 to 1 of 1 are missing, where the values of 2 of 2"
+         " excerpts are all zero or no numbers"),
         (table([0.9, 0.8], [0.9, 0.3]), "does not collapse: relative mu stays over 0.5; lowest 0.800 (layer 1), last 0.800;"
          " but the rank-1 residual of the last is 0.300: one direction carries nearly everything (rows at +u and -u, or a"
          " few long rows), which relative mu does not see"),

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from lscollapse import assets, search
 from lscollapse.config import Experiment
+from lscollapse.console_theory import sentence
 from lscollapse.models import adapt, registry
 from lscollapse.search import Found
 from lscollapse.subjects import Subject
@@ -107,7 +109,43 @@ def test_a_curve_that_is_not_monotone() -> None:
 def test_no_collapse_and_nothing_suffices() -> None:
     found = curve({0.0: (0.6, 0.1), 1.0: (0.6, 0.1), -1.0: (math.nan, 0.1)})
     assert found.smallest(1, "relative_mu") == 0.0
-    assert found.smallest(-1, "relative_mu") == math.inf
+    assert curve({0.0: (0.6, 0.1), 1.0: (0.3, 0.1)}).smallest(1, "relative_mu") == math.inf
+
+
+def test_no_answer_where_the_last_layer_is_missing() -> None:
+    """Over the target, missing, over it again: what lies above the missing value decides, and the sentence names it."""
+    gone = math.nan
+    top = curve({0.0: (0.1, 0.1), 1.0: (0.7, 0.1), 4.0: (0.9, 0.1), 16.0: (gone, gone)})
+    assert math.isnan(top.smallest(1, "relative_mu")) and math.isnan(top.smallest(1, "rank1_residual"))
+    assert top.missing(1, "relative_mu") == [16.0]
+    assert sentence(top, 1, "relative_mu") == (
+        "not known: the last layer is missing at |lambda| 16, where values leave floating point; over the target for |lambda| 1 to 4"
+    )
+    assert sentence(top, 1, "rank1_residual").startswith("not known: the last layer is missing at |lambda| 16")
+    middle = curve({0.0: (0.1, 0.1), 1.0: (0.7, 0.1), 4.0: (gone, gone), 16.0: (0.9, 0.1)})
+    assert math.isnan(middle.smallest(1, "relative_mu"))
+    assert middle.kept(1, "relative_mu") == [(1.0, 1.0), (16.0, 16.0)]
+    low = curve({0.0: (gone, gone), 1.0: (0.3, 0.1), 4.0: (0.9, 0.1), 16.0: (0.9, 0.1)})
+    assert low.smallest(1, "relative_mu") == 4.0 and low.smallest(1, "rank1_residual") == math.inf
+    assert sentence(low, 1, "relative_mu") == (
+        "|lambda| >= 4 keeps it over the target; the last layer is missing at |lambda| 0"
+    )
+    assert curve({0.0: (gone, gone)}).smallest(1, "relative_mu") != 0.0
+    nowhere = curve({0.0: (gone, gone), -1.0: (gone, gone)})
+    assert nowhere.rank_warning() is None and "over the target" not in sentence(nowhere, -1, "relative_mu")
+
+
+def test_lambdas_that_overflow_are_no_answer(tmp_path: Path) -> None:
+    """GPT-NeoX carries no scale: at |lambda| = 2^12 X grows by 2^(12 * 14) in 14 layers, and float32 ends at 2^128."""
+    torch.manual_seed(0)
+    config = transformers.GPTNeoXConfig(
+        vocab_size=tiny.VOCABULARY, hidden_size=16, num_hidden_layers=14, num_attention_heads=4, intermediate_size=24,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    found = search.find(subject_of(transformers.GPTNeoXModel(config), tmp_path), TARGET, 0.5)
+    assert found.missing(1, "relative_mu")[-1] == 4096.0
+    assert math.isnan(found.smallest(1, "relative_mu")) or found.smallest(1, "relative_mu") == math.inf
+    assert "not known: the last layer is missing at |lambda| " in sentence(found, 1, "relative_mu")
 
 
 def test_rank_warning_only_where_rank_is_lost() -> None:

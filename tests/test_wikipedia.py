@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -54,7 +55,15 @@ def load(
     seed: int = 0,
     **options: object,
 ) -> corpus.Corpus:
-    return corpus.load("wikipedia", n_excerpts, n_tokens, seed, titles=titles, wiki=settings(wiki, **options))
+    any_script = replace(corpus.bert_tokenizer(), unknown=None)  # which knows no Japanese
+    return corpus.load("wikipedia", n_excerpts, n_tokens, seed, any_script, titles, settings(wiki, **options))
+
+
+def test_text_that_the_tokenizer_does_not_know(wiki: MediaWikiServer) -> None:
+    with pytest.raises(
+        CorpusError, match=r"62% of the ids of MediaWiki \(127\.0\.0\.1\) are the unknown token \(id 100\)"
+    ):
+        corpus.load("wikipedia", 1, 8, titles=["灯台"], wiki=settings(wiki))
 
 
 def test_provenance_of_an_article(wiki: MediaWikiServer) -> None:

@@ -42,6 +42,16 @@ class Head:
     mapped: bool = False
 
 
+def token_embedding(model: Any) -> tuple[str, Tensor] | None:
+    """Name and matrix (V, e) of the embedding of which a token id takes a row; None where it is not known, or ids are pixels."""
+    try:
+        weight = model.get_input_embeddings().weight
+    except (AttributeError, NotImplementedError):
+        return None
+    names = (name for name, parameter in model.named_parameters() if parameter is weight)
+    return (next(names, "the token embedding"), weight) if weight.ndim == 2 else None
+
+
 class Adapter(ABC):
     """A transformers model as embed -> blocks 0..K-1 (-> head, which only quality.py and gradients.py use).
 
@@ -103,6 +113,11 @@ class Adapter(ABC):
     def vocabulary(self) -> int:
         """How many ids there are, from 0 on."""
         return self.config.vocab_size
+
+    @property
+    def embedding(self) -> tuple[str, Tensor] | None:
+        """Name and matrix (V, e) of which a token id takes a row, where there is one."""
+        return token_embedding(self.model)
 
     @property
     def longest(self) -> int | None:

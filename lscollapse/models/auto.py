@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,14 @@ from typing import Any
 import torch
 
 from lscollapse.models.hub import PICTURES
-from lscollapse.models.tensors import CheckpointError
+from lscollapse.models.tensors import (
+    CheckpointError,
+    is_old_buffer,
+    read_json,
+    read_tensors,
+    refuse_kinds,
+    refuse_values,
+)
 from lscollapse.texts import first_line
 
 
@@ -45,13 +51,15 @@ def built(config: Any) -> Any:
     return AutoModel.from_config(config, dtype=torch.float32)
 
 
-def filled(config: Any, folder: Path, where: str, dtype: torch.dtype) -> Any:
-    """The base model with the weights of a local folder.
+def filled(config: Any, files: Sequence[Path], where: str, dtype: torch.dtype) -> Any:
+    """The base model with the weights in `files`, which lie in one folder.
 
     Raises:
-        CheckpointError: the weights are damaged, or some are missing, left over or of another shape.
+        CheckpointError: the weights are damaged, some are missing, left over or of another shape, or are no floats.
     """
     from transformers import AutoModel
+
+    folder = files[0].parent
 
     with quietly():
         try:
@@ -60,14 +68,12 @@ def filled(config: Any, folder: Path, where: str, dtype: torch.dtype) -> Any:
             )  # fmt: skip
         except Exception as error:  # whatever a damaged file makes the readers raise
             raise CheckpointError(f"the weights of {where} cannot be read: {first_line(error)}") from error
-    missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
-    left_over = sorted(name for name in report["unexpected_keys"] if _in_a_block(name, model))
-    for names, what in ((missing, "missing"), (left_over, "unexpected")):
-        if names:
-            some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            raise CheckpointError(
-                f"the weights of {where} do not fit its config.json: tensors {len(names)} {what} ({some})"
-            )
+    _refuse_names(sorted(name for name in report["missing_keys"] if not name.startswith("pooler.")), "missing", where)
+    _refuse_names(sorted(name for name in report["unexpected_keys"] if _in_a_block(name, model)), "unexpected", where)
+    read = {
+        name: t for file in files for name, t in read_tensors(file).items() if name not in report["unexpected_keys"]
+    }
+    refuse_kinds(_weights(read, model), where)
     _note_pixels(model.config, folder / PICTURES)
     return model
 
@@ -86,19 +92,76 @@ def with_head(kind: Any, config: Any, folder: Path, where: str, dtype: torch.dty
         except Exception as error:  # as in `filled`
             raise CheckpointError(f"the weights of {where} cannot be read: {first_line(error)}") from error
     inside = f"{model.base_model_prefix}."
-    return model if all(name.startswith(inside) for name in report["missing_keys"]) else None
+    if not all(name.startswith(inside) for name in report["missing_keys"]):
+        return None
+    refuse_values({n: p for n, p in model.named_parameters() if not n.startswith(inside)}, where)
+    return model
+
+
+def inspect(config: Any, files: Sequence[Path], where: str) -> None:
+    """What the headers of `files` tell of whether `filled` will succeed.
+
+    transformers renames and joins tensors of some architectures while it reads them, so that a name which the model
+    does not know tells nothing; a missing one does where no such name is there.
+
+    Raises:
+        CheckpointError: tensors are missing, of another shape, or are no floats.
+    """
+    with torch.device("meta"):
+        model = built(config)
+    read = {_own_name(name, model): t for file in files for name, t in read_tensors(file).items()}
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters() if not name.startswith("pooler.")}
+    shapes = [
+        f"{name} {tuple(read[name].shape)} instead of {shape}"
+        for name, shape in expected.items()
+        if name in read and tuple(read[name].shape) != shape
+    ]
+    _refuse_names(shapes, "of another shape", where)
+    known = set(model.state_dict())
+    absent_by_design = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    missing = [n for n in expected if n not in read and not any(p.search(n) for p in absent_by_design)]
+    if not any(_in_a_block(name, model) for name in read if name not in known):
+        _refuse_names(missing, "missing", where)
+    refuse_kinds(_weights(read, model), where)
+
+
+def _refuse_names(names: list[str], what: str, where: str) -> None:
+    if names:
+        some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        raise CheckpointError(
+            f"the weights of {where} do not fit its config.json: tensors {len(names)} {what} ({some})"
+        )
+
+
+def _weights(read: Mapping[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
+    """Of the tensors of a file those that become weights of the base model: what is a number in it is a float there."""
+    state = model.state_dict()
+    counters = {name.rpartition(".")[2] for name, buffer in model.named_buffers() if not buffer.is_floating_point()}
+    found = {}
+    for name, tensor in read.items():
+        own = state.get(_own_name(name, model))
+        renamed = own is None and tensor.ndim >= 2 and name.rpartition(".")[2] not in counters
+        if (renamed or (own is not None and own.is_floating_point())) and not is_old_buffer(name):
+            found[name] = tensor
+    return found
+
+
+def _own_name(name: str, model: Any) -> str:
+    """The name of a file's tensor within the base model."""
+    return name.removeprefix(f"{model.base_model_prefix}.")
 
 
 def _in_a_block(name: str, model: Any) -> bool:
     """Whether a tensor of a file belongs to a numbered part of the base model, no head."""
-    name = name.removeprefix(f"{model.base_model_prefix}.")
-    return re.search(r"\.\d+\.", name) is not None and hasattr(model, name.partition(".")[0])
+    name = _own_name(name, model)
+    inside = re.search(r"\.\d+\.", name) is not None and hasattr(model, name.partition(".")[0])
+    return inside and not is_old_buffer(name)
 
 
 def _note_pixels(config: Any, file: Path) -> None:
     """How pictures are normalised, noted in the config, where models/vit.py looks for it."""
     if file.is_file():
-        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings = read_json(file)
         for name in ("image_mean", "image_std"):
             if name in settings:
                 setattr(config, name, settings[name])

@@ -2,13 +2,13 @@
 
 Every way in ends in the same two things: a transformers config built here, and the tensors of the base model under
 transformers' names, memory mapped. Heads and poolers are left out; of the rest nothing may be missing, left over, or of
-another shape. Code from a repository is never run, pickles are read with `weights_only=True`. Other architectures than
-those of `_classes` are read by transformers (auto.py) under the same rules.
+another shape, and every value must be a finite floating-point number. Code from a repository is never run, pickles are
+read with `weights_only=True`. Other architectures than those of `_classes` are read by transformers (auto.py) under the
+same rules.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,21 @@ import torch
 from torch import Tensor
 
 from lscollapse.models import auto, hub, mamba_ssm, registry
+from lscollapse.models.adapter import token_embedding
 from lscollapse.models.registry import Entry
-from lscollapse.models.tensors import CheckpointError, base_tensors, converted, head_tensors, read_tensors, sha256
+from lscollapse.models.tensors import (
+    CheckpointError,
+    base_tensors,
+    converted,
+    head_tensors,
+    is_old_buffer,
+    read_json,
+    read_tensors,
+    refuse_kinds,
+    refuse_values,
+    refuse_zeros,
+    sha256,
+)
 
 
 @dataclass(frozen=True)
@@ -98,7 +111,8 @@ def load(
             _match(found, config, tensors)
             model = _filled(config, tensors, dtype)
         else:
-            model = auto.filled(config, found.weights[0].parent, found.where, dtype)
+            model = auto.filled(config, found.weights, found.where, dtype)
+        _check_values(model, found.where)
         digest = sha256(found.weights)
     else:
         model = _random(config, random_init, dtype)
@@ -120,6 +134,8 @@ def open_layers(
         raise CheckpointError(f"{found.where} is {config.model_type}: only Mamba-2 checkpoints are read layer by layer")
     tensors = _tensors(found, config.model_type, cache_dir)
     _match(found, config, tensors)
+    refuse_values(tensors, found.where, mapped=True)
+    refuse_zeros("embeddings.weight", tensors["embeddings.weight"], found.where)
     return LayerReader(config, _info(found, config, sha256(found.weights)), tensors)
 
 
@@ -132,7 +148,11 @@ def open_head(
 ) -> dict[str, Tensor]:
     """The tensors of heads and poolers, which `load` leaves out, memory mapped; arguments and errors as for `load`."""
     found = _locate(registry.resolve(name_or_path), revision, cache_dir, offline, config_only=False)
-    return {name: tensor for file in found.weights for name, tensor in head_tensors(read_tensors(file)).items()}
+    heads = {name: tensor for file in found.weights for name, tensor in head_tensors(read_tensors(file)).items()}
+    scoring = {name: tensor for name, tensor in heads.items() if "lm_head" in name or "predictions" in name}
+    refuse_kinds(scoring, found.where)
+    refuse_values(scoring, found.where)
+    return heads
 
 
 def load_with_head(
@@ -171,6 +191,27 @@ def describe(
     return config.model_type, _n_parameters(config)
 
 
+def inspect(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    offline: bool = False,
+) -> tuple[str, int]:
+    """Architecture and number of parameters of a checkpoint whose files are here, after their headers were read.
+
+    Arguments and errors as for `load`; of what `load` refuses, values that are not finite are found only there.
+    """
+    found = _locate(registry.resolve(name_or_path), revision, cache_dir, offline, config_only=False)
+    config = _config(found)
+    if config.model_type in _classes():
+        tensors = {name: t for file in found.weights for name, t in base_tensors(read_tensors(file)).items()}
+        _match(found, config, tensors)
+    else:
+        auto.inspect(config, found.weights, found.where)
+    return config.model_type, _n_parameters(config)
+
+
 @dataclass(frozen=True)
 class _Found:
     """The files of a checkpoint on this machine. `where` names them in errors."""
@@ -192,7 +233,7 @@ def _locate(
         return _Found(entry, entry.name, "", entry.config, ())
     if entry.source == "package":
         config, file = registry.embedded_files(entry)
-        return _Found(entry, entry.name, revision, _read_json(config), (file,))
+        return _Found(entry, entry.name, revision, read_json(config), (file,))
     if entry.source == "hub":
         cache = Path(cache_dir).expanduser() / "hub" if cache_dir else None
         files = ["config.json"] if config_only else None
@@ -202,36 +243,19 @@ def _locate(
         folder = Path(entry.location).expanduser()
         where = str(folder)
     weight_files = () if config_only else _weights(folder, where)
-    return _Found(entry, where, revision, _read_json(folder / "config.json"), weight_files)
+    return _Found(entry, where, revision, read_json(folder / "config.json"), weight_files)
 
 
 def _weights(folder: Path, where: str) -> tuple[Path, ...]:
     names = hub.weights_files([path.name for path in folder.iterdir()])
     if hub.INDEX in names:
-        names = sorted(set(_read_json(folder / hub.INDEX).get("weight_map", {}).values()))
+        names = sorted(set(read_json(folder / hub.INDEX).get("weight_map", {}).values()))
     files = tuple(folder / name for name in names)
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
         wanted = ", ".join(missing) or f"model.safetensors, {hub.INDEX} or pytorch_model.bin"
         raise CheckpointError(f"no weights in {where}: expected {wanted}")
     return files
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_hook=_special_float)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"no {path.name} in {path.parent}: a checkpoint folder needs it") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}): fetch it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object: fetch it again")
-    return content
-
-
-def _special_float(value: dict[str, Any]) -> Any:
-    """transformers writes an infinite or undefined number of a config as {"__float__": "Infinity"}."""
-    return float(value["__float__"]) if list(value) == ["__float__"] else value
 
 
 def _classes() -> dict[str, tuple[Any, Any, dict[str, Any]]]:
@@ -255,10 +279,10 @@ def _config(found: _Found) -> Any:
     raw, classes = found.config, _classes()
     model_type = raw.get("model_type")
     try:
-        if model_type in classes:
-            config = classes[model_type][0].from_dict(dict(raw))
-        elif model_type is None and "d_model" in raw and "n_layer" in raw:
+        if mamba_ssm.is_own_layout(raw, found.where):
             config = mamba_ssm.read_config(raw, found.where)
+        elif model_type in classes:
+            config = classes[model_type][0].from_dict(dict(raw))
         else:
             config = auto.config(raw, found.where)
     except CheckpointError:
@@ -281,6 +305,7 @@ def _tensors(found: _Found, model_type: str, cache_dir: str | Path | None) -> di
 def _match(found: _Found, config: Any, tensors: Mapping[str, Tensor]) -> None:
     """Raise unless the tensors are those of the config's base model in name, shape and number of parameters."""
     expected = {name: tuple(tensor.shape) for name, tensor in _on_meta(config).state_dict().items()}
+    refuse_kinds({name: tensor for name, tensor in tensors.items() if name in expected}, found.where)
     missing = [name for name in expected if name not in tensors]
     unexpected = [name for name in tensors if name not in expected]
     shapes = [
@@ -297,6 +322,17 @@ def _match(found: _Found, config: Any, tensors: Mapping[str, Tensor]) -> None:
         raise CheckpointError(
             f"{found.where} has {n_parameters:,} parameters, {found.entry.name} should have {published:,}"
         )
+
+
+def _check_values(model: Any, where: str) -> None:
+    """Raise unless every weight that the blocks see is finite and the embedding tells tokens apart."""
+    state = model.state_dict()
+    refuse_values(
+        {name: t for name, t in state.items() if not name.startswith("pooler.") and not is_old_buffer(name)}, where
+    )
+    embedding = token_embedding(model)
+    if embedding is not None:
+        refuse_zeros(*embedding, where)
 
 
 def _some(names: list[str], most: int = 3) -> str:

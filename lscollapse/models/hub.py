@@ -210,7 +210,7 @@ def _cached(repo_id: str, revision: str, files: Sequence[str] | None, cache: Pat
     storage = _storage(cache, repo_id)
     ref = storage / "refs" / revision
     folder = storage / "snapshots" / (ref.read_text().strip() if ref.is_file() else revision)
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    names = {path.name for path in folder.iterdir() if path.is_file()} if folder.is_dir() else set()
     complete = "config.json" in names and weights_files(names) if files is None else names.issuperset(files)
     if not complete:
         raise HubError(

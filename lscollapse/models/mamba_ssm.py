@@ -27,6 +27,27 @@ _SSM_FIXED = {"layer": "Mamba2", "d_ssm": None, "D_has_hdim": False, "rmsnorm": 
 _SSM_IGNORED = {"A_init_range", "conv_init", "use_mem_eff_path"}
 
 
+_SIZES = {"hidden_size", "num_hidden_layers"}  # of transformers' layout
+
+
+def is_own_layout(raw: Mapping[str, Any], where: str) -> bool:
+    """Whether a config.json is mamba_ssm's own, also where a `model_type` was added to it.
+
+    transformers would ignore every key of it and take the sizes of its defaults, Mamba-2's 7B.
+
+    Raises:
+        CheckpointError: it gives the sizes of both layouts.
+    """
+    own = "d_model" in raw and "n_layer" in raw and raw.get("model_type") in (None, "mamba", "mamba2")
+    both = sorted(_SIZES & set(raw))
+    if own and both:
+        raise CheckpointError(
+            f"config.json of {where} mixes two layouts: mamba_ssm's d_model and n_layer, and transformers'"
+            f" {', '.join(both)}: leave those of one"
+        )
+    return own
+
+
 def read_config(raw: Mapping[str, Any], where: str) -> Any:
     """Mamba2Config from the contents of mamba_ssm's config.json; `where` names it in errors.
 

@@ -167,8 +167,8 @@ def resolve(name_or_path: str | Path) -> Entry:
         return Entry(name=path.resolve().name, architecture="", source="folder", location=str(path))
     if path.is_file():
         raise ModelNameError(f"{name} is a file: give the folder that holds config.json and the weights")
-    if isinstance(name_or_path, str) and _HUB_ID.fullmatch(name):
-        return Entry(name=name, architecture="", source="hub", location=name, revision="main")
+    if isinstance(name_or_path, str) and "/" in name:
+        return Entry(name=name, architecture="", source="hub", location=hub_id(name), revision="main")
     if "/" in name or "\\" in name:
         raise ModelNameError(f"no folder {name}, and it is not a hub id of the form owner/name")
     near = difflib.get_close_matches(name, ENTRIES, n=1)
@@ -176,6 +176,25 @@ def resolve(name_or_path: str | Path) -> Entry:
     raise ModelNameError(
         f"unknown model {name!r}{hint}: known are {', '.join(ENTRIES)}; or a folder, or a hub id owner/name"
     )
+
+
+def hub_id(name: str) -> str:
+    """`name`, which is no folder here, where it can be a hub id "owner/name".
+
+    Raises:
+        ModelNameError: it has another form, or its first part is a folder here: that is a mistyped path, and asking the
+            hub for it would take long and tell nothing.
+    """
+    parent, _, last = name.rpartition("/")
+    if not _HUB_ID.fullmatch(name):
+        raise ModelNameError(f"no folder {name}, and it is not a hub id of the form owner/name")
+    if Path(parent).is_dir():
+        near = difflib.get_close_matches(last, [path.name for path in Path(parent).iterdir() if path.is_dir()], n=1)
+        hint = f" (did you mean {parent}/{near[0]}?)" if near else ""
+        raise ModelNameError(
+            f"the folder {parent} has no folder {last}{hint}; for {name} of the hub, work where there is no folder {parent}"
+        )
+    return name
 
 
 def embedded_files(entry: Entry) -> tuple[Path, Path]:

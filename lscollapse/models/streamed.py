@@ -86,6 +86,10 @@ class StreamedMamba2(Mamba2Adapter):
         raise UnsupportedModel("a streamed checkpoint has no modules to put hooks on: use --stream never")
 
     @property
+    def embedding(self) -> tuple[str, Tensor]:
+        return "embeddings.weight", self.reader.tensors["embeddings.weight"]
+
+    @property
     def head(self) -> Head | None:
         return (
             None

@@ -10,20 +10,24 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lscollapse.models.hub import sha256_file
-from lscollapse.texts import first_line
+from lscollapse.texts import first_line, read_text
 
-# At the top of a model: heads and poolers, and a buffer that old versions of transformers saved.
-_HEADS = re.compile(
-    r"(lm_head|predictions|cls|classifier|sop_classifier|qa_outputs|pooler)\.|embeddings\.position_ids$"
+# At the top of a model: heads and poolers.
+_HEADS = re.compile(r"(lm_head|predictions|cls|classifier|sop_classifier|qa_outputs|pooler)\.")
+# Masks and counters that old versions of transformers saved beside the weights: computed anew, never read.
+_OLD_BUFFERS = re.compile(
+    r"(^|\.)(position_ids|token_type_ids|inv_freq|causal_mask|masked_bias|(attn|attention)\.bias)$"
 )
 MADV_DONTNEED = 4
+PIECE = 2**23  # elements of a tensor that are looked at together
 _FORMAT_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _PREFIXES = ("backbone.", "albert.", "bert.")
 _OLD_NAMES = (
@@ -38,12 +42,21 @@ class CheckpointError(ValueError):
 
 
 def base_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the base model, under the names they have in transformers; heads and poolers are left out."""
-    return {_base_name(name): tensor for name, tensor in tensors.items() if not _HEADS.match(_without_prefix(name))}
+    """The tensors of the base model, under the names they have in transformers, without heads, poolers and old buffers."""
+    return {
+        _base_name(name): tensor
+        for name, tensor in tensors.items()
+        if not _HEADS.match(_without_prefix(name)) and not is_old_buffer(name)
+    }
+
+
+def is_old_buffer(name: str) -> bool:
+    """Whether a tensor of a file is no weight but a buffer that old versions of transformers saved."""
+    return _OLD_BUFFERS.search(name) is not None
 
 
 def head_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What `base_tensors` leaves out."""
+    """The heads and poolers that `base_tensors` leaves out."""
     return {_base_name(name): tensor for name, tensor in tensors.items() if _HEADS.match(_without_prefix(name))}
 
 
@@ -58,6 +71,87 @@ def _base_name(name: str) -> str:
     for pattern, new in _OLD_NAMES:
         name = pattern.sub(new, name)
     return name
+
+
+def refuse_kinds(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise a CheckpointError that names the first tensor which is not of float64, float32, float16 or bfloat16.
+
+    Integers, truth values and 8-bit floats are codes whose scales stand elsewhere; a complex number has no place to go.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _FORMAT_DTYPES:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"the weights of {where} cannot be measured: {name} is of dtype {kind}, readable are"
+                f" {', '.join(str(dtype).removeprefix('torch.') for dtype in _FORMAT_DTYPES)}: give the checkpoint"
+                " that was not quantised"
+            )
+
+
+def refuse_values(tensors: Mapping[str, Tensor], where: str, mapped: bool = False) -> None:
+    """Raise a CheckpointError that names the first tensor with a value that is not finite; every value is looked at once.
+
+    Args:
+        mapped: the tensors lie in a mapped file, and what was looked at is forgotten.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            continue
+        for piece in tensor.detach().flatten().split(PIECE):
+            # The extremes of a tensor with NaN are NaN. This reads many times faster than isfinite.
+            if len(piece) and not all(torch.isfinite(extreme) for extreme in torch.aminmax(piece)):
+                _refuse_tensor(name, tensor.detach(), where)
+            if mapped:
+                forget({name: piece})
+
+
+def _refuse_tensor(name: str, tensor: Tensor, where: str) -> None:
+    undefined, infinite = int(tensor.isnan().sum()), int(tensor.isinf().sum())
+    kind = str(tensor.dtype).removeprefix("torch.")
+    raise CheckpointError(
+        f"the weights of {where} are damaged: {name} holds {undefined:,} NaN and {infinite:,} infinite of its"
+        f" {tensor.numel():,} values in {kind}: every layer after them would be lost; give another checkpoint"
+    )
+
+
+def refuse_zeros(name: str, embedding: Tensor, where: str) -> None:
+    """Raise a CheckpointError where all rows of an embedding (V, e) are zero: every token would be the same."""
+    if not any(piece.any() for piece in embedding.detach().split(max(1, PIECE // max(1, embedding.shape[1])))):
+        raise CheckpointError(
+            f"the weights of {where} tell no token from another: {name} {tuple(embedding.shape)} holds zeros only;"
+            " give another checkpoint"
+        )
+
+
+def zero_rows(embedding: Tensor, ids: Iterable[int], padding: int | None) -> list[int]:
+    """Of these token ids those whose row of the embedding (V, e) is zero, ascending; the padding token's may be."""
+    used = sorted(set(ids) - {padding})
+    if not used:
+        return []
+    rows = embedding.detach()[torch.tensor(used, device=embedding.device)]  # (U, e)
+    return [token for token, zero in zip(used, (rows == 0).all(1).tolist(), strict=True) if zero]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint.
+
+    Raises:
+        CheckpointError: it is not there, or holds something else.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"no {path.name} in {path.parent}: a checkpoint folder needs it")
+    try:
+        content = json.loads(read_text(path, CheckpointError), object_hook=_special_float)
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}): fetch it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no JSON object: fetch it again")
+    return content
+
+
+def _special_float(value: dict[str, Any]) -> Any:
+    """transformers writes an infinite or undefined number of a config as {"__float__": "Infinity"}."""
+    return float(value["__float__"]) if list(value) == ["__float__"] else value
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -93,13 +187,14 @@ def converted(file: Path, cache_dir: str | Path | None) -> Path:
     It lies under "converted" in `cache_dir`, LSCOLLAPSE_CACHE or ~/.cache/lscollapse, named by the sha256 of `file`.
 
     Raises:
-        CheckpointError: `file` cannot be read, or there is no place for the copy.
+        CheckpointError: `file` cannot be read, holds other numbers than floats, or there is no place for the copy.
     """
     cache = cache_dir or os.environ.get("LSCOLLAPSE_CACHE") or Path.home() / ".cache" / "lscollapse"
     target = Path(cache).expanduser() / "converted" / f"{sha256_file(file)}.safetensors"
     if target.exists():
         return target
     tensors = base_tensors(read_tensors(file))
+    refuse_kinds(tensors, str(file))
     unfinished = target.with_suffix(f".{os.getpid()}.unfinished")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +203,7 @@ def converted(file: Path, cache_dir: str | Path | None) -> Path:
             raise OSError(f"it takes {needed:,} bytes and {free:,} are free")
         _write(tensors, unfinished, mapped=zipfile.is_zipfile(file))
         unfinished.replace(target)
-    except (OSError, KeyError) as error:
+    except OSError as error:
         raise CheckpointError(
             f"{file} could not be converted into {target.parent} (LSCOLLAPSE_CACHE chooses another place):"
             f" {first_line(error)}"

@@ -144,7 +144,7 @@ def test_list_of_models(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
         (["--device", "tpu"], "'tpu' is not known"),
         (["--config", "no-such.yaml"], "no configuration file no-such.yaml"),
         (["--lambdas-file", "no-such.csv"], "no-such.csv"),
-        (["--titles", "no-such.txt", "--source", "wikipedia"], "no titles file no-such.txt"),
+        (["--titles", "no-such.txt", "--source", "wikipedia"], "no-such.txt cannot be read: there is no such file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

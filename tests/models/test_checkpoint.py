@@ -57,6 +57,28 @@ def test_config_of_the_original_layout(tmp_path):
     assert (config.conv_kernel, config.expand, config.layer_norm_epsilon) == (4, 2, 1e-5)
 
 
+@pytest.mark.parametrize("model_type", ["mamba2", "mamba"])
+def test_original_config_with_a_model_type_beside_it(tmp_path, model_type):
+    """transformers' own reading ignores every key and takes its defaults, Mamba-2's 7B."""
+    loaded = checkpoint.load(write_original(tmp_path, model_type=model_type))
+    assert torch.equal(output(loaded.model), output(reference(_float(hf_state()))))
+    assert loaded.info.n_parameters == PARAMETERS
+
+
+def test_sizes_of_both_layouts(tmp_path):
+    message = _error(write_original(tmp_path, model_type="mamba2", hidden_size=32))
+    assert "mixes two layouts: mamba_ssm's d_model and n_layer, and transformers' hidden_size" in message
+
+
+@pytest.mark.parametrize("start", [b"\xef\xbb\xbf", b""])
+def test_config_with_a_byte_order_mark(tmp_path, start):
+    file = write_hf(tmp_path) / "config.json"
+    file.write_bytes(start + file.read_bytes())
+    assert checkpoint.load(tmp_path).info.n_parameters == PARAMETERS
+    file.write_bytes(b'{"model_type": "\xe9"}')
+    assert f"{file} is not UTF-8 text (byte 16)" in _error(tmp_path)
+
+
 def test_sha256_is_that_of_the_file_and_the_conversion_is_made_once(tmp_path):
     folder = write_original(tmp_path / "model")
     expected = hashlib.sha256((folder / "pytorch_model.bin").read_bytes()).hexdigest()

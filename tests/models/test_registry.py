@@ -3,6 +3,8 @@ import sys
 
 import pytest
 
+from lscollapse import corpus
+from lscollapse.corpus import CorpusError
 from lscollapse.models.registry import ENTRIES, ModelNameError, embedded_files, resolve
 
 
@@ -85,6 +87,25 @@ def test_unknown_names(name, says):
         resolve(name)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_mistyped_relative_path_is_not_asked_of_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelNameError, match=r"the folder models has no folder mien \(did you mean models/mine\?\)"):
+        resolve("models/mien")
+    with pytest.raises(ModelNameError, match="no folder models/"):
+        resolve("models/mine2/")
+    with pytest.raises(
+        CorpusError, match="tokenizer 'models/mien' cannot be loaded: the folder models has no folder mien"
+    ):
+        corpus.tokenizer("models/mien")
+    with pytest.raises(CorpusError, match="no folder nowhere"):
+        corpus.tokenizer("nowhere")
+    assert resolve("mamba2-130m").location == "state-spaces/mamba2-130m"
+    (tmp_path / "state-spaces").mkdir()
+    assert resolve("mamba2-130m").source == "hub"  # a known name is no path
+    assert resolve("owner/name").location == "owner/name"
 
 
 def test_a_file_is_not_a_folder(tmp_path):

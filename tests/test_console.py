@@ -1,0 +1,48 @@
+"""What the terminal says where layers are missing: which, and no verdict."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lscollapse import console
+from lscollapse.identity import LayerDifference
+
+NAN = float("nan")
+
+
+def test_identity_is_not_known_where_values_are_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    same = [LayerDifference(layer, "hooks", 0.0, 0.0) for layer in range(5)]
+    assert console.identity_table(same)
+    assert "identical within 1e-05" in capsys.readouterr().out
+    gone = [d._replace(output=NAN, mu=NAN) if d.layer >= 3 else d for d in same]
+    assert not console.identity_table(gone)
+    said = capsys.readouterr().out
+    assert said.startswith("not known whether it is identical: from layer 3 of 4 on values are missing")
+    assert "NOT identical" not in said
+
+
+def rows(lost: int) -> pd.DataFrame:
+    """Two excerpts of three layers, 0.8 and 0.6 everywhere; the second lacks those from `lost` on."""
+    table = pd.DataFrame(
+        [{"layer": layer, "excerpt": e, "value": v} for layer in range(3) for e, v in enumerate((0.8, 0.6))]
+    )
+    gone = (table["layer"] >= lost) & (table["excerpt"] == 1)
+    fixed = {"model": "net", "init": "trained", "arm": "LN", "lam": 1.0, "dtype": "float32", "measure": "relative_mu"}
+    return table.assign(
+        value=table["value"].mask(gone), status=np.where(gone, "overflow", "ok"), **fixed
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("lost", "last"), [(3, "0.700"), (2, "missing"), (0, "missing")])
+def test_no_mean_over_the_excerpts_that_are_left(
+    lost: int, last: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    console.last_layer_table(rows(lost))
+    assert capsys.readouterr().out.split()[-1] == last
+    console.arms_table(rows(lost))
+    cells = capsys.readouterr().out.split("\n")[-3].split()
+    ends = ["none"] if lost == 3 else ["layer", str(lost)]
+    assert cells[-len(ends) - 1 :] == [last, *ends]
