@@ -116,14 +116,16 @@ def _norms(channels: list[dict[str, str]], model: str) -> Finding:
 
 
 def _conservative(bounds: list[dict[str, str]], model: str) -> Finding:
-    lines = [(row["bound"], float(row["lam"])) for row in bounds]
-    condition = next(lam for bound, lam in lines if "condition (7)" in bound)
-    needed = min(lam for bound, lam in lines if bound == "measured, relative mu")
-    numbers = (
-        f"|lambda| from {needed:.3g} on keeps the target"
-        if math.isfinite(needed)
-        else "no measured lambda keeps the target"
-    )
+    condition = next(float(row["lam"]) for row in bounds if "condition (7)" in row["bound"])
+    measured = [
+        (float(row["lam"]), float(row.get("to", "inf"))) for row in bounds if row["bound"] == "measured, relative mu"
+    ]
+    found = [(math.isfinite(to), lam, to) for lam, to in measured if math.isfinite(lam)]
+    _, needed, to = min(found, default=(True, math.inf, math.inf))  # a stretch without an end, if there is one
+    if math.isinf(needed):
+        numbers = "no measured lambda keeps the target"
+    else:
+        numbers = f"|lambda| from {needed:.3g} {'on' if math.isinf(to) else f'to {to:.3g}'} keeps the target"
     verdict = AGREE if needed <= MUCH * condition else DISAGREE
     numbers += f"; condition (7), own constants: > {condition:g}"
     return Finding(CONSERVATIVE, claims.CLAIMS[CONSERVATIVE].sentence, model, verdict, numbers)
