@@ -173,9 +173,9 @@ def measure(
         if gains is not None:
             for stream in streams:
                 stream.certify_with(gains)
-        first = measures.measure_all(adapter.embed(tokens))
+        first = {kind: measures.measure_all(X) for kind, X in embedded.items()}
         for number, stream in enumerate(streams):
-            stream.record(0, first)
+            stream.record(0, first[stream.dtype])
             table.add(adapter, number, stream, 0)
         for layer in range(adapter.n_layers):
             blocks = engines.blocks(layer, {s.dtype for s in streams if s.running})
