@@ -74,7 +74,7 @@ def sentence(found: Found, sign: int, measure: str) -> str:
     if lam == 0.0:
         return f"no collapse: over the target at every |lambda| tested, least {values.min():.3f} at {sizes[values.argmin()]:.3g}"
     closed = [stretch for stretch in found.intervals(sign, measure) if math.isfinite(stretch.high)]
-    some = ", ".join(in_words(*stretch, "") for stretch in closed)
+    some = ", ".join(in_words(*stretch) for stretch in closed)
     if math.isfinite(lam):
         return f"|lambda| >= {lam:.3g} keeps it over the target" + (
             f"; over it also for |lambda| {some}" if some else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,6 +35,7 @@ STYLE = {
 }
 NAMES = {"sys1": "Sys-1 (LTI SSM)", "sys2": "Sys-2 (selective SSM)"}
 PAPER, TRUE = "#000000", "#D55E00"
+LABEL = 56  # characters of a line of the legend
 SMALLEST = 1e-12  # rank-1 residuals under this share one colour
 CURVES = {1: ("#0072B2", "λ > 0"), -1: ("#D55E00", "λ < 0")}
 LINES = ("#000000", "#666666", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8A6FD1", "#7A4B00")
@@ -111,8 +113,8 @@ def bounds_figure(report: Report) -> Figure:
                 ("rank1_residual", "rank-1 residual", "measured, rank-1 residual", "--"),
             ):
                 sizes, values = found.curve(sign, measure)
-                reads = ", ".join(line.reads for line in report.lines if (line.bound, line.sign) == (bound, sign))
-                label = f"{words}, {name}: {reads}" if reads else f"{words}, {name}"
+                reads = " or ".join(line.reads for line in report.lines if (line.bound, line.sign) == (bound, sign))
+                label = textwrap.fill(f"{words}, {name}: {reads}" if reads else f"{words}, {name}", LABEL)
                 ax.plot(
                     sizes[1:], values[1:], dashes, color=colour, linewidth=1.4, marker=".", markersize=3, label=label
                 )

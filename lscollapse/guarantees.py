@@ -29,7 +29,7 @@ from lscollapse.models.albert import AlbertAdapter
 from lscollapse.models.bert import BertAdapter
 from lscollapse.models.mamba2 import Mamba2Adapter
 from lscollapse.models.s4d import S4DAdapter
-from lscollapse.search import MEASURES, SIGNS, Found, Kept, find, in_words
+from lscollapse.search import MEASURES, SIGNS, Found, Kept, find, in_words, number
 from lscollapse.subjects import SILENT, Progress, Subject
 from lscollapse.theory import certificates, theorem41
 from lscollapse.theory.arrays import Array
@@ -61,7 +61,9 @@ class Line:
     @property
     def reads(self) -> str:
         """The stretch in words: what every table and figure shows."""
-        return in_words(self.lam, self.to, "none suffices" if self.measured else "certifies nothing")
+        if self.measured:
+            return in_words(self.lam, self.to)
+        return number(self.lam) if math.isfinite(self.lam) else "certifies nothing"
 
 
 @dataclass(frozen=True)

@@ -49,19 +49,17 @@ class Kept(NamedTuple):
     high: float
 
 
-def in_words(low: float, high: float, none: str) -> str:
-    """A stretch of |lambda| as every table, figure and page writes it; `none` where it is empty (low infinite).
-
-    Numbers from 1000 on have four digits, others three: the last ones differ from one processor to another.
-    """
+def in_words(low: float, high: float) -> str:
+    """A stretch of |lambda| as every table, figure and page writes it; high infinite: no end; low infinite: it is empty."""
     if not np.isfinite(low):
-        return none
+        return "none suffices"
     if np.isfinite(high):
-        return f"{_number(low)} only" if low == high else f"{_number(low)} to {_number(high)}"
-    return "no collapse" if low == 0.0 else _number(low)
+        return f"{number(low)} only" if low == high else f"{number(low)} to {number(high)}"
+    return "no collapse" if low == 0.0 else f"from {number(low)}"
 
 
-def _number(lam: float) -> str:
+def number(lam: float) -> str:
+    """From 1000 on with four digits, below with three: further ones differ from one processor to another."""
     return f"{lam:.3g}" if lam < 999.5 else f"{float(f'{lam:.4g}'):,.0f}"
 
 
@@ -74,7 +72,7 @@ class Estimate(NamedTuple):
 
     @property
     def reads(self) -> str:
-        return in_words(self.lam, self.high, "none suffices")
+        return in_words(self.lam, self.high)
 
 
 @dataclass
@@ -129,8 +127,7 @@ class Found:
         if not lost.any():
             return None
         worst, at = min(zip(rank1[lost].tolist(), sizes[lost].tolist(), strict=True))
-        ends = self.intervals(-1, "relative_mu")
-        where = ", ".join(f"from {low:.3g} on" if np.isinf(high) else in_words(low, high, "") for low, high in ends)
+        where = ", ".join(in_words(*stretch) for stretch in self.intervals(-1, "relative_mu"))
         return (
             f"negative lambda: relative mu is over {self.target:g} for |lambda| {where}, but the rank-1 residual falls"
             f" to {worst:.3f} (lambda = {-at:.4g}): rows gather on one line (+u and -u), which relative mu cannot see"

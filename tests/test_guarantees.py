@@ -182,7 +182,7 @@ def test_an_interval_has_both_its_ends() -> None:
     points = {0.0: 0.1, -0.5: 0.8, -1.0: 0.9, -2.0: 0.2, -4.0: 0.7, 1.0: 0.3}
     found = Found("m", "a", 1, 1, 2, 0.5, 0.02, points={k: {"rank1_residual": v} for k, v in points.items()})
     lines = guarantees._measured(found, -1, "rank1_residual")
-    assert [(line.lam, line.to, line.reads) for line in lines] == [(0.5, 1.0, "0.5 to 1"), (4.0, math.inf, "4")]
+    assert [(line.lam, line.to, line.reads) for line in lines] == [(0.5, 1.0, "0.5 to 1"), (4.0, math.inf, "from 4")]
     (none,) = guarantees._measured(found, 1, "rank1_residual")
     assert math.isinf(none.lam) and none.reads == "none suffices"
 

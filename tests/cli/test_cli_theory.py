@@ -114,7 +114,7 @@ def test_the_figure_shows_every_bound_once() -> None:
     figure = figures_theory.bounds_figure(Report(found, 0.9, 1.0, 1.0, lines, [], [], []))
     labels = figure.axes[0].get_legend_handles_labels()[1]
     assert labels[4:] == ["A: 1,234", "B, λ < 0: certifies nothing", "C: 1,239,000"]
-    assert labels[0] == "relative μ, λ > 0: 0.5" and labels[3] == "rank-1 residual, λ < 0: 0.25 to 0.5, 2"
+    assert labels[0] == "relative μ, λ > 0: from 0.5" and labels[3] == "rank-1 residual, λ < 0: 0.25 to 0.5 or from 2"
     assert figure.axes[0].get_xscale() == "log"
 
 
