@@ -116,18 +116,21 @@ def _norms(channels: list[dict[str, str]], model: str) -> Finding:
 
 
 def _conservative(bounds: list[dict[str, str]], model: str) -> Finding:
-    lines = [(row["bound"], float(row["lam"] or "nan")) for row in bounds]
-    condition = next(lam for bound, lam in lines if "condition (7)" in bound)
-    measured = [lam for bound, lam in lines if bound == "measured, relative mu"]
-    if any(map(math.isnan, measured)):
+    condition = next(float(row["lam"]) for row in bounds if "condition (7)" in row["bound"])
+    measured = [
+        (float(row["lam"] or "nan"), float(row.get("to") or "inf"))
+        for row in bounds
+        if row["bound"] == "measured, relative mu"
+    ]
+    if any(math.isnan(lam) for lam, _ in measured):
         missing = "the last layer of some lambda is missing, where values leave the range of floating point"
         return Finding(CONSERVATIVE, claims.CLAIMS[CONSERVATIVE].sentence, model, NOT_MEASURED, missing)
-    needed = min(measured)
-    numbers = (
-        f"|lambda| from {needed:.3g} on keeps the target"
-        if math.isfinite(needed)
-        else "no measured lambda keeps the target"
-    )
+    found = [(math.isfinite(to), lam, to) for lam, to in measured if math.isfinite(lam)]
+    _, needed, to = min(found, default=(True, math.inf, math.inf))  # a stretch without an end, if there is one
+    if math.isinf(needed):
+        numbers = "no measured lambda keeps the target"
+    else:
+        numbers = f"|lambda| from {needed:.3g} {'on' if math.isinf(to) else f'to {to:.3g}'} keeps the target"
     verdict = AGREE if needed <= MUCH * condition else DISAGREE
     numbers += f"; condition (7), own constants: > {condition:g}"
     return Finding(CONSERVATIVE, claims.CLAIMS[CONSERVATIVE].sentence, model, verdict, numbers)

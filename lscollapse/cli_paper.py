@@ -75,7 +75,7 @@ def ablate_gating(
     with console.Bar() as bar:
         rows = (experiments.all_readings if all_readings else experiments.ablate_gating)(experiment, out, bar)
     if all_readings:
-        console.readings_table(rows, out)
+        console.readings_table(rows)
     else:
         console.arms_table(rows)
         console.claims_table(rows)
@@ -117,9 +117,13 @@ def figures(
 
 
 def _draw(rows: pd.DataFrame, folder: Path, yscale: str, run: Path | None = None) -> None:
-    from lscollapse import figures
-    from lscollapse.results import read_manifest
+    from lscollapse import claims, figures
+    from lscollapse.results import read_manifest, write_atomic
 
     experiment = read_manifest(run or folder)["identity"]["experiment"]
-    for path in figures.draw(experiment, rows, folder, yscale):
+    written = figures.draw(experiment, rows, folder, yscale)
+    if experiment == "all-readings":
+        written.append(folder / "readings-verdicts.csv")
+        write_atomic(written[-1], claims.judge_readings(rows).to_csv(index=False))
+    for path in written:
         typer.echo(f"wrote {path}")

@@ -90,8 +90,9 @@ def bound(
     report = guarantees.report(subject, target, a, tol, bar)
     console_theory.bounds_table(report)
     folder = out or Path("runs/theory-bound")
-    lines = [{"bound": i.bound, "sign": i.sign, "lam": i.lam, "reads": console_theory.size(i), "note": i.note}
-             for i in report.lines]  # fmt: skip
+    lines = [
+        {name: getattr(line, name) for name in ("bound", "sign", "lam", "to", "reads", "note")} for line in report.lines
+    ]
     parts = "channels" if "channel" in report.heads[0] else "heads"
     tables = {"bounds": lines, "layers": report.layers, parts: report.heads, "curve": report.found.rows()}
     _write(folder, {f"{name}.csv": _csv(rows) for name, rows in tables.items()})

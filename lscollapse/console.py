@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -106,13 +105,11 @@ def claims_table(rows: pd.DataFrame) -> None:
             console.print(f"             {finding.numbers}", style="dim", markup=False)
 
 
-def readings_table(rows: pd.DataFrame, folder: Path) -> None:
-    """Print which reading of the paper agrees with which of its sentences, and save it as readings.csv with the numbers."""
+def readings_table(rows: pd.DataFrame) -> None:
+    """Print which reading of the paper agrees with which of its sentences."""
     from lscollapse import claims
-    from lscollapse.results import write_atomic
 
     verdicts = claims.judge_readings(rows)
-    write_atomic(folder / "readings.csv", verdicts.to_csv(index=False))
     cells = verdicts.set_index(["claim", "model", "skip_site", "norm_site"])["verdict"]
     sentences = dict(zip(verdicts["claim"], verdicts["sentence"], strict=True))
     table = Table(title="which readings agree with the paper", box=box.SIMPLE, title_justify="left")
@@ -124,7 +121,6 @@ def readings_table(rows: pd.DataFrame, folder: Path) -> None:
     Console().print(table)
     for claim, sentence in sentences.items():
         print(f"  {claim.removeprefix('figure ')}  {sentence}")
-    print(f"wrote {folder / 'readings.csv'}")
 
 
 def identity_table(differences: list[LayerDifference], tolerance: float = 1e-5) -> bool:

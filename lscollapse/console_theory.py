@@ -12,7 +12,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lscollapse.guarantees import Line, Report
+    from lscollapse.guarantees import Report
     from lscollapse.search import Found
     from lscollapse.theory.checking import Verdict
 
@@ -50,7 +50,7 @@ def found_table(found: Found) -> None:
         f" {found.n_excerpts} excerpts of {found.n_tokens} tokens", style="italic", markup=False
     )  # fmt: skip
     for sign, estimate in found.estimates.items():
-        console.print(f"  {SIGNS[sign]}  estimate {_size(estimate.lam, 'none suffices')}  ({estimate.how})")
+        console.print(f"  {SIGNS[sign]}  estimate {estimate.reads}  ({estimate.how})")
     if not found.points:
         return
     for sign in (1, -1):
@@ -68,20 +68,25 @@ def found_table(found: Found) -> None:
 
 def sentence(found: Found, sign: int, measure: str) -> str:
     """What was found for one sign and one measure, in words."""
-    lam, stretches = found.smallest(sign, measure), found.kept(sign, measure)
-    sizes, values = found.curve(sign, measure)
+    from lscollapse.search import in_words
+
+    lam, sizes, values = found.smallest(sign, measure), *found.curve(sign, measure)
     if lam == 0.0:
         return f"no collapse: over the target at every |lambda| tested, least {values.min():.3f} at {sizes[values.argmin()]:.3g}"
     lost = found.missing(sign, measure)
     gone = f"the last layer is missing at |lambda| {', '.join(f'{size:.3g}' for size in lost)}" if lost else ""
     if math.isnan(lam):
-        kept = ", ".join(f"{low:.3g} to {high:.3g}" for low, high in stretches)
+        kept = ", ".join(in_words(*stretch) for stretch in found.kept(sign, measure))
         return f"not known: {gone}, where values leave floating point{f'; over the target for |lambda| {kept}' if kept else ''}"
-    below = ", ".join(f"{low:.3g} to {high:.3g}" for low, high in stretches if high < sizes[-1])
-    aside = (f"; over it also for |lambda| {below}" if below else "") + (f"; {gone}" if gone else "")
+    closed = [stretch for stretch in found.intervals(sign, measure) if math.isfinite(stretch.high)]
+    some, aside = ", ".join(in_words(*stretch) for stretch in closed), f"; {gone}" if gone else ""
     if math.isfinite(lam):
-        return f"|lambda| >= {lam:.3g} keeps it over the target{aside}"
-    return f"none suffices up to {sizes[-1]:g}, where it is {values[-1]:.3f}{aside.replace(' also', '')}"
+        also = f"; over it also for |lambda| {some}" if some else ""
+        return f"|lambda| >= {lam:.3g} keeps it over the target{also}{aside}"
+    last = f"{sizes[-1]:g} does not, where it is {values[-1]:.3f}"
+    if some:
+        return f"|lambda| {some} keeps it over the target; {last}{aside}"
+    return f"none suffices up to {sizes[-1]:g}, where it is {values[-1]:.3f}{aside}"
 
 
 def bounds_table(report: Report) -> None:
@@ -90,7 +95,7 @@ def bounds_table(report: Report) -> None:
     title = f"{found.model}, {found.arm}: |lambda| for relative mu >= {found.target:g} after {found.n_layers} layers"
     table = _table(title, "bound", "for", "|lambda|", "", right=("|lambda|",))
     for line in report.lines:
-        table.add_row(line.bound, SIGNS[line.sign], size(line), line.note)
+        table.add_row(line.bound, SIGNS[line.sign], line.reads, line.note)
     console = Console(soft_wrap=True, highlight=False)
     console.print(table)
     for name, words in CONSTANTS.items():
@@ -104,20 +109,3 @@ def bounds_table(report: Report) -> None:
     warning = found.rank_warning()
     if warning:
         console.print(f"  warning: {warning}", style="bold")
-
-
-def size(line: Line) -> str:
-    """The |lambda| of a bound in words where it is none."""
-    if line.bound.startswith("measured"):
-        return _size(line.lam, "none suffices")
-    return _size(line.lam, "certifies nothing")
-
-
-def _size(lam: float, none: str) -> str:
-    if lam == 0.0:
-        return "no collapse"
-    if math.isnan(lam):
-        return "not known, values are missing"
-    if not math.isfinite(lam):
-        return none
-    return f"{lam:.3g}" if lam < 1000.0 else f"{lam:,.0f}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,6 +35,7 @@ STYLE = {
 }
 NAMES = {"sys1": "Sys-1 (LTI SSM)", "sys2": "Sys-2 (selective SSM)"}
 PAPER, TRUE = "#000000", "#D55E00"
+LABEL = 56  # characters of a line of the legend
 SMALLEST = 1e-12  # rank-1 residuals under this share one colour
 CURVES = {1: ("#0072B2", "λ > 0"), -1: ("#D55E00", "λ < 0")}
 LINES = ("#000000", "#666666", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8A6FD1", "#7A4B00")
@@ -97,21 +99,22 @@ def _thresholds(ax: Axes, data: ExamplesTable, label: bool) -> None:
 def bounds_figure(report: Report) -> Figure:
     """Last-layer relative mu and rank-1 residual over |λ| on a log axis, every bound of a guarantees.Report a vertical line.
 
-    A bound is labelled in the legend with its number; one that certifies nothing is there without a line. λ = 0 is
-    off the axis. Returns a Figure 170 mm wide.
+    A bound is labelled in the legend with its number, a curve with the |λ| that keep it over the target; a bound that
+    certifies nothing is there without a line. λ = 0 is off the axis. Returns a Figure 170 mm wide.
     """
     found = report.found
-    bounds = [line for line in report.lines if not line.bound.startswith("measured")]
+    bounds = [line for line in report.lines if not line.measured]
     with style.context(["default", STYLE]):
         figure = Figure(figsize=(WIDTH, 0.72 * WIDTH), layout="constrained")
         ax = figure.subplots()
         for sign, (colour, name) in CURVES.items():
-            for measure, words, dashes in (
-                ("relative_mu", "relative μ", "-"),
-                ("rank1_residual", "rank-1 residual", "--"),
+            for measure, words, bound, dashes in (
+                ("relative_mu", "relative μ", "measured, relative mu", "-"),
+                ("rank1_residual", "rank-1 residual", "measured, rank-1 residual", "--"),
             ):
                 sizes, values = found.curve(sign, measure)
-                label = f"{words}, {name}"
+                reads = " or ".join(line.reads for line in report.lines if (line.bound, line.sign) == (bound, sign))
+                label = textwrap.fill(f"{words}, {name}: {reads}" if reads else f"{words}, {name}", LABEL)
                 ax.plot(
                     sizes[1:], values[1:], dashes, color=colour, linewidth=1.4, marker=".", markersize=3, label=label
                 )
@@ -131,7 +134,6 @@ def bounds_figure(report: Report) -> Figure:
 def _bound(ax: Axes, line: Line, colour: str) -> None:
     name = line.bound + {0: "", 1: ", λ > 0", -1: ", λ < 0"}[line.sign]
     if math.isfinite(line.lam):
-        at = f"{line.lam:,.0f}" if line.lam >= 1000.0 else f"{line.lam:.3g}"
-        ax.axvline(line.lam, color=colour, linestyle=DASHES[line.sign], linewidth=1.2, label=f"{name}: {at}")
+        ax.axvline(line.lam, color=colour, linestyle=DASHES[line.sign], linewidth=1.2, label=f"{name}: {line.reads}")
     else:
-        ax.plot([], [], " ", label=f"{name}: certifies nothing")
+        ax.plot([], [], " ", label=f"{name}: {line.reads}")

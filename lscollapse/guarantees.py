@@ -29,7 +29,7 @@ from lscollapse.models.albert import AlbertAdapter
 from lscollapse.models.bert import BertAdapter
 from lscollapse.models.mamba2 import Mamba2Adapter
 from lscollapse.models.s4d import S4DAdapter
-from lscollapse.search import MEASURES, SIGNS, Found, find
+from lscollapse.search import MEASURES, SIGNS, Found, Kept, find, in_words, number
 from lscollapse.subjects import SILENT, Progress, Subject
 from lscollapse.theory import certificates, theorem41
 from lscollapse.theory.arrays import Array
@@ -41,12 +41,29 @@ NOTHING = float("inf")
 
 @dataclass(frozen=True)
 class Line:
-    """One bound: the |lambda| from which it holds (infinity: it certifies nothing), for which sign (0: both)."""
+    """One stretch of |lambda| on which a bound holds, for one sign (0: both); a bound that holds on several has several.
+
+    Attributes:
+        lam, to: its ends; `to` infinite: it has none (of a measured one: it holds at the largest |lambda| tested); `lam`
+            infinite: the bound certifies nothing, or no tested |lambda| suffices.
+    """
 
     bound: str
     sign: int
     lam: float
     note: str = ""
+    to: float = NOTHING
+
+    @property
+    def measured(self) -> bool:
+        return self.bound.startswith("measured")
+
+    @property
+    def reads(self) -> str:
+        """The stretch in words: what every table and figure shows."""
+        if self.measured:
+            return in_words(self.lam, self.to)
+        return number(self.lam) if math.isfinite(self.lam) else "certifies nothing"
 
 
 @dataclass(frozen=True)
@@ -98,9 +115,17 @@ def report(
     lines = _theorem41(a, K, C_M, first, heads)
     progress.note(f"{subject.info.name}: certificates")
     lines += _prenorm(subject, target) if adapter.pre_norm else _angles(subject, target, first, layers)
-    for name in MEASURES:
-        lines += [Line(f"measured, {_words(name)}", sign, found.smallest(sign, name)) for sign in SIGNS]
+    lines += [line for name in MEASURES for sign in SIGNS for line in _measured(found, sign, name)]
     return Report(found, a, C_M, first, lines, layers, heads, remarks)
+
+
+def _measured(found: Found, sign: int, measure: str) -> list[Line]:
+    """One line a stretch over the target; one that says so where there is none, or where missing values leave it open."""
+    stretches = found.intervals(sign, measure)
+    if math.isnan(found.smallest(sign, measure)):
+        stretches.append(Kept(math.nan, NOTHING))
+    stretches = stretches or [Kept(NOTHING, NOTHING)]
+    return [Line(f"measured, {_words(measure)}", sign, low, to=high) for low, high in stretches]
 
 
 def _words(measure: str) -> str:

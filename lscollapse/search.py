@@ -49,12 +49,34 @@ class Kept(NamedTuple):
     high: float
 
 
+def in_words(low: float, high: float) -> str:
+    """A stretch of |lambda| as every table, figure and page writes it; high infinite: no end; low infinite: it is empty, NaN: not
+    known."""
+    if np.isnan(low):
+        return "not known, values are missing"
+    if not np.isfinite(low):
+        return "none suffices"
+    if np.isfinite(high):
+        return f"{number(low)} only" if low == high else f"{number(low)} to {number(high)}"
+    return "no collapse" if low == 0.0 else f"from {number(low)}"
+
+
+def number(lam: float) -> str:
+    """From 1000 on with four digits, below with three: further ones differ from one processor to another."""
+    return f"{lam:.3g}" if lam < 999.5 else f"{float(f'{lam:.4g}'):,.0f}"
+
+
 class Estimate(NamedTuple):
     """|lambda| of one sign guessed from few excerpts: 0 when no collapse is in sight, infinity when nothing suffices, NaN where
     values are missing."""
 
     lam: float
     how: str
+    high: float = float("inf")  # where it ceases to suffice
+
+    @property
+    def reads(self) -> str:
+        return in_words(self.lam, self.high)
 
 
 @dataclass
@@ -90,6 +112,13 @@ class Found:
         stretches = [[float(size) for size, _ in run] for over, run in runs if over]
         return [Kept(stretch[0], stretch[-1]) for stretch in stretches]
 
+    def intervals(self, sign: int, measure: str) -> list[Kept]:
+        """The same; the last has no end (infinity) where the largest tested |lambda| is over the target."""
+        stretches = self.kept(sign, measure)
+        if stretches and stretches[-1].high == self.curve(sign, measure)[0][-1]:
+            stretches[-1] = Kept(stretches[-1].low, float("inf"))
+        return stretches
+
     def missing(self, sign: int, measure: str) -> list[float]:
         """The tested |lambda| whose last layer is missing in some excerpt, ascending."""
         sizes, values = self.curve(sign, measure)
@@ -109,15 +138,15 @@ class Found:
 
     def rank_warning(self) -> str | None:
         """What to say where a negative lambda keeps relative mu over the target but not the rank-1 residual."""
-        lam = self.smallest(-1, "relative_mu")
-        residual = self.smallest(-1, "rank1_residual")
-        if not np.isfinite(lam) or np.isnan(residual) or residual <= lam:
+        sizes, spread = self.curve(-1, "relative_mu")
+        rank1 = self.curve(-1, "rank1_residual")[1]
+        lost = (sizes > 0.0) & (spread >= self.target) & (rank1 < self.target)
+        if not lost.any():
             return None
-        sizes, values = self.curve(-1, "rank1_residual")
-        tested = [(float(v), float(s)) for s, v in zip(sizes, values, strict=True) if s >= lam and not np.isnan(v)]
-        worst, at = min(tested)
+        worst, at = min(zip(rank1[lost].tolist(), sizes[lost].tolist(), strict=True))
+        where = ", ".join(in_words(*stretch) for stretch in self.intervals(-1, "relative_mu"))
         return (
-            f"negative lambda: relative mu stays over {self.target:g} from lambda = {-lam:.3g} on, but the rank-1 residual falls"
+            f"negative lambda: relative mu is over {self.target:g} for |lambda| {where}, but the rank-1 residual falls"
             f" to {worst:.3f} (lambda = {-at:.4g}): rows gather on one line (+u and -u), which relative mu cannot see"
         )
 
@@ -217,10 +246,12 @@ def _estimates_forward(subject: Subject, target: float) -> dict[int, Estimate]:
     rough = Found("", "", 0, 0, 0, target, 1.0, points=points)
     out = {}
     for sign in SIGNS:
-        low = rough.smallest(sign, "relative_mu")  # NaN where values are missing
+        low, high = (rough.intervals(sign, "relative_mu") or [Kept(np.inf, np.inf)])[-1]
+        if np.isnan(rough.smallest(sign, "relative_mu")):
+            low, high = np.nan, np.inf
         before = GRID[GRID.index(low) - 1] if 0.0 < low < np.inf else low
         lam = float(np.sqrt(low * before)) if before > 0.0 else low
-        out[sign] = Estimate(lam, f"{CHEAP} excerpts through the net, |lambda| by factors of 2 to 4")
+        out[sign] = Estimate(lam, f"{CHEAP} excerpts through the net, |lambda| by factors of 2 to 4", high)
     return out
 
 

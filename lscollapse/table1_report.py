@@ -66,8 +66,8 @@ class Comparison:
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
     """Mean and sample standard deviation over seeds of the test accuracy, a line for each task, mixer and lambda mode.
 
-    `lr` is the learning rate that validation chose; `validation` its mean validation accuracy; `paper` the paper's figure
-    in percent (it trained once: no spread), of its own task and sizes.
+    Accuracies are in percent. `lr` is the learning rate that validation chose; `validation` its mean validation accuracy;
+    `paper` the paper's figure (it trained once: no spread), of its own task and sizes.
     """
     import pandas as pd
 
@@ -84,9 +84,9 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
                 "lam": lam,
                 "lr": lr,
                 "seeds": len(part),
-                "test_mean": part["value"].mean(),
-                "test_sd": part["value"].std(),
-                "validation": seen[(task, mixer, lam, lr)],
+                "test_mean": 100 * part["value"].mean(),
+                "test_sd": 100 * part["value"].std(),
+                "validation": 100 * seen[(task, mixer, lam, lr)],
                 "paper": _papers(str(task), str(mixer), str(lam)),
             }
         )
@@ -171,6 +171,9 @@ def _joint(found: list[Comparison]) -> tuple[str, str]:
 
 # --- as text ---
 
+TITLE = "Table 1: test accuracy in percent"
+NOTE = "Mean ± sample standard deviation over seeds. The paper's figures are of its own sizes and data, one run each."
+
 
 def is_learnt(lam: str) -> bool:
     """Whether a lambda mode is learnt; else it is the number that is fixed."""
@@ -181,18 +184,23 @@ def mode_name(lam: str) -> str:
     return f"λ {'' if is_learnt(lam) else '= '}{lam}".replace("-", "\N{MINUS SIGN}")
 
 
-def markdown(rows: pd.DataFrame, margin: float) -> str:
-    """The table, what it was made from, and the verdicts."""
+def table(rows: pd.DataFrame) -> list[list[str]]:
+    """The cells of Table 1, the headings first: a line for each task and mixer, accuracies in percent."""
     lams, cells = _cells(rows)
-    head = ["task", "mixer", *map(mode_name, lams), "paper: λ = 1", "paper: λ learnt"]
-    lines = ["# Table 1: test accuracy in percent", "", *_origin(rows), "", _line(head), _line(["---"] * len(head))]
+    lines = [["task", "mixer", *map(mode_name, lams), "paper: λ = 1", "paper: λ learnt"]]
     for task, mixer in dict.fromkeys(arm[:2] for arm in cells):
         values = [cells.get((task, mixer, lam), "-") for lam in lams]
-        lines.append(_line([TASKS[task], MIXERS[mixer], *values, *(f"{v:g}" for v in PAPER[(task, mixer)])]))
+        lines.append([TASKS[task], MIXERS[mixer], *values, *(f"{v:g}" for v in PAPER[(task, mixer)])])
+    return lines
+
+
+def markdown(rows: pd.DataFrame, margin: float) -> str:
+    """The table, what it was made from, and the verdicts."""
+    head, *body = table(rows)
+    lines = [f"# {TITLE}", "", *(f"- {line}" for line in made_from(rows)), "", _line(head), _line(["---"] * len(head))]
     found = comparisons(rows, margin)
-    lines += ["", f"Mean ± sample standard deviation over seeds. The paper's figures are of its own sizes and data, one run"
-              f" each. Learnt λ against λ = 1, in points; Welch's t, margin {100 * margin:g} points, level {100 * LEVEL:g} %:",
-              ""]  # fmt: skip
+    lines += [*map(_line, body), "", f"{NOTE} Learnt λ against λ = 1, in points; Welch's t, margin {100 * margin:g} points,"
+              f" level {100 * LEVEL:g} %:", ""]  # fmt: skip
     head = ["task", "mixer", "mode", "difference", "lower bound", "verdict"]
     lines += [_line(head), _line(["---"] * len(head))]
     for c in found:
@@ -205,14 +213,13 @@ def markdown(rows: pd.DataFrame, margin: float) -> str:
 
 def latex(rows: pd.DataFrame) -> str:
     """The table for a paper; needs the package booktabs."""
-    lams, cells = _cells(rows)
-    names = [mode_name(lam).replace("λ", r"$\lambda$").replace("\N{MINUS SIGN}", "$-$") for lam in lams]
+    (_, _, *modes, _, _), *body = table(rows)
+    names = [mode.replace("λ", r"$\lambda$").replace("\N{MINUS SIGN}", "$-$") for mode in modes]
     head = ["Task", "Model", *names, r"paper, $\lambda = 1$", r"paper, var. $\lambda$"]
     lines = [rf"\begin{{tabular}}{{ll{'r' * (len(head) - 2)}}}", r"\toprule", " & ".join(head) + r" \\", r"\midrule"]
-    for task, mixer in dict.fromkeys(arm[:2] for arm in cells):
-        values = [cells.get((task, mixer, lam), "--").replace("±", r"$\pm$") for lam in lams]
-        row = [TASKS[task], MIXERS[mixer], *values, *(f"{v:g}" for v in PAPER[(task, mixer)])]
-        lines.append(" & ".join(row) + r" \\")
+    for row in body:
+        cells = ("--" if cell == "-" else cell.replace("±", r"$\pm$") for cell in row)
+        lines.append(" & ".join(cells) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
@@ -233,14 +240,15 @@ def write(rows: pd.DataFrame, margin: float, folder: Path) -> list[Path]:
     return [folder / name for name in texts]
 
 
-def _origin(rows: pd.DataFrame) -> list[str]:
+def made_from(rows: pd.DataFrame) -> list[str]:
+    """Of each task its data, seeds, dtype and steps, in words."""
     steps = rows[rows["measure"] == "steps"]
     lines = []
     for task, part in rows.groupby("task", sort=False):
         counts = steps[steps["task"] == task].groupby("mixer", sort=False)["value"].first()
         each = ", ".join(f"{MIXERS[str(mixer)]} {count:.0f}" for mixer, count in counts.items())
         words = f"{part['seed'].nunique()} seeds, {part['dtype'].iloc[0]}; steps: {each}"
-        lines.append(f"- {origin(part['data'].iloc[0], str(task))}; {words}")
+        lines.append(f"{origin(part['data'].iloc[0], str(task))}; {words}")
     return lines
 
 
@@ -253,8 +261,8 @@ def _cells(rows: pd.DataFrame) -> tuple[list[str], dict[tuple[str, str, str], st
     """The lambda modes, and the text of each arm."""
     cells = {}
     for line in summary(rows).to_dict("records"):
-        spread = f" ± {100 * line['test_sd']:.1f}" if line["seeds"] > 1 else ""
-        cells[(line["task"], line["mixer"], line["lam"])] = f"{100 * line['test_mean']:.1f}{spread}"
+        spread = f" ± {line['test_sd']:.1f}" if line["seeds"] > 1 else ""
+        cells[(line["task"], line["mixer"], line["lam"])] = f"{line['test_mean']:.1f}{spread}"
     return sorted({lam for _, _, lam in cells}), cells
 
 

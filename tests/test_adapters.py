@@ -212,3 +212,14 @@ def test_blocks_get_the_masks_of_the_ids_embedded_last() -> None:
         ids = ids_for("mistral", 2, n_tokens)
         expected = plain("mistral", adapter.model, ids)
         assert_close(outputs(adapter, ids, Variant()), expected, 2e-5, str(n_tokens))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "roberta", "vit"])
+def test_the_embedding_of_a_float64_arm_is_float64(name: str) -> None:
+    """Layer 0, of a float32 model measured in float64: looked up, summed, normed, and pictures scaled, in float64."""
+    model, ids = plain_decoders.tiny(name, attn_implementation="sdpa"), ids_for(name)
+    rows = lscollapse.measure(model, ids, [Variant(), Variant(-2.0)], dtype=torch.float64)
+    first = rows[(rows["layer"] == 0) & (rows["excerpt"] == 1)]
+    expected = plain_models.plain_measures(plain(name, model, ids)[0][1])
+    for measure, value in zip(first["measure"], first["value"], strict=True):
+        assert value == pytest.approx(expected[measure], rel=1e-13), measure

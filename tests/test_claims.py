@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from lscollapse import claims, claims_runs, claims_table1, claims_theory, cli_look, experiments
+from lscollapse import claims, claims_runs, claims_table1, claims_theory, cli_look, cli_paper, experiments
 from lscollapse.claims import AGREE, DISAGREE, NOT_MEASURED
 from lscollapse.config import Experiment
 from lscollapse.results import RunFolderError
@@ -255,19 +255,21 @@ def test_an_adversarial_input_of_an_lti_net() -> None:
 @pytest.mark.parametrize(
     ("measured", "expected", "number"),
     [
-        ([30.0, "inf"], AGREE, "from 30 on"),
-        ([60.0, 51.0], DISAGREE, "from 51 on"),
-        (["inf", "inf"], DISAGREE, "no measured"),
+        (["30,inf", "inf,inf"], AGREE, "from 30 on"),
+        (["60,inf", "51,inf"], DISAGREE, "from 51 on"),
+        (["inf,inf", "inf,inf"], DISAGREE, "no measured"),
+        (["inf,inf", "0.68,2.46"], AGREE, "from 0.68 to 2.46 keeps"),
+        (["0.1,0.2", "30,inf"], AGREE, "from 30 on"),
     ],
 )
 def test_condition_7_with_the_models_own_constants(
     tmp_path: Path, measured: list[Any], expected: str, number: str
 ) -> None:
-    lines = ['"Theorem 4.1, condition (7) alone, a = 0.9",0,500,500,b']
-    lines += [f'"measured, relative mu",{sign},{lam},x,' for sign, lam in zip((1, -1), measured, strict=True)]
+    lines = ['"Theorem 4.1, condition (7) alone, a = 0.9",0,500,inf,500,b']
+    lines += [f'"measured, relative mu",{sign},{ends},x,' for sign, ends in zip((1, -1), measured, strict=True)]
     folder = tmp_path / "bound-net"
     folder.mkdir()
-    (folder / "bounds.csv").write_text("\n".join(["bound,sign,lam,reads,note", *lines]), encoding="utf-8")
+    (folder / "bounds.csv").write_text("\n".join(["bound,sign,lam,to,reads,note", *lines]), encoding="utf-8")
     (finding,) = claims_theory.bounded(folder)
     assert (finding.claim, finding.model, finding.verdict) == ("figure 2d", "net", expected)
     assert number in finding.numbers
@@ -363,6 +365,23 @@ def test_the_default_reading_is_not_told_twice(runs: list[Path]) -> None:
 def test_a_transformer_is_judged_on_figure_2_only(runs: list[Path]) -> None:
     found = claims_runs.table(runs[3:])
     assert set(found.loc[found["model"] == "bert", "claim"]) == {"figure 2a", "figure 2b", "figure 2c", "figure 2d"}
+
+
+def test_the_verdicts_on_readings_are_a_file_of_their_own(runs: list[Path], tmp_path: Path) -> None:
+    """Beside the figure's numbers, not under their name; sentences 1b and 1d judged here by hand from the table."""
+    for folder in (runs[2], tmp_path):
+        cli_paper.figures([runs[2]], to=folder)
+        verdicts, points = (pd.read_csv(folder / name) for name in ("readings-verdicts.csv", "readings.csv"))
+        assert {"claim", "verdict", "skip_site", "norm_site"} <= set(verdicts) and {"mean", "layer"} <= set(points)
+        assert "verdict" not in points and "layer" not in verdicts
+    rows = pd.read_parquet(runs[2] / "rows.parquet")
+    last = rows[(rows["measure"] == "relative_mu") & (rows["layer"] == 2) & ~rows["gating"] & rows["layernorm"]]
+    for claim, lam in (("figure 1b", 1.0), ("figure 1d", 0.0)):
+        own = verdicts[verdicts["claim"] == claim]
+        assert len(own) == len(own[["skip_site", "norm_site"]].drop_duplicates()) > 2
+        for line in own.itertuples():
+            value = last.loc[(last["lam"] == lam) & (last["skip_site"] == line.skip_site), "value"].mean()
+            assert line.verdict == (AGREE if value < 0.5 else DISAGREE), (claim, line.skip_site)
 
 
 def test_a_folder_of_something_else(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from lscollapse import gains, guarantees
 from lscollapse.models import UnsupportedModel, adapt
-from lscollapse.search import find
+from lscollapse.search import Found, find
 from lscollapse.theory import TheoryError
 from tests.equivalence import plain_models, tiny
 from tests.test_search import EXCERPTS, TOKENS, made, subject_of
@@ -171,7 +171,20 @@ def test_the_measured_lines_are_those_of_find_lambda(
     found = find(subject_of(model, tmp_path), 0.6, 0.1)
     for name, words in (("relative_mu", "relative mu"), ("rank1_residual", "rank-1 residual")):
         for sign in (1, -1):
-            assert bound(report, f"measured, {words}", sign) == found.smallest(sign, name)
+            lines = [i for i in report.lines if (i.bound, i.sign) == (f"measured, {words}", sign)]
+            sizes, values = found.curve(sign, name)
+            for size, value in zip(sizes, values, strict=True):
+                assert any(line.lam <= size <= line.to for line in lines) == (value >= 0.6), size
+            assert math.isinf(lines[-1].to) == (values[-1] >= 0.6 or lines[-1].lam == math.inf)
+
+
+def test_an_interval_has_both_its_ends() -> None:
+    points = {0.0: 0.1, -0.5: 0.8, -1.0: 0.9, -2.0: 0.2, -4.0: 0.7, 1.0: 0.3}
+    found = Found("m", "a", 1, 1, 2, 0.5, 0.02, points={k: {"rank1_residual": v} for k, v in points.items()})
+    lines = guarantees._measured(found, -1, "rank1_residual")
+    assert [(line.lam, line.to, line.reads) for line in lines] == [(0.5, 1.0, "0.5 to 1"), (4.0, math.inf, "from 4")]
+    (none,) = guarantees._measured(found, 1, "rank1_residual")
+    assert math.isinf(none.lam) and none.reads == "none suffices"
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import shutil
 import struct
 import zlib
@@ -347,10 +348,11 @@ def test_lambdas_per_layer_have_a_curve(tmp_path):
 def test_theory_bounds_and_their_lines(tmp_path):
     folder = tmp_path / "bound-gated"
     folder.mkdir()
-    bounds = 'bound,sign,lam,reads,note\n"Theorem 4.1, condition (7) alone",0,204.5,204,b is infinite\nTheorem X,0,inf,'
-    bounds += (
-        f'certifies nothing,{HOSTILE!r}\n"measured, relative mu",1,5.7,5.7,\n"measured, rank-1 residual",1,5.7,5.7,\n'
+    bounds = (
+        'bound,sign,lam,to,reads,note\n"Theorem 4.1, condition (7) alone",0,204.5,inf,204,b is infinite\nTheorem X,0,'
     )
+    bounds += f'inf,inf,certifies nothing,{HOSTILE!r}\n"measured, relative mu",1,5.7,inf,5.7,\n'
+    bounds += '"measured, rank-1 residual",1,5.7,8.1,5.7 to 8.1,\n'
     (folder / "bounds.csv").write_text(bounds)
     (folder / "curve.csv").write_text("lam,relative_mu,rank1_residual\n-2,0.5,0.1\n0,0.3,0.2\n2,0.6,0.5\n4,0.7,0.6\n")
     page = Page(report.write([folder], tmp_path / "r.html"))
@@ -358,8 +360,10 @@ def test_theory_bounds_and_their_lines(tmp_path):
     assert tab["name"] == "gated" and tab["x"] == [2, 4]
     assert tab["series"][0]["of"]["relative_mu"]["y"] == [0.6, 0.7]
     assert tab["marks"] == [
-        {"x": 204.5, "names": ["1"], "measured": False}, {"x": 5.7, "names": ["3", "4"], "measured": True}
+        {"x": 204.5, "names": ["1"], "measured": False}, {"x": 5.7, "names": ["3", "4"], "measured": True},
+        {"x": 8.1, "names": ["4"], "measured": True},
     ]  # fmt: skip
+    assert "λ > 0 5.7 to 8.1" in page.text
     assert "certifies nothing" in page.text and not [tag for tag, _ in page.tags if tag == "img"]
 
 
@@ -383,7 +387,8 @@ def test_statements_of_the_theory_are_lines_of_one_claim(tmp_path):
 
 
 def test_table_1_is_summed_up_over_seeds(tmp_path):
-    arms = {("mamba", "1"): (0.5, 0.7), ("mamba", "learnable"): (0.6, 0.65)}
+    """Percent everywhere, in words: no fraction beside the paper's percents, no name of a column."""
+    arms = {("mamba", "1"): (0.5, 0.7), ("mamba", "learnt from 1"): (0.6, 0.65)}
     cells = [(*key, seed, value) for key, values in arms.items() for seed, value in enumerate(values)]
     rows = pd.DataFrame(
         {
@@ -394,8 +399,11 @@ def test_table_1_is_summed_up_over_seeds(tmp_path):
         for measure in ("validation_accuracy", "test_accuracy")
     )  # fmt: skip
     page = Page(report.write([write_run(tmp_path / "run", "table1", rows)], tmp_path / "r.html"))
-    shown = page.text[page.text.index("Table 1, test accuracy") :]
-    assert "mqar mamba 1 0.01 2 0.6 0.141421" in shown  # seeds, mean and sd
+    shown = page.text[page.text.index("Table 1: test accuracy in percent") : page.text.index("Configuration and")]
+    assert "task mixer λ = 1 λ learnt from 1 paper: λ = 1 paper: λ learnt" in shown
+    assert "MQAR Mamba 60.0 ± 14.1 62.5 ± 3.5 81.5 85.3" in shown  # sd of two: the difference over sqrt(2)
+    assert "2 seeds, float32" in shown
+    assert not re.search(r"\b0\.\d|test_mean|test_sd|mqar", shown)
 
 
 @pytest.mark.parametrize("content", [{}, {"manifest.json": "{}"}, {"bounds.csv": "a\n1\n"}])

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from lscollapse import assets, search
+from lscollapse import assets, console_theory, search
 from lscollapse.config import Experiment
 from lscollapse.console_theory import sentence
 from lscollapse.models import adapt, registry
@@ -102,8 +102,34 @@ def test_a_curve_that_is_not_monotone() -> None:
     )
     assert found.kept(1, "relative_mu") == [(0.0, 0.0), (2.0, 2.0), (8.0, 16.0)]
     assert found.smallest(1, "relative_mu") == 8.0
-    assert found.kept(1, "rank1_residual") == [(8.0, 8.0)]
+    assert found.intervals(1, "relative_mu") == [(0.0, 0.0), (2.0, 2.0), (8.0, math.inf)]
+    assert found.kept(1, "rank1_residual") == found.intervals(1, "rank1_residual") == [(8.0, 8.0)]
     assert found.smallest(1, "rank1_residual") == math.inf
+    told = "|lambda| >= 8 keeps it over the target; over it also for |lambda| 0 only, 2 only"
+    assert console_theory.sentence(found, 1, "relative_mu") == told
+
+
+def test_an_answer_that_is_an_interval_is_said_as_one() -> None:
+    """As albert-smiles at negative lambda: neither nothing suffices, nor everything from some |lambda| on."""
+    found = curve({0.0: (0.1, 0.1), -0.5: (0.4, 0.4), -0.75: (0.8, 0.7), -2.0: (0.79, 0.52), -4.0: (0.75, 0.47)})
+    assert found.intervals(-1, "rank1_residual") == [(0.75, 2.0)]
+    told = console_theory.sentence(found, -1, "rank1_residual")
+    assert told == "|lambda| 0.75 to 2 keeps it over the target; 4 does not, where it is 0.470"
+    assert "for |lambda| from 0.75, but the rank-1 residual falls to 0.470 (lambda = -4)" in str(found.rank_warning())
+    short = curve({0.0: (0.1, 0.1), -1.0: (0.8, 0.3), -2.0: (0.3, 0.2), 1.0: (0.1, 0.1)})
+    assert "for |lambda| 1 only, but the rank-1 residual falls to 0.300" in str(short.rank_warning())
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [
+        (0.0, math.inf, "no collapse"), (0.0, 0.3, "0 to 0.3"), (0.679688, 2.46442, "0.68 to 2.46"), (0.5, 0.5, "0.5 only"),
+        (math.inf, math.inf, "none suffices"), (73.6946, math.inf, "from 73.7"), (1238540.4, math.inf, "from 1,239,000"),
+        (1238540.6, math.inf, "from 1,239,000"), (6575.17, math.inf, "from 6,575"), (999.9, 60474.4, "1,000 to 60,470"),
+    ],
+)  # fmt: skip
+def test_a_stretch_in_words(low: float, high: float, words: str) -> None:
+    assert search.in_words(low, high) == words
 
 
 def test_no_collapse_and_nothing_suffices() -> None:

@@ -336,7 +336,8 @@ def test_the_table_says_mean_spread_and_the_papers_figures(made_up: pd.DataFrame
     assert "margin 2 points, level 5 %" in text and "some data" in text and "2 seeds" in text
     assert "Transformer & 91.0 $\\pm$ 1.4 & 92.0 $\\pm$ 1.4 & 99.6 & 98.9 \\\\" in table1_report.latex(made_up)
     table = table1_report.summary(made_up).set_index(["task", "mixer", "lam"])
-    assert table.loc[("mqar", "attention", "1"), "test_sd"] == pytest.approx(0.02 / math.sqrt(2))
+    assert table.loc[("mqar", "attention", "1"), "test_mean"] == pytest.approx(91.0)  # percent, as the paper's
+    assert table.loc[("mqar", "attention", "1"), "test_sd"] == pytest.approx(2.0 / math.sqrt(2))
     assert table.loc[("mqar", "attention", "learnt from -1"), "paper"] == 98.9
 
 

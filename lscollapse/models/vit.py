@@ -52,7 +52,7 @@ class VitAdapter(PreNormAdapter):
             raise UnsupportedModel(f"{ids.shape[1]} pixels, but the model reads pictures of {height} x {width}")
         channels = torch.stack([ids // 65536, ids // 256 % 256, ids % 256], dim=1)  # (B, 3, height * width)
         mean, std = (
-            torch.tensor(getattr(self.config, name, [0.5] * 3), device=ids.device)[:, None]
+            torch.tensor(getattr(self.config, name, [0.5] * 3), dtype=torch.float64, device=ids.device)[:, None]
             for name in ("image_mean", "image_std")
         )
-        return ((channels / 255 - mean) / std).to(self.dtype).unflatten(-1, (height, width))
+        return ((channels.double() / 255 - mean) / std).to(self.dtype).unflatten(-1, (height, width))

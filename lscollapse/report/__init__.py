@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -128,6 +129,8 @@ def _bounds(path: Path, name: str) -> Bounds:
         bounds, curve = pd.read_csv(path / "bounds.csv", keep_default_na=False), pd.read_csv(path / "curve.csv")
     except (OSError, ValueError) as error:
         raise ReportError(f"{path} has no readable bounds.csv and curve.csv: {first_line(error)}") from None
+    if "to" not in bounds:  # a file of before there were intervals with an end
+        bounds["to"] = math.inf
     return Bounds(name, bounds, curve)
 
 

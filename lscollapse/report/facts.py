@@ -192,13 +192,17 @@ def _words(value: Any) -> str:
 
 
 def other_table(run: Run) -> dict[str, Any]:
-    """The first rows of a table that is none of measurements; of Table 1 its summary."""
-    whole = table1_report.summary(run.rows) if run.experiment == "table1" else run.rows
-    rows = whole.head(ROWS)
+    """The first rows of a table that is none of measurements; of Table 1 what table1.md shows."""
+    if run.experiment == "table1":
+        columns, *cells = table1_report.table(run.rows)
+        caption = f"{table1_report.NOTE} {'; '.join(table1_report.made_from(run.rows))}."
+        return {"name": run.name, "title": table1_report.TITLE, "columns": columns, "cells": cells, "caption": caption}
+    rows = run.rows.head(ROWS)
     cells = [[_words(value) for value in row] for row in rows.itertuples(index=False)]
-    title = "Table 1, test accuracy" if run.experiment == "table1" else run.experiment
-    return {"name": run.name, "title": title, "columns": list(map(str, rows.columns)), "cells": cells,
-            "left_out": len(whole) - len(rows)}  # fmt: skip
+    left_out = len(run.rows) - len(rows)
+    caption = f"{left_out} more rows are in the run folder." if left_out else ""
+    return {"name": run.name, "title": run.experiment, "columns": list(map(str, rows.columns)), "cells": cells,
+            "caption": caption}  # fmt: skip
 
 
 def bounds_tables(folders: Iterable[Bounds]) -> list[dict[str, Any]]:

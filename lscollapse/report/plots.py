@@ -131,15 +131,15 @@ def theory_figure(folders: Sequence[Bounds]) -> Json:
 
 
 def _marks(bounds: pd.DataFrame) -> list[Json]:
-    """Vertical lines at the finite bounds, named by their numbers in the table; equal ones share a line."""
+    """Vertical lines at the ends of the bounds, named by their numbers in the table; equal ones share a line."""
     at: dict[str, Json] = {}
     for number, line in enumerate(bounds.to_dict("records"), 1):
-        lam = float(line["lam"])
-        if math.isfinite(lam) and lam > 0:
-            mark = at.setdefault(
-                f"{lam:.3g}", {"x": lam, "names": [], "measured": str(line["bound"]).startswith("measured")}
-            )
-            mark["names"].append(str(number))
+        for end in dict.fromkeys((float(line["lam"]), float(line["to"]))):
+            if math.isfinite(end) and end > 0:
+                mark = at.setdefault(
+                    f"{end:.3g}", {"x": end, "names": [], "measured": str(line["bound"]).startswith("measured")}
+                )
+                mark["names"].append(str(number))
     return list(at.values())
 
 

@@ -89,7 +89,15 @@ def test_bound_writes_tables_and_a_figure(run, little: list[object], tmp_path: P
     code, out, _ = run("theory", "bound", *little, "--target", 0.6, "--tol", 0.2, "--out", tmp_path / "bound")
     assert code == 0 and "certifies nothing" in out and "937.924" in out
     bounds = pd.read_csv(tmp_path / "bound" / "bounds.csv")
-    assert {"bound", "sign", "lam", "reads", "note"} == set(bounds.columns)
+    assert list(bounds.columns) == ["bound", "sign", "lam", "to", "reads", "note"]
+    curve = pd.read_csv(tmp_path / "bound" / "curve.csv")
+    for measure, words in (("relative_mu", "relative mu"), ("rank1_residual", "rank-1 residual")):
+        for sign in (1, -1):
+            lines = bounds[(bounds["bound"] == f"measured, {words}") & (bounds["sign"] == sign)]
+            for lam, value in zip(curve["lam"], curve[measure], strict=True):
+                if lam * sign >= 0.0 and abs(value - 0.6) > 1e-6:
+                    inside = (lines["lam"] <= abs(lam) + 1e-6) & (abs(lam) - 1e-6 <= lines["to"])
+                    assert inside.any() == (value >= 0.6), (measure, lam)
     assert len(pd.read_csv(tmp_path / "bound" / "heads.csv")) == 3 * 4
     assert (tmp_path / "bound" / "bounds.png").stat().st_size > 10_000
 
@@ -99,10 +107,14 @@ def test_the_figure_shows_every_bound_once() -> None:
 
     points = {lam: {"relative_mu": 0.6, "rank1_residual": 0.4} for lam in (-2.0, -1.0, 0.0, 1.0, 2.0)}
     found = search.Found("net", "arm", 3, 1, 2, 0.5, 0.02, points=points)
-    lines = [Line("A", 0, 1234.0), Line("B", -1, math.inf), Line("measured, relative mu", 1, 0.5)]
+    lines = [
+        Line("A", 0, 1234.0), Line("B", -1, math.inf), Line("C", 0, 1238540.49), Line("measured, relative mu", 1, 0.5),
+        Line("measured, rank-1 residual", -1, 0.25, to=0.5), Line("measured, rank-1 residual", -1, 2.0),
+    ]  # fmt: skip
     figure = figures_theory.bounds_figure(Report(found, 0.9, 1.0, 1.0, lines, [], [], []))
     labels = figure.axes[0].get_legend_handles_labels()[1]
-    assert labels[4:] == ["A: 1,234", "B, λ < 0: certifies nothing"]
+    assert labels[4:] == ["A: 1,234", "B, λ < 0: certifies nothing", "C: 1,239,000"]
+    assert labels[0] == "relative μ, λ > 0: from 0.5" and labels[3] == "rank-1 residual, λ < 0: 0.25 to 0.5 or from 2"
     assert figure.axes[0].get_xscale() == "log"
 
 

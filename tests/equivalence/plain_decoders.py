@@ -21,11 +21,15 @@ from tests.equivalence.plain_models import (
     _lam,
     _layer_norm,
     _linear,
+    _product,
     _rms_norm,
+    _rounded,
     _silu,
+    _sum,
 )
 from tests.equivalence.tiny import VOCABULARY, _shaken
 
+FREQUENCIES = "rotary_emb.inv_freq"  # where a model holds them, rounded to float32; no weight, so not in its state_dict
 Map = Callable[[np.ndarray], np.ndarray]
 
 _COMMON = {
@@ -65,8 +69,8 @@ def _heads(x: np.ndarray, n: int) -> np.ndarray:  # (B, N, n * h) -> (B, n, N, h
 
 def _attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, seen: np.ndarray) -> np.ndarray:
     """Heads (B, n, N, h) and which token sees which (N, N) -> (B, N, n * h)."""
-    scores = np.where(seen, q @ k.transpose(0, 1, 3, 2) / math.sqrt(q.shape[-1]), -np.inf)
-    out = _softmax(scores) @ v
+    scores = np.where(seen, _product(q, k.transpose(0, 1, 3, 2)) / math.sqrt(q.shape[-1]), -np.inf)
+    out = _product(_softmax(scores), v)
     return out.transpose(0, 2, 1, 3).reshape(len(q), q.shape[2], -1)
 
 
@@ -75,8 +79,8 @@ def _block(
 ) -> Any:
     """Z = X + first(norm(X)); Y = Z + second(norm(Z)), lam at the sites named."""
     one, two = norms if layernorm else (lambda x: x, lambda x: x)
-    Z = (lam if site in ("residual", "both") else 1.0) * X + first(one(X))
-    return (lam if site in ("ffn", "both") else 1.0) * Z + second(two(Z))
+    Z = _sum(lam if site in ("residual", "both") else 1.0, X, first(one(X)))
+    return _sum(lam if site in ("ffn", "both") else 1.0, Z, second(two(Z)))
 
 
 def gpt2(
@@ -88,7 +92,7 @@ def gpt2(
     for k in range(config.n_layer):
 
         def dense(name: str, x: np.ndarray, at: str = f"h.{k}.") -> np.ndarray:
-            return x @ w[f"{at}{name}.weight"] + w[f"{at}{name}.bias"]
+            return _product(x, w[f"{at}{name}.weight"]) + w[f"{at}{name}.bias"]
 
         def norm(name: str, at: str = f"h.{k}.") -> Map:
             return lambda x: _layer_norm(w, at + name, x, config.layer_norm_epsilon)
@@ -105,10 +109,10 @@ def gpt2(
     return outputs
 
 
-def _rotate(x: np.ndarray, theta: float) -> np.ndarray:
-    """Pairs (i, i + h/2) of the last axis turn by position * theta^(-2i/h)."""
+def _rotate(x: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
+    """Pairs (i, i + h/2) of the last axis turn by position times frequency i."""
     half = x.shape[-1] // 2
-    angle = np.arange(x.shape[-2])[:, None] / theta ** (np.arange(half) / half)
+    angle = np.arange(x.shape[-2])[:, None] * frequencies
     a, b = x[..., :half], x[..., half:]
     return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], -1)
 
@@ -137,8 +141,10 @@ def llama(
             )
             if f"{at}self_attn.q_norm.weight" in w:
                 q, key = norm("self_attn.q_norm")(q), norm("self_attn.k_norm")(key)
-            theta = config.rope_parameters["rope_theta"]
-            q, key = _rotate(q, theta), _rotate(key, theta)
+            half = q.shape[-1] // 2
+            frequencies = config.rope_parameters["rope_theta"] ** (-np.arange(half) / half)
+            frequencies = w.get(FREQUENCIES, frequencies)
+            q, key = _rotate(q, frequencies), _rotate(key, frequencies)
             key, v = (np.repeat(part, n // n_kv, axis=1) for part in (key, v))
             return _linear(w, f"{at}self_attn.o_proj", _attend(q, key, v, seen))
 
@@ -199,7 +205,7 @@ def mamba(
         u = _rms_norm(part["norm.weight"], X, config.layer_norm_epsilon) if layernorm else X
         strength = _lam(lam, k)
         O = _mamba_mixer(part, config, u, gating, strength if site == "mixer" and not gating else 0.0)
-        X = X + O if site == "mixer" else strength * X + O
+        X = _sum(1.0 if site == "mixer" else strength, X, O)
         outputs.append(X)
     return outputs
 
@@ -212,7 +218,7 @@ def _mamba_mixer(w: Weights, config: Any, u: np.ndarray, gating: bool, extra_ski
     for t in range(x.shape[1]):
         for back in range(min(kernel.shape[1], t + 1)):
             convolved[:, t] += x[:, t - back] * kernel[:, kernel.shape[1] - 1 - back]
-    x = _silu(convolved + w["mixer.conv1d.bias"])
+    x = _silu(convolved + w.get("mixer.conv1d.bias", 0.0))
     rank, n_state = config.time_step_rank, config.state_size
     dt, B, C = np.split(_linear(w, "mixer.x_proj", x), [rank, rank + n_state], -1)
     dt = np.logaddexp(0.0, _linear(w, "mixer.dt_proj", dt))
@@ -220,5 +226,6 @@ def _mamba_mixer(w: Weights, config: Any, u: np.ndarray, gating: bool, extra_ski
     for t in range(x.shape[1]):
         step = dt[:, t, :, None]
         h = np.exp(step * A) * h + step * B[:, t, None] * x[:, t, :, None]
-        y[:, t] = np.einsum("bin,bn->bi", h, C[:, t]) + (w["mixer.D"] + extra_skip) * x[:, t]
+        terms = h * C[:, t, None]
+        y[:, t] = _rounded(terms.sum(-1) + (w["mixer.D"] + extra_skip) * x[:, t], np.abs(terms).sum(-1))
     return _linear(w, "mixer.out_proj", y * _silu(z) if gating else y)

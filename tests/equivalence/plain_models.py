@@ -1,14 +1,18 @@
-"""Mamba-2, BERT and ALBERT written out plainly in float64 numpy, straight from a dictionary of weights.
+"""Mamba-2, BERT, ALBERT and S4D written out plainly in float64 numpy, straight from a dictionary of weights.
 
 They are the oracle for the surgery: nothing of the package and no layer of torch is used, Mamba-2 runs token by token,
 and lambda, the gate and the norms are plain `if`s where the equations have them. Names of weights are those of
 transformers' base models. Every model returns [X_0, ..., X_K]: the embedding and the output of each block, (B, N, d).
+
+Inside `shaken` every intermediate result is off by what rounding to a dtype could change in it: how far the outputs then
+move says how far any program that computes in that dtype may be off.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -24,12 +28,34 @@ def weights_of(model: Any) -> Weights:
     return {name: tensor.detach().double().numpy() for name, tensor in model.state_dict().items()}
 
 
+_noise: list[Callable[[np.ndarray], np.ndarray]] = []  # of `shaken`, while it is open
+
+
+@contextmanager
+def shaken(spacing: float, rng: np.random.Generator) -> Iterator[None]:
+    """While open, results x computed as sums of terms with |terms| summing to s become x + u s, u uniform in +-spacing."""
+    _noise.append(lambda size: rng.uniform(-spacing, spacing, size.shape) * size)
+    try:
+        yield
+    finally:
+        _noise.pop()
+
+
+def _rounded(x: np.ndarray, size: np.ndarray | None = None) -> np.ndarray:
+    """x, or inside `shaken` x off by the spacing times `size`, |x| by default."""
+    return x + _noise[-1](np.abs(x) if size is None else size) if _noise else x
+
+
+def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return _rounded(a @ b, np.abs(a) @ np.abs(b)) if _noise else a @ b
+
+
 def _lam(lam: Lam, layer: int) -> float:
     return float(lam) if isinstance(lam, int | float) else float(lam[layer])
 
 
 def _linear(w: Weights, name: str, x: np.ndarray) -> np.ndarray:
-    return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0.0)
+    return _product(x, w[f"{name}.weight"].T) + w.get(f"{name}.bias", 0.0)
 
 
 def _silu(x: np.ndarray) -> np.ndarray:
@@ -47,13 +73,13 @@ def _activation(name: str, x: np.ndarray) -> np.ndarray:
 
 
 def _layer_norm(w: Weights, name: str, x: np.ndarray, eps: float) -> np.ndarray:
-    centred = x - x.mean(-1, keepdims=True)
+    centred = _rounded(x - x.mean(-1, keepdims=True), np.abs(x) + np.abs(x).mean(-1, keepdims=True))
     variance = (centred**2).mean(-1, keepdims=True)
     return centred / np.sqrt(variance + eps) * w[f"{name}.weight"] + w[f"{name}.bias"]
 
 
 def _rms_norm(weight: np.ndarray, x: np.ndarray, eps: float, groups: int = 1) -> np.ndarray:
-    parts = x.reshape(*x.shape[:-1], groups, -1)
+    parts = _rounded(x.reshape(*x.shape[:-1], groups, -1))
     parts = parts / np.sqrt((parts**2).mean(-1, keepdims=True) + eps)
     return parts.reshape(x.shape) * weight
 
@@ -77,9 +103,14 @@ def mamba2(
         strength = _lam(lam, k)
         inside = strength if skip_site == "mixer" and not gating else 0.0
         O = mamba2_mixer(part, config, u, gating, mixer_norm, inside)
-        X = X + O if skip_site == "mixer" else strength * X + O
+        X = _sum(1.0 if skip_site == "mixer" else strength, X, O)
         outputs.append(X)
     return outputs
+
+
+def _sum(lam: float, X: np.ndarray, O: np.ndarray) -> np.ndarray:
+    """lam*X + O."""
+    return _rounded(lam * X + O, np.abs(lam * X) + np.abs(O))
 
 
 def mamba2_mixer(w: Weights, config: Any, u: np.ndarray, gating: bool, norm: bool, extra_skip: float) -> np.ndarray:
@@ -113,7 +144,8 @@ def mamba2_mixer(w: Weights, config: Any, u: np.ndarray, gating: bool, norm: boo
     for t in range(n_tokens):
         step = dt[:, t]
         h = np.exp(step * A)[..., None, None] * h + np.einsum("bhp,bhn->bhpn", step[..., None] * x[:, t], B[:, t])
-        y[:, t] = np.einsum("bhpn,bhn->bhp", h, C[:, t]) + skip[:, None] * x[:, t]
+        terms = h * C[:, t, :, None, :]
+        y[:, t] = _rounded(terms.sum(-1) + skip[:, None] * x[:, t], np.abs(terms).sum(-1))
     y = y.reshape(batch, n_tokens, inner)
     if gating:
         y = y * _silu(z)
@@ -186,13 +218,41 @@ def _post_norm_block(
         return x.reshape(batch, n_tokens, heads, d // heads).transpose(0, 2, 1, 3)
 
     q, k, v = split(linear("query", X)), split(linear("key", X)), split(linear("value", X))
-    scores = q @ k.transpose(0, 1, 3, 2) / math.sqrt(d // heads)
+    scores = _product(q, k.transpose(0, 1, 3, 2)) / math.sqrt(d // heads)
     scores = np.exp(scores - scores.max(-1, keepdims=True))
     M = scores / scores.sum(-1, keepdims=True)
-    attended = linear("dense", (M @ v).transpose(0, 2, 1, 3).reshape(batch, n_tokens, d))
-    Z = norm("first norm", (lam if skip_site in ("residual", "both") else 1.0) * X + attended)
+    attended = linear("dense", _product(M, v).transpose(0, 2, 1, 3).reshape(batch, n_tokens, d))
+    Z = norm("first norm", _sum(lam if skip_site in ("residual", "both") else 1.0, X, attended))
     fed = linear("down", _activation(config.hidden_act, linear("up", Z)))
-    return norm("second norm", (lam if skip_site in ("ffn", "both") else 1.0) * Z + fed)
+    return norm("second norm", _sum(lam if skip_site in ("ffn", "both") else 1.0, Z, fed))
+
+
+# --- S4D ------------------------------------------------------------------------------------------
+
+
+def s4d(w: Weights, config: Any, ids: np.ndarray, lam: Lam = 1.0, layernorm: bool = True) -> list[np.ndarray]:
+    """X' = LN(lam*X + O), O = GLU(W GELU(y)), y the output of h' = exp(dt A) h + (exp(dt A) - 1)/A x token by token."""
+    digits = ids[..., None] // config.levels ** np.arange(config.channels - 1, -1, -1) % config.levels
+    X = _linear(w, "encoder", digits * (2.0 / (config.levels - 1)) - 1.0)
+    outputs = [X]
+    for k in range(config.num_hidden_layers):
+        part = {n.removeprefix(f"layers.{k}.mixer."): a for n, a in w.items() if n.startswith(f"layers.{k}.mixer.")}
+        A = -np.exp(part["log_A_real"]) + 1j * part["A_imag"]  # (d, n), one of each conjugate pair
+        C = part["C"][..., 0] + 1j * part["C"][..., 1]
+        dtA = np.exp(part["log_dt"])[:, None] * A
+        decay, gain = np.exp(dtA), np.expm1(dtA) / A
+        h, y = np.zeros((len(X), *A.shape), dtype=complex), np.empty_like(X)
+        for t in range(X.shape[1]):
+            h = decay * h + gain * X[:, t, :, None]
+            y[:, t] = 2.0 * (C * h).sum(-1).real + part["D"] * X[:, t]
+        y = _rounded(
+            y, np.broadcast_to(np.abs(y).max(1, keepdims=True), y.shape)
+        )  # a convolution by FFT mixes all positions
+        value, gate = np.split(_linear(part, "output", _activation("gelu", y)), 2, -1)
+        X = _sum(_lam(lam, k), X, value / (1.0 + np.exp(-gate)))
+        X = _layer_norm(w, f"layers.{k}.norm", X, 1e-5) if layernorm else X
+        outputs.append(X)
+    return outputs
 
 
 # --- measures of one (N, d) matrix, by their definitions ------------------------------------------
