@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from lscollapse import certify, measures, precision
 from lscollapse.models import Adapter, adapt
 from lscollapse.models.adapter import NativeBlock
 from lscollapse.models.carried import Carried
+from lscollapse.models.scores import scores_in_range
 from lscollapse.variants import Variant, check, surgery_on_layer
 
 if TYPE_CHECKING:
@@ -122,7 +124,8 @@ class Stream:
         lam = variant.lam_at(layer) if variant.acts else 1.0
         own_scale = not self.carries_scale or (lam == 1.0 and not self.carried.exponent.any())
         if native is None:
-            with surgery_on_layer(adapter, layer, variant, None if own_scale else self.carried):
+            watched = scores_in_range() if variant.removes_block_norm else nullcontext()
+            with watched, surgery_on_layer(adapter, layer, variant, None if own_scale else self.carried):
                 return adapter.run(layer, self.X, self.handed)
         on_mixer = variant.acts and variant.skip_site == "mixer"
         factors = {} if own_scale else self.carried.plan(self.X, 1.0 if on_mixer else lam)._asdict()

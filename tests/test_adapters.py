@@ -223,3 +223,26 @@ def test_the_embedding_of_a_float64_arm_is_float64(name: str) -> None:
     expected = plain_models.plain_measures(plain(name, model, ids)[0][1])
     for measure, value in zip(first["measure"], first["value"], strict=True):
         assert value == pytest.approx(expected[measure], rel=1e-13), measure
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_scores_out_of_range_are_overflow_not_zeros(attention: str, dtype: torch.dtype) -> None:
+    """Without norms the scores go with the square of X: fused attention gives zeros where they are infinite."""
+    model, ids = (
+        plain_decoders.tiny("gpt2", attn_implementation=attention, num_hidden_layers=3).double(),
+        ids_for("gpt2"),
+    )
+    with torch.no_grad():
+        model.h[0].attn.c_proj.weight *= 1e21
+    for lam in (0.0, 1.0):
+        with np.errstate(all="ignore"):
+            outputs = plain("gpt2", model, ids, lam, False, "residual")
+        rows = lscollapse.measure(model.to(dtype), ids, [Variant(lam, layernorm=False)], dtype=dtype)
+        mu = rows[rows["measure"] == "mu"].pivot(index="layer", columns="excerpt", values=["value", "status"])
+        for layer, X in enumerate(outputs):
+            expected = np.linalg.norm(X - X.mean(1, keepdims=True), axis=(1, 2))
+            right = np.isclose(mu["value"].loc[layer].astype(float), expected, rtol=1e-4)
+            assert (right == (mu["status"].loc[layer] == "ok")).all(), (lam, layer, mu.loc[layer], expected)
+        assert (mu["status"].loc[3] == ("overflow" if dtype == torch.float32 else "ok")).all()
+        model.double()

@@ -128,7 +128,5 @@ def _plain(kind: str, model: Any, ids: np.ndarray, v: Variant) -> Outputs:
     if kind in ("bert", "roberta", "albert"):
         function = plain_models.albert if kind == "albert" else plain_models.bert
         return function(w, model.config, ids, v.lam, v.layernorm, v.skip_site)
-    if kind not in ("gpt2", "vit"):
-        w[plain_decoders.FREQUENCIES] = model.rotary_emb.inv_freq.double().numpy()
     function = getattr(plain_decoders, kind if kind in ("gpt2", "vit") else "llama")
     return function(w, model.config, ids, v.lam, v.layernorm, v.skip_site)

@@ -29,7 +29,6 @@ from tests.equivalence.plain_models import (
 )
 from tests.equivalence.tiny import VOCABULARY, _shaken
 
-FREQUENCIES = "rotary_emb.inv_freq"  # where a model holds them, rounded to float32; no weight, so not in its state_dict
 Map = Callable[[np.ndarray], np.ndarray]
 
 _COMMON = {
@@ -143,7 +142,6 @@ def llama(
                 q, key = norm("self_attn.q_norm")(q), norm("self_attn.k_norm")(key)
             half = q.shape[-1] // 2
             frequencies = config.rope_parameters["rope_theta"] ** (-np.arange(half) / half)
-            frequencies = w.get(FREQUENCIES, frequencies)
             q, key = _rotate(q, frequencies), _rotate(key, frequencies)
             key, v = (np.repeat(part, n // n_kv, axis=1) for part in (key, v))
             return _linear(w, f"{at}self_attn.o_proj", _attend(q, key, v, seen))
