@@ -121,7 +121,8 @@ NEEDS_GATE = ("figure 1", "figure 3")
 def judge(rows: pd.DataFrame) -> Iterator[Finding]:
     """Every claim for every model of a table (one skip_site and norm_site reading of it).
 
-    Where an arm that a claim needs lacks layers it is not measured, and the numbers say what is missing. S4D is judged on Figure 4 only, a transformer on Figure 2 only.
+    Where an arm that a claim needs lacks layers it is not measured, and the numbers say what is missing and what was seen
+    before. S4D is judged on Figure 4 only, a transformer on Figure 2 only.
     """
     for model in dict.fromkeys(rows["model"]):
         curves = Curves(rows[rows["model"] == model])

@@ -56,9 +56,15 @@ class Curves:
         if lost is not None:
             gate = ("gate, " if gating else "no gate, ") if self.gated else ""
             depth = int(self._arm(self.means, lam, gating, layernorm)["layer"].max())
+            held = self.held(lam, gating, layernorm)
+            before = (
+                f"; before: first {held.iloc[0]:.3f}, lowest {held.min():.3f} (layer {held.idxmin()}), then"
+                f" {held.iloc[-1]:.3f}"
+            )
             raise MissingLayers(
                 f"{gate}{'LN' if layernorm else 'no LN'}, lambda {lam:g}: layers {lost} to {depth} are missing, where"
                 f" {self._lost_excerpts(lam, gating, layernorm)} excerpts leave the range of floating point"
+                + (before if len(held) else "")
             )
         return self.held(lam, gating, layernorm)
 

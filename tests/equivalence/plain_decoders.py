@@ -108,10 +108,10 @@ def gpt2(
     return outputs
 
 
-def _rotate(x: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
-    """Pairs (i, i + h/2) of the last axis turn by position times frequency i."""
+def _rotate(x: np.ndarray, theta: float) -> np.ndarray:
+    """Pairs (i, i + h/2) of the last axis turn by position * theta^(-2i/h)."""
     half = x.shape[-1] // 2
-    angle = np.arange(x.shape[-2])[:, None] * frequencies
+    angle = np.arange(x.shape[-2])[:, None] / theta ** (np.arange(half) / half)
     a, b = x[..., :half], x[..., half:]
     return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], -1)
 
@@ -140,9 +140,8 @@ def llama(
             )
             if f"{at}self_attn.q_norm.weight" in w:
                 q, key = norm("self_attn.q_norm")(q), norm("self_attn.k_norm")(key)
-            half = q.shape[-1] // 2
-            frequencies = config.rope_parameters["rope_theta"] ** (-np.arange(half) / half)
-            q, key = _rotate(q, frequencies), _rotate(key, frequencies)
+            theta = config.rope_parameters["rope_theta"]
+            q, key = _rotate(q, theta), _rotate(key, theta)
             key, v = (np.repeat(part, n // n_kv, axis=1) for part in (key, v))
             return _linear(w, f"{at}self_attn.o_proj", _attend(q, key, v, seen))
 
