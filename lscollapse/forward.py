@@ -9,7 +9,6 @@ measures and all; what later layers would do to it is one factor, the product of
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from torch import Tensor
 from lscollapse import certify, measures, precision
 from lscollapse.models import Adapter, adapt
 from lscollapse.models.adapter import NativeBlock
-from lscollapse.models.carried import Carried
+from lscollapse.models.carried import Carried, lose_unsquarable
 from lscollapse.models.scores import scores_in_range
 from lscollapse.variants import Variant, check, surgery_on_layer
 
@@ -97,7 +96,7 @@ class Stream:
     def step(self, adapter: Adapter, layer: int, native: NativeBlock | None) -> None:
         """X <- block `layer` of this variant."""
         if not self.carries_scale and not self.variant.removes_block_norm:
-            self._lose_what_no_norm_can_see()
+            self.X = lose_unsquarable(self.X)
         before, exponent = self.X, self.carried.exponent
         self.X = self._block(adapter, layer, native)
         if self.carries_scale:
@@ -110,13 +109,6 @@ class Stream:
         for i, found in enumerate(measures.status(self.X)):
             if self.status[i] == "ok" and found != "ok":
                 self.status[i] = "overflow"  # a finite input under finite weights becomes NaN only by way of infinity
-
-    def _lose_what_no_norm_can_see(self) -> None:
-        """Excerpts whose squares leave the range: an RMSNorm would make zeros of them without a word."""
-        limit = math.sqrt(torch.finfo(torch.promote_types(self.X.dtype, torch.float32)).max / self.X.shape[-1])
-        lost = self.X.detach().abs().amax((1, 2)) > limit
-        if lost.any():
-            self.X = self.X.masked_fill(lost[:, None, None], math.inf)
 
     def _block(self, adapter: Adapter, layer: int, native: NativeBlock | None) -> Tensor:
         """The block's output, in the scale that it is carried in from then on."""

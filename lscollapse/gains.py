@@ -74,7 +74,7 @@ def _measure(subject: Subject, ids: Any, lam: float) -> tuple[Array, ...]:
     adapter = subject.adapter
     centre = not adapter.pre_norm
     rows, frobenius, second, final = [], [], [], np.empty(0)
-    for layer, step in enumerate(trace(adapter, ids, lam, subject.variants[0].gating)):
+    for layer, step in enumerate(trace(adapter, ids, lam, subject.variants[0].gating, subject.compute_dtype)):
         if layer == 0:
             X = normalised(step.X) if centre else step.X
             first = measures.relative_mu(X).numpy(force=True)
@@ -106,11 +106,13 @@ def _gains(X: Tensor, O: Tensor, exponent: np.ndarray, centre: bool) -> tuple[Ar
     return np.ldexp(row.numpy(force=True), -exponent), np.ldexp(frobenius.numpy(force=True), -exponent)
 
 
-def trace(adapter: Adapter, ids: Any, lam: float, gating: bool = True) -> Iterator[Step]:
-    """The pass of one lambda, layer by layer; the last Step holds X_K and no parts."""
-    variant, dtype = Variant(lam=lam, gating=gating), adapter.dtype
+def trace(
+    adapter: Adapter, ids: Any, lam: float, gating: bool = True, dtype: torch.dtype | None = None
+) -> Iterator[Step]:
+    """The pass of one lambda, layer by layer, by default in the weights' dtype; the last Step holds X_K and no parts."""
+    variant, dtype = Variant(lam=lam, gating=gating), dtype or adapter.dtype
     with torch.no_grad():
-        engines = forward.Engines(adapter, [variant], None)
+        engines = forward.Engines(adapter, [variant], dtype)
         adapter = engines.adapter(dtype)
         stream = engines.stream(variant, engines.embed(forward.checked_ids(adapter, ids), dtype), dtype)
         for layer in range(adapter.n_layers):
@@ -129,7 +131,7 @@ def head_rows(subject: Subject) -> Iterator[dict[str, Any]]:
     """One row a layer and head: C_M = max over the excerpts of ||M||_F at lambda = 1; for attention S and c too."""
     gating = subject.variants[0].gating
     ids = subject.ids[: subject.plan.excerpts]
-    for layer, step in enumerate(trace(subject.adapter, ids, 1.0, gating)):
+    for layer, step in enumerate(trace(subject.adapter, ids, 1.0, gating, subject.compute_dtype)):
         if not step.parts:
             return
         Ms, S = mixing(subject.adapter, layer, step.X.double())

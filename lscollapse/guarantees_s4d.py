@@ -88,7 +88,7 @@ def norm_turns(subject: Subject) -> Array:
     on it, so no |lambda| makes whole blocks turn rows by little.
     """
     turns, before = [], None
-    for step in gains.trace(subject.adapter, subject.ids[: subject.plan.excerpts], 1.0):
+    for step in gains.trace(subject.adapter, subject.ids[: subject.plan.excerpts], 1.0, dtype=subject.compute_dtype):
         if before is not None:
             chord = torch.linalg.vector_norm(gains.normalised(step.X) - before, dim=-1).max()
             turns.append(math.degrees(2.0 * math.asin(min(1.0, float(chord) / 2.0))))

@@ -12,6 +12,7 @@ from lscollapse import measures
 from lscollapse.forward import checked_ids
 from lscollapse.models import Adapter, adapt
 from lscollapse.models.carried import Carried
+from lscollapse.models.recorded import first_argument, first_of
 from lscollapse.models.widened import computing_in
 from lscollapse.variants import Variant, surgery_on_layer
 
@@ -35,8 +36,7 @@ def differences(model: Any, ids: Any) -> Iterator[LayerDifference]:
     tokens = checked_ids(adapter, ids)
     with torch.no_grad():
         reference = layer_outputs(adapter, tokens)
-        with computing_in(adapter.dtype):
-            streams = {"hooks": adapter.embed(tokens)}
+        streams = {"hooks": adapter.embed(tokens)}
         if adapter.native:
             streams["native"] = streams["hooks"]
         for path, X in streams.items():
@@ -53,12 +53,12 @@ def layer_outputs(adapter: Adapter, tokens: Tensor) -> list[Tensor]:
     seen: list[Tensor] = []
     blocks = {id(block): block for block in map(adapter.block, range(adapter.n_layers))}
 
-    def first_input(_module: Any, args: tuple, _kwargs: dict) -> None:
+    def first_input(_module: Any, args: tuple, kwargs: dict) -> None:
         if not seen:
-            seen.append(args[0])
+            seen.append(first_argument(args, kwargs))
 
     def output(_module: Any, _args: tuple, value: Any) -> None:
-        seen.append(value[0] if isinstance(value, tuple) else value)
+        seen.append(first_of(value))
 
     handles = [adapter.block(0).register_forward_pre_hook(first_input, with_kwargs=True)]
     handles += [block.register_forward_hook(output) for block in blocks.values()]
@@ -75,7 +75,7 @@ def _step(adapter: Adapter, layer: int, path: str, X: Tensor, handed: dict[int, 
     if path == "native":
         block = adapter.native_block(layer, X.dtype)
         return block(X, lam=1.0, gating=True, layernorm=True, skip_site="residual", norm_site="both")
-    with surgery_on_layer(adapter, layer, Variant(), Carried(len(X))), computing_in(adapter.dtype):
+    with surgery_on_layer(adapter, layer, Variant(), Carried(len(X))):
         return adapter.run(layer, X, handed)
 
 

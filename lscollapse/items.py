@@ -68,7 +68,6 @@ def _measure(
     item: Item, excerpts: range, variants: range, adapter: Adapter, config: Experiment, progress: Progress
 ) -> pd.DataFrame:
     import pandas as pd
-    import torch
 
     from lscollapse.forward import Stream, measure
     from lscollapse.gradients import grad_norm
@@ -77,7 +76,7 @@ def _measure(
     task, info = item.task, item.task.info
     set_threads(task.width)
     ids, arms = task.ids[excerpts.start : excerpts.stop], task.variants[variants.start : variants.stop]
-    dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
+    dtype = task.compute_dtype
     streams: list[Stream] = []
     finished = streams.append if config.quality else None
     parts = [

@@ -7,7 +7,6 @@ float64. Whether that is all of it, a probe finds out, which watches what comes 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,20 +21,16 @@ SAME = 1e-5  # how far a constant computed in float64 may be from the one comput
 
 
 def converted(adapter: Adapter, dtype: torch.dtype) -> Adapter:
-    """The adapter of a copy of the model in `dtype`; in float64, `embed` and `run` compute in float64 throughout.
+    """The adapter of a copy of the model in `dtype`.
 
     What has that dtype already is shared with the model, not copied.
     """
     shared = {id(p): p for p in adapter.model.parameters() if p.dtype == dtype}
     model = copy.deepcopy(adapter.model, shared).to(dtype)
-    if dtype != torch.float64:
-        return adapt(model)
-    with torch.no_grad(), computing_in(dtype):
-        _compute_constants(model)
-    found = adapt(model)
-    for name in ("embed", "run"):
-        setattr(found, name, _within(dtype, getattr(found, name)))
-    return found
+    if dtype == torch.float64:
+        with torch.no_grad(), computing_in(dtype):
+            _compute_constants(model)
+    return adapt(model)
 
 
 def computed_in(adapter: Adapter, ids: Tensor) -> torch.dtype:
@@ -62,14 +57,6 @@ class _Watch(TorchDispatchMode):
                 if torch.finfo(part).eps > torch.finfo(self.narrowest).eps:
                     self.narrowest = part
         return output
-
-
-def _within(dtype: torch.dtype, function: Callable[..., Any]) -> Callable[..., Any]:
-    def called(*args: Any, **kwargs: Any) -> Any:
-        with computing_in(dtype):
-            return function(*args, **kwargs)
-
-    return called
 
 
 def _compute_constants(model: Any) -> None:

@@ -216,7 +216,8 @@ def measure(subject: Subject, lams: Iterable[float], excerpts: int | None = None
     parts = []
     for low, start in itertools.product(range(0, len(variants), tile.variants), range(0, len(ids), tile.excerpts)):
         part = variants[low : low + tile.variants]
-        rows = forward.measure(subject.adapter, ids[start : start + tile.excerpts], part, gains=subject.gains)
+        own = ids[start : start + tile.excerpts]
+        rows = forward.measure(subject.adapter, own, part, subject.compute_dtype, gains=subject.gains)
         parts.append(rows[(rows["layer"] == subject.adapter.n_layers) & rows["measure"].isin(MEASURES)])
     values = np.stack([np.concatenate([p.loc[p["measure"] == n, "value"] for p in parts]) for n in MEASURES])
     lams = np.concatenate([p.loc[p["measure"] == MEASURES[0], "lam"] for p in parts])

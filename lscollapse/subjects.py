@@ -23,6 +23,7 @@ from lscollapse.token_checks import check_entries, check_ids
 from lscollapse.variants import Variant, check
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from lscollapse.corpus import Corpus, Tokenizer
@@ -66,7 +67,7 @@ SILENT = Silent()
 class Task:
     """What is measured on one model and how it is tiled: what another process needs to load the model and measure it.
 
-    `name` is the model's as the configuration gives it.
+    `name` and `dtype` are as the configuration gives them.
     """
 
     name: str
@@ -77,6 +78,14 @@ class Task:
     variants: tuple[Variant, ...]
     plan: plan.Plan
     gains: list[float] | None
+    dtype: str
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """What every arm computes in; None: each its own default (see forward.measure)."""
+        import torch
+
+        return None if self.dtype == "auto" else getattr(torch, self.dtype)
 
     @property
     def ids(self) -> np.ndarray:
@@ -147,7 +156,8 @@ def load_subjects(config: Experiment, variants: Variants, progress: Progress) ->
                 unscored[name] = missing(adapter)
         tiles = _plan(adapter, info, corpus, arms, config, progress)
         gains = certify.gains(adapter, info.sha256, config.cache_dir) if config.certified_exit else None
-        yield Subject(name, init, info, adapter.config.hidden_size, corpus, arms, tiles, gains, adapter)
+        width = adapter.config.hidden_size
+        yield Subject(name, init, info, width, corpus, arms, tiles, gains, config.dtype, adapter)
     if scored and not any(scored):
         raise ConfigError(f"nothing to score: {'; '.join(dict.fromkeys(unscored.values()))}")
     for name, why in unscored.items():

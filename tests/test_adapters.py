@@ -81,8 +81,9 @@ def test_lambda_one_is_the_model_itself(name: str, dtype: torch.dtype) -> None:
     """With the sums left alone, and formed anew."""
     model, ids = plain_decoders.tiny(name).to(dtype), ids_for(name)
     states, last = hidden_states(model, name, ids)
-    # Mamba's residual stream is float32 in transformers, whatever the model's dtype.
-    tolerance = 1e-6 if dtype == torch.float32 or name == "mamba" else 1e-12
+    # transformers' RMSNorm and Mamba's residual stream are float32, whatever the model's dtype (test_precision.py has float64).
+    rounded = name in ("mamba", "llama", "mistral", "qwen2", "qwen3")
+    tolerance = 1e-6 if dtype == torch.float32 or rounded else 1e-12
     with torch.no_grad():
         for anew in (False, True):
             found = outputs(model, ids, Variant(), anew)

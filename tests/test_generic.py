@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 import lscollapse
 from lscollapse import Variant
 from lscollapse.gradients import check_chain
+from lscollapse.identity import layer_outputs
 from lscollapse.models import UnsupportedModel, adapt
 from lscollapse.models.generic import GenericAdapter
 from lscollapse.variants import SurgeryError
@@ -473,3 +474,62 @@ def test_plain_measures_of_a_generic_model() -> None:
         here = rows[(rows["layer"] == layer) & (rows["excerpt"] == excerpt)].set_index("measure")["value"]
         for name, value in expected.items():
             assert here[name] == pytest.approx(value, rel=1e-4), name
+
+
+@pytest.mark.parametrize("name", ["DistilBert", "Electra"])
+def test_a_sum_that_no_norm_can_take_is_overflow(name: str) -> None:
+    """Post-norm, so that for large lambda LayerNorm(lam*X + O) is LayerNorm(X): in float32 right, or overflow, never wrong."""
+    model = build(name)
+    for lam in (1e12, 1e18, 3e18, 5e18, 1e19, 3e19, 1e25):
+        rows = lscollapse.measure(model, ids(), [Variant(lam)])
+        rows = rows[rows["measure"] == "relative_mu"]
+        with lscollapse.surgery(model.double(), Variant(1e12)), torch.no_grad():
+            states = model(torch.as_tensor(ids()), output_hidden_states=True).hidden_states
+        model.float()
+        for row in rows.itertuples():
+            expected = plain_models.plain_measures(states[row.layer][row.excerpt].numpy())["relative_mu"]
+            assert row.status == "overflow" or row.value == pytest.approx(expected, rel=1e-4), (lam, row)
+        assert (rows["status"] == "ok").all() == (lam <= 1e18)
+
+
+@pytest.mark.parametrize("name", ["Jamba", "Mixtral"])
+def test_models_of_float64_whose_modules_ask_for_float32(name: str) -> None:
+    """Some operations have no float64: measured, scored and embedded they compute in it all the same."""
+    settings = _SETTINGS | FOUND[name]
+    torch.manual_seed(0)
+    kind = getattr(transformers, f"{name}ForCausalLM")
+    model = tiny._shaken(kind(getattr(transformers, f"{name}Config")(**settings)), 0).eval()
+    tokens = torch.as_tensor(ids())
+    with torch.no_grad():
+        X = adapt(model).embed(tokens)
+        expected = [float(model(row[None], labels=row[None], use_cache=False).loss) for row in tokens]
+    model.double()
+    with torch.no_grad():
+        assert_close([adapt(model).embed(tokens).numpy()], [X.double().numpy()], 1e-6, name)
+    rows = lscollapse.lm_loss(model, ids())
+    assert set(rows["dtype"]) == {"float64"}
+    np.testing.assert_allclose(rows["value"], expected, rtol=1e-5)
+
+
+def test_blocks_that_are_called_by_keyword() -> None:
+    class Named(MadeUpBlock):
+        def forward(self, hidden: Tensor) -> Tensor:
+            return hidden + torch.tanh(self.mixer(hidden))
+
+    class NamedModel(MadeUpModel):
+        def forward(self, input_ids: Tensor) -> Tensor:
+            X = self.words(input_ids)
+            for layer in self.layers:
+                X = layer(hidden=X)
+            return X
+
+    model = NamedModel(MadeUpConfig()).eval()
+    model.layers = nn.ModuleList(Named("good") for _ in range(3))
+    X, expected = model.words(torch.as_tensor(ids())), []
+    for layer in model.layers:
+        expected.append(X)
+        X = X + torch.tanh(layer.mixer(X))
+    seen = layer_outputs(adapt(model), torch.as_tensor(ids()))
+    assert_close(
+        [Y.detach().numpy() for Y in seen], [Y.detach().double().numpy() for Y in (*expected, X)], 1e-6, "named"
+    )

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -232,6 +233,28 @@ def test_a_head_that_sees_more_than_the_last_block_is_refused() -> None:
     made: dict[str, torch.Tensor] = {}
     model.gpt_neox.layers[0].mlp.register_forward_hook(lambda module, args, output: made.update(scale=output.sum()))
     model.lm_head.register_forward_hook(lambda module, args, output: output * made.pop("scale", 1.0))
+    with pytest.raises(UnsupportedModel, match="the loss of GPTNeoXForCausalLM cannot be measured: its scores follow"):
+        lm_loss(model, tiny.ids(2, N))
+
+
+def test_a_head_that_uses_what_the_blocks_hand_over_is_refused() -> None:
+    """Here the last block gives a second tensor, made of the tokens, which the final norm's output is shifted by."""
+    model = of_class("GPTNeoX", "CausalLM")
+    block, decoder = model.gpt_neox.layers[-1], model.gpt_neox
+    block.register_forward_hook(
+        lambda module, args, output: (output[0] if isinstance(output, tuple) else output, 5 * args[0])
+    )
+
+    def decode(input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        X = memory = decoder.embed_in(input_ids)
+        angles = decoder.rotary_emb(X, torch.arange(X.shape[1])[None])
+        for layer in decoder.layers:
+            given = layer(X, attention_mask=None, position_embeddings=angles)
+            X, memory = given if isinstance(given, tuple) and len(given) == 2 else (given, memory)
+        return decoder.final_layer_norm(X), memory
+
+    decoder.forward = lambda input_ids: SimpleNamespace(last_hidden_state=decode(input_ids)[0])
+    model.forward = lambda input_ids: SimpleNamespace(logits=model.lm_head(sum(decode(input_ids))))
     with pytest.raises(UnsupportedModel, match="the loss of GPTNeoXForCausalLM cannot be measured: its scores follow"):
         lm_loss(model, tiny.ids(2, N))
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from lscollapse import assets, console_theory, search
+from lscollapse import assets, console_theory, gains, search
 from lscollapse.config import Experiment
 from lscollapse.console_theory import sentence
 from lscollapse.models import adapt, registry
@@ -256,3 +256,13 @@ def test_the_embedded_models_keep_what_was_found(name: str) -> None:
             sizes = [search.LARGEST] if math.isinf(lam) else [lam, 1.5 * lam, 3.0 * lam, 10.0 * lam]
             for point in search.measure(exact, [sign * size for size in sizes]).values():
                 assert (point[measure] >= 0.5 - 1e-3) != math.isinf(lam)
+
+
+def test_the_dtype_asked_for_is_the_one_computed_in(tmp_path: Path) -> None:
+    """float64 in find-lambda, also of the package's own blocks: to 1e-12 the plain float64 model, which float32 is not."""
+    model = tiny.mamba2(2, 4)
+    subject = subject_of(model, tmp_path, dtype="float64")
+    found = search.measure(subject, [2.0])[2.0]
+    assert found == pytest.approx(plain_last("mamba2", model, 2.0), rel=1e-12)
+    steps = gains.trace(subject.adapter, subject.ids, 2.0, dtype=subject.compute_dtype)
+    assert {step.X.dtype for step in steps} == {torch.float64}

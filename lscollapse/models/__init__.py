@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from lscollapse.models.adapter import Adapter, UnsupportedModel
 from lscollapse.models.albert import AlbertAdapter
 from lscollapse.models.bert import BertAdapter, RobertaAdapter
@@ -14,7 +16,7 @@ from lscollapse.models.mamba import MambaAdapter
 from lscollapse.models.mamba2 import Mamba2Adapter
 from lscollapse.models.s4d import S4DAdapter
 from lscollapse.models.vit import VitAdapter
-from lscollapse.models.widened import computing_in
+from lscollapse.models.widened import computing_in, within
 
 ADAPTERS: tuple[type[Adapter], ...] = (
     Mamba2Adapter, AlbertAdapter, BertAdapter, RobertaAdapter, Gpt2Adapter, LlamaAdapter, MambaAdapter, VitAdapter,
@@ -24,6 +26,8 @@ ADAPTERS: tuple[type[Adapter], ...] = (
 
 def adapt(model: Any) -> Adapter:
     """The adapter for a transformers model, with or without a head on top: that of its architecture, else the generic one.
+
+    Of a float64 model `embed` and `run` compute in float64 throughout (models/widened.py).
 
     Raises:
         UnsupportedModel: no model of transformers, or the generic adapter finds no blocks that it can edit.
@@ -41,6 +45,9 @@ def adapt(model: Any) -> Adapter:
         with computing_in(getattr(base, "dtype", None)):  # some adapters try the model out
             found = adapter(base)
         found.whole = model
+        if found.dtype == torch.float64:
+            for name in ("embed", "run"):
+                setattr(found, name, within(torch.float64, getattr(found, name)))
         return found
     known = ", ".join(name for adapter in ADAPTERS for name in adapter.model_types)
     raise UnsupportedModel(f"no adapter for architecture {model_type!r}: supported are {known}")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from lscollapse.models.carried import Carried
+from lscollapse.models.carried import Carried, lose_unsquarable
 from lscollapse.models.objective import class_with_head, fills_masks
 
 if TYPE_CHECKING:
@@ -232,10 +232,11 @@ class Edit:
         return self.sum(1.0 if self.skip_site == "mixer" else self.lam(), X, O)
 
     def sum(self, lam: float, X: Tensor, O: Tensor) -> Tensor:
-        """lam*X + O, formed from X and O so that lam = 0 is exactly O."""
+        """lam*X + O, formed from X and O so that lam = 0 is exactly O; infinite where it is not carried and no norm can take it."""
         if self.carried is not None:
             return self.carried.add(lam, X, O)
-        return O.to(torch.promote_types(X.dtype, O.dtype)) if lam == 0.0 else lam * X + O
+        Y = O.to(torch.promote_types(X.dtype, O.dtype)) if lam == 0.0 else lam * X + O
+        return lose_unsquarable(Y) if self.layernorm and Y.ndim == 3 else Y
 
 
 class HookSet:

@@ -72,5 +72,12 @@ class Carried:
         return np.where(np.isfinite(largest), shift, 0)
 
 
+def lose_unsquarable(X: Tensor) -> Tensor:
+    """X (B, N, d), infinite where an excerpt's squares leave the range: a norm would make zeros of it without a word."""
+    limit = math.sqrt(torch.finfo(torch.promote_types(X.dtype, torch.float32)).max / X.shape[-1])
+    lost = X.detach().abs().amax((1, 2)) > limit
+    return X.masked_fill(lost[:, None, None], math.inf) if lost.any() else X
+
+
 def _per_excerpt(values: np.ndarray) -> Tensor:
     return torch.from_numpy(values)[:, None, None]

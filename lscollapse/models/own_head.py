@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from lscollapse.models.adapter import UnsupportedModel
 from lscollapse.models.recorded import forward_of, record, uncached
-from lscollapse.models.trial import relative_difference, rounding
+from lscollapse.models.trial import failures_as, relative_difference, rounding
+from lscollapse.models.widened import computing_in
 
 
 class OwnHead:
@@ -35,15 +36,20 @@ class OwnHead:
         self._names = [name for name, module in whole.named_modules() if id(module) in ids]
         self._models = {next(whole.parameters()).dtype: whole}
         expected: list[Tensor] = []
-        with torch.no_grad():
+        with torch.no_grad(), computing_in(next(iter(self._models))), failures_as(self._refusal):
+            # What the blocks hand over beside X comes from other tokens than those of the comparison: it must not matter.
+            others = record(blocks, lambda: _logits(whole, probe.flip(1)), compute=True).calls
+            self._others = [call.output[1:] if isinstance(call.output, tuple) else None for call in others]
             calls = record(blocks, lambda: expected.append(_logits(whole, probe)), compute=True).calls
-            self._others = [call.output[1:] if isinstance(call.output, tuple) else None for call in calls]
             difference = relative_difference(self.scores(calls[-1].Y, probe), expected[0])
         if not difference <= rounding(expected[0].dtype):
-            raise UnsupportedModel(
-                f"the loss of {type(whole).__name__} cannot be measured: its scores follow from more than the output of"
-                f" its last block (without the rest they are off by {difference:.1e})"
+            raise self._refusal(
+                "its scores follow from more than the output of its last block (without the rest they are off by"
+                f" {difference:.1e})"
             )
+
+    def _refusal(self, why: str) -> UnsupportedModel:
+        return UnsupportedModel(f"the loss of {type(self.whole).__name__} cannot be measured: {why}")
 
     def scores(self, X: Tensor, ids: Tensor) -> Tensor:
         """(B, N, d) and the ids (B, N) that were embedded -> (B, N, V), in the dtype of X; differentiable in X."""

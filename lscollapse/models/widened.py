@@ -7,7 +7,7 @@ every such request is answered with float64, whichever module makes it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,6 +50,16 @@ def computing_in(dtype: torch.dtype | None) -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(default)
+
+
+def within(dtype: torch.dtype, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, called with `computing_in(dtype)` open."""
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with computing_in(dtype):
+            return function(*args, **kwargs)
+
+    return called
 
 
 def _grouped_product(X: Tensor, W: Tensor, *, offs: Tensor, bias: None = None, out_dtype: Any = None) -> Tensor:
