@@ -45,7 +45,7 @@ class Stream:
     def __init__(self, adapter: Adapter, variant: Variant, X: Tensor, dtype: torch.dtype) -> None:
         self.variant = variant
         self.dtype = dtype
-        self.computed = dtype  # the narrowest among its operations (Engines.stream): what the rows say
+        self.computed = dtype  # of float64 the narrowest among its operations (Engines.stream): what the rows say
         self.X = X
         self.carried = Carried(len(X))
         self.status = measures.status(X)
