@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lscollapse.assets import cache_folder
 from lscollapse.models import Adapter
 from lscollapse.results import write_atomic
 from lscollapse.variants import Variant
@@ -40,8 +40,7 @@ def gains(adapter: Adapter, sha256: str, cache_dir: Path | None = None) -> list[
     """
     if not adapter.bounded_mixer:
         return None
-    folder = cache_dir or Path(os.environ.get("LSCOLLAPSE_CACHE") or Path.home() / ".cache" / "lscollapse")
-    file = folder.expanduser() / "gains" / f"{sha256}.json"
+    file = cache_folder(cache_dir) / "gains" / f"{sha256}.json"
     cached = len(sha256) == 64
     stored = _stored(file) if cached else None
     if stored is not None and len(stored) == adapter.n_layers:

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lscollapse import devices, plan
+from lscollapse.assets import cache_folder
 from lscollapse.config import Experiment
 from lscollapse.models import registry
 from lscollapse.models.registry import Entry
@@ -96,8 +97,7 @@ def _stored(entry: Entry, config: Experiment, fault: str, needs: dict[Path, int]
     needs[cache] = needs.get(cache, 0) + size
     pickled = not files or "pytorch_model.bin" in files
     if pickled and entry.architecture in ("mamba2", ""):  # is converted once
-        own = config.cache_dir or os.environ.get("LSCOLLAPSE_CACHE") or Path.home() / ".cache" / "lscollapse"
-        place = Path(own).expanduser()
+        place = cache_folder(config.cache_dir)
         needs[place] = needs.get(place, 0) + size
     if files:
         return f"{size / GIB:.2f} GiB to fetch", ""

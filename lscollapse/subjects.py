@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from lscollapse import corpus as corpora
 from lscollapse import plan
+from lscollapse.assets import cache_folder
 from lscollapse.config import ConfigError, Experiment
 from lscollapse.devices import device, memory, set_threads, worker_devices
 from lscollapse.models import registry
@@ -335,9 +334,8 @@ def load_corpus(config: Experiment, tokenizer: Tokenizer | None) -> Corpus:
     titles = None
     if wiki.titles:
         titles = [title.strip() for title in read_text(wiki.titles).split("\n") if title.strip()]
-    cache = config.cache_dir or Path(os.environ.get("LSCOLLAPSE_CACHE") or Path.home() / ".cache" / "lscollapse")
     options = wiki.model_dump(exclude={"titles", "cache_dir"})
-    settings = corpora.WikiSettings(cache_dir=wiki.cache_dir or cache.expanduser() / "wikipedia", **options)
+    settings = corpora.WikiSettings(cache_dir=wiki.cache_dir or cache_folder(config.cache_dir) / "wikipedia", **options)
     return corpora.load(config.source, config.excerpts, config.tokens, config.seed, tokenizer, titles, settings)
 
 

@@ -41,7 +41,7 @@ def check_ids(info: ModelInfo, adapter: Adapter, corpus: Corpus) -> None:
     Raises:
         CorpusError, CheckpointError: one line each.
     """
-    from lscollapse.models.tensors import CheckpointError, zero_rows
+    from lscollapse.models.tensors import CheckpointError, some_of, zero_rows
 
     ids = set().union(*(excerpt.ids for excerpt in corpus.excerpts))
     name = corpus.excerpts[0].tokenizer
@@ -55,7 +55,7 @@ def check_ids(info: ModelInfo, adapter: Adapter, corpus: Corpus) -> None:
     where, weight = adapter.embedding
     zero = zero_rows(weight, ids, getattr(adapter.config, "pad_token_id", None))
     if zero:
-        some = ", ".join(map(str, zero[:3])) + (", ..." if len(zero) > 3 else "")
+        some = some_of([str(row) for row in zero])
         raise CheckpointError(
             f"{where} of {info.name} has rows of zeros for {len(zero)} of the {len(ids)} token ids in these excerpts ({some}):"
             " the model does not know these tokens; give another checkpoint, or other tokens with --tokenizer"

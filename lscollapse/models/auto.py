@@ -17,6 +17,7 @@ from lscollapse.models.tensors import (
     read_json,
     read_tensors,
     refuse_kinds,
+    refuse_misfits,
     refuse_values,
 )
 from lscollapse.texts import first_line
@@ -68,8 +69,12 @@ def filled(config: Any, files: Sequence[Path], where: str, dtype: torch.dtype) -
             )  # fmt: skip
         except Exception as error:  # whatever a damaged file makes the readers raise
             raise CheckpointError(f"the weights of {where} cannot be read: {first_line(error)}") from error
-    _refuse_names(sorted(name for name in report["missing_keys"] if not name.startswith("pooler.")), "missing", where)
-    _refuse_names(sorted(name for name in report["unexpected_keys"] if _in_a_block(name, model)), "unexpected", where)
+    refuse_misfits(
+        {"missing": sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))}, where
+    )
+    refuse_misfits(
+        {"unexpected": sorted(name for name in report["unexpected_keys"] if _in_a_block(name, model))}, where
+    )
     read = {
         name: t for file in files for name, t in read_tensors(file).items() if name not in report["unexpected_keys"]
     }
@@ -116,21 +121,13 @@ def inspect(config: Any, files: Sequence[Path], where: str) -> None:
         for name, shape in expected.items()
         if name in read and tuple(read[name].shape) != shape
     ]
-    _refuse_names(shapes, "of another shape", where)
+    refuse_misfits({"of another shape": shapes}, where)
     known = set(model.state_dict())
     absent_by_design = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
     missing = [n for n in expected if n not in read and not any(p.search(n) for p in absent_by_design)]
     if not any(_in_a_block(name, model) for name in read if name not in known):
-        _refuse_names(missing, "missing", where)
+        refuse_misfits({"missing": missing}, where)
     refuse_kinds(_weights(read, model), where)
-
-
-def _refuse_names(names: list[str], what: str, where: str) -> None:
-    if names:
-        some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        raise CheckpointError(
-            f"the weights of {where} do not fit its config.json: tensors {len(names)} {what} ({some})"
-        )
 
 
 def _weights(read: Mapping[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:

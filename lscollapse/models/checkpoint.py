@@ -29,6 +29,7 @@ from lscollapse.models.tensors import (
     read_json,
     read_tensors,
     refuse_kinds,
+    refuse_misfits,
     refuse_values,
     refuse_zeros,
     sha256,
@@ -314,9 +315,7 @@ def _match(found: _Found, config: Any, tensors: Mapping[str, Tensor]) -> None:
         if name in tensors and tuple(tensors[name].shape) != shape
     ]
     wrong = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    parts = [f"{len(names)} {what} ({_some(names)})" for what, names in wrong.items() if names]
-    if parts:
-        raise CheckpointError(f"the weights of {found.where} do not fit its config.json: tensors " + ", ".join(parts))
+    refuse_misfits(wrong, found.where)
     n_parameters, published = _n_parameters(config), found.entry.n_parameters
     if published not in (None, n_parameters):
         raise CheckpointError(
@@ -333,10 +332,6 @@ def _check_values(model: Any, where: str) -> None:
     embedding = token_embedding(model)
     if embedding is not None:
         refuse_zeros(*embedding, where)
-
-
-def _some(names: list[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def _on_meta(config: Any) -> Any:

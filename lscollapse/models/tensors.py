@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lscollapse.assets import cache_folder
 from lscollapse.models.hub import sha256_file
 from lscollapse.texts import first_line, read_text
 
@@ -71,6 +72,18 @@ def _base_name(name: str) -> str:
     for pattern, new in _OLD_NAMES:
         name = pattern.sub(new, name)
     return name
+
+
+def some_of(names: Sequence[str], most: int = 3) -> str:
+    """The first names of a list, as errors quote them."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def refuse_misfits(found: Mapping[str, Sequence[str]], where: str) -> None:
+    """Raise a CheckpointError for names of tensors that are `missing`, `unexpected` or `of another shape`, if there are any."""
+    parts = [f"{len(names)} {what} ({some_of(names)})" for what, names in found.items() if names]
+    if parts:
+        raise CheckpointError(f"the weights of {where} do not fit its config.json: tensors " + ", ".join(parts))
 
 
 def refuse_kinds(tensors: Mapping[str, Tensor], where: str) -> None:
@@ -189,8 +202,7 @@ def converted(file: Path, cache_dir: str | Path | None) -> Path:
     Raises:
         CheckpointError: `file` cannot be read, holds other numbers than floats, or there is no place for the copy.
     """
-    cache = cache_dir or os.environ.get("LSCOLLAPSE_CACHE") or Path.home() / ".cache" / "lscollapse"
-    target = Path(cache).expanduser() / "converted" / f"{sha256_file(file)}.safetensors"
+    target = cache_folder(cache_dir) / "converted" / f"{sha256_file(file)}.safetensors"
     if target.exists():
         return target
     tensors = base_tensors(read_tensors(file))
