@@ -287,8 +287,13 @@ def tokenizer(
         vocabulary = json.dumps(sorted(inner.get_vocab().items()))
         name = f"{folder.resolve().name}:{hashlib.sha256(vocabulary.encode()).hexdigest()[:12]}"
     options = {"add_special_tokens": False, "truncation": False, "padding": False, "verbose": False}
-    encode = lambda batch: inner(batch, **options)["input_ids"]  # noqa: E731
-    return Tokenizer(name, len(inner), encode, inner.mask_token_id, inner.unk_token_id)
+    return Tokenizer(
+        name,
+        len(inner),
+        lambda batch: inner(batch, **options)["input_ids"],
+        inner.mask_token_id,
+        inner.unk_token_id,
+    )
 
 
 def _tokenizer_files(spec: str, cache_dir: Path | None, offline: bool) -> Path:
@@ -355,7 +360,7 @@ def is_frozen(source: str) -> bool:
 def _thaw(path: Path, n_excerpts: int, n_tokens: int, tokenizer: Tokenizer | None) -> Corpus:
     """The first excerpts of a frozen file, cut to `n_tokens`."""
     _check_size(n_excerpts, n_tokens)
-    rows = texts.json_lines(path)
+    rows = list(texts.json_lines(path))
     held = [_excerpt(row, f"{path}, line {number}") for number, row in rows]
     names = sorted({excerpt.tokenizer for excerpt in held})
     if len(names) > 1:

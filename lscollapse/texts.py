@@ -94,9 +94,8 @@ def jsonl_file(path: Path, seed: int) -> Iterator[Text]:
     return (texts[number] for number in sampling_order(texts, seed))
 
 
-def json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """(line number from 1, object) of every line of a .jsonl file that is not blank."""
-    rows = []
+def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number from 1, object) of every line of a .jsonl file that is not blank, each looked at when it is asked for."""
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
@@ -106,8 +105,7 @@ def json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
             raise CorpusError(f"{path}, line {number}: not JSON ({error})") from error
         if not isinstance(row, dict):
             raise CorpusError(f"{path}, line {number}: one JSON object a line is expected, not {type(row).__name__}")
-        rows.append((number, row))
-    return rows
+        yield number, row
 
 
 def parquet_stream(path: Path | None, seed: int, language: str = "en") -> Iterator[Text]:

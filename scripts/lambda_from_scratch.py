@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from tiny_mamba2 import SEQ_LEN, TinyMamba2, initial_embedding
-from train_tiny_mamba2 import article_ids, batches, held_out_loss, learning_rate, optimizer_of, update_of
+from train_tiny_mamba2 import article_ids, batches, held_out_loss, learning_rate, optimizer_of, set_rates, update_of
 
 from lscollapse import allocation, measures
 
@@ -48,8 +48,7 @@ def arm(name: str, gating: bool, seed: int, articles: list[np.ndarray], held_out
     update = update_of(model, optimizer, args.batch, 0.0)
     losses = []
     for step, (ids, targets) in enumerate(itertools.islice(batches(articles, seed, args.batch, 0), args.steps)):
-        for group in optimizer.param_groups:
-            group["lr"].fill_(group["relative"] * learning_rate(step, args.steps, args.lr))
+        set_rates(optimizer, learning_rate(step, args.steps, args.lr))
         losses.append(update(ids, targets).clone())
     curve = torch.stack(losses).tolist()
     tenth = max(1, args.steps // 10)

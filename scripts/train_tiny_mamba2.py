@@ -103,6 +103,12 @@ def optimizer_of(model: TinyMamba2, lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True, capturable=device.type == "cuda")
 
 
+def set_rates(optimizer: torch.optim.AdamW, rate: float) -> None:
+    """Give every group its part of `rate`, in the tensors that a captured step reads."""
+    for group in optimizer.param_groups:
+        group["lr"].fill_(group["relative"] * rate)
+
+
 def update_of(model: TinyMamba2, optimizer: torch.optim.AdamW, batch: int, dropout: float) -> Callable[..., Tensor]:
     """update(ids, targets) -> loss: one step; on a GPU the replay of a CUDA graph of it."""
 
@@ -171,8 +177,7 @@ def train(args: argparse.Namespace) -> None:
     update, running = update_of(model, optimizer, args.batch, args.dropout), torch.zeros((), device=args.device)
     for ids, targets in itertools.islice(batches(articles, args.seed, args.batch, step), args.steps - step):
         torch.manual_seed(args.seed * 1_000_003 + step)  # dropout of this step, so that a resumed run draws the same
-        for group in optimizer.param_groups:
-            group["lr"].fill_(group["relative"] * learning_rate(step, args.steps, args.lr))
+        set_rates(optimizer, learning_rate(step, args.steps, args.lr))
         running += update(ids, targets)
         step += 1
         if step % args.every and step != args.steps:

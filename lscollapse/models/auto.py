@@ -61,20 +61,10 @@ def filled(config: Any, files: Sequence[Path], where: str, dtype: torch.dtype) -
     from transformers import AutoModel
 
     folder = files[0].parent
-
-    with quietly():
-        try:
-            model, report = AutoModel.from_pretrained(
-                folder, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
-            )  # fmt: skip
-        except Exception as error:  # whatever a damaged file makes the readers raise
-            raise CheckpointError(f"the weights of {where} cannot be read: {first_line(error)}") from error
-    refuse_misfits(
-        {"missing": sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))}, where
-    )
-    refuse_misfits(
-        {"unexpected": sorted(name for name in report["unexpected_keys"] if _in_a_block(name, model))}, where
-    )
+    model, report = _read(AutoModel, config, folder, where, dtype)
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
+    left_over = sorted(name for name in report["unexpected_keys"] if _in_a_block(name, model))
+    refuse_misfits({"missing": missing, "unexpected": left_over}, where)
     read = {
         name: t for file in files for name, t in read_tensors(file).items() if name not in report["unexpected_keys"]
     }
@@ -89,18 +79,23 @@ def with_head(kind: Any, config: Any, folder: Path, where: str, dtype: torch.dty
     Raises:
         CheckpointError: the weights are damaged.
     """
-    with quietly():
-        try:
-            model, report = kind.from_pretrained(
-                folder, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
-            )  # fmt: skip
-        except Exception as error:  # as in `filled`
-            raise CheckpointError(f"the weights of {where} cannot be read: {first_line(error)}") from error
+    model, report = _read(kind, config, folder, where, dtype)
     inside = f"{model.base_model_prefix}."
     if not all(name.startswith(inside) for name in report["missing_keys"]):
         return None
     refuse_values({n: p for n, p in model.named_parameters() if not n.startswith(inside)}, where)
     return model
+
+
+def _read(kind: Any, config: Any, folder: Path, where: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """A model of class `kind` from a local folder, and what transformers reports of its tensors."""
+    with quietly():
+        try:
+            return kind.from_pretrained(
+                folder, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
+            )  # fmt: skip
+        except Exception as error:  # whatever a damaged file makes the readers raise
+            raise CheckpointError(f"the weights of {where} cannot be read: {first_line(error)}") from error
 
 
 def inspect(config: Any, files: Sequence[Path], where: str) -> None:
