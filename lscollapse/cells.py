@@ -15,9 +15,9 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from lscollapse import measures
-from lscollapse.config import ConfigError
+from lscollapse.core.config import ConfigError
+from lscollapse.core.progress import SILENT, Progress
 from lscollapse.nets.block import LEARNABLE, Net, NetConfig
-from lscollapse.subjects import SILENT, Progress
 from lscollapse.table1_config import Table1
 from lscollapse.tasks import images, mqar
 from lscollapse.train import Data, Diverged, Examples, Settings, evaluate, fit

@@ -22,9 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lscollapse.assets import cache_folder
+from lscollapse.core.files import cache_folder, write_text
 from lscollapse.models import Adapter
-from lscollapse.results import write_atomic
 from lscollapse.variants import Variant
 
 SQUARINGS = 2  # of W W^T: the Schatten-16 norm, at most n^(1/16) above the spectral norm
@@ -50,7 +49,7 @@ def gains(adapter: Adapter, sha256: str, cache_dir: Path | None = None) -> list[
         return values
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, json.dumps(values) + "\n")
+        write_text(file, json.dumps(values) + "\n")
     except OSError:
         pass  # a cache that cannot be written costs time, not correctness
     return values

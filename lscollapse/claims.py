@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from lscollapse import claims_curves as on
-from lscollapse.claims_curves import COLLAPSED, MUCH, PAPER_A, PAPER_BOUND, RISE, SMALL, Curves, Judgement
+from lscollapse.claims_curves import MUCH, PAPER_A, PAPER_BOUND, SMALL, Curves, Judgement
+from lscollapse.core.table import COLLAPSED, RISE
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -17,13 +17,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from lscollapse.tasks.images import reads_pixels
+from lscollapse.core.table import COLLAPSED, RISE, reads_pixels
 from lscollapse.theory.theorem41 import lambda_star
 
 if TYPE_CHECKING:
     import pandas as pd
 
-COLLAPSED, RISE, SMALL, MUCH = 0.5, 0.1, 0.5, 0.1
+SMALL, MUCH = 0.5, 0.1
 PAPER_BOUND, PAPER_A = 937.924, 0.9  # condition (7) for Mamba-2 in section 5.1, and its rate
 
 

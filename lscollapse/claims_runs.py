@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lscollapse import claims, claims_table1, claims_theory
 from lscollapse.claims import CLAIMS, NOT_MEASURED, Finding
-from lscollapse.results import RunFolderError, read_manifest, read_rows
+from lscollapse.core.run_folder import RunFolderError, read_manifest, read_rows
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -16,7 +16,7 @@ from typing import Any
 from lscollapse import claims
 from lscollapse.claims import AGREE, DISAGREE, NOT_MEASURED, Finding
 from lscollapse.claims_curves import MUCH
-from lscollapse.results import RunFolderError
+from lscollapse.core.run_folder import RunFolderError
 
 VERIFY, BOUNDS, CHANNELS = "verify.json", "bounds.csv", "channels.csv"
 VERDICTS = {"holds": AGREE, "fails": DISAGREE, "void": NOT_MEASURED, "existence only": NOT_MEASURED}

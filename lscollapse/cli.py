@@ -79,7 +79,7 @@ def fetch(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.  \\[default: the pinned one]")] = None,
 ) -> None:
     """Download a model from the hub, resumable, checked by size and sha256, so that --offline runs find it."""
-    from lscollapse.models import hub, registry
+    from lscollapse.core import hub, registry
 
     entry = registry.resolve(model)
     if entry.source != "hub":
@@ -130,7 +130,7 @@ show_traceback = False
 
 def main() -> None:
     """Entry point: errors of the input are one line and exit code 2."""
-    from lscollapse import allocation
+    from lscollapse.core import allocation
 
     allocation.keep_freed_memory()
     try:

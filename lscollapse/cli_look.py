@@ -53,9 +53,9 @@ def doctor(
     settings: Annotated[list[str] | None, typer.Option("--set", help="key=value, any setting of the configuration.")] = None,
 ) -> None:  # fmt: skip
     """What this machine has, and whether the configuration can run on it; exit 1, with the mend, where it cannot."""
-    from lscollapse import config as schema
     from lscollapse import console_look
     from lscollapse import doctor as examining
+    from lscollapse.core import config as schema
 
     found = examining.examine(schema.load(config, {"models": model or None}, settings))
     console_look.show_checks(found)

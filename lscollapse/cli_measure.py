@@ -33,7 +33,8 @@ def measure(
     yscale: o.Yscale = "linear",
 ) -> None:  # fmt: skip
     """Does this model collapse? Any encoder or decoder of transformers: rank-collapse measures layer by layer, and a verdict."""
-    from lscollapse import config, console, figures, measuring
+    from lscollapse import console, figures, measuring
+    from lscollapse.core import config
 
     experiment = config.load(
         None,
@@ -58,8 +59,8 @@ def show(rows: pd.DataFrame, own_tokens: bool) -> None:
     from rich.console import Console
 
     from lscollapse import figures, measuring
+    from lscollapse.core.table import reads_pixels
     from lscollapse.models.generic import BACKEND
-    from lscollapse.tasks.images import reads_pixels
 
     console = Console(soft_wrap=True, highlight=False)
     console.print(figures.describe(rows), markup=False)

@@ -12,7 +12,7 @@ from lscollapse import options as o
 if TYPE_CHECKING:
     import pandas as pd
 
-    from lscollapse.config import Experiment
+    from lscollapse.core.config import Experiment
 
 
 def experiment_of(given: dict[str, Any]) -> Experiment:
@@ -20,7 +20,7 @@ def experiment_of(given: dict[str, Any]) -> Experiment:
 
     Options that are no setting of the experiment, such as `out`, are left alone.
     """
-    from lscollapse import config as schema
+    from lscollapse.core import config as schema
 
     flags = {name: value for name, value in given.items() if name in schema.Experiment.model_fields}
     if given.get("lambdas") is not None:
@@ -110,7 +110,7 @@ def figures(
     yscale: o.Yscale = "linear",
 ) -> None:
     """Draw the figures of finished runs again, without computing."""
-    from lscollapse.results import read_rows
+    from lscollapse.core.run_folder import read_rows
 
     for run in runs:
         _draw(read_rows(run), to or run, yscale, run)
@@ -118,12 +118,13 @@ def figures(
 
 def _draw(rows: pd.DataFrame, folder: Path, yscale: str, run: Path | None = None) -> None:
     from lscollapse import claims, figures
-    from lscollapse.results import read_manifest, write_atomic
+    from lscollapse.core.files import write_text
+    from lscollapse.core.run_folder import read_manifest
 
     experiment = read_manifest(run or folder)["identity"]["experiment"]
     written = figures.draw(experiment, rows, folder, yscale)
     if experiment == "all-readings":
         written.append(folder / "readings-verdicts.csv")
-        write_atomic(written[-1], claims.judge_readings(rows).to_csv(index=False))
+        write_text(written[-1], claims.judge_readings(rows).to_csv(index=False))
     for path in written:
         typer.echo(f"wrote {path}")

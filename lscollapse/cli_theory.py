@@ -31,17 +31,18 @@ Out = Annotated[Path | None, typer.Option(help="Where to put the files.  \\[defa
 
 
 def _subject(model: str, settings: list[str] | None, bar: Any, **flags: Any) -> Any:
-    from lscollapse import config, search
+    from lscollapse import search
+    from lscollapse.core import config
 
     return search.load(config.load(None, {"models": [model], **flags}, settings), bar)
 
 
 def _write(folder: Path, texts: dict[str, str]) -> None:
-    from lscollapse.results import write_atomic
+    from lscollapse.core.files import write_text
 
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        write_atomic(folder / name, text)
+        write_text(folder / name, text)
         typer.echo(f"wrote {folder / name}")
 
 

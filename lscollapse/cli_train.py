@@ -51,7 +51,7 @@ def table1(
 ) -> None:  # fmt: skip
     """Fixed against learnt lambda: mixers x lambda modes x learning rates x seeds, the table and its figures."""
     from lscollapse import console, figures_table1, table1_report
-    from lscollapse.results import write_atomic
+    from lscollapse.core.files import write_text
     from lscollapse.table1 import run
 
     flags = {"device": device, "workers": workers, "engine": engine, "address": address}
@@ -61,14 +61,14 @@ def table1(
     to = to or out
     if to != out:
         to.mkdir(parents=True, exist_ok=True)
-        write_atomic(to / "manifest.json", (out / "manifest.json").read_text(encoding="utf-8"))
+        write_text(to / "manifest.json", (out / "manifest.json").read_text(encoding="utf-8"))
     typer.echo(table1_report.markdown(rows, grid.margin))
     for path in [*table1_report.write(rows, grid.margin, to), *figures_table1.draw(rows, to)]:
         typer.echo(f"wrote {path}")
 
 
 def _load(config: Path | None, flags: dict[str, Any], settings: list[str] | None) -> Any:
-    from lscollapse import config as schema
+    from lscollapse.core import config as schema
     from lscollapse.table1_config import Table1
 
     return schema.load(config or schema.shipped("table1/embedded.yaml"), flags, settings, Table1)

@@ -18,11 +18,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lscollapse import __version__
-from lscollapse.config import ConfigError, Experiment
+from lscollapse.core.config import ConfigError, Experiment
+from lscollapse.core.files import first_line
+from lscollapse.core.progress import Progress
+from lscollapse.core.run_folder import RunFolder
 from lscollapse.items import Item
-from lscollapse.results import RunFolder
-from lscollapse.subjects import Progress
-from lscollapse.texts import first_line
 from lscollapse.workers import Worker
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def _measure(config: Experiment, item: Item) -> tuple[pd.DataFrame, str]:
     """The rows of `item` and the id of the node that this is; the model stays loaded in this process."""
     import ray
 
-    from lscollapse import allocation
+    from lscollapse.core import allocation
 
     global _worker
     if _worker is None or _worker.config != config:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lscollapse.results import RunFolderError, differences, read_manifest, read_rows
+from lscollapse.core.files import changes
+from lscollapse.core.run_folder import RunFolderError, read_manifest, read_rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -113,7 +114,7 @@ def _configuration(a: dict[str, Any], b: dict[str, Any], renamed: dict[str, str]
         if partner:
             name = ours["model"] + _init(ours["init"])
             old["subjects"][name], new["subjects"][name] = ours, partner
-    return differences(old, new)
+    return changes(old, new)
 
 
 def _subjects(manifest: dict[str, Any]) -> list[dict[str, Any]]:

@@ -171,7 +171,7 @@ def _of(init: str) -> str:
 
 def models_table() -> None:
     """Print the registry."""
-    from lscollapse.models.registry import ENTRIES
+    from lscollapse.core.registry import ENTRIES
 
     table = Table(box=box.SIMPLE)
     for heading in ("name", "architecture", "parameters", "weights from", "reads"):

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from lscollapse import assets, smiles, texts, wikipedia
+from lscollapse import smiles, texts, wikipedia
+from lscollapse.core import assets
+from lscollapse.core.config import WikipediaSection
+from lscollapse.core.files import write_text
 from lscollapse.texts import CorpusError, Text, packaged_articles, sampling_order
-from lscollapse.wikipedia import WikiSettings
 
 __all__ = [
     "Corpus",
@@ -20,7 +21,6 @@ __all__ = [
     "Excerpt",
     "Text",
     "Tokenizer",
-    "WikiSettings",
     "bert_tokenizer",
     "freeze",
     "load",
@@ -134,7 +134,7 @@ def load(
     seed: int = 0,
     tokenizer: Tokenizer | None = None,
     titles: list[str] | None = None,
-    wiki: WikiSettings | None = None,
+    wiki: WikipediaSection | None = None,
 ) -> Corpus:
     """`n_excerpts` excerpts of exactly `n_tokens` tokens each, drawn by `seed`; shorter texts are skipped and counted.
 
@@ -151,7 +151,7 @@ def load(
     """
     if titles is not None and source != "wikipedia":
         raise CorpusError(f"titles choose articles of the source 'wikipedia', not of {source!r}: drop one of the two")
-    settings = wiki or WikiSettings()
+    settings = wiki or WikipediaSection()
     if source == "smiles":
         drawn = smiles.reactions(n_excerpts * REACTIONS_PER_EXCERPT, seed)
         reactions = (Text(reaction.title, reaction.smiles) for reaction in drawn)
@@ -234,12 +234,9 @@ def freeze(corpus: Corpus, path: str | Path) -> None:
     path = Path(path)
     unknown = {} if corpus.unknown is None else {"unknown_id": corpus.unknown}
     rows = [{**asdict(excerpt), "n_tokens": len(excerpt.ids), **unknown} for excerpt in corpus.excerpts]
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-        partial.replace(path)
+        write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise CorpusError(f"{path} cannot be written: {error.strerror}") from error
 
 
@@ -266,7 +263,7 @@ def tokenizer(
         return smiles_tokenizer()
     from transformers import AutoTokenizer
 
-    from lscollapse.models import hub, registry
+    from lscollapse.core import hub, registry
 
     local = Path(spec).is_dir()
     try:
@@ -298,7 +295,7 @@ def tokenizer(
 
 def _tokenizer_files(spec: str, cache_dir: Path | None, offline: bool) -> Path:
     """The folder of a hub repository's tokenizer, named by its commit."""
-    from lscollapse.models import hub
+    from lscollapse.core import hub
 
     repo_id, _, revision = spec.partition("@")
     cache = cache_dir.expanduser() / "hub" if cache_dir else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from lscollapse.config import ConfigError, Experiment, parse_memory
+from lscollapse.core.config import ConfigError, Experiment, parse_memory
 
 THREADED_WIDTH = 1024  # narrower models run on one thread: faster there, and the same bits whatever the number of cores
 GPU_SHARE = 0.8  # of the free device memory that is planned with

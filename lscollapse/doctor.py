@@ -11,11 +11,11 @@ from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lscollapse import allocation, assets, corpus, devices, results, texts, wikipedia
-from lscollapse.config import ConfigError, Experiment, WikipediaSection
+from lscollapse import corpus, devices, texts, wikipedia
+from lscollapse.core import allocation, assets, files, registry, run_folder
+from lscollapse.core.config import ConfigError, Experiment, WikipediaSection
+from lscollapse.core.registry import Entry
 from lscollapse.doctor_models import Check, asked, models
-from lscollapse.models import registry
-from lscollapse.models.registry import Entry
 
 if TYPE_CHECKING:
     from lscollapse.kernels import Kernels
@@ -43,7 +43,7 @@ def examine(config: Experiment) -> list[Check]:
 
 
 def _versions() -> str:
-    found = results.environment()
+    found = run_folder.environment()
     known = {"Python": found["python"], **found["versions"]}
     return (
         ", ".join(f"{name} {version or 'not installed'}" for name, version in known.items()) + f"; {found['machine']}"
@@ -168,7 +168,7 @@ def _file(name: str, file: Path) -> Check:
         return Check(name, f"no {file}", f"give a file{instead}")
     try:
         if file.is_file() and file.suffix != ".parquet":
-            texts.read_text(file)
+            files.read_text(file, texts.CorpusError)
     except corpus.CorpusError as error:
         return Check(name, "cannot be read", str(error))
     return Check(name, f"{file} is there")
@@ -177,7 +177,7 @@ def _file(name: str, file: Path) -> Check:
 def _wikipedia(wiki: WikipediaSection, needed: bool, offline: bool) -> Check:
     name, agent, mend = "Wikipedia", "", ""
     try:
-        settings = corpus.WikiSettings(wiki.language, wiki.contact, wiki.endpoint)
+        settings = wiki.model_copy(update={"cache_dir": None})
         with wikipedia.Articles(settings, 0, [], 0) as articles:
             name, agent = articles.source, wiki.contact
     except corpus.CorpusError as error:

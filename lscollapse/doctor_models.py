@@ -15,10 +15,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lscollapse import devices, plan
-from lscollapse.assets import cache_folder
-from lscollapse.config import Experiment
-from lscollapse.models import registry
-from lscollapse.models.registry import Entry
+from lscollapse.core import registry
+from lscollapse.core.config import Experiment
+from lscollapse.core.files import cache_folder
+from lscollapse.core.registry import Entry
 
 TIMEOUT = 5.0  # seconds for each call
 GIB = 2**30
@@ -82,7 +82,7 @@ def _stored(entry: Entry, config: Experiment, fault: str, needs: dict[Path, int]
     """
     from huggingface_hub import constants
 
-    from lscollapse.models import hub
+    from lscollapse.core import hub
 
     if entry.source != "hub":
         return EMBEDDED if entry.embedded else FOLDER, ""

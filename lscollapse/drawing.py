@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import functools
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,8 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 from matplotlib.textpath import TextToPath
 from matplotlib.ticker import LogLocator, NullFormatter
+
+from lscollapse.core.files import atomic, write_text
 
 STATUSES = ("ok", "certified", "below_floor", "overflow", "nan")
 NAMES = {"relative_mu": "relative μ", "rank1_residual": "rank-1 residual"}
@@ -310,15 +310,9 @@ def save(figure: Figure, data: pd.DataFrame, folder: str | Path, stem: str) -> l
     folder.mkdir(parents=True, exist_ok=True)
     kinds: dict[str, dict[str, Any]] = {"png": {"dpi": 200, "metadata": {"Software": None}}}
     kinds["pdf"] = {"metadata": {"CreationDate": None}}
-    paths = [_whole(folder / f"{stem}.csv", lambda path: data.to_csv(path, index=False, lineterminator="\n"))]
-    for kind, options in kinds.items():
-        draw = functools.partial(figure.savefig, format=kind, **options)
-        paths.append(_whole(folder / f"{stem}.{kind}", draw))
+    paths = [folder / f"{stem}.{kind}" for kind in ("csv", *kinds)]
+    write_text(paths[0], data.to_csv(index=False, lineterminator="\n"))
+    for path, (kind, options) in zip(paths[1:], kinds.items(), strict=True):
+        with atomic(path) as temporary:
+            figure.savefig(temporary, format=kind, **options)
     return paths
-
-
-def _whole(path: Path, write: Callable[[Path], object]) -> Path:
-    partial = path.with_name(f".{path.name}.partial")
-    write(partial)
-    os.replace(partial, path)
-    return path

@@ -7,10 +7,10 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lscollapse.config import ConfigError, Experiment
-from lscollapse.models import registry
+from lscollapse.core import registry
+from lscollapse.core.config import ConfigError, Experiment
+from lscollapse.core.files import read_text
 from lscollapse.runs import SILENT, Progress, load_corpus, load_subjects, run
-from lscollapse.texts import read_text
 from lscollapse.variants import Variant, without_gate
 
 if TYPE_CHECKING:

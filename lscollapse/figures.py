@@ -26,8 +26,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lscollapse import drawing
+from lscollapse.core.table import reads_pixels
 from lscollapse.drawing import PALETTE, STATUSES, THIN, Curve, Label, canvas, limits, styled
-from lscollapse.tasks.images import reads_pixels
 
 KEYS = ("model", "init", "arm", "gating", "layernorm", "skip_site", "norm_site", "lam", "measure", "layer")
 NEEDED = (*KEYS, "text", "dtype", "excerpt", "n_tokens", "value", "status", "floor")
@@ -332,7 +332,7 @@ def describe(rows: pd.DataFrame) -> str:
 
 
 def embedded_note(models: Sequence[str]) -> str:
-    from lscollapse.models import registry  # brings torch, which the rest does without
+    from lscollapse.core import registry  # brings torch, which the rest does without
 
     small = [model for model in models if model in registry.ENTRIES and registry.ENTRIES[model].embedded]
     if not small:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from lscollapse import certify, forward, gains, guarantees_s4d, measures
+from lscollapse.core.progress import SILENT, Progress
 from lscollapse.gains import Pass
 from lscollapse.models import UnsupportedModel
 from lscollapse.models.albert import AlbertAdapter
@@ -30,7 +31,7 @@ from lscollapse.models.bert import BertAdapter
 from lscollapse.models.mamba2 import Mamba2Adapter
 from lscollapse.models.s4d import S4DAdapter
 from lscollapse.search import MEASURES, SIGNS, Found, Kept, find, in_words, number
-from lscollapse.subjects import SILENT, Progress, Subject
+from lscollapse.subjects import Subject
 from lscollapse.theory import certificates, theorem41
 from lscollapse.theory.arrays import Array
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lscollapse import plan
-from lscollapse.config import Experiment
+from lscollapse.core.config import Experiment
+from lscollapse.core.progress import Progress
+from lscollapse.core.table import COLUMNS
 from lscollapse.devices import set_threads
-from lscollapse.results import COLUMNS
-from lscollapse.subjects import Progress, Task, mask_token
+from lscollapse.subjects import Task, mask_token
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lscollapse.texts import CorpusError, first_line
+from lscollapse.core.files import first_line, write_text
+from lscollapse.texts import CorpusError
 
 if TYPE_CHECKING:
     import httpx
@@ -120,9 +120,7 @@ class Cache:
         path = self._path(key)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(f".{os.getpid()}.partial")
-            partial.write_text(json.dumps(value), encoding="utf-8")
-            partial.replace(path)
+            write_text(path, json.dumps(value))
         except OSError as error:
             raise CorpusError(f"the cache folder {self.folder} cannot be written: {error.strerror}") from error
 

@@ -60,7 +60,7 @@ def begin(threads: int) -> None:
     """What a new process does first: end with the one that started it, keep freed memory, compute with `threads`."""
     import torch
 
-    from lscollapse import allocation
+    from lscollapse.core import allocation
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the process that started this one tells the user
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,12 @@ import torch
 from safetensors.torch import save_file
 
 from lscollapse import pool
-from lscollapse.config import Experiment, S4DTraining
+from lscollapse.core.config import Experiment, S4DTraining
+from lscollapse.core.files import write_json, write_text
+from lscollapse.core.progress import SILENT, Progress
 from lscollapse.devices import device
 from lscollapse.nets.s4d import S4D, S4DConfig
-from lscollapse.results import write_atomic
 from lscollapse.runs import run
-from lscollapse.subjects import SILENT, Progress
 from lscollapse.tasks import images
 from lscollapse.train import LOG, STATE, Data, Diverged, Examples, Outcome, Settings, evaluate, fit
 from lscollapse.variants import Variant
@@ -56,7 +55,7 @@ def ablate_s4d(config: Experiment, out: Path, progress: Progress = SILENT) -> pd
     pool.map_items(train_arm, arms, on_result=keep, workers=workers)
     order = [_arm_name(lam, norm) for lam, norm in ARMS]
     lines.sort(key=lambda line: order.index(line["arm"]))
-    write_atomic(nets / "arms.csv", pd.DataFrame(lines).to_csv(index=False))
+    write_text(nets / "arms.csv", pd.DataFrame(lines).to_csv(index=False))
     trained = [str(arm.folder) for arm, line in zip(arms, lines, strict=True) if line["test_accuracy"] is not None]
     if not trained:
         raise Diverged(f"no arm could be trained: lower retrain.lr ({training.lr:g})")
@@ -142,8 +141,8 @@ def export(state_folder: Path, folder: Path) -> dict[str, Any]:
     net.load_state_dict(tensors)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    write_atomic(folder / "config.json", json.dumps(net.config.to_dict(), indent=2) + "\n")
-    write_atomic(folder / "loss.csv", (state_folder / LOG).read_text(encoding="utf-8"))
+    write_json(folder / "config.json", net.config.to_dict())
+    write_text(folder / "loss.csv", (state_folder / LOG).read_text(encoding="utf-8"))
     record = {
         "parameters": sum(value.numel() for value in tensors.values()),
         "data": train.source,
@@ -155,7 +154,7 @@ def export(state_folder: Path, folder: Path) -> dict[str, Any]:
         **{name: settings[name] for name in ("batch", "lr", "weight_decay", "warmup", "seed")},
         "sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
     }
-    write_atomic(folder / "training.json", json.dumps(record, indent=2) + "\n")
+    write_json(folder / "training.json", record)
     return record
 
 

@@ -6,19 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lscollapse import plan
-from lscollapse.config import Experiment
+from lscollapse.core.config import Experiment
+from lscollapse.core.progress import SILENT, Progress
+from lscollapse.core.run_folder import RunFolder, read_rows
 from lscollapse.devices import device, worker_devices
 from lscollapse.items import Item, items, measure_item
-from lscollapse.results import RunFolder, read_rows
-from lscollapse.subjects import (
-    SILENT,
-    Progress,
-    Subject,
-    Task,
-    Variants,
-    load_corpus,
-    load_subjects,
-)
+from lscollapse.subjects import Subject, Task, Variants, load_corpus, load_subjects
 
 if TYPE_CHECKING:
     import pandas as pd

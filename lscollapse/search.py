@@ -16,10 +16,11 @@ import numpy as np
 import torch
 
 from lscollapse import forward
-from lscollapse.config import Experiment
+from lscollapse.core.config import Experiment
+from lscollapse.core.progress import SILENT, Progress
 from lscollapse.models.adapter import Edit, HookSet
 from lscollapse.models.s4d import S4DAdapter
-from lscollapse.subjects import SILENT, Progress, Subject, load_subjects
+from lscollapse.subjects import Subject, load_subjects
 from lscollapse.theory import flow
 from lscollapse.theory.arrays import Array, unit_rows
 from lscollapse.variants import Variant

@@ -6,18 +6,18 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lscollapse import corpus as corpora
 from lscollapse import plan
-from lscollapse.assets import cache_folder
-from lscollapse.config import ConfigError, Experiment
+from lscollapse.core import registry
+from lscollapse.core.config import ConfigError, Experiment
+from lscollapse.core.files import cache_folder, read_text
+from lscollapse.core.progress import Progress
 from lscollapse.devices import device, memory, set_threads, worker_devices
-from lscollapse.models import registry
 from lscollapse.tasks import images, pictures
-from lscollapse.texts import read_text
 from lscollapse.token_checks import check_entries, check_ids
 from lscollapse.variants import Variant, check
 
@@ -33,33 +33,6 @@ PROVENANCE = {
     "title": "titles", "page_id": "page_ids", "revision": "revisions", "url": "urls", "licence": "licences",
     "retrieved": "retrieved", "text_sha256": "text_sha256",
 }  # of an excerpt -> in the manifest  # fmt: skip
-
-
-class Progress(Protocol):
-    """What `run` tells while it works; the CLI draws it."""
-
-    def note(self, message: str) -> None: ...
-
-    def start(self, total: float) -> None: ...
-
-    def advance(self, amount: float) -> None: ...
-
-
-@dataclass(frozen=True)
-class Silent:
-    """A Progress that says nothing."""
-
-    def note(self, message: str) -> None:
-        return None
-
-    def start(self, total: float) -> None:
-        return None
-
-    def advance(self, amount: float) -> None:
-        return None
-
-
-SILENT = Silent()
 
 
 @dataclass(frozen=True)
@@ -333,9 +306,9 @@ def load_corpus(config: Experiment, tokenizer: Tokenizer | None) -> Corpus:
     wiki = config.wikipedia
     titles = None
     if wiki.titles:
-        titles = [title.strip() for title in read_text(wiki.titles).split("\n") if title.strip()]
-    options = wiki.model_dump(exclude={"titles", "cache_dir"})
-    settings = corpora.WikiSettings(cache_dir=wiki.cache_dir or cache_folder(config.cache_dir) / "wikipedia", **options)
+        titles = [title.strip() for title in read_text(wiki.titles, corpora.CorpusError).split("\n") if title.strip()]
+    kept = wiki.cache_dir or cache_folder(config.cache_dir) / "wikipedia"
+    settings = wiki.model_copy(update={"cache_dir": kept})
     return corpora.load(config.source, config.excerpts, config.tokens, config.seed, tokenizer, titles, settings)
 
 

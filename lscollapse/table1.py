@@ -6,7 +6,6 @@ lambda mode, the learning rate with the best mean validation accuracy is chosen;
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lscollapse import pool
 from lscollapse.cells import Cell, cells, device_of, test_cell, train_cell
-from lscollapse.config import ConfigError
-from lscollapse.results import RunFolder, read_rows, write_atomic
-from lscollapse.subjects import SILENT, Progress
+from lscollapse.core.config import ConfigError
+from lscollapse.core.files import atomic, write_json, write_text
+from lscollapse.core.progress import SILENT, Progress
+from lscollapse.core.run_folder import RunFolder, read_rows
 from lscollapse.table1_config import Table1
 from lscollapse.tasks import images
 from lscollapse.train import STATE, Diverged
@@ -107,7 +107,7 @@ def train_one(cell: Cell, progress: Progress = SILENT) -> pd.DataFrame:
         raise Diverged(result["note"])
     write_net(cell.folder, result)
     rows = frame([*result["rows"], *test_cell((cell, result["weights"]))["rows"]])
-    write_atomic(cell.folder / "rows.csv", rows.to_csv(index=False, float_format="%.10g"))
+    write_text(cell.folder / "rows.csv", rows.to_csv(index=False, float_format="%.10g"))
     return rows
 
 
@@ -122,10 +122,9 @@ def store(folder: RunFolder, cell: Cell, result: dict[str, Any]) -> None:
 def write_net(folder: Path, result: dict[str, Any]) -> None:
     """What `train_cell` gave, as config.json and model.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / CONFIG, json.dumps(result["config"], indent=2) + "\n")
-    temporary = folder / "model.tmp"
-    temporary.write_bytes(result["weights"])
-    temporary.replace(folder / WEIGHTS)
+    write_json(folder / CONFIG, result["config"])
+    with atomic(folder / WEIGHTS) as temporary:
+        temporary.write_bytes(result["weights"])
 
 
 def choose(folder: RunFolder, every: list[Cell]) -> list[Cell]:

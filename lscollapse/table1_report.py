@@ -23,7 +23,7 @@ from statistics import mean, variance
 from typing import TYPE_CHECKING
 
 from lscollapse.claims import AGREE, DISAGREE
-from lscollapse.results import write_atomic
+from lscollapse.core.files import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -236,7 +236,7 @@ def write(rows: pd.DataFrame, margin: float, folder: Path) -> list[Path]:
         "table1-test.csv": test.to_csv(index=False, float_format="%.6g"),
     }
     for name, text in texts.items():
-        write_atomic(folder / name, text)
+        write_text(folder / name, text)
     return [folder / name for name in texts]
 
 

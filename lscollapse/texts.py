@@ -11,9 +11,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lscollapse import assets
+from lscollapse.core import assets
+from lscollapse.core.config import CC_BY_SA
+from lscollapse.core.files import first_line, read_text
 
-CC_BY_SA = "CC BY-SA 4.0"
 DUMP = "20231101"  # the dump of wikimedia/wikipedia that is streamed
 DUMP_LICENCE = "CC BY-SA 3.0, GFDL"  # as the data set's card states it
 WINDOW = 1000  # rows of a stream that are put into the order of the seed at a time
@@ -57,25 +58,9 @@ def packaged(seed: int) -> Iterator[Text]:
         yield Text(title, articles[title], f"https://en.wikipedia.org/wiki/{title.replace(' ', '_')}", "", CC_BY_SA)
 
 
-def read_text(path: Path, error: type[ValueError] = CorpusError) -> str:
-    """The text of a file that a person gave: UTF-8, with or without a byte order mark, lines ended in any way.
-
-    Args:
-        error: what is raised where it cannot be read, with the file's name in its one line.
-    """
-    if not path.is_file():
-        raise error(f"{path} cannot be read: {'it is no file' if path.exists() else 'there is no such file'}")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as cause:
-        raise error(f"{path} is not UTF-8 text (byte {cause.start}): convert it first") from cause
-    except OSError as cause:
-        raise error(f"{path} cannot be read: {cause.strerror}") from cause
-
-
 def plain_file(path: Path, seed: int) -> Iterator[Text]:
     """Texts of a .txt file, separated by blank lines, drawn by `seed`; titled by file name and place in the file."""
-    blocks = [block.strip() for block in re.split(r"\n\s*\n", read_text(path)) if block.strip()]
+    blocks = [block.strip() for block in re.split(r"\n\s*\n", read_text(path, CorpusError)) if block.strip()]
     titles = {f"{path.stem} {number}": block for number, block in enumerate(blocks, 1)}
     return (Text(title, titles[title]) for title in sampling_order(titles, seed))
 
@@ -96,7 +81,7 @@ def jsonl_file(path: Path, seed: int) -> Iterator[Text]:
 
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number from 1, object) of every line of a .jsonl file that is not blank, each looked at when it is asked for."""
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path, CorpusError).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -143,11 +128,6 @@ def parquet_stream(path: Path | None, seed: int, language: str = "en") -> Iterat
 def _in_windows(rows: Iterator[dict[str, Any]], seed: int) -> Iterator[dict[str, Any]]:
     while window := {str(number): row for number, row in enumerate(islice(rows, WINDOW))}:
         yield from (window[number] for number in sampling_order(window, seed))
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def _from_row(row: dict[str, Any], **defaults: str) -> Text:

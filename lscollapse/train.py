@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -23,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lscollapse.results import differences, write_atomic
-from lscollapse.subjects import SILENT, Progress
+from lscollapse.core.files import atomic, changes, write_json, write_text
+from lscollapse.core.progress import SILENT, Progress
 
 STATE, LOG, RECORD = "state.pt", "log.csv", "diverged.json"
 EVALUATED_AT_ONCE = 256  # examples
@@ -225,7 +224,7 @@ def _train(
         loss, norm = _step(net, optimizer, (ids, labels, at), settings, state.step, device)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             record = {"step": state.step + 1, "loss": str(loss), "gradient_norm": str(norm), "lr": settings.lr}
-            write_atomic(folder / RECORD, json.dumps(record, indent=2) + "\n")
+            write_json(folder / RECORD, record)
             raise Diverged(_diverged(record, folder))
         state.step += 1
         state.losses.append(loss)
@@ -236,7 +235,7 @@ def _train(
             _report(net, data, settings, state, progress, device, writer)
         if state.step % settings.save_every == 0 or last or time.monotonic() - saved >= settings.save_seconds:
             state.seconds = time.monotonic() - began
-            write_atomic(folder / LOG, "\n".join(state.log) + "\n")
+            write_text(folder / LOG, "\n".join(state.log) + "\n")
             _save({"identity": identity, "net": net.state_dict(), "optimizer": optimizer.state_dict(), **asdict(state)},
                   folder / STATE)  # fmt: skip
             saved = time.monotonic()
@@ -303,7 +302,7 @@ def _continued(
         return _State()
     held = torch.load(file, map_location=device, weights_only=True)
     plain = json.loads(json.dumps(identity))
-    different = differences(json.loads(json.dumps(held.pop("identity"))), plain)
+    different = changes(json.loads(json.dumps(held.pop("identity"))), plain)
     if different:
         raise TrainingError(f"{folder} was trained otherwise ({'; '.join(different[:4])}): give a new folder")
     net.load_state_dict(held.pop("net"))
@@ -312,13 +311,8 @@ def _continued(
 
 
 def _save(state: dict[str, Any], path: Path) -> None:
-    """Whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as handle:
-        torch.save(state, handle)
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.replace(path)
+    with atomic(path) as temporary:
+        torch.save(state, temporary)
 
 
 def _diverged(record: dict[str, Any], folder: Path) -> str:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from lscollapse.core.config import WikipediaSection
 from lscollapse.mediawiki import Cache, Transport
-from lscollapse.texts import CC_BY_SA, CorpusError, Text
+from lscollapse.texts import CorpusError, Text
 
 DRAWN_PER_EXCERPT = 200  # random articles looked at, at most, for each excerpt asked for
 BATCH = 20  # random titles a request
@@ -29,25 +28,6 @@ QUERY = {
 }
 
 
-@dataclass(frozen=True)
-class WikiSettings:
-    """How to reach Wikipedia.
-
-    `contact` (an e-mail address or a web page) goes into the User-Agent; Wikipedia asks for it. `endpoint` is the URL
-    of another MediaWiki's api.php (a mirror, a private wiki), `licence` that of its texts. `cache_dir` keeps every
-    answer and every random draw of a seed, so that the same command asks for nothing twice; delete it for fresh
-    articles. `retry_wait` (seconds) doubles with each of `max_retries`, unless the server says how long to wait.
-    """
-
-    language: str = "en"
-    contact: str = ""
-    endpoint: str | None = None
-    cache_dir: str | Path | None = None
-    max_retries: int = 5
-    retry_wait: float = 1.0
-    licence: str = CC_BY_SA
-
-
 class Articles:
     """An iterator over the texts of articles, to be used as a context manager.
 
@@ -58,7 +38,7 @@ class Articles:
         CorpusError: the settings are wrong, or the wiki cannot be reached or goes on failing.
     """
 
-    def __init__(self, settings: WikiSettings, seed: int, titles: list[str] | None, limit: int) -> None:
+    def __init__(self, settings: WikipediaSection, seed: int, titles: list[str] | None, limit: int) -> None:
         """`titles`: the articles to take; None draws at most `limit` random ones, kept in the cache for `seed`."""
         import wikipediaapi
 
@@ -167,7 +147,7 @@ def user_agent(contact: str) -> str:
     return f"lscollapse/{version} ({contact or 'no contact given'})"
 
 
-def _check(settings: WikiSettings) -> None:
+def _check(settings: WikipediaSection) -> None:
     """One line for settings that cannot work.
 
     Raises:

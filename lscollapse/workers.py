@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lscollapse.config import Experiment
+from lscollapse.core.config import Experiment
+from lscollapse.core.progress import SILENT, Progress
+from lscollapse.core.run_folder import RunFolder
 from lscollapse.items import Item, measure_item
 from lscollapse.pool import WorkerError, begin, in_processes
-from lscollapse.results import RunFolder
-from lscollapse.subjects import SILENT, Progress, load_adapter
+from lscollapse.subjects import load_adapter
 
 if TYPE_CHECKING:
     import pandas as pd

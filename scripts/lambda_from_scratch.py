@@ -21,7 +21,8 @@ import torch
 from tiny_mamba2 import SEQ_LEN, TinyMamba2, initial_embedding
 from train_tiny_mamba2 import article_ids, batches, held_out_loss, learning_rate, optimizer_of, set_rates, update_of
 
-from lscollapse import allocation, measures
+from lscollapse import measures
+from lscollapse.core import allocation
 
 ARMS = ("1", "2", "0.5", "4", "-1", "learnt from 1", "learnt from -1", "-2", "0")
 

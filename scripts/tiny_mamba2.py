@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lscollapse import assets
+from lscollapse.core import assets
 
 SHAPE = {
     "hidden_size": 128,

@@ -14,7 +14,8 @@ import argparse
 import json
 from pathlib import Path
 
-from lscollapse import allocation, config, console, retrain
+from lscollapse import console, retrain
+from lscollapse.core import allocation, config
 
 
 def main() -> None:

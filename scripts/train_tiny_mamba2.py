@@ -30,7 +30,8 @@ from safetensors.torch import save_file
 from tiny_mamba2 import SEQ_LEN, SHAPE, TinyMamba2, initial_embedding
 from torch import Tensor, nn
 
-from lscollapse import allocation, corpus
+from lscollapse import corpus
+from lscollapse.core import allocation
 
 SEP = 102  # BERT's [SEP] between articles
 LAMBDA_RATE = 0.01  # of the learning rate: one lambda turns a whole layer, and jumps about at the rate of the matrices

@@ -36,7 +36,7 @@ def test_freed_blocks_are_used_again() -> None:
 
 
 def test_other_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lscollapse import allocation
+    from lscollapse.core import allocation
 
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     assert allocation.keep_freed_memory() is False

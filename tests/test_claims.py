@@ -16,8 +16,8 @@ import pytest
 
 from lscollapse import claims, claims_runs, claims_table1, claims_theory, cli_look, cli_paper, experiments
 from lscollapse.claims import AGREE, DISAGREE, NOT_MEASURED
-from lscollapse.config import Experiment
-from lscollapse.results import RunFolderError
+from lscollapse.core.config import Experiment
+from lscollapse.core.run_folder import RunFolderError
 from lscollapse.theory import verify
 from tests.equivalence import tiny
 

@@ -21,10 +21,12 @@ from typing import Any
 
 import pytest
 
-from lscollapse import cluster, config, experiments, items, table1, table1_config, workers
-from lscollapse.config import ConfigError, Experiment
-from lscollapse.results import read_manifest
-from lscollapse.subjects import SILENT, load_subjects
+from lscollapse import cluster, experiments, items, table1, table1_config, workers
+from lscollapse.core import config
+from lscollapse.core.config import ConfigError, Experiment
+from lscollapse.core.progress import SILENT
+from lscollapse.core.run_folder import read_manifest
+from lscollapse.subjects import load_subjects
 
 os.environ["RAY_AUTH_MODE"] = "token"  # read when Ray is imported
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

@@ -13,8 +13,8 @@ import pytest
 import typer
 
 from lscollapse import cli_look, compare, experiments
-from lscollapse.config import Experiment
-from lscollapse.results import RunFolderError
+from lscollapse.core.config import Experiment
+from lscollapse.core.run_folder import RunFolderError
 from tests.equivalence import tiny
 
 EXCERPTS, TOKENS = 5, 7

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lscollapse.config import ConfigError, load, parse_lambdas
-from lscollapse.models import registry
+from lscollapse.core import registry
+from lscollapse.core.config import ConfigError, load, parse_lambdas
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lscollapse import assets, corpus
+from lscollapse import corpus
+from lscollapse.core import assets
 from lscollapse.corpus import Corpus, CorpusError, Tokenizer
 
 SENTENCES = [

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import logging
 
-from lscollapse.models.registry import ENTRIES
+from lscollapse.core.registry import ENTRIES
 from tests.equivalence import tiny
 
 ROOT = Path(__file__).parents[1]

@@ -15,8 +15,9 @@ import torch
 from transformers import BambaConfig, BambaForCausalLM
 
 from lscollapse import experiments, measuring, search
-from lscollapse.config import ConfigError, Experiment
-from lscollapse.results import COLUMNS, RunFolderError
+from lscollapse.core.config import ConfigError, Experiment
+from lscollapse.core.run_folder import RunFolderError
+from lscollapse.core.table import COLUMNS
 from tests.equivalence import plain_models, tiny
 from tests.equivalence.compare import assert_rows_match
 

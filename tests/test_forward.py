@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import lscollapse
-from lscollapse import Variant, assets
+from lscollapse import Variant
+from lscollapse.core import assets, registry
 from lscollapse.measures import MEASURES
-from lscollapse.models import checkpoint, registry
+from lscollapse.models import checkpoint
 from tests.equivalence import plain_decoders, plain_models, tiny
 from tests.equivalence.compare import assert_rows_match, by_layer
 

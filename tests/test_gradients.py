@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import BertLMHeadModel
 
 from lscollapse import Variant
-from lscollapse.config import ConfigError
+from lscollapse.core.config import ConfigError
 from lscollapse.gradients import grad_norm
 from lscollapse.models import UnsupportedModel, checkpoint
 from lscollapse.models.streamed import StreamedMamba2

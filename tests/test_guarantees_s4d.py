@@ -13,8 +13,9 @@ import pytest
 from scipy.signal import cont2discrete
 
 from lscollapse import cli, console_theory, guarantees, guarantees_s4d, search
-from lscollapse.config import Experiment
-from lscollapse.models import adapt, registry
+from lscollapse.core import registry
+from lscollapse.core.config import Experiment
+from lscollapse.models import adapt
 from lscollapse.nets.s4d import S4D, S4DConfig
 from lscollapse.subjects import Subject
 from lscollapse.variants import Variant

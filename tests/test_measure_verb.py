@@ -23,10 +23,10 @@ from typer.testing import CliRunner
 
 from lscollapse import figures, measuring
 from lscollapse.cli_measure import measure
-from lscollapse.config import Experiment
+from lscollapse.core.config import Experiment
+from lscollapse.core.run_folder import read_manifest, read_rows
 from lscollapse.models import checkpoint
 from lscollapse.models.tensors import CheckpointError
-from lscollapse.results import read_manifest, read_rows
 from lscollapse.tasks import pictures
 from lscollapse.tasks.images import pixel_ids
 from tests.equivalence import plain_models

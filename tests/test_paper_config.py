@@ -22,7 +22,7 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AlbertConfig, AlbertForMaskedLM
 
-from lscollapse import assets
+from lscollapse.core import assets
 from tests.models.layouts import ORIGINAL_CONFIG, original_state, write_original
 from tests.servers.hub import HubServer
 from tests.servers.mediawiki import MediaWikiServer, Page

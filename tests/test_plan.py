@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lscollapse import config, plan
+from lscollapse import plan
+from lscollapse.core import config
 from lscollapse.models.mamba2_native import Mamba2Shape
 
 SHAPE_27B = Mamba2Shape(2560, 80, 64, 128)

@@ -32,7 +32,7 @@ from transformers import (
 
 import lscollapse
 from lscollapse import Variant, certify, experiments, quality
-from lscollapse.config import ConfigError, Experiment
+from lscollapse.core.config import ConfigError, Experiment
 from lscollapse.models import UnsupportedModel, adapt, checkpoint
 from lscollapse.quality import QualityError, lm_loss
 from tests.equivalence import plain_models, tiny

@@ -10,7 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lscollapse.results import COLUMNS, RunFolder, RunFolderError, differences, read_manifest, read_rows
+from lscollapse.core.files import differences
+from lscollapse.core.run_folder import RunFolder, RunFolderError, read_manifest, read_rows
+from lscollapse.core.table import COLUMNS
 
 IDENTITY = {"experiment": "sweep-lambda", "config": {"lambdas": [0.0, 1.0], "seed": 0}, "subjects": [{"model": "a"}]}
 ITEMS = ["00-00000", "00-00008", "01-00000"]  # two tiles of excerpts of one model, one of another

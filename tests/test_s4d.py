@@ -17,7 +17,7 @@ from scipy.signal import cont2discrete
 
 import lscollapse
 from lscollapse import claims, experiments, figures, retrain
-from lscollapse.config import ConfigError, Experiment, S4DTraining, load
+from lscollapse.core.config import ConfigError, Experiment, S4DTraining, load
 from lscollapse.forward import measure
 from lscollapse.identity import differences
 from lscollapse.models import adapt, checkpoint

@@ -12,10 +12,11 @@ import pytest
 import torch
 import transformers
 
-from lscollapse import assets, console_theory, gains, search
-from lscollapse.config import Experiment
+from lscollapse import console_theory, gains, search
 from lscollapse.console_theory import sentence
-from lscollapse.models import adapt, registry
+from lscollapse.core import assets, registry
+from lscollapse.core.config import Experiment
+from lscollapse.models import adapt
 from lscollapse.search import Found
 from lscollapse.subjects import Subject
 from tests.equivalence import plain_models, tiny

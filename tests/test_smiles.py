@@ -8,7 +8,8 @@ from collections import Counter
 
 import pytest
 
-from lscollapse import assets, corpus, smiles
+from lscollapse import corpus, smiles
+from lscollapse.core import assets
 
 SAMPLE = list(smiles.reactions(400, seed=11))
 ORGANIC = {"B", "C", "N", "O", "P", "S", "F", "Cl", "Br", "I", "b", "c", "n", "o", "p", "s"}

@@ -18,8 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lscollapse import experiments, plan
-from lscollapse.config import Experiment
-from lscollapse.models import checkpoint, registry
+from lscollapse.core import registry
+from lscollapse.core.config import Experiment
+from lscollapse.models import checkpoint
 from lscollapse.models.mamba2 import Mamba2Adapter
 from lscollapse.models.streamed import StreamedMamba2
 from lscollapse.models.tensors import CheckpointError
@@ -36,7 +37,7 @@ registry.ENTRIES["a-mamba2"] = registry.Entry("a-mamba2", "mamba2", "folder", fo
 RUN = """
 from pathlib import Path
 from lscollapse import experiments
-from lscollapse.config import Experiment
+from lscollapse.core.config import Experiment
 
 class Killed:
     def __init__(self, passes): self.left = passes

@@ -17,9 +17,9 @@ from scipy import stats
 from typer.testing import CliRunner
 
 from lscollapse import cells, cli_train, figures_table1, table1, table1_report
-from lscollapse.config import ConfigError, load
+from lscollapse.core.config import ConfigError, load
+from lscollapse.core.run_folder import RunFolderError
 from lscollapse.nets.block import Net, NetConfig
-from lscollapse.results import RunFolderError
 from lscollapse.table1_config import Table1
 from lscollapse.tasks import images, mqar
 from lscollapse.train import Diverged

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from lscollapse import config, corpus, experiments, measuring, subjects
-from lscollapse.config import Experiment
-from lscollapse.texts import read_text
+from lscollapse import corpus, experiments, measuring, subjects
+from lscollapse.core import config
+from lscollapse.core.config import Experiment
+from lscollapse.core.files import read_text
 from tests.servers.mediawiki import MediaWikiServer, Page
 
 BOM = b"\xef\xbb\xbf"

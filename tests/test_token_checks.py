@@ -14,8 +14,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from lscollapse import assets, corpus, experiments, subjects
-from lscollapse.config import Experiment
+from lscollapse import corpus, experiments, subjects
+from lscollapse.core import assets
+from lscollapse.core.config import Experiment
 from lscollapse.corpus import Corpus, CorpusError, Excerpt, Tokenizer
 from lscollapse.models.tensors import CheckpointError
 from tests.models.layouts import VOCAB, write_hf

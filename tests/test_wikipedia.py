@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from lscollapse import corpus
-from lscollapse.corpus import CorpusError, WikiSettings
+from lscollapse.core.config import WikipediaSection
+from lscollapse.corpus import CorpusError
 from tests.servers.mediawiki import MediaWikiServer, Page
 
 ENGLISH = "The lighthouse keeper wrote down the weather every evening before the lamp was lit."
@@ -43,8 +44,8 @@ def wiki() -> Iterator[MediaWikiServer]:
         yield server
 
 
-def settings(wiki: MediaWikiServer, **options: object) -> WikiSettings:
-    return WikiSettings(contact="keeper@example.org", endpoint=wiki.endpoint, retry_wait=0, **options)  # type: ignore[arg-type]
+def settings(wiki: MediaWikiServer, **options: object) -> WikipediaSection:
+    return WikipediaSection(contact="keeper@example.org", endpoint=wiki.endpoint, retry_wait=0, **options)  # type: ignore[arg-type]
 
 
 def load(
@@ -165,7 +166,7 @@ def test_what_does_not_pass_is_not_retried(wiki: MediaWikiServer, fault: str, li
 def test_retry_after_comes_before_the_growing_wait(wiki: MediaWikiServer, when: str) -> None:
     """With a base wait of a day the test would not end if the header were not obeyed."""
     wiki.faults, wiki.retry_after = ["429", "503", "maxlag"], when
-    patient = WikiSettings(contact="keeper@example.org", endpoint=wiki.endpoint, retry_wait=86400)
+    patient = WikipediaSection(contact="keeper@example.org", endpoint=wiki.endpoint, retry_wait=86400)
     assert corpus.load("wikipedia", 1, 8, titles=["Lighthouse"], wiki=patient).excerpts
 
 
@@ -245,7 +246,7 @@ def test_faults_are_not_cached(wiki: MediaWikiServer, tmp_path: Path) -> None:
 )
 def test_settings_that_cannot_work(options: dict[str, object], line: str) -> None:
     with pytest.raises(CorpusError, match=line):
-        corpus.load("wikipedia", 1, 8, titles=["X"], wiki=WikiSettings(**options))  # type: ignore[arg-type]
+        corpus.load("wikipedia", 1, 8, titles=["X"], wiki=WikipediaSection(**options))  # type: ignore[arg-type]
 
 
 def test_a_title_is_one_title(wiki: MediaWikiServer) -> None:
@@ -255,7 +256,7 @@ def test_a_title_is_one_title(wiki: MediaWikiServer) -> None:
 
 
 def test_a_password_in_the_endpoint_is_not_recorded(wiki: MediaWikiServer, tmp_path: Path) -> None:
-    private = WikiSettings(endpoint=wiki.endpoint.replace("//", "//user:secret@"), cache_dir=tmp_path)
+    private = WikipediaSection(endpoint=wiki.endpoint.replace("//", "//user:secret@"), cache_dir=tmp_path)
     found = corpus.load("wikipedia", 1, 8, titles=["Lighthouse"], wiki=private)
     corpus.freeze(found, tmp_path / "frozen.jsonl")
     assert not any("secret" in path.read_text() for path in tmp_path.iterdir())

@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 
 from lscollapse import devices, experiments, forward, items, kernels, plan, workers
-from lscollapse.config import ConfigError, Experiment
+from lscollapse.core.config import ConfigError, Experiment
+from lscollapse.core.progress import SILENT
+from lscollapse.core.run_folder import RunFolder
+from lscollapse.core.table import ORDER
 from lscollapse.models import checkpoint
 from lscollapse.models.mamba2 import Mamba2Adapter
 from lscollapse.models.mamba2_gpu import GpuBlock
 from lscollapse.models.mamba2_native import Mamba2Shape, NativeBlock
 from lscollapse.models.streamed import StreamedMamba2
-from lscollapse.results import ORDER, RunFolder
-from lscollapse.subjects import SILENT, load_subjects
+from lscollapse.subjects import load_subjects
 from lscollapse.variants import Variant
 from tests.equivalence import plain_models, tiny
 from tests.equivalence.compare import assert_rows_match

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from lscollapse.models.hub import PICTURES
+from lscollapse.core.files import first_line
+from lscollapse.core.hub import PICTURES
 from lscollapse.models.tensors import (
     CheckpointError,
     is_old_buffer,
@@ -20,7 +21,6 @@ from lscollapse.models.tensors import (
     refuse_misfits,
     refuse_values,
 )
-from lscollapse.texts import first_line
 
 
 def config(raw: Mapping[str, Any], where: str) -> Any:

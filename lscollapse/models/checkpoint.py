@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lscollapse.models import auto, hub, mamba_ssm, registry
+from lscollapse.core import hub, registry
+from lscollapse.core.registry import Entry
+from lscollapse.models import auto, mamba_ssm
 from lscollapse.models.adapter import token_embedding
-from lscollapse.models.registry import Entry
 from lscollapse.models.tensors import (
     CheckpointError,
     base_tensors,

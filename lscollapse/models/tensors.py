@@ -17,9 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lscollapse.assets import cache_folder
-from lscollapse.models.hub import sha256_file
-from lscollapse.texts import first_line, read_text
+from lscollapse.core.files import cache_folder, first_line, read_text, sha256_file
 
 # At the top of a model: heads and poolers.
 _HEADS = re.compile(r"(lm_head|predictions|cls|classifier|sop_classifier|qa_outputs|pooler)\.")

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from lscollapse.core.files import first_line
 from lscollapse.models.adapter import UnsupportedModel
-from lscollapse.texts import first_line
 
 ROUNDING = 64  # times the dtype's spacing: how far what is computed again may be off, relative to its norm
 LARGEST_ROUNDING = 2.0**-5  # the same at most, in dtypes of few digits

@@ -15,8 +15,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lscollapse import results
-from lscollapse.texts import first_line
+from lscollapse.core import run_folder
+from lscollapse.core.files import first_line, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,7 +68,7 @@ def write(runs: Sequence[Path], out: Path) -> Path:
         raise ReportError("a report needs the folder of at least one run")
     text = page(runs)
     out.parent.mkdir(parents=True, exist_ok=True)
-    results.write_atomic(out, text)
+    write_text(out, text)
     return out
 
 
@@ -119,7 +119,7 @@ def _names(folders: Sequence[Path]) -> dict[Path, str]:
 
 
 def _run(path: Path, name: str) -> Run:
-    return Run(name, results.read_rows(path), results.read_manifest(path))
+    return Run(name, run_folder.read_rows(path), run_folder.read_manifest(path))
 
 
 def _bounds(path: Path, name: str) -> Bounds:

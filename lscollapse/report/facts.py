@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from lscollapse import claims, claims_runs, table1_report
+from lscollapse.core.table import reads_pixels
 from lscollapse.drawing import ends_with, number
 from lscollapse.figures import disagreement, embedded_note, groups_of, summarise
-from lscollapse.tasks.images import reads_pixels
 
 if TYPE_CHECKING:
     from lscollapse.report import Bounds, Run

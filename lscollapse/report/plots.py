@@ -18,8 +18,8 @@ import numpy as np
 import pandas as pd
 
 from lscollapse import claims, drawing
+from lscollapse.core.table import reads_pixels
 from lscollapse.figures import KEYS, NEEDED, NORMS, SITES, describe, gate_word, groups_of, nets_note, summarise
-from lscollapse.tasks.images import reads_pixels
 
 if TYPE_CHECKING:
     from lscollapse.report import Bounds, Run

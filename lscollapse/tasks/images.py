@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lscollapse.core.files import first_line
+from lscollapse.core.table import PIXELS
 from lscollapse.corpus import Corpus, CorpusError, Excerpt
-from lscollapse.texts import first_line
 
 if TYPE_CHECKING:
-    import pandas as pd
     from torch import Tensor
 
 DIGITS_SOURCE = "handwritten digits (scikit-learn load_digits)"
@@ -35,7 +35,6 @@ TAKEN = {
     10_000: 7_850,
 }  # of CIFAR-10's training and test images: what the paper's counts leave room for
 VALIDATION = 0.12  # of the training images taken: 4,800 of 40,000
-PIXELS = "pixels"  # stands in the table where a text has its tokenizer
 
 
 @dataclass(frozen=True)
@@ -159,11 +158,6 @@ def excerpts(source: str, model: Any, n_images: int, seed: int) -> Corpus:
         0,
         source,
     )
-
-
-def reads_pixels(rows: pd.DataFrame) -> bool:
-    """Whether every row of a table was measured on images."""
-    return "tokenizer" in rows and set(rows["tokenizer"]) == {PIXELS}
 
 
 def digits(split: str) -> Images:

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from lscollapse.core.files import first_line
 from lscollapse.corpus import SOURCES, Corpus, CorpusError, Excerpt
 from lscollapse.tasks import images
-from lscollapse.texts import first_line
 
 
 def excerpts(source: str, size: tuple[int, int], n_pictures: int, seed: int) -> Corpus:

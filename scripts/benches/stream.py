@@ -55,7 +55,7 @@ def write_checkpoint(folder: Path) -> int:
 
 def section_stream(args: argparse.Namespace) -> dict[str, Any]:
     """The gate-off arms of the default sweep on a streamed 2.7B, in a process of its own."""
-    from lscollapse.models.registry import ENTRIES
+    from lscollapse.core.registry import ENTRIES
 
     entry = ENTRIES["mamba2-2.7b"]
     with tempfile.TemporaryDirectory(prefix="bench-2.7b-") as name:
@@ -90,8 +90,9 @@ class Said:
 
 def side_streamed(args: argparse.Namespace) -> dict[str, Any]:
     """The sweep as the command line runs it, without its tables and figures."""
-    from lscollapse import allocation, experiments
-    from lscollapse.config import Experiment
+    from lscollapse import experiments
+    from lscollapse.core import allocation
+    from lscollapse.core.config import Experiment
 
     allocation.keep_freed_memory()
     config = Experiment(

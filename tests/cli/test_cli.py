@@ -13,9 +13,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lscollapse import assets, cli, config, experiments
-from lscollapse.models import registry
-from lscollapse.results import read_rows
+from lscollapse import cli, experiments
+from lscollapse.core import assets, config, registry
+from lscollapse.core.run_folder import read_rows
 
 HEAVY = ("torch", "pandas", "transformers", "matplotlib", "pyarrow", "scipy", "datasets", "tokenizers", "numpy")
 DEADLINE = 120.0

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lscollapse import assets
+from lscollapse.core import assets
+from lscollapse.core.registry import ENTRIES
 from lscollapse.models import checkpoint
 from lscollapse.models.checkpoint import CheckpointError
-from lscollapse.models.registry import ENTRIES
 from tests.models.layouts import D_MODEL, N_LAYER, PADDED, hf_state, original_state, write_hf, write_original
 from tests.models.test_registry import SIZES, mamba2_parameters
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from lscollapse.models import checkpoint, hub
-from lscollapse.models.hub import HubError
+from lscollapse.core import hub
+from lscollapse.core.hub import HubError
+from lscollapse.models import checkpoint
 from tests.models.layouts import hf_state, write_hf, write_original
 from tests.servers.hub import HubServer
 

@@ -4,8 +4,8 @@ import sys
 import pytest
 
 from lscollapse import corpus
+from lscollapse.core.registry import ENTRIES, ModelNameError, embedded_files, resolve
 from lscollapse.corpus import CorpusError
-from lscollapse.models.registry import ENTRIES, ModelNameError, embedded_files, resolve
 
 
 def mamba2_parameters(d, n_layer, vocab=50288, state=128, head=64, conv=4, expand=2, groups=1):

@@ -6,12 +6,12 @@ metadata (`importlib.util.find_spec` of a top-level package does not execute it)
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import os
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
+
+from lscollapse.core.files import sha256_file
 
 
 class AssetError(ValueError):
@@ -46,17 +46,6 @@ SMILES_WEIGHTS = Asset(
 SMILES_VOCAB = Asset(
     "rxnmapper", f"{_RXN}/vocab.txt", "399868a653e85549ce150af4a1f6cd2776240c6a3d951ced2120565f00f027fd"
 )
-
-
-def cache_folder(cache_dir: str | Path | None) -> Path:
-    """Where the package keeps what it made: `cache_dir`, else LSCOLLAPSE_CACHE, else ~/.cache/lscollapse."""
-    return Path(cache_dir or os.environ.get("LSCOLLAPSE_CACHE") or Path.home() / ".cache" / "lscollapse").expanduser()
-
-
-def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file, read in blocks."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 @cache

@@ -18,16 +18,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lscollapse.core.files import PARTIAL, changes, write_json, write_parquet, write_text
+from lscollapse.core.table import COLUMNS, ORDER
+
 if TYPE_CHECKING:
     import pandas as pd
 
-COLUMNS = (
-    "model", "revision", "checkpoint_sha256", "init", "text", "tokenizer", "arm", "lam", "gating", "layernorm", "skip_site",
-    "norm_site", "dtype", "backend", "seed", "excerpt", "n_tokens", "layer", "measure", "value", "log10", "status", "bound",
-    "floor",
-)  # fmt: skip
-ORDER = ("subject", "variant", "layer", "measure", "excerpt")  # of the rows, whatever the work items were
-LEFT_BEFORE = ("manifest.json.tmp", "nets")  # by a kill at that very moment; nets that were trained for the run
+NETS = "nets"  # that were trained for the run lie there before it begins
 RECORDED_PACKAGES = (
     "lscollapse",
     "torch",
@@ -70,11 +67,12 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             if manifest.exists():
                 return
-            if any(entry.name not in LEFT_BEFORE for entry in path.iterdir()):
+            # A kill may have left a manifest that is not whole.
+            if any(entry.name != NETS and not entry.name.endswith(PARTIAL) for entry in path.iterdir()):
                 raise RunFolderError(
                     f"{path} is not empty and not a run folder: give an empty or new folder with --out"
                 )
-            write_atomic(manifest, _json({"complete": False, "identity": self.identity}))
+            write_json(manifest, {"complete": False, "identity": self.identity})
         except OSError as error:
             raise RunFolderError(
                 f"cannot write the run folder {path} ({error.strerror}): choose another with --out"
@@ -91,7 +89,7 @@ class RunFolder:
     def add(self, item: str, rows: pd.DataFrame) -> None:
         """Store one work item's rows, whole or not at all."""
         self.parts.mkdir(exist_ok=True)
-        write_parquet(rows, self.parts / f"{item}.parquet")
+        write_parquet(self.parts / f"{item}.parquet", rows)
 
     def finish(self, items: list[str], facts: dict[str, Any]) -> pd.DataFrame:
         """Join the items' rows into rows.parquet and rows.csv and complete the manifest with `facts`."""
@@ -100,16 +98,16 @@ class RunFolder:
         rows = pd.concat([pd.read_parquet(self.parts / f"{item}.parquet") for item in items], ignore_index=True)
         rows = rows.sort_values(list(self.order), kind="stable", key=_rank).reset_index(drop=True)
         rows = rows[list(self.columns)]
-        write_parquet(rows, self.path / "rows.parquet")
-        write_atomic(self.path / "rows.csv", rows.to_csv(index=False, float_format="%.10g"))
+        write_parquet(self.path / "rows.parquet", rows)
+        write_text(self.path / "rows.csv", rows.to_csv(index=False, float_format="%.10g"))
         record = {"complete": True, "identity": self.identity, **environment(), **facts}
         record["wall_seconds"] = round(time.monotonic() - self._began, 1)
-        write_atomic(self.path / "manifest.json", _json(record))
+        write_json(self.path / "manifest.json", record)
         shutil.rmtree(self.parts)
         return rows
 
     def _refuse_other(self, manifest: dict[str, Any]) -> None:
-        different = differences(manifest.get("identity", {}), self.identity)
+        different = changes(manifest.get("identity", {}), self.identity)
         if different:
             raise RunFolderError(
                 f"{self.path} holds a run of another configuration ({'; '.join(different[:4])}):"
@@ -139,14 +137,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise RunFolderError(f"{path}/manifest.json is missing or unreadable: not a run folder") from None
 
 
-def differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """What differs between two JSON values, as "key: old, now new"."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*old, *(key for key in new if key not in old)]
-        return [line for key in keys for line in differences(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))]
-    return [] if old == new else [f"{where}: {_short(old)}, now {_short(new)}"]
-
-
 def environment() -> dict[str, Any]:
     """Versions, machine and code state for the manifest. No paths, host names or environment variables."""
     versions: dict[str, str | None] = {}
@@ -165,25 +155,6 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write_parquet(rows: pd.DataFrame, path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    rows.to_parquet(temporary, compression="zstd", index=False)
-    _commit(temporary, path)
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a text file so that it is there whole or not at all."""
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _commit(temporary, path)
-
-
-def _commit(temporary: Path, path: Path) -> None:
-    with temporary.open("rb") as handle:
-        os.fsync(handle.fileno())
-    temporary.replace(path)
-
-
 def _git_state() -> dict[str, Any] | None:
     def git(*arguments: str) -> str:
         folder = Path(__file__).parent
@@ -195,12 +166,3 @@ def _git_state() -> dict[str, Any] | None:
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=2) + "\n"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lscollapse import assets
+from lscollapse.core import assets
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -207,7 +207,7 @@ def embedded_files(entry: Entry) -> tuple[Path, Path]:
         return assets.locate(assets.MINILM_CONFIG), assets.locate(assets.MINILM_WEIGHTS)
     if entry.name == "albert-smiles":
         return assets.locate(assets.SMILES_CONFIG), assets.locate(assets.SMILES_WEIGHTS)
-    folder = Path(__file__).parent / "weights" / entry.name
+    folder = Path(__file__).parents[1] / "models" / "weights" / entry.name
     files = folder / "config.json", folder / "model.safetensors"
     if not all(file.is_file() for file in files):
         raise assets.AssetError(f"the weights of {entry.name} are missing from the installed package: install it again")

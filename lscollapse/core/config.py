@@ -13,10 +13,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from lscollapse.texts import CC_BY_SA, read_text
+from lscollapse.core.files import read_text
 
 EMBEDDED_MODELS = ["mamba2-tiny", "minilm-l6", "albert-smiles"]
 DEFAULT_LAMBDAS = [-8.0, -4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0]
+
+
+CC_BY_SA = "CC BY-SA 4.0"
 
 
 class ConfigError(ValueError):
@@ -43,8 +46,11 @@ Schema = TypeVar("Schema", bound=Section)
 
 
 class WikipediaSection(Section):
-    """Settings of the `wikipedia` source; `titles` is a file with one title a line, the others are WikiSettings'.
+    """How to reach Wikipedia, the source `wikipedia`; `titles` is a file with one title a line.
 
+    `contact` (an e-mail address or a web page) goes into the User-Agent; Wikipedia asks for it. `endpoint` is the URL
+    of another MediaWiki's api.php (a mirror, a private wiki), `licence` that of its texts. `retry_wait` (seconds) doubles
+    with each of `max_retries`, unless the server says how long to wait.
     Articles and the random draw of a seed are kept in `cache_dir`, by default `wikipedia` in the run's `cache_dir` or
     in LSCOLLAPSE_CACHE (~/.cache/lscollapse): every model of a run and a run that is continued read the same texts.
     """
@@ -188,7 +194,7 @@ def load(
 
 def shipped(name: str) -> Path:
     """A file of configs/: in the installed package, or beside it in a checkout."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     return next(root / "configs" / name for root in (here, here.parent) if (root / "configs" / name).is_file())
 
 

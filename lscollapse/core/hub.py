@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from lscollapse import assets
+from lscollapse.core.files import sha256_file
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
@@ -33,8 +33,6 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 PICTURES = "preprocessor_config.json"  # how a vision model's pictures are normalised
 
-_digests: dict[tuple[int, int, int, int], str] = {}
-
 
 class HubError(ValueError):
     """Files of a hub repository could not be had, with what to do about it."""
@@ -47,15 +45,6 @@ def weights_files(names: Collection[str]) -> list[str]:
     if INDEX in names:
         return [INDEX, *sorted(name for name in names if _SHARD.fullmatch(name))]
     return [name for name in ("pytorch_model.bin",) if name in names]
-
-
-def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file; computed once per process as long as the file does not change."""
-    stat = path.stat()
-    key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-    if key not in _digests:
-        _digests[key] = assets.sha256_file(path)
-    return _digests[key]
 
 
 def fetch(

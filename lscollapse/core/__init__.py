@@ -1,0 +1,1 @@
+"""What every room stands on: configuration, run folders, files, the hub, the registry of models."""

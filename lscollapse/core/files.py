@@ -1,0 +1,93 @@
+"""Files: read from a person, written whole or not at all, told apart by their sha256."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PARTIAL = ".partial"  # how the name of a file ends that is not whole yet
+_digests: dict[tuple[int, int, int, int], str] = {}  # by what changes when a file does
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to; at the end of the block the file is on the disk under `path`, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    try:
+        yield temporary
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_parquet(path: Path, rows: pd.DataFrame) -> None:
+    with atomic(path) as temporary:
+        rows.to_parquet(temporary, compression="zstd", index=False)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_json(path, value)
+
+
+def read_text(path: Path, error: type[ValueError]) -> str:
+    """The text of a file that a person gave: UTF-8, with or without a byte order mark, lines ended in any way.
+
+    Args:
+        error: what is raised where it cannot be read, with the file's name in its one line.
+    """
+    if not path.is_file():
+        raise error(f"{path} cannot be read: {'it is no file' if path.exists() else 'there is no such file'}")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as cause:
+        raise error(f"{path} is not UTF-8 text (byte {cause.start}): convert it first") from cause
+    except OSError as cause:
+        raise error(f"{path} cannot be read: {cause.strerror}") from cause
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file; computed once per process as long as the file does not change."""
+    stat = path.stat()
+    key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    if key not in _digests:
+        with path.open("rb") as handle:
+            _digests[key] = hashlib.file_digest(handle, "sha256").hexdigest()
+    return _digests[key]
+
+
+def cache_folder(cache_dir: str | Path | None) -> Path:
+    """Where the package keeps what it made: `cache_dir`, else LSCOLLAPSE_CACHE, else ~/.cache/lscollapse."""
+    return Path(cache_dir or os.environ.get("LSCOLLAPSE_CACHE") or Path.home() / ".cache" / "lscollapse").expanduser()
+
+
+def changes(old: Any, new: Any, where: str = "") -> list[str]:
+    """What differs between two JSON values, as "key: old, now new"."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(key for key in new if key not in old)]
+        return [line for key in keys for line in changes(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))]
+    return [] if old == new else [f"{where}: {_short(old)}, now {_short(new)}"]
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,24 @@
+"""The long table: its columns, their order, and the thresholds that everything that reads it shares."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLUMNS = (
+    "model", "revision", "checkpoint_sha256", "init", "text", "tokenizer", "arm", "lam", "gating", "layernorm", "skip_site",
+    "norm_site", "dtype", "backend", "seed", "excerpt", "n_tokens", "layer", "measure", "value", "log10", "status", "bound",
+    "floor",
+)  # fmt: skip
+ORDER = ("subject", "variant", "layer", "measure", "excerpt")  # of the rows, whatever the work items were
+PIXELS = "pixels"  # stands in the table where a text has its tokenizer
+# Fixed before any run was judged: a layer counts as collapsed when its mean relative mu is under COLLAPSED (iid Gaussian
+# rows have about 1); a curve rises (or drops) when it gains (or loses) at least RISE between two layers.
+COLLAPSED, RISE = 0.5, 0.1
+
+
+def reads_pixels(rows: pd.DataFrame) -> bool:
+    """Whether every row of a table was measured on images."""
+    return "tokenizer" in rows and set(rows["tokenizer"]) == {PIXELS}
