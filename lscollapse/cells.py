@@ -17,9 +17,9 @@ from safetensors.torch import save as save_tensors
 from lscollapse import measures
 from lscollapse.core.config import ConfigError
 from lscollapse.core.progress import SILENT, Progress
+from lscollapse.data import images, mqar
 from lscollapse.nets.block import LEARNABLE, Net, NetConfig
 from lscollapse.table1_config import Table1
-from lscollapse.tasks import images, mqar
 from lscollapse.train import Data, Diverged, Examples, Settings, evaluate, fit
 
 MEASURED = ("relative_mu", "rank1_residual")

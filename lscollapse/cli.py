@@ -60,10 +60,11 @@ def excerpts(
 ) -> None:  # fmt: skip
     """Freeze the excerpts to a file that every command takes as --source, so that somebody else runs on the same ids."""
     given = locals()
-    from lscollapse import corpus, experiments
+    from lscollapse import experiments
+    from lscollapse.data import corpus, tokenizers
 
     experiment = experiment_of(given)
-    chosen = corpus.tokenizer(experiment.tokenizer) if experiment.tokenizer else None
+    chosen = tokenizers.named(experiment.tokenizer) if experiment.tokenizer else None
     drawn = experiments.load_corpus(experiment, chosen)
     corpus.freeze(drawn, out)
     for remark in drawn.remarks:

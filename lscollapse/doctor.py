@@ -11,10 +11,12 @@ from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lscollapse import corpus, devices, texts, wikipedia
+from lscollapse import devices
 from lscollapse.core import allocation, assets, files, registry, run_folder
 from lscollapse.core.config import ConfigError, Experiment, WikipediaSection
 from lscollapse.core.registry import Entry
+from lscollapse.data import corpus, texts, wikipedia
+from lscollapse.data.texts import CorpusError
 from lscollapse.doctor_models import Check, asked, models
 
 if TYPE_CHECKING:
@@ -169,7 +171,7 @@ def _file(name: str, file: Path) -> Check:
     try:
         if file.is_file() and file.suffix != ".parquet":
             files.read_text(file, texts.CorpusError)
-    except corpus.CorpusError as error:
+    except CorpusError as error:
         return Check(name, "cannot be read", str(error))
     return Check(name, f"{file} is there")
 
@@ -180,7 +182,7 @@ def _wikipedia(wiki: WikipediaSection, needed: bool, offline: bool) -> Check:
         settings = wiki.model_copy(update={"cache_dir": None})
         with wikipedia.Articles(settings, 0, [], 0) as articles:
             name, agent = articles.source, wiki.contact
-    except corpus.CorpusError as error:
+    except CorpusError as error:
         if needed:
             mend = str(error).replace(repr(wiki.contact), "given").replace(repr(wiki.endpoint), "given")
     url = wiki.endpoint or f"https://{wiki.language}.wikipedia.org/w/api.php"

@@ -12,7 +12,7 @@ from lscollapse.core.config import Experiment
 from lscollapse.core.progress import Progress
 from lscollapse.core.table import COLUMNS
 from lscollapse.devices import set_threads
-from lscollapse.subjects import Task, mask_token
+from lscollapse.subjects import Task
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -93,7 +93,7 @@ def _measure(
     ]
     if (config.quality or config.gradients) and adapter.head is not None:
         hidden: Any = {"seed": config.seed, "first": excerpts.start}
-        hidden["mask_token"] = mask_token(task, config) if adapter.masked else None
+        hidden["mask_token"] = task.corpus.mask
         if config.quality:
             parts.append(lm_loss(adapter, ids, arms, dtype, streams=streams, **hidden))
         if config.gradients:

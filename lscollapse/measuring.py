@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 from lscollapse.claims import COLLAPSED
 from lscollapse.core.config import Experiment
-from lscollapse.corpus import is_frozen
+from lscollapse.data.corpus import is_frozen
 from lscollapse.experiments import sweep_variants
 from lscollapse.runs import SILENT, Progress, run
 

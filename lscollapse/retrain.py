@@ -16,10 +16,10 @@ from lscollapse import pool
 from lscollapse.core.config import Experiment, S4DTraining
 from lscollapse.core.files import write_json, write_text
 from lscollapse.core.progress import SILENT, Progress
+from lscollapse.data import images
 from lscollapse.devices import device
 from lscollapse.nets.s4d import S4D, S4DConfig
 from lscollapse.runs import run
-from lscollapse.tasks import images
 from lscollapse.train import LOG, STATE, Data, Diverged, Examples, Outcome, Settings, evaluate, fit
 from lscollapse.variants import Variant
 

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lscollapse import corpus as corpora
 from lscollapse import plan
 from lscollapse.core import registry
 from lscollapse.core.config import ConfigError, Experiment
 from lscollapse.core.files import cache_folder, read_text
 from lscollapse.core.progress import Progress
+from lscollapse.data import corpus as corpora
+from lscollapse.data import images, pictures, tokenizers
+from lscollapse.data.texts import CorpusError
 from lscollapse.devices import device, memory, set_threads, worker_devices
-from lscollapse.tasks import images, pictures
 from lscollapse.token_checks import check_entries, check_ids
 from lscollapse.variants import Variant, check
 
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from lscollapse.corpus import Corpus, Tokenizer
+    from lscollapse.data.corpus import Corpus
+    from lscollapse.data.tokenizers import Tokenizer
     from lscollapse.models import Adapter
     from lscollapse.models.checkpoint import ModelInfo
 
@@ -286,16 +288,16 @@ def _drawn(info: ModelInfo, adapter: Adapter, config: Experiment, progress: Prog
     native = native_tokenizer(info)
     where: Any = {"cache_dir": config.cache_dir, "offline": config.offline}
     tokenizer = (
-        corpora.tokenizer(config.tokenizer, native, **where) if config.tokenizer else None
+        tokenizers.named(config.tokenizer, native, **where) if config.tokenizer else None
     )  # None: BERT's, or a frozen file's
     own, frozen = config.tokenizer == "native", corpora.is_frozen(config.source)
-    size = (tokenizer or corpora.bert_tokenizer()).vocab_size
+    size = (tokenizer or tokenizers.bert()).vocab_size
     if size > adapter.vocabulary and not frozen and not own:
         progress.note(
             f"{info.name} has {adapter.vocabulary} token ids, the {config.tokenizer or 'bert'} tokenizer {size}:"
             " the model's own tokenizer is used"
         )
-        tokenizer, own = corpora.tokenizer("native", native, **where), True
+        tokenizer, own = tokenizers.named("native", native, **where), True
     if own and tokenizer is not None and (remark := check_entries(info, tokenizer, adapter.vocabulary)):
         progress.note(remark)
     return load_corpus(config, tokenizer)
@@ -306,29 +308,14 @@ def load_corpus(config: Experiment, tokenizer: Tokenizer | None) -> Corpus:
     wiki = config.wikipedia
     titles = None
     if wiki.titles:
-        titles = [title.strip() for title in read_text(wiki.titles, corpora.CorpusError).split("\n") if title.strip()]
+        titles = [title.strip() for title in read_text(wiki.titles, CorpusError).split("\n") if title.strip()]
     kept = wiki.cache_dir or cache_folder(config.cache_dir) / "wikipedia"
     settings = wiki.model_copy(update={"cache_dir": kept})
     return corpora.load(config.source, config.excerpts, config.tokens, config.seed, tokenizer, titles, settings)
 
 
-def mask_token(task: Task, config: Experiment) -> int | None:
-    """The id of the mask token of the tokenizer that made a task's excerpts, None where it has none.
-
-    Raises:
-        CorpusError: the excerpts were frozen with a tokenizer that is neither packaged, nor the configured or native one.
-    """
-    wanted = task.corpus.excerpts[0].tokenizer
-    for spec in filter(None, ("bert", "smiles", config.tokenizer, native_tokenizer(task.info))):
-        options: Any = {"cache_dir": config.cache_dir, "offline": config.offline}
-        found = corpora.tokenizer(spec, native_tokenizer(task.info), **options)
-        if found.name == wanted:
-            return found.mask
-    raise corpora.CorpusError(f"the mask token of {wanted!r} is not known: name that tokenizer with --tokenizer")
-
-
 def native_tokenizer(info: ModelInfo) -> str:
-    """The tokenizer a model was trained with, as a spec for `corpus.tokenizer`."""
+    """The tokenizer a model was trained with, as a spec for `tokenizers.named`."""
     if info.text == "smiles":
         return "smiles"
     if info.location.startswith("state-spaces/"):

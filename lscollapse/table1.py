@@ -19,8 +19,8 @@ from lscollapse.core.config import ConfigError
 from lscollapse.core.files import atomic, write_json, write_text
 from lscollapse.core.progress import SILENT, Progress
 from lscollapse.core.run_folder import RunFolder, read_rows
+from lscollapse.data import images
 from lscollapse.table1_config import Table1
-from lscollapse.tasks import images
 from lscollapse.train import STATE, Diverged
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import Any, Literal, get_type_hints
 from pydantic import Field, create_model, field_validator, model_validator
 
 from lscollapse.core.config import Section
+from lscollapse.data.mqar import MqarConfig
 from lscollapse.nets.block import NetConfig
-from lscollapse.tasks.mqar import MqarConfig
 from lscollapse.train import Settings
 
 Mixer = Literal["attention", "linear", "mamba", "mamba2"]

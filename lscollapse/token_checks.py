@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lscollapse.texts import CorpusError
+from lscollapse.data.texts import CorpusError
 
 if TYPE_CHECKING:
-    from lscollapse.corpus import Corpus, Tokenizer
+    from lscollapse.data.corpus import Corpus
+    from lscollapse.data.tokenizers import Tokenizer
     from lscollapse.models import Adapter
     from lscollapse.models.checkpoint import ModelInfo
 

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from tiny_mamba2 import SEQ_LEN
 
-from lscollapse import corpus
+from lscollapse.data import corpus, tokenizers
 
 OVERLAP = 13  # tokens
 PRIME = np.uint64(1_000_003)
@@ -39,7 +39,7 @@ def main() -> None:
     held_out = np.array([excerpt.ids for excerpt in excerpts], dtype=np.uint16)
     titles = {excerpt.title.casefold() for excerpt in excerpts}
     known = np.unique(np.concatenate([fingerprints(row) for row in held_out]))
-    tokenizer = corpus.bert_tokenizer()
+    tokenizer = tokenizers.bert()
     files = [f for s in args.sources for f in (sorted(s.glob("*.parquet")) if s.is_dir() else [s])]
     kept: list[np.ndarray] = []
     same_title = overlapping = 0

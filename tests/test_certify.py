@@ -13,7 +13,8 @@ import pandas as pd
 import pytest
 import torch
 
-from lscollapse import certify, corpus
+from lscollapse import certify
+from lscollapse.data import corpus
 from lscollapse.forward import measure
 from lscollapse.models import adapt, checkpoint
 from lscollapse.variants import Variant

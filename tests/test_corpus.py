@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from lscollapse import corpus
 from lscollapse.core import assets
-from lscollapse.corpus import Corpus, CorpusError, Tokenizer
+from lscollapse.data import corpus, tokenizers
+from lscollapse.data.corpus import Corpus, CorpusError
+from lscollapse.data.tokenizers import Tokenizer
 
 SENTENCES = [
     "The ferry leaves at seven and comes back when the tide allows it.",
@@ -246,7 +247,7 @@ def test_a_larger_request_is_refused(tmp_path: Path, drawn: Corpus, excerpts: in
 def test_another_tokenizer_is_refused(tmp_path: Path, drawn: Corpus) -> None:
     corpus.freeze(drawn, tmp_path / "frozen.jsonl")
     with pytest.raises(CorpusError, match="frozen with the tokenizer 'words', 'bert-base-uncased' was asked"):
-        corpus.load(str(tmp_path / "frozen.jsonl"), 5, 10, tokenizer=corpus.bert_tokenizer())
+        corpus.load(str(tmp_path / "frozen.jsonl"), 5, 10, tokenizer=tokenizers.bert())
 
 
 @pytest.mark.parametrize(
@@ -305,7 +306,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_published_tokenizer_neither_adds_cuts_nor_pads(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    found = corpus.tokenizer(str(folder))
+    found = tokenizers.named(str(folder))
     with caplog.at_level(logging.DEBUG, logger="transformers"):
         logging.getLogger("transformers").addHandler(caplog.handler)
         ids = found.encode_batch(["salt on the salt road on the road", "on ice"])
@@ -318,30 +319,30 @@ def test_a_published_tokenizer_neither_adds_cuts_nor_pads(folder: Path, caplog: 
 def test_a_folders_name_does_not_depend_on_where_it_is(folder: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere" / "published"
     elsewhere.parent.mkdir()
-    name = corpus.tokenizer(str(folder)).name
+    name = tokenizers.named(str(folder)).name
     folder.rename(elsewhere)
-    assert corpus.tokenizer(str(elsewhere)).name == name
+    assert tokenizers.named(str(elsewhere)).name == name
     assert str(tmp_path) not in name and name.startswith("published:")
     content = (elsewhere / "tokenizer.json").read_text()
     (elsewhere / "tokenizer.json").write_text(content.replace('"road"', '"roads"'))
-    assert corpus.tokenizer(str(elsewhere)).name != name
+    assert tokenizers.named(str(elsewhere)).name != name
 
 
 def test_native_is_what_the_model_says(folder: Path) -> None:
-    assert corpus.tokenizer("native", str(folder)).encode_batch(["the road"]) == [[5, 6]]
-    assert corpus.tokenizer("native", "smiles").name == "rxnmapper-smiles"
+    assert tokenizers.named("native", str(folder)).encode_batch(["the road"]) == [[5, 6]]
+    assert tokenizers.named("native", "smiles").name == "rxnmapper-smiles"
     with pytest.raises(CorpusError, match="names no tokenizer of its own"):
-        corpus.tokenizer("native")
+        tokenizers.named("native")
 
 
 def test_a_tokenizer_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match="cannot be loaded") as caught:
-        corpus.tokenizer(str(tmp_path))
+        tokenizers.named(str(tmp_path))
     assert "\n" not in str(caught.value)
 
 
 def test_bert_is_not_cut_at_512() -> None:
-    bert = corpus.tokenizer("bert")
+    bert = tokenizers.named("bert")
     assert (bert.name, bert.vocab_size) == ("bert-base-uncased", 30522)
     ids = bert.encode_batch(["the " * 1000])[0]
     assert ids == [1996] * 1000  # "the" in bert-base-uncased

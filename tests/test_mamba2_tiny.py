@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import Mamba2ForCausalLM
 
-from lscollapse import corpus
+from lscollapse.data import corpus, tokenizers
 from lscollapse.models.checkpoint import load
 
 
@@ -20,7 +20,7 @@ def test_held_out_loss_is_far_under_the_unigram_model() -> None:
     ids = torch.tensor([excerpt.ids for excerpt in held_out.excerpts])
     with torch.no_grad():
         loss = np.mean([float(model(block, labels=block).loss) for block in ids.split(8)])
-    encode = corpus.bert_tokenizer().encode_batch
+    encode = tokenizers.bert().encode_batch
     training = np.concatenate(encode([text for title, text in corpus.packaged_articles() if title not in titles]))
     counts = np.bincount(training, minlength=30522) + 1.0
     unigram = -np.log(counts / counts.sum())[ids.numpy()].mean()

@@ -25,10 +25,10 @@ from lscollapse import figures, measuring
 from lscollapse.cli_measure import measure
 from lscollapse.core.config import Experiment
 from lscollapse.core.run_folder import read_manifest, read_rows
+from lscollapse.data import pictures
+from lscollapse.data.images import pixel_ids
 from lscollapse.models import checkpoint
 from lscollapse.models.tensors import CheckpointError
-from lscollapse.tasks import pictures
-from lscollapse.tasks.images import pixel_ids
 from tests.equivalence import plain_models
 
 WORDS = [f"word{i}" for i in range(50)]

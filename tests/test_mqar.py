@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare, kstest
 
-from lscollapse.tasks import mqar
-from lscollapse.tasks.mqar import MqarConfig, TaskError
+from lscollapse.data import mqar
+from lscollapse.data.mqar import MqarConfig, TaskError
 
 SHAPES = [
     MqarConfig(),

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lscollapse.core.files import differences
+from lscollapse.core.files import changes
 from lscollapse.core.run_folder import RunFolder, RunFolderError, read_manifest, read_rows
 from lscollapse.core.table import COLUMNS
 
@@ -167,6 +167,6 @@ def test_reading_what_is_no_run(tmp_path: Path) -> None:
 
 
 def test_differences() -> None:
-    assert differences({"a": 1, "b": {"c": [1]}}, {"a": 1, "b": {"c": [1]}}) == []
-    assert differences({"a": 1, "b": {"c": [1]}}, {"a": 2, "b": {"c": [2]}}) == ["a: 1, now 2", "b.c: [1], now [2]"]
-    assert differences({"a": 1}, {"b": 1}) == ["a: 1, now null", "b: null, now 1"]
+    assert changes({"a": 1, "b": {"c": [1]}}, {"a": 1, "b": {"c": [1]}}) == []
+    assert changes({"a": 1, "b": {"c": [1]}}, {"a": 2, "b": {"c": [2]}}) == ["a: 1, now 2", "b.c: [1], now [2]"]
+    assert changes({"a": 1}, {"b": 1}) == ["a: 1, now null", "b: null, now 1"]

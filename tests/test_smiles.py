@@ -8,8 +8,9 @@ from collections import Counter
 
 import pytest
 
-from lscollapse import corpus, smiles
 from lscollapse.core import assets
+from lscollapse.data import corpus, smiles, tokenizers
+from lscollapse.data.texts import CorpusError
 
 SAMPLE = list(smiles.reactions(400, seed=11))
 ORGANIC = {"B", "C", "N", "O", "P", "S", "F", "Cl", "Br", "I", "b", "c", "n", "o", "p", "s"}
@@ -44,7 +45,7 @@ def test_tokens(text: str, parts: list[str]) -> None:
 
 def test_ids_are_lines_of_the_vocabulary_file() -> None:
     lines = vocabulary()
-    tokenizer = corpus.smiles_tokenizer()
+    tokenizer = tokenizers.smiles()
     assert tokenizer.vocab_size == 591  # the model's embedding
     assert [lines[i] for i in tokenizer.encode_batch(["C[C@H](O)>>[Pd]"])[0]] == [
         "C",
@@ -60,7 +61,7 @@ def test_ids_are_lines_of_the_vocabulary_file() -> None:
 
 def test_every_token_is_known_and_there_are_enough() -> None:
     unknown = vocabulary().index("[UNK]")
-    for ids in corpus.smiles_tokenizer().encode_batch([reaction.smiles for reaction in SAMPLE]):
+    for ids in tokenizers.smiles().encode_batch([reaction.smiles for reaction in SAMPLE]):
         assert unknown not in ids
         assert 128 <= len(ids) <= 512
 
@@ -154,5 +155,5 @@ def test_the_same_on_every_machine() -> None:
 
 
 def test_no_reaction_is_endlessly_long() -> None:
-    with pytest.raises(corpus.CorpusError, match="has 0 texts of at least 2000 tokens"):
+    with pytest.raises(CorpusError, match="has 0 texts of at least 2000 tokens"):
         corpus.load("smiles", 1, 2000)

@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 
-from lscollapse import corpus, experiments, measuring, subjects
+from lscollapse import experiments, measuring, subjects
 from lscollapse.core import config
 from lscollapse.core.config import Experiment
 from lscollapse.core.files import read_text
+from lscollapse.data import corpus, tokenizers
+from lscollapse.data.texts import CorpusError
 from tests.servers.mediawiki import MediaWikiServer, Page
 
 BOM = b"\xef\xbb\xbf"
 FROZEN = {"title": "é", "ids": [3, 4, 5], "text_sha256": "0" * 64, "tokenizer": "elsewhere", "source": "é"}
-WORDS = corpus.Tokenizer("words", 1000, lambda batch: [[len(word) for word in text.split()] for text in batch])
+WORDS = tokenizers.Tokenizer("words", 1000, lambda batch: [[len(word) for word in text.split()] for text in batch])
 
 
 @pytest.fixture
@@ -72,5 +74,5 @@ def test_another_encoding_is_one_line_with_the_file(
 def test_what_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(OverflowError, match="gone cannot be read: there is no such file"):
         read_text(tmp_path / "gone", OverflowError)  # type: ignore[arg-type]
-    with pytest.raises(corpus.CorpusError, match="cannot be read: it is no file"):
+    with pytest.raises(CorpusError, match="cannot be read: it is no file"):
         read_text(tmp_path)

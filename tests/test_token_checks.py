@@ -14,10 +14,13 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from lscollapse import corpus, experiments, subjects
+from lscollapse import experiments, subjects
 from lscollapse.core import assets
 from lscollapse.core.config import Experiment
-from lscollapse.corpus import Corpus, CorpusError, Excerpt, Tokenizer
+from lscollapse.core.progress import Silent
+from lscollapse.data import corpus, tokenizers
+from lscollapse.data.corpus import Corpus, CorpusError, Excerpt
+from lscollapse.data.tokenizers import Tokenizer
 from lscollapse.models.tensors import CheckpointError
 from tests.models.layouts import VOCAB, write_hf
 
@@ -25,7 +28,7 @@ UNKNOWN = 1
 WORDS = Tokenizer("words", 99, lambda batch: [[int(word) for word in text.split()] for text in batch], None, UNKNOWN)
 
 
-class Notes(subjects.Silent):
+class Notes(Silent):
     def __init__(self) -> None:
         object.__setattr__(self, "said", [])
 
@@ -125,7 +128,7 @@ def test_frozen_files_of_berts_tokens_without_that_entry() -> None:
     with pytest.raises(CorpusError, match=r"50% of the ids of s are the unknown token \(id 100\)"):
         corpus.load("old.jsonl", 1, 4)
     assert unknown == 100
-    assert corpus.bert_tokenizer().unknown == corpus.bert_tokenizer().encode_batch(["\U00010400"])[0][0] == 100
+    assert tokenizers.bert().unknown == tokenizers.bert().encode_batch(["\U00010400"])[0][0] == 100
 
 
 def test_repeated_excerpts_are_counted_and_said() -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import Mamba2ForCausalLM
 
-from lscollapse import corpus
+from lscollapse.data import corpus
 from lscollapse.models.checkpoint import load
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from lscollapse import corpus
 from lscollapse.core.config import WikipediaSection
-from lscollapse.corpus import CorpusError
+from lscollapse.data import corpus, tokenizers
+from lscollapse.data.corpus import CorpusError
 from tests.servers.mediawiki import MediaWikiServer, Page
 
 ENGLISH = "The lighthouse keeper wrote down the weather every evening before the lamp was lit."
@@ -56,7 +56,7 @@ def load(
     seed: int = 0,
     **options: object,
 ) -> corpus.Corpus:
-    any_script = replace(corpus.bert_tokenizer(), unknown=None)  # which knows no Japanese
+    any_script = replace(tokenizers.bert(), unknown=None)  # which knows no Japanese
     return corpus.load("wikipedia", n_excerpts, n_tokens, seed, any_script, titles, settings(wiki, **options))
 
 

@@ -41,7 +41,7 @@ def write_parquet(path: Path, rows: pd.DataFrame) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_json(path, value)
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_text(path: Path, error: type[ValueError]) -> str:

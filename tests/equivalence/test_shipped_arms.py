@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import lscollapse
-from lscollapse import Variant, corpus
+from lscollapse import Variant
+from lscollapse.data import corpus
 from lscollapse.models.checkpoint import load
 from tests.equivalence import plain_models
 

@@ -3,9 +3,9 @@ import sys
 
 import pytest
 
-from lscollapse import corpus
 from lscollapse.core.registry import ENTRIES, ModelNameError, embedded_files, resolve
-from lscollapse.corpus import CorpusError
+from lscollapse.data import tokenizers
+from lscollapse.data.corpus import CorpusError
 
 
 def mamba2_parameters(d, n_layer, vocab=50288, state=128, head=64, conv=4, expand=2, groups=1):
@@ -99,9 +99,9 @@ def test_a_mistyped_relative_path_is_not_asked_of_the_hub(tmp_path, monkeypatch)
     with pytest.raises(
         CorpusError, match="tokenizer 'models/mien' cannot be loaded: the folder models has no folder mien"
     ):
-        corpus.tokenizer("models/mien")
+        tokenizers.named("models/mien")
     with pytest.raises(CorpusError, match="no folder nowhere"):
-        corpus.tokenizer("nowhere")
+        tokenizers.named("nowhere")
     assert resolve("mamba2-130m").location == "state-spaces/mamba2-130m"
     (tmp_path / "state-spaces").mkdir()
     assert resolve("mamba2-130m").source == "hub"  # a known name is no path

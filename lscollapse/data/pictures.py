@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from lscollapse.core.files import first_line
-from lscollapse.corpus import SOURCES, Corpus, CorpusError, Excerpt
-from lscollapse.tasks import images
+from lscollapse.data import images
+from lscollapse.data.corpus import SOURCES, Corpus, CorpusError, Excerpt
 
 
 def excerpts(source: str, size: tuple[int, int], n_pictures: int, seed: int) -> Corpus:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lscollapse.core.files import first_line, write_text
-from lscollapse.texts import CorpusError
+from lscollapse.data.texts import CorpusError
 
 if TYPE_CHECKING:
     import httpx

@@ -10,8 +10,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lscollapse.core.config import WikipediaSection
-from lscollapse.mediawiki import Cache, Transport
-from lscollapse.texts import CorpusError, Text
+from lscollapse.data.mediawiki import Cache, Transport
+from lscollapse.data.texts import CorpusError, Text
 
 DRAWN_PER_EXCERPT = 200  # random articles looked at, at most, for each excerpt asked for
 BATCH = 20  # random titles a request

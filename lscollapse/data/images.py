@@ -17,7 +17,7 @@ import numpy as np
 
 from lscollapse.core.files import first_line
 from lscollapse.core.table import PIXELS
-from lscollapse.corpus import Corpus, CorpusError, Excerpt
+from lscollapse.data.corpus import Corpus, CorpusError, Excerpt
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,0 +1,116 @@
+"""Tokenizers, packaged or of a folder or the hub: text -> token ids, named by what they are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lscollapse.core import assets, hub, registry
+from lscollapse.core.files import first_line
+from lscollapse.data.smiles import tokens
+from lscollapse.data.texts import CorpusError
+
+BERT_NAME, SMILES_NAME = "bert-base-uncased", "rxnmapper-smiles"  # of the packaged tokenizers
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A name for the record, and texts -> token ids without special tokens, padding or truncation.
+
+    `mask` and `unknown` are the ids of its mask token and of what stands for text that it does not know, None where it has
+    none.
+    """
+
+    name: str
+    vocab_size: int
+    encode_batch: Callable[[list[str]], list[list[int]]]
+    mask: int | None = None
+    unknown: int | None = None
+
+
+def named(spec: str, native: str | None = None, *, cache_dir: Path | None = None, offline: bool = False) -> Tokenizer:
+    """The tokenizer that `spec` names: `bert`, `smiles`, `native`, or a folder or hub name that transformers can load.
+
+    Args:
+        spec: a hub name may end in @REVISION; the commit that it stood for becomes part of the tokenizer's name.
+        native: what `native` stands for: the model's own tokenizer, as a spec.
+        cache_dir, offline: as for `models.checkpoint.load`.
+
+    Raises:
+        CorpusError: there is no such tokenizer, or it needs code from the hub (which is never run).
+    """
+    if spec == "native":
+        if native is None:
+            raise CorpusError("this model names no tokenizer of its own: choose bert, or a folder or hub name")
+        return named(native, cache_dir=cache_dir, offline=offline)
+    if spec == "bert":
+        return bert()
+    if spec == "smiles":
+        return smiles()
+    return _loaded(spec, cache_dir, offline)
+
+
+def _loaded(spec: str, cache_dir: Path | None, offline: bool) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    local = Path(spec).is_dir()
+    try:
+        if not local and "@" not in spec:
+            registry.hub_id(spec)
+        folder = Path(spec) if local else _files(spec, cache_dir, offline)
+        if not any((folder / name).is_file() for name in hub.TOKENIZER_FILES):  # transformers would make an empty one
+            raise CorpusError(
+                f"tokenizer {spec!r} cannot be loaded: it has no files of one; name another with --tokenizer"
+            )
+        inner = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except CorpusError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CorpusError(f"tokenizer {spec!r} cannot be loaded: {first_line(error)}") from error
+    name = f"{spec.partition('@')[0]}@{folder.name}"
+    if local:  # a folder's path says nothing on another machine, its vocabulary does
+        vocabulary = json.dumps(sorted(inner.get_vocab().items()))
+        name = f"{folder.resolve().name}:{hashlib.sha256(vocabulary.encode()).hexdigest()[:12]}"
+    options = {"add_special_tokens": False, "truncation": False, "padding": False, "verbose": False}
+    encode = lambda batch: inner(batch, **options)["input_ids"]  # noqa: E731
+    return Tokenizer(name, len(inner), encode, inner.mask_token_id, inner.unk_token_id)
+
+
+def _files(spec: str, cache_dir: Path | None, offline: bool) -> Path:
+    """The folder of a hub repository's tokenizer, named by its commit."""
+    repo_id, _, revision = spec.partition("@")
+    cache = cache_dir.expanduser() / "hub" if cache_dir else None
+    return hub.fetch(
+        repo_id, revision=revision, files=["config.json"], cache_dir=cache, offline=offline, tokenizer=True
+    )
+
+
+def bert() -> Tokenizer:
+    """bert-base-uncased's WordPiece tokenizer from the embedded vocab.txt; no network, no truncation, no padding."""
+    from tokenizers.implementations import BertWordPieceTokenizer
+
+    inner = BertWordPieceTokenizer(str(assets.locate(assets.BERT_VOCAB)), lowercase=True)
+    return Tokenizer(
+        BERT_NAME,
+        inner.get_vocab_size(),
+        lambda batch: [encoding.ids for encoding in inner.encode_batch(batch, add_special_tokens=False)],
+        inner.token_to_id("[MASK]"),
+        inner.token_to_id("[UNK]"),
+    )
+
+
+def smiles() -> Tokenizer:
+    """The embedded SMILES ALBERT's tokenizer: a token an atom, bond, bracket or ring number, else [UNK]."""
+    vocabulary = assets.locate(assets.SMILES_VOCAB).read_text(encoding="utf-8").split()
+    index = {token: number for number, token in enumerate(vocabulary)}
+    unknown = index["[UNK]"]
+    return Tokenizer(
+        SMILES_NAME,
+        len(vocabulary),
+        lambda batch: [[index.get(token, unknown) for token in tokens(text)] for text in batch],
+        index["[MASK]"],
+        unknown,
+    )
