@@ -18,7 +18,7 @@ from lscollapse import measures
 from lscollapse.core.config import ConfigError
 from lscollapse.core.progress import SILENT, Progress
 from lscollapse.data import images, mqar
-from lscollapse.nets.block import LEARNABLE, Net, NetConfig
+from lscollapse.models.nets.lambda_net import LEARNABLE, Net, NetConfig
 from lscollapse.table1_config import Table1
 from lscollapse.train import Data, Diverged, Examples, Settings, evaluate, fit
 

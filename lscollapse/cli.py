@@ -95,7 +95,8 @@ def verify_kernels(
     kernels: Annotated[str, typer.Option(help="auto, torch or triton.")] = "auto",
 ) -> None:
     """Compare scan, conv, gated norm and a whole block with a float64 recurrence; exit 1 over tolerance."""
-    from lscollapse import console, verify
+    from lscollapse import console
+    from lscollapse.models.kernels import verify
 
     rows = verify.verify(device, kernels)
     console.kernels_table(rows)

@@ -60,7 +60,7 @@ def show(rows: pd.DataFrame, own_tokens: bool) -> None:
 
     from lscollapse import figures, measuring
     from lscollapse.core.table import reads_pixels
-    from lscollapse.models.generic import BACKEND
+    from lscollapse.models.adapters.generic import BACKEND
 
     console = Console(soft_wrap=True, highlight=False)
     console.print(figures.describe(rows), markup=False)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from lscollapse.identity import LayerDifference
-    from lscollapse.verify import Check
+    from lscollapse.models.kernels.verify import Check
 
 
 class Bar:

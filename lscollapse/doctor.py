@@ -20,7 +20,7 @@ from lscollapse.data.texts import CorpusError
 from lscollapse.doctor_models import Check, asked, models
 
 if TYPE_CHECKING:
-    from lscollapse.kernels import Kernels
+    from lscollapse.models.kernels.backends import Kernels
 
 __all__ = ["Check", "examine"]
 
@@ -55,7 +55,7 @@ def _versions() -> str:
 def _devices(config: Experiment) -> Iterator[Check]:
     import torch
 
-    from lscollapse.kernels import KernelError, resolve
+    from lscollapse.models.kernels.backends import KernelError, resolve
 
     try:
         on = devices.worker_devices(config)

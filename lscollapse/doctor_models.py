@@ -113,7 +113,7 @@ def _fits(name: str, entry: Entry, config: Experiment, offline: bool, here: bool
         AssetError: an embedded file is missing.
         CheckpointError: config.json cannot be read, or the weights are not there or not those that it describes.
     """
-    from lscollapse.models import checkpoint
+    from lscollapse.models.checkpoints import checkpoint
 
     where: Any = {"revision": config.revision, "cache_dir": config.cache_dir, "offline": offline or here}
     architecture, n_parameters = (checkpoint.inspect if here else checkpoint.describe)(name, **where)
@@ -145,8 +145,8 @@ def _plan(entry: Entry, config: Experiment, itemsize: int, limit: int) -> int:
     Raises:
         MemoryPlanError: `--max-memory` is less than one layer and one excerpt take.
     """
-    from lscollapse.models import mamba_ssm
-    from lscollapse.models.mamba2_native import Mamba2Shape
+    from lscollapse.models.checkpoints import mamba_ssm
+    from lscollapse.models.kernels.cpu_block import Mamba2Shape
 
     if entry.config is None:
         return limit

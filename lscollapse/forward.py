@@ -19,9 +19,9 @@ from torch import Tensor
 
 from lscollapse import certify, measures, precision
 from lscollapse.models import Adapter, adapt
-from lscollapse.models.adapter import NativeBlock
-from lscollapse.models.carried import Carried, lose_unsquarable
-from lscollapse.models.scores import scores_in_range
+from lscollapse.models.adapters.adapter import NativeBlock
+from lscollapse.models.numerics.carried import Carried, lose_unsquarable
+from lscollapse.models.numerics.scores import scores_in_range
 from lscollapse.variants import Variant, check, surgery_on_layer
 
 if TYPE_CHECKING:

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lscollapse import forward, measures, ssd
-from lscollapse.models.bert import BertAdapter
-from lscollapse.models.mamba2 import Mamba2Adapter
+from lscollapse import forward, measures
+from lscollapse.models.adapters.bert import BertAdapter
+from lscollapse.models.adapters.mamba2 import Mamba2Adapter
+from lscollapse.models.kernels import ssd
 from lscollapse.search import sublayers
 from lscollapse.subjects import Subject
 from lscollapse.theory import constants

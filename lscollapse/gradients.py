@@ -19,8 +19,8 @@ from torch import Tensor
 
 from lscollapse.forward import LOG10_2, Stream, Table, checked_ids
 from lscollapse.models import Adapter, adapt
-from lscollapse.models.adapter import Head, UnsupportedModel
-from lscollapse.models.own_head import OwnHead
+from lscollapse.models.adapters.adapter import Head, UnsupportedModel
+from lscollapse.models.adapters.own_head import OwnHead
 from lscollapse.quality import Exercise, exercise_of, head_of, last_X, losses
 from lscollapse.variants import Variant, check
 

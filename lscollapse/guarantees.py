@@ -26,10 +26,10 @@ from lscollapse import certify, forward, gains, guarantees_s4d, measures
 from lscollapse.core.progress import SILENT, Progress
 from lscollapse.gains import Pass
 from lscollapse.models import UnsupportedModel
-from lscollapse.models.albert import AlbertAdapter
-from lscollapse.models.bert import BertAdapter
-from lscollapse.models.mamba2 import Mamba2Adapter
-from lscollapse.models.s4d import S4DAdapter
+from lscollapse.models.adapters.albert import AlbertAdapter
+from lscollapse.models.adapters.bert import BertAdapter
+from lscollapse.models.adapters.mamba2 import Mamba2Adapter
+from lscollapse.models.adapters.s4d import S4DAdapter
 from lscollapse.search import MEASURES, SIGNS, Found, Kept, find, in_words, number
 from lscollapse.subjects import Subject
 from lscollapse.theory import certificates, theorem41

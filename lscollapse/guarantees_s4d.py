@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from lscollapse import forward, gains, measures
-from lscollapse.nets.s4d import S4DMixer
+from lscollapse.models.nets.s4d import S4DMixer
 from lscollapse.subjects import Subject
 from lscollapse.theory import constants
 from lscollapse.theory.arrays import Array

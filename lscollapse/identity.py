@@ -11,9 +11,9 @@ from torch import Tensor
 from lscollapse import measures
 from lscollapse.forward import checked_ids
 from lscollapse.models import Adapter, adapt
-from lscollapse.models.carried import Carried
-from lscollapse.models.recorded import first_argument, first_of
-from lscollapse.models.widened import computing_in
+from lscollapse.models.adapters.replayed import first_argument, first_of
+from lscollapse.models.numerics.carried import Carried
+from lscollapse.models.numerics.widened import computing_in
 from lscollapse.variants import Variant, surgery_on_layer
 
 

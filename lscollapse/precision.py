@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lscollapse.models import Adapter, adapt
-from lscollapse.models.widened import computing_in
+from lscollapse.models.numerics.widened import computing_in
 
 SAME = 1e-5  # how far a constant computed in float64 may be from the one computed in float32, relative
 

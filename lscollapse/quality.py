@@ -26,12 +26,12 @@ from torch import Tensor
 
 from lscollapse.forward import Engines, Stream, Table, checked_ids
 from lscollapse.models import Adapter, adapt
-from lscollapse.models.adapter import Head
-from lscollapse.models.carried import HIGH
-from lscollapse.models.heads import missing
-from lscollapse.models.own_head import OwnHead
-from lscollapse.models.tensors import forget
-from lscollapse.models.widened import computing_in
+from lscollapse.models.adapters.adapter import Head
+from lscollapse.models.adapters.heads import missing
+from lscollapse.models.adapters.own_head import OwnHead
+from lscollapse.models.checkpoints.tensors import forget
+from lscollapse.models.numerics.carried import HIGH
+from lscollapse.models.numerics.widened import computing_in
 from lscollapse.variants import Variant, check
 
 if TYPE_CHECKING:

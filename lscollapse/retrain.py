@@ -18,7 +18,7 @@ from lscollapse.core.files import write_json, write_text
 from lscollapse.core.progress import SILENT, Progress
 from lscollapse.data import images
 from lscollapse.devices import device
-from lscollapse.nets.s4d import S4D, S4DConfig
+from lscollapse.models.nets.s4d import S4D, S4DConfig
 from lscollapse.runs import run
 from lscollapse.train import LOG, STATE, Data, Diverged, Examples, Outcome, Settings, evaluate, fit
 from lscollapse.variants import Variant

@@ -18,8 +18,8 @@ import torch
 from lscollapse import forward
 from lscollapse.core.config import Experiment
 from lscollapse.core.progress import SILENT, Progress
-from lscollapse.models.adapter import Edit, HookSet
-from lscollapse.models.s4d import S4DAdapter
+from lscollapse.models.adapters.adapter import Edit, HookSet
+from lscollapse.models.adapters.s4d import S4DAdapter
 from lscollapse.subjects import Subject, load_subjects
 from lscollapse.theory import flow
 from lscollapse.theory.arrays import Array, unit_rows

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lscollapse.data.corpus import Corpus
     from lscollapse.data.tokenizers import Tokenizer
     from lscollapse.models import Adapter
-    from lscollapse.models.checkpoint import ModelInfo
+    from lscollapse.models.checkpoints.checkpoint import ModelInfo
 
 PROVENANCE = {
     "title": "titles", "page_id": "page_ids", "revision": "revisions", "url": "urls", "licence": "licences",
@@ -112,7 +112,7 @@ def load_subjects(config: Experiment, variants: Variants, progress: Progress) ->
     """Every model of `config`, trained and, if asked for, freshly initialised, with its excerpts and variants."""
     from lscollapse import certify
     from lscollapse.forward import checked_ids
-    from lscollapse.models.heads import missing
+    from lscollapse.models.adapters.heads import missing
 
     inits = ("trained", "random") if config.random_init else ("trained",)
     scored: list[bool] = []
@@ -160,8 +160,9 @@ def load_adapter(name: str, init: str, config: Experiment, progress: Progress) -
     """A model on the configured device with its kernels chosen; streamed where its weights do not fit there."""
     import torch
 
-    from lscollapse.models import adapt, checkpoint
-    from lscollapse.models.streamed import StreamedMamba2, Upload
+    from lscollapse.models import adapt
+    from lscollapse.models.adapters.streamed import StreamedMamba2, Upload
+    from lscollapse.models.checkpoints import checkpoint
 
     where: Any = {"revision": config.revision, "cache_dir": config.cache_dir, "offline": config.offline}
     on = device(config)
@@ -198,7 +199,8 @@ def _attach_head(adapter: Adapter, name: str, init: str, config: Experiment) -> 
     if not needs_head(config):
         return
     from lscollapse.gradients import check_chain
-    from lscollapse.models import checkpoint, heads
+    from lscollapse.models.adapters import heads
+    from lscollapse.models.checkpoints import checkpoint
 
     if config.gradients:
         check_chain(adapter)
@@ -212,8 +214,8 @@ def _attach_head(adapter: Adapter, name: str, init: str, config: Experiment) -> 
 
 
 def _choose_kernels(adapter: Adapter, config: Experiment, progress: Progress) -> None:
-    from lscollapse.kernels import resolve
-    from lscollapse.models.mamba2 import Mamba2Adapter
+    from lscollapse.models.adapters.mamba2 import Mamba2Adapter
+    from lscollapse.models.kernels.backends import resolve
 
     if isinstance(adapter, Mamba2Adapter):
         adapter.kernels = resolve(config.kernels, adapter.device)
@@ -229,8 +231,8 @@ def _plan(
     config: Experiment,
     progress: Progress,
 ) -> plan.Plan:
-    from lscollapse.models.mamba2 import Mamba2Adapter
-    from lscollapse.models.streamed import StreamedMamba2
+    from lscollapse.models.adapters.mamba2 import Mamba2Adapter
+    from lscollapse.models.adapters.streamed import StreamedMamba2
 
     itemsize = {"float64": 8, "bfloat16": 2}.get(config.dtype, 4)
     if config.dtype == "auto" and any(arm.removes_block_norm for arm in arms):
@@ -276,7 +278,7 @@ def excerpts_for(info: ModelInfo, adapter: Adapter, config: Experiment, progress
 
 
 def _drawn(info: ModelInfo, adapter: Adapter, config: Experiment, progress: Progress) -> Corpus:
-    from lscollapse.models.vit import VitAdapter
+    from lscollapse.models.adapters.vit import VitAdapter
 
     if info.architecture == "s4d":
         source = adapter.config.data if config.source in corpora.SOURCES else config.source

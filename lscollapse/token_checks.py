@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from lscollapse.data.corpus import Corpus
     from lscollapse.data.tokenizers import Tokenizer
     from lscollapse.models import Adapter
-    from lscollapse.models.checkpoint import ModelInfo
+    from lscollapse.models.checkpoints.checkpoint import ModelInfo
 
 ENTRIES_REFUSED, ENTRIES_SAID = 0.1, 0.5  # of a model's own tokenizer, as a share of the model's token ids
 
@@ -42,7 +42,7 @@ def check_ids(info: ModelInfo, adapter: Adapter, corpus: Corpus) -> None:
     Raises:
         CorpusError, CheckpointError: one line each.
     """
-    from lscollapse.models.tensors import CheckpointError, some_of, zero_rows
+    from lscollapse.models.checkpoints.tensors import CheckpointError, some_of, zero_rows
 
     ids = set().union(*(excerpt.ids for excerpt in corpus.excerpts))
     name = corpus.excerpts[0].tokenizer

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lscollapse.models import Adapter, adapt
-from lscollapse.models.adapter import Edit, HookSet
-from lscollapse.models.carried import Carried
+from lscollapse.models.adapters.adapter import Edit, HookSet
+from lscollapse.models.numerics.carried import Carried
 
 
 class SurgeryError(ValueError):

@@ -14,7 +14,7 @@ import lscollapse
 from lscollapse import Variant
 from lscollapse.identity import differences
 from lscollapse.models import UnsupportedModel, adapt
-from lscollapse.models.carried import Carried
+from lscollapse.models.numerics.carried import Carried
 from lscollapse.variants import surgery_on_layer
 from tests.equivalence import plain_decoders, plain_models
 

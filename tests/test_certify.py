@@ -16,7 +16,8 @@ import torch
 from lscollapse import certify
 from lscollapse.data import corpus
 from lscollapse.forward import measure
-from lscollapse.models import adapt, checkpoint
+from lscollapse.models import adapt
+from lscollapse.models.checkpoints import checkpoint
 from lscollapse.variants import Variant
 from tests.equivalence import plain_models, tiny
 

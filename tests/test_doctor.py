@@ -74,7 +74,10 @@ def test_a_configuration_that_needs_nothing_from_outside() -> None:
     assert not mends(checks)
     assert f"torch {torch.__version__}" in checks["versions"].found
     assert f"Python {sys.version.split()[0]}" in checks["versions"].found
-    assert "lscollapse.ssd.scan" in checks["kernels"].found and "lscollapse.ssd.conv" in checks["kernels"].found
+    assert (
+        "lscollapse.models.kernels.ssd.scan" in checks["kernels"].found
+        and "lscollapse.models.kernels.ssd.conv" in checks["kernels"].found
+    )
     assert checks["mamba2-tiny"].found.startswith("embedded; 9,547,712 parameters in memory")
     assert checks["hub"].found.endswith("not asked (offline)") and checks["Wikipedia"].found.endswith(
         "not asked (offline)"

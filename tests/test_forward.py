@@ -15,7 +15,7 @@ import lscollapse
 from lscollapse import Variant
 from lscollapse.core import assets, registry
 from lscollapse.measures import MEASURES
-from lscollapse.models import checkpoint
+from lscollapse.models.checkpoints import checkpoint
 from tests.equivalence import plain_decoders, plain_models, tiny
 from tests.equivalence.compare import assert_rows_match, by_layer
 

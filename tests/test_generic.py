@@ -18,7 +18,7 @@ from lscollapse import Variant
 from lscollapse.gradients import check_chain
 from lscollapse.identity import layer_outputs
 from lscollapse.models import UnsupportedModel, adapt
-from lscollapse.models.generic import GenericAdapter
+from lscollapse.models.adapters.generic import GenericAdapter
 from lscollapse.variants import SurgeryError
 from tests.equivalence import plain_decoders, plain_models, tiny
 from tests.test_adapters import assert_close, ids_for, outputs, plain

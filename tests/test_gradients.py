@@ -16,8 +16,9 @@ from transformers import BertLMHeadModel
 from lscollapse import Variant
 from lscollapse.core.config import ConfigError
 from lscollapse.gradients import grad_norm
-from lscollapse.models import UnsupportedModel, checkpoint
-from lscollapse.models.streamed import StreamedMamba2
+from lscollapse.models import UnsupportedModel
+from lscollapse.models.adapters.streamed import StreamedMamba2
+from lscollapse.models.checkpoints import checkpoint
 from tests.equivalence import plain_models, tiny
 from tests.models.layouts import hf_state, write_hf
 from tests.test_quality import (

@@ -16,7 +16,7 @@ from lscollapse import cli, console_theory, guarantees, guarantees_s4d, search
 from lscollapse.core import registry
 from lscollapse.core.config import Experiment
 from lscollapse.models import adapt
-from lscollapse.nets.s4d import S4D, S4DConfig
+from lscollapse.models.nets.s4d import S4D, S4DConfig
 from lscollapse.subjects import Subject
 from lscollapse.variants import Variant
 from tests.equivalence import plain_models

@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 
 from lscollapse.data import images
 from lscollapse.data.corpus import CorpusError
-from lscollapse.nets.s4d import S4DConfig
+from lscollapse.models.nets.s4d import S4DConfig
 
 GREY = S4DConfig(channels=1, levels=17, data="digits")
 COLOURS = np.random.default_rng(3).integers(0, 256, (6, 2, 3, 3), dtype=np.uint8)  # six pictures of 2x3 pixels

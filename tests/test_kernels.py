@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lscollapse import ssd
-from lscollapse.kernels import KernelError, Kernels, causal_conv, chunked_scan, gated_norm, resolve
-from lscollapse.models.mamba2_gpu import GpuBlock
-from lscollapse.models.mamba2_native import BlockError
-from lscollapse.verify import TOY, Check, passed, verify
+from lscollapse.models.kernels import ssd
+from lscollapse.models.kernels.backends import KernelError, Kernels, causal_conv, chunked_scan, gated_norm, resolve
+from lscollapse.models.kernels.cpu_block import BlockError
+from lscollapse.models.kernels.gpu_block import GpuBlock
+from lscollapse.models.kernels.verify import TOY, Check, passed, verify
 from tests.models.test_mamba2_native import SHAPES, plain_norm, plain_O, relative_error, stream, weights
 from tests.test_ssd import DECAYS, SIZES, inputs, recurrence
 
@@ -75,7 +75,7 @@ def test_triton_not_installed_says_how_to_install(tmp_path: Path) -> None:
     (tmp_path / "mamba_ssm").mkdir()
     (tmp_path / "mamba_ssm" / "__init__.py").write_text("raise ImportError('undefined symbol')")
     program = """
-        from lscollapse.kernels import KernelError, resolve
+        from lscollapse.models.kernels.backends import KernelError, resolve
         try:
             resolve("triton", "cpu")
         except KernelError as error:

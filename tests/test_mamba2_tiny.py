@@ -7,7 +7,7 @@ import torch
 from transformers import Mamba2ForCausalLM
 
 from lscollapse.data import corpus, tokenizers
-from lscollapse.models.checkpoint import load
+from lscollapse.models.checkpoints.checkpoint import load
 
 
 def test_held_out_loss_is_far_under_the_unigram_model() -> None:

@@ -27,8 +27,8 @@ from lscollapse.core.config import Experiment
 from lscollapse.core.run_folder import read_manifest, read_rows
 from lscollapse.data import pictures
 from lscollapse.data.images import pixel_ids
-from lscollapse.models import checkpoint
-from lscollapse.models.tensors import CheckpointError
+from lscollapse.models.checkpoints import checkpoint
+from lscollapse.models.checkpoints.tensors import CheckpointError
 from tests.equivalence import plain_models
 
 WORDS = [f"word{i}" for i in range(50)]

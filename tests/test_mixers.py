@@ -12,10 +12,10 @@ from transformers import Mamba2Config, MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
-from lscollapse.nets import mamba
-from lscollapse.nets.attention import Attention, linear_attention
-from lscollapse.nets.mamba import Mamba, selective_scan
-from lscollapse.nets.mamba2 import SSD, BareSSD, Mamba2
+from lscollapse.models.nets import mamba
+from lscollapse.models.nets.attention import Attention, linear_attention
+from lscollapse.models.nets.mamba import Mamba, selective_scan
+from lscollapse.models.nets.mamba2 import SSD, BareSSD, Mamba2
 from tests.test_ssd import recurrence as ssd_recurrence
 
 SIZES = [

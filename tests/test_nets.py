@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lscollapse.nets.block import Block, Net, NetConfig, NetError
+from lscollapse.models.nets.lambda_net import Block, Net, NetConfig, NetError
 
 MIXERS = ("attention", "linear", "mamba", "mamba2")
 SMALL = {"hidden_size": 16, "state_size": 4, "head_dim": 8, "vocab_size": 20, "n_labels": 5, "max_positions": 40}

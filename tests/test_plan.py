@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lscollapse import plan
 from lscollapse.core import config
-from lscollapse.models.mamba2_native import Mamba2Shape
+from lscollapse.models.kernels.cpu_block import Mamba2Shape
 
 SHAPE_27B = Mamba2Shape(2560, 80, 64, 128)
 GIB = 2**30

@@ -15,7 +15,7 @@ import lscollapse
 from lscollapse import Variant, measures
 from lscollapse.identity import differences
 from lscollapse.models import adapt
-from lscollapse.models.widened import computing_in
+from lscollapse.models.numerics.widened import computing_in
 from tests.equivalence import plain_decoders, plain_models, plain_others, tiny
 from tests.equivalence.compare import assert_rows_match
 from tests.test_adapters import ids_for, plain

@@ -33,7 +33,8 @@ from transformers import (
 import lscollapse
 from lscollapse import Variant, certify, experiments, quality
 from lscollapse.core.config import ConfigError, Experiment
-from lscollapse.models import UnsupportedModel, adapt, checkpoint
+from lscollapse.models import UnsupportedModel, adapt
+from lscollapse.models.checkpoints import checkpoint
 from lscollapse.quality import QualityError, lm_loss
 from tests.equivalence import plain_models, tiny
 from tests.models.layouts import PADDED, hf_state, original_state, write_hf, write_original

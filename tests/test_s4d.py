@@ -21,9 +21,10 @@ from lscollapse.core.config import ConfigError, Experiment, S4DTraining, load
 from lscollapse.data import images
 from lscollapse.forward import measure
 from lscollapse.identity import differences
-from lscollapse.models import adapt, checkpoint
-from lscollapse.models.tensors import CheckpointError
-from lscollapse.nets.s4d import S4D, S4DConfig, S4DMixer, causal_convolution
+from lscollapse.models import adapt
+from lscollapse.models.checkpoints import checkpoint
+from lscollapse.models.checkpoints.tensors import CheckpointError
+from lscollapse.models.nets.s4d import S4D, S4DConfig, S4DMixer, causal_convolution
 from lscollapse.train import TrainingError
 from lscollapse.variants import Variant
 from tests.equivalence.compare import assert_rows_match

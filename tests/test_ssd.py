@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lscollapse import ssd
+from lscollapse.models.kernels import ssd
 
 SIZES = [  # batch, L, heads, head_dim, groups, state, chunk
     (1, 1, 2, 4, 1, 3, 128),

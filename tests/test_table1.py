@@ -20,7 +20,7 @@ from lscollapse import cells, cli_train, figures_table1, table1, table1_report
 from lscollapse.core.config import ConfigError, load
 from lscollapse.core.run_folder import RunFolderError
 from lscollapse.data import images, mqar
-from lscollapse.nets.block import Net, NetConfig
+from lscollapse.models.nets.lambda_net import Net, NetConfig
 from lscollapse.table1_config import Table1
 from lscollapse.train import Diverged
 

@@ -21,7 +21,7 @@ from lscollapse.core.progress import Silent
 from lscollapse.data import corpus, tokenizers
 from lscollapse.data.corpus import Corpus, CorpusError, Excerpt
 from lscollapse.data.tokenizers import Tokenizer
-from lscollapse.models.tensors import CheckpointError
+from lscollapse.models.checkpoints.tensors import CheckpointError
 from tests.models.layouts import VOCAB, write_hf
 
 UNKNOWN = 1

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lscollapse import train
 from lscollapse.data import mqar
-from lscollapse.nets.block import LEARNABLE, Net, NetConfig
+from lscollapse.models.nets.lambda_net import LEARNABLE, Net, NetConfig
 from lscollapse.train import Data, Diverged, Examples, Settings, TrainingError, evaluate, fit, loss_of, rate, rows_of
 
 TASK = mqar.MqarConfig(seq_len=16, pairs=3, vocab_size=20)

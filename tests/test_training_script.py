@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from transformers import Mamba2ForCausalLM
 
 from lscollapse.data import corpus
-from lscollapse.models.checkpoint import load
+from lscollapse.models.checkpoints.checkpoint import load
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import article_tokens

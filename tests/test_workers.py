@@ -15,16 +15,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from lscollapse import devices, experiments, forward, items, kernels, plan, workers
+from lscollapse import devices, experiments, forward, items, plan, workers
 from lscollapse.core.config import ConfigError, Experiment
 from lscollapse.core.progress import SILENT
 from lscollapse.core.run_folder import RunFolder
 from lscollapse.core.table import ORDER
-from lscollapse.models import checkpoint
-from lscollapse.models.mamba2 import Mamba2Adapter
-from lscollapse.models.mamba2_gpu import GpuBlock
-from lscollapse.models.mamba2_native import Mamba2Shape, NativeBlock
-from lscollapse.models.streamed import StreamedMamba2
+from lscollapse.models.adapters.mamba2 import Mamba2Adapter
+from lscollapse.models.adapters.streamed import StreamedMamba2
+from lscollapse.models.checkpoints import checkpoint
+from lscollapse.models.kernels import backends
+from lscollapse.models.kernels.cpu_block import Mamba2Shape, NativeBlock
+from lscollapse.models.kernels.gpu_block import GpuBlock
 from lscollapse.subjects import load_subjects
 from lscollapse.variants import Variant
 from tests.equivalence import plain_models, tiny
@@ -221,7 +222,7 @@ def late(config: Experiment) -> StreamedMamba2:
     adapter = StreamedMamba2(checkpoint.open_layers(config.models[0]), Late())
     # A GpuBlock with torch operations: what a GPU runs, without the GPU.
     adapter.kernels = replace(
-        kernels.resolve("torch", "cpu"), scan=kernels.chunked_scan, conv=kernels.causal_conv, triton=True
+        backends.resolve("torch", "cpu"), scan=backends.chunked_scan, conv=backends.causal_conv, triton=True
     )
     return adapter
 

@@ -6,17 +6,17 @@ from typing import Any
 
 import torch
 
-from lscollapse.models.adapter import Adapter, UnsupportedModel
-from lscollapse.models.albert import AlbertAdapter
-from lscollapse.models.bert import BertAdapter, RobertaAdapter
-from lscollapse.models.generic import GenericAdapter
-from lscollapse.models.gpt2 import Gpt2Adapter
-from lscollapse.models.llama import LlamaAdapter
-from lscollapse.models.mamba import MambaAdapter
-from lscollapse.models.mamba2 import Mamba2Adapter
-from lscollapse.models.s4d import S4DAdapter
-from lscollapse.models.vit import VitAdapter
-from lscollapse.models.widened import computing_in, within
+from lscollapse.models.adapters.adapter import Adapter, UnsupportedModel
+from lscollapse.models.adapters.albert import AlbertAdapter
+from lscollapse.models.adapters.bert import BertAdapter, RobertaAdapter
+from lscollapse.models.adapters.generic import GenericAdapter
+from lscollapse.models.adapters.gpt2 import Gpt2Adapter
+from lscollapse.models.adapters.llama import LlamaAdapter
+from lscollapse.models.adapters.mamba import MambaAdapter
+from lscollapse.models.adapters.mamba2 import Mamba2Adapter
+from lscollapse.models.adapters.s4d import S4DAdapter
+from lscollapse.models.adapters.vit import VitAdapter
+from lscollapse.models.numerics.widened import computing_in, within
 
 ADAPTERS: tuple[type[Adapter], ...] = (
     Mamba2Adapter, AlbertAdapter, BertAdapter, RobertaAdapter, Gpt2Adapter, LlamaAdapter, MambaAdapter, VitAdapter,

@@ -14,7 +14,7 @@ def side_native(args: argparse.Namespace) -> dict[str, Any]:
     """Our block, its matrix products, and a stack, in one dtype."""
     import torch
 
-    from lscollapse.models.mamba2_native import Mamba2Shape, NativeBlock, Workers
+    from lscollapse.models.kernels.cpu_block import Mamba2Shape, NativeBlock, Workers
 
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     shape, workers = Mamba2Shape(SIZES["hidden"], SIZES["heads"], SIZES["head_dim"], SIZES["state"]), Workers()

@@ -20,7 +20,7 @@ def side_mixers(args: argparse.Namespace) -> dict[str, Any]:
     from transformers.models.mamba.modeling_mamba import MambaMixer
     from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
-    from lscollapse.nets.block import NetConfig, make_mixer
+    from lscollapse.models.nets.lambda_net import NetConfig, make_mixer
 
     shape = {"hidden_size": WIDTH, "state_size": STATE, "expand": 2}
     modules = {name: make_mixer(NetConfig(mixer=name, **shape)) for name in MIXERS}

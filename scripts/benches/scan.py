@@ -18,7 +18,7 @@ def side_scan(args: argparse.Namespace) -> dict[str, Any]:
     """The scan of one excerpt for each length, and of the whole batch of the block section."""
     import torch
 
-    from lscollapse import ssd
+    from lscollapse.models.kernels import ssd
 
     heads, head_dim, state = SIZES["heads"], SIZES["head_dim"], SIZES["state"]
     A, D, dt_bias = -torch.linspace(1.0, 16.0, heads), torch.rand(heads), torch.randn(heads) - 4.0

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from lscollapse import Variant
-from lscollapse.nets.s4d import S4D, S4DConfig
+from lscollapse.models.nets.s4d import S4D, S4DConfig
 from tests.equivalence import plain_decoders, plain_models, tiny
 from tests.equivalence.fuzz import Case, Outputs, vary
 

@@ -10,7 +10,7 @@ import pytest
 import lscollapse
 from lscollapse import Variant
 from lscollapse.data import corpus
-from lscollapse.models.checkpoint import load
+from lscollapse.models.checkpoints.checkpoint import load
 from tests.equivalence import plain_models
 
 N_TOKENS = 48

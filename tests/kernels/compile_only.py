@@ -44,7 +44,7 @@ def main(capability: int, precision: str, backward: bool) -> None:
 
     JITFunction.run = compile_and_report
 
-    from lscollapse.kernels import _import_triton
+    from lscollapse.models.kernels.backends import _import_triton
 
     combined, layernorm = _import_triton("cpu", precision)
     batch, L, heads, head_dim, groups, state = 1, 300, 80, 64, 1, 128

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lscollapse.kernels import KernelError, Kernels, causal_conv, chunked_scan, gated_norm, resolve
-from lscollapse.models.mamba2_gpu import GpuBlock
-from lscollapse.models.mamba2_native import Mamba2Shape
+from lscollapse.models.kernels.backends import KernelError, Kernels, causal_conv, chunked_scan, gated_norm, resolve
+from lscollapse.models.kernels.cpu_block import Mamba2Shape
+from lscollapse.models.kernels.gpu_block import GpuBlock
 from tests.models.test_mamba2_native import plain_norm, plain_O, relative_error, stream, weights
 from tests.test_ssd import inputs, recurrence
 
@@ -116,7 +116,7 @@ def test_every_arm_of_a_block(arm: dict) -> None:
 def test_verify_in_a_process_of_its_own() -> None:
     """As the command does it: it switches the interpreter on itself, and one configuration a kernel is tuned for all."""
     program = (
-        "from lscollapse.verify import TOY, passed, verify; rows = verify('cpu', 'auto', TOY[-1:]); "
+        "from lscollapse.models.kernels.verify import TOY, passed, verify; rows = verify('cpu', 'auto', TOY[-1:]); "
         "assert passed(rows); print(*sorted({(row.name, row.backend.split()[0]) for row in rows}))"
     )
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MAMBA_DETERMINISTIC")}

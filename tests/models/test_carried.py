@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lscollapse.models.carried import HIGH, LOW, STEEPEST, Carried
+from lscollapse.models.numerics.carried import HIGH, LOW, STEEPEST, Carried
 
 LAMBDAS = (0.0, -0.0, 5e-324, -1e-320, 1e-46, 1e-40, 0.3, -1.0, 1.0, 64.0, -1e14, 1e35, 1e39, -1e300, 1.7e308)
 

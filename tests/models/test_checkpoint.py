@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 
 from lscollapse.core import assets
 from lscollapse.core.registry import ENTRIES
-from lscollapse.models import checkpoint
-from lscollapse.models.checkpoint import CheckpointError
+from lscollapse.models.checkpoints import checkpoint
+from lscollapse.models.checkpoints.checkpoint import CheckpointError
 from tests.models.layouts import D_MODEL, N_LAYER, PADDED, hf_state, original_state, write_hf, write_original
 from tests.models.test_registry import SIZES, mamba2_parameters
 
@@ -132,7 +132,7 @@ def test_dtype(tmp_path, dtype):
 def test_built_in_configs_give_the_published_count(size):
     from transformers import Mamba2Model
 
-    from lscollapse.models.mamba_ssm import read_config
+    from lscollapse.models.checkpoints.mamba_ssm import read_config
 
     with torch.device("meta"):
         model = Mamba2Model(read_config(ENTRIES[f"mamba2-{size}"].config, size))

@@ -10,7 +10,7 @@ from huggingface_hub import constants
 
 from lscollapse.core import hub
 from lscollapse.core.hub import HubError
-from lscollapse.models import checkpoint
+from lscollapse.models.checkpoints import checkpoint
 from tests.models.layouts import hf_state, write_hf, write_original
 from tests.servers.hub import HubServer
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lscollapse.models.mamba2_native import BlockError, Mamba2Shape, NativeBlock
+from lscollapse.models.kernels.cpu_block import BlockError, Mamba2Shape, NativeBlock
 
 SHAPES = {
     "one group": Mamba2Shape(hidden=24, heads=6, head_dim=8, state=5, groups=1, eps=1e-5),

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lscollapse.models.scores import scores_in_range
+from lscollapse.models.numerics.scores import scores_in_range
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -12,8 +12,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lscollapse.models import checkpoint, tensors
-from lscollapse.models.tensors import CheckpointError
+from lscollapse.models.checkpoints import checkpoint, tensors
+from lscollapse.models.checkpoints.tensors import CheckpointError
 from tests.models.layouts import D_MODEL, PADDED, hf_state, original_state, write_hf, write_original
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3]])

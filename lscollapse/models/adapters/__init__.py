@@ -1,0 +1,1 @@
+"""Checkpoints of every architecture, seen as embed, a stack of blocks, head."""

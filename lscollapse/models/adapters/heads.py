@@ -1,0 +1,84 @@
+"""The language-model head of a checkpoint, for runs that ask for it; `checkpoint.load` leaves heads out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lscollapse.models import Adapter
+from lscollapse.models.adapters.streamed import StreamedMamba2
+
+
+def attach(
+    adapter: Adapter,
+    read: Callable[[], Mapping[str, Tensor]],
+    load: Callable[[Any], Any],
+    random_init: int | None = None,
+) -> bool:
+    """Give `adapter` the head of its model, so that `adapter.head` is there; False where the model has none.
+
+    Args:
+        read: the tensors of the checkpoint's head (checkpoint.open_head); not called where embeddings are the head.
+        load: the whole model of a class, or None (checkpoint.load_with_head); called where `read` gives too little.
+        random_init: a seed; the head is initialised by transformers and nothing is read.
+    """
+    if isinstance(adapter, StreamedMamba2):
+        if adapter.output is None:
+            adapter.output = read().get("lm_head.weight")
+        return adapter.head is not None
+    kind = _class(adapter)
+    if kind is None:
+        return False
+    if random_init is None:
+        with torch.device("meta"):
+            whole = kind(adapter.config)
+        whole = _around(whole, adapter)
+        if _unfilled(whole):
+            whole.load_state_dict(dict(read()), strict=False, assign=True)
+            whole.tie_weights()
+        if _unfilled(whole):
+            whole = load(kind)
+            if whole is None:
+                return False
+            whole = _around(whole, adapter)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(random_init)
+            whole = kind(adapter.config)
+        whole = _around(whole, adapter)
+    if _unfilled(whole):
+        return False
+    adapter.whole = whole.to(adapter.device, adapter.dtype).eval()
+    return adapter.head is not None
+
+
+def _around(whole: Any, adapter: Adapter) -> Any:
+    """A model with a head, whose base model is that of the adapter."""
+    setattr(whole, whole.base_model_prefix, adapter.model)
+    whole.tie_weights()
+    return whole
+
+
+def missing(adapter: Adapter) -> str:
+    """What to say of a model without a language-model head: which class has one, if any has."""
+    what = adapter.config.model_type
+    if adapter.head_class is None:
+        return f"no language-model head is known of {what}: choose a model that predicts or fills in tokens"
+    return f"no language-model head came with this {what}: give it as {adapter.head_class}"
+
+
+def _class(adapter: Adapter) -> Any:
+    """transformers' class of this architecture with a language-model head, None where there is none."""
+    from transformers.models.auto import modeling_auto
+
+    if adapter.head_class is None:
+        return None
+    mapping = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING if adapter.masked else modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
+    return mapping.get(type(adapter.config), None)
+
+
+def _unfilled(whole: Any) -> bool:
+    return any(tensor.is_meta for tensor in whole.state_dict().values())

@@ -1,0 +1,175 @@
+"""Checkpoints of any architecture that transformers knows, read by its Auto classes; no code from a repository is run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lscollapse.core.files import first_line
+from lscollapse.core.hub import PICTURES
+from lscollapse.models.checkpoints.tensors import (
+    CheckpointError,
+    is_old_buffer,
+    read_json,
+    read_tensors,
+    refuse_kinds,
+    refuse_misfits,
+    refuse_values,
+)
+
+
+def config(raw: Mapping[str, Any], where: str) -> Any:
+    """The transformers config of a config.json; `where` names it in errors.
+
+    Raises:
+        CheckpointError: no architecture of the installed transformers, or quantised weights.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    model_type = str(raw.get("model_type", ""))
+    if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in MODEL_MAPPING:
+        came = f"model_type {model_type!r}" if model_type else "neither model_type nor d_model and n_layer"
+        own = "; it needs code from its repository, which is never run" if "auto_map" in raw else ""
+        raise CheckpointError(
+            f"config.json of {where} has {came}: readable are the architectures of the installed transformers and"
+            f" mamba_ssm's own layout{own}"
+        )
+    if "quantization_config" in raw:
+        raise CheckpointError(f"{where} holds quantised weights: give the checkpoint they were made from")
+    return CONFIG_MAPPING[model_type].from_dict(dict(raw))
+
+
+def built(config: Any) -> Any:
+    """The base model with transformers' initial weights, float32."""
+    from transformers import AutoModel
+
+    return AutoModel.from_config(config, dtype=torch.float32)
+
+
+def filled(config: Any, files: Sequence[Path], where: str, dtype: torch.dtype) -> Any:
+    """The base model with the weights in `files`, which lie in one folder.
+
+    Raises:
+        CheckpointError: the weights are damaged, some are missing, left over or of another shape, or are no floats.
+    """
+    from transformers import AutoModel
+
+    folder = files[0].parent
+    model, report = _read(AutoModel, config, folder, where, dtype)
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
+    left_over = sorted(name for name in report["unexpected_keys"] if _in_a_block(name, model))
+    refuse_misfits({"missing": missing, "unexpected": left_over}, where)
+    read = {
+        name: t for file in files for name, t in read_tensors(file).items() if name not in report["unexpected_keys"]
+    }
+    refuse_kinds(_weights(read, model), where)
+    _note_pixels(model.config, folder / PICTURES)
+    return model
+
+
+def with_head(kind: Any, config: Any, folder: Path, where: str, dtype: torch.dtype) -> Any:
+    """The model of class `kind`, which has a head, with the weights of a local folder; None where those of the head are missing.
+
+    Raises:
+        CheckpointError: the weights are damaged.
+    """
+    model, report = _read(kind, config, folder, where, dtype)
+    inside = f"{model.base_model_prefix}."
+    if not all(name.startswith(inside) for name in report["missing_keys"]):
+        return None
+    refuse_values({n: p for n, p in model.named_parameters() if not n.startswith(inside)}, where)
+    return model
+
+
+def _read(kind: Any, config: Any, folder: Path, where: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """A model of class `kind` from a local folder, and what transformers reports of its tensors."""
+    with quietly():
+        try:
+            return kind.from_pretrained(
+                folder, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
+            )  # fmt: skip
+        except Exception as error:  # whatever a damaged file makes the readers raise
+            raise CheckpointError(f"the weights of {where} cannot be read: {first_line(error)}") from error
+
+
+def inspect(config: Any, files: Sequence[Path], where: str) -> None:
+    """What the headers of `files` tell of whether `filled` will succeed.
+
+    transformers renames and joins tensors of some architectures while it reads them, so that a name which the model
+    does not know tells nothing; a missing one does where no such name is there.
+
+    Raises:
+        CheckpointError: tensors are missing, of another shape, or are no floats.
+    """
+    with torch.device("meta"):
+        model = built(config)
+    read = {_own_name(name, model): t for file in files for name, t in read_tensors(file).items()}
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters() if not name.startswith("pooler.")}
+    shapes = [
+        f"{name} {tuple(read[name].shape)} instead of {shape}"
+        for name, shape in expected.items()
+        if name in read and tuple(read[name].shape) != shape
+    ]
+    refuse_misfits({"of another shape": shapes}, where)
+    known = set(model.state_dict())
+    absent_by_design = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    missing = [n for n in expected if n not in read and not any(p.search(n) for p in absent_by_design)]
+    if not any(_in_a_block(name, model) for name in read if name not in known):
+        refuse_misfits({"missing": missing}, where)
+    refuse_kinds(_weights(read, model), where)
+
+
+def _weights(read: Mapping[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
+    """Of the tensors of a file those that become weights of the base model: what is a number in it is a float there."""
+    state = model.state_dict()
+    counters = {name.rpartition(".")[2] for name, buffer in model.named_buffers() if not buffer.is_floating_point()}
+    found = {}
+    for name, tensor in read.items():
+        own = state.get(_own_name(name, model))
+        renamed = own is None and tensor.ndim >= 2 and name.rpartition(".")[2] not in counters
+        if (renamed or (own is not None and own.is_floating_point())) and not is_old_buffer(name):
+            found[name] = tensor
+    return found
+
+
+def _own_name(name: str, model: Any) -> str:
+    """The name of a file's tensor within the base model."""
+    return name.removeprefix(f"{model.base_model_prefix}.")
+
+
+def _in_a_block(name: str, model: Any) -> bool:
+    """Whether a tensor of a file belongs to a numbered part of the base model, no head."""
+    name = _own_name(name, model)
+    inside = re.search(r"\.\d+\.", name) is not None and hasattr(model, name.partition(".")[0])
+    return inside and not is_old_buffer(name)
+
+
+def _note_pixels(config: Any, file: Path) -> None:
+    """How pictures are normalised, noted in the config, where models/vit.py looks for it."""
+    if file.is_file():
+        settings = read_json(file)
+        for name in ("image_mean", "image_std"):
+            if name in settings:
+                setattr(config, name, settings[name])
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without transformers' progress bar and its report of unused heads, which are left out on purpose."""
+    from transformers.utils import logging
+
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,81 @@
+"""The config.json of mamba_ssm, as released with state-spaces/mamba2-*, as a transformers config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lscollapse.models.checkpoints.tensors import CheckpointError
+
+# mamba_ssm's Mamba2 arguments: name -> (name in Mamba2Config, default).
+_SSM_ARGUMENTS = {
+    "d_state": ("state_size", 128),
+    "d_conv": ("conv_kernel", 4),
+    "expand": ("expand", 2),
+    "headdim": ("head_dim", 64),
+    "ngroups": ("n_groups", 1),
+    "chunk_size": ("chunk_size", 256),
+    "bias": ("use_bias", False),
+    "conv_bias": ("use_conv_bias", True),
+    "dt_min": ("time_step_min", 0.001),
+    "dt_max": ("time_step_max", 0.1),
+    "dt_init_floor": ("time_step_floor", 1e-4),
+    "dt_limit": ("time_step_limit", (0.0, float("inf"))),
+}
+# Arguments that transformers' Mamba2 knows at one value only, and those that only matter when training starts.
+_SSM_FIXED = {"layer": "Mamba2", "d_ssm": None, "D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False}
+_SSM_IGNORED = {"A_init_range", "conv_init", "use_mem_eff_path"}
+
+
+_SIZES = {"hidden_size", "num_hidden_layers"}  # of transformers' layout
+
+
+def is_own_layout(raw: Mapping[str, Any], where: str) -> bool:
+    """Whether a config.json is mamba_ssm's own, also where a `model_type` was added to it.
+
+    transformers would ignore every key of it and take the sizes of its defaults, Mamba-2's 7B.
+
+    Raises:
+        CheckpointError: it gives the sizes of both layouts.
+    """
+    own = "d_model" in raw and "n_layer" in raw and raw.get("model_type") in (None, "mamba", "mamba2")
+    both = sorted(_SIZES & set(raw))
+    if own and both:
+        raise CheckpointError(
+            f"config.json of {where} mixes two layouts: mamba_ssm's d_model and n_layer, and transformers'"
+            f" {', '.join(both)}: leave those of one"
+        )
+    return own
+
+
+def read_config(raw: Mapping[str, Any], where: str) -> Any:
+    """Mamba2Config from the contents of mamba_ssm's config.json; `where` names it in errors.
+
+    `Mamba2Config.from_pretrained` would accept such a file, ignore every key of it, and return its 7B defaults.
+
+    Raises:
+        CheckpointError: Mamba-1, hybrids with attention or MLPs, and options that transformers' Mamba-2 does not have.
+    """
+    from transformers import Mamba2Config
+
+    ssm = dict(raw.get("ssm_cfg") or {})
+    ssm.setdefault("layer", "Mamba1")  # mamba_ssm's default
+    refused = [f"ssm_cfg.{key}={ssm[key]!r}" for key, value in _SSM_FIXED.items() if ssm.get(key, value) != value]
+    refused += [f"ssm_cfg.{key}" for key in ssm if key not in {*_SSM_ARGUMENTS, *_SSM_FIXED, *_SSM_IGNORED}]
+    refused += [f"{key}={raw[key]!r}" for key in ("attn_layer_idx", "d_intermediate") if raw.get(key)]
+    refused += ["rms_norm=False"] if not raw.get("rms_norm", True) else []
+    if refused:
+        raise CheckpointError(f"{where} is not a pure Mamba-2 of the released kind: cannot read {', '.join(refused)}")
+    arguments = {name: ssm.get(key, default) for key, (name, default) in _SSM_ARGUMENTS.items()}
+    vocab_size = raw.get("vocab_size", 50277)
+    return Mamba2Config(
+        hidden_size=raw["d_model"],
+        num_hidden_layers=raw["n_layer"],
+        num_heads=arguments["expand"] * raw["d_model"] // arguments["head_dim"],
+        vocab_size=vocab_size + -vocab_size % raw.get("pad_vocab_size_multiple", 8),
+        residual_in_fp32=raw.get("residual_in_fp32", True),
+        tie_word_embeddings=raw.get("tie_embeddings", True),
+        layer_norm_epsilon=1e-5,
+        pad_token_id=None,
+        **arguments,
+    )
