@@ -24,11 +24,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lscollapse.forward import measure
-    from lscollapse.gradients import grad_norm
-    from lscollapse.monitoring import MonitorCallback, monitor
-    from lscollapse.quality import lm_loss
-    from lscollapse.variants import Variant, surgery
+    from lscollapse.instrument.forward import measure
+    from lscollapse.instrument.gradients import grad_norm
+    from lscollapse.instrument.lm_loss import lm_loss
+    from lscollapse.instrument.monitor import MonitorCallback, monitor
+    from lscollapse.instrument.surgery import Variant, surgery
 
 __version__ = "0.1.0"
 __all__ = [
@@ -43,13 +43,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "MonitorCallback": "lscollapse.monitoring",
-    "Variant": "lscollapse.variants",
-    "grad_norm": "lscollapse.gradients",
-    "lm_loss": "lscollapse.quality",
-    "measure": "lscollapse.forward",
-    "monitor": "lscollapse.monitoring",
-    "surgery": "lscollapse.variants",
+    "MonitorCallback": "lscollapse.instrument.monitor",
+    "Variant": "lscollapse.instrument.surgery",
+    "grad_norm": "lscollapse.instrument.gradients",
+    "lm_loss": "lscollapse.instrument.lm_loss",
+    "measure": "lscollapse.instrument.forward",
+    "monitor": "lscollapse.instrument.monitor",
+    "surgery": "lscollapse.instrument.surgery",
 }
 
 

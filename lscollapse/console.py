@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-    from lscollapse.identity import LayerDifference
+    from lscollapse.instrument.identity import LayerDifference
     from lscollapse.models.kernels.verify import Check
 
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 from lscollapse.core import registry
 from lscollapse.core.config import ConfigError, Experiment
 from lscollapse.core.files import read_text
+from lscollapse.instrument.surgery import Variant, without_gate
 from lscollapse.runs import SILENT, Progress, load_corpus, load_subjects, run
-from lscollapse.variants import Variant, without_gate
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from lscollapse.identity import LayerDifference
+    from lscollapse.instrument.identity import LayerDifference
     from lscollapse.models import Adapter
 
 __all__ = [
@@ -104,7 +104,7 @@ def with_gated_models(config: Experiment) -> Experiment:
 
 def check_identity(config: Experiment, progress: Progress = SILENT) -> list[LayerDifference]:
     """How far the instrumented model (lambda = 1) is from the untouched one, layer by layer, for every model."""
-    from lscollapse.identity import differences
+    from lscollapse.instrument.identity import differences
 
     subjects = load_subjects(config, lambda adapter, config: [Variant()], progress)
     return [difference for subject in subjects for difference in differences(subject.adapter, subject.ids)]

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lscollapse import forward, measures
+from lscollapse import measures
+from lscollapse.instrument import forward
+from lscollapse.instrument.surgery import Variant
 from lscollapse.models.adapters.bert import BertAdapter
 from lscollapse.models.adapters.mamba2 import Mamba2Adapter
 from lscollapse.models.kernels import ssd
@@ -19,7 +21,6 @@ from lscollapse.search import sublayers
 from lscollapse.subjects import Subject
 from lscollapse.theory import constants
 from lscollapse.theory.arrays import Array
-from lscollapse.variants import Variant
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from lscollapse import certify, forward, gains, guarantees_s4d, measures
+from lscollapse import gains, guarantees_s4d, measures
 from lscollapse.core.progress import SILENT, Progress
 from lscollapse.gains import Pass
+from lscollapse.instrument import early_exit, forward
 from lscollapse.models import UnsupportedModel
 from lscollapse.models.adapters.albert import AlbertAdapter
 from lscollapse.models.adapters.bert import BertAdapter
@@ -169,7 +170,7 @@ def _prenorm(subject: Subject, target: float) -> list[Line]:
     if not subject.adapter.bounded_mixer:
         return []
     adapter, N = subject.adapter, subject.ids.shape[1]
-    rows = subject.gains or [adapter.mixer_bound(k, certify.spectral_bound) for k in range(adapter.n_layers)]
+    rows = subject.gains or [adapter.mixer_bound(k, early_exit.spectral_bound) for k in range(adapter.n_layers)]
     G = np.array(rows) * math.sqrt(N)
     largest = float(G.max())
     X = adapter.embed(forward.checked_ids(adapter, subject.ids)).double()

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lscollapse import forward, gains, measures
+from lscollapse import gains, measures
+from lscollapse.instrument import forward
 from lscollapse.models.nets.s4d import S4DMixer
 from lscollapse.subjects import Subject
 from lscollapse.theory import constants

@@ -70,9 +70,9 @@ def _measure(
 ) -> pd.DataFrame:
     import pandas as pd
 
-    from lscollapse.forward import Stream, measure
-    from lscollapse.gradients import grad_norm
-    from lscollapse.quality import lm_loss
+    from lscollapse.instrument.forward import Stream, measure
+    from lscollapse.instrument.gradients import grad_norm
+    from lscollapse.instrument.lm_loss import lm_loss
 
     task, info = item.task, item.task.info
     set_threads(task.width)

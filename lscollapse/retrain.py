@@ -18,10 +18,10 @@ from lscollapse.core.files import write_json, write_text
 from lscollapse.core.progress import SILENT, Progress
 from lscollapse.data import images
 from lscollapse.devices import device
+from lscollapse.instrument.surgery import Variant
 from lscollapse.models.nets.s4d import S4D, S4DConfig
 from lscollapse.runs import run
 from lscollapse.train import LOG, STATE, Data, Diverged, Examples, Outcome, Settings, evaluate, fit
-from lscollapse.variants import Variant
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from lscollapse import forward
 from lscollapse.core.config import Experiment
 from lscollapse.core.progress import SILENT, Progress
+from lscollapse.instrument import forward
+from lscollapse.instrument.surgery import Variant
 from lscollapse.models.adapters.adapter import Edit, HookSet
 from lscollapse.models.adapters.s4d import S4DAdapter
 from lscollapse.subjects import Subject, load_subjects
 from lscollapse.theory import flow
 from lscollapse.theory.arrays import Array, unit_rows
-from lscollapse.variants import Variant
 
 if TYPE_CHECKING:
     from torch import Tensor

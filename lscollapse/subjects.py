@@ -19,8 +19,8 @@ from lscollapse.data import corpus as corpora
 from lscollapse.data import images, pictures, tokenizers
 from lscollapse.data.texts import CorpusError
 from lscollapse.devices import device, memory, set_threads, worker_devices
+from lscollapse.instrument.surgery import Variant, check
 from lscollapse.token_checks import check_entries, check_ids
-from lscollapse.variants import Variant, check
 
 if TYPE_CHECKING:
     import torch
@@ -110,8 +110,8 @@ Variants = Callable[["Adapter", Experiment], list[Variant]]
 
 def load_subjects(config: Experiment, variants: Variants, progress: Progress) -> Iterator[Subject]:
     """Every model of `config`, trained and, if asked for, freshly initialised, with its excerpts and variants."""
-    from lscollapse import certify
-    from lscollapse.forward import checked_ids
+    from lscollapse.instrument import early_exit
+    from lscollapse.instrument.forward import checked_ids
     from lscollapse.models.adapters.heads import missing
 
     inits = ("trained", "random") if config.random_init else ("trained",)
@@ -129,7 +129,7 @@ def load_subjects(config: Experiment, variants: Variants, progress: Progress) ->
             if not scored[-1]:
                 unscored[name] = missing(adapter)
         tiles = _plan(adapter, info, corpus, arms, config, progress)
-        gains = certify.gains(adapter, info.sha256, config.cache_dir) if config.certified_exit else None
+        gains = early_exit.gains(adapter, info.sha256, config.cache_dir) if config.certified_exit else None
         width = adapter.config.hidden_size
         yield Subject(name, init, info, width, corpus, arms, tiles, gains, config.dtype, adapter)
     if scored and not any(scored):
@@ -198,7 +198,7 @@ def _attach_head(adapter: Adapter, name: str, init: str, config: Experiment) -> 
     """Where the configuration asks for what needs a language-model head."""
     if not needs_head(config):
         return
-    from lscollapse.gradients import check_chain
+    from lscollapse.instrument.gradients import check_chain
     from lscollapse.models.adapters import heads
     from lscollapse.models.checkpoints import checkpoint
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 import lscollapse
 from lscollapse import Variant
-from lscollapse.identity import differences
+from lscollapse.instrument.identity import differences
+from lscollapse.instrument.surgery import surgery_on_layer
 from lscollapse.models import UnsupportedModel, adapt
 from lscollapse.models.numerics.carried import Carried
-from lscollapse.variants import surgery_on_layer
 from tests.equivalence import plain_decoders, plain_models
 
 PRE_NORM = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "vit")

@@ -13,12 +13,12 @@ import pandas as pd
 import pytest
 import torch
 
-from lscollapse import certify
 from lscollapse.data import corpus
-from lscollapse.forward import measure
+from lscollapse.instrument import early_exit
+from lscollapse.instrument.forward import measure
+from lscollapse.instrument.surgery import Variant
 from lscollapse.models import adapt
 from lscollapse.models.checkpoints import checkpoint
-from lscollapse.variants import Variant
 from tests.equivalence import plain_models, tiny
 
 LAYERS = 7
@@ -88,7 +88,7 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 
 def gains_of(model: Any) -> list[float]:
-    gains = certify.gains(adapt(model), "")
+    gains = early_exit.gains(adapt(model), "")
     assert gains is not None
     return gains
 
@@ -115,7 +115,7 @@ def test_every_row_of_the_rest_of_the_net_is_within_e(model: Any) -> None:
     gains, ids = plain_gains(model), tiny.ids(2, 6, seed=1)
     for variant in VARIANTS:
         outputs = plain_outputs(model, variant, ids)
-        left = certify.remaining(gains, variant, torch.float64)
+        left = early_exit.remaining(gains, variant, torch.float64)
         for k in range(LAYERS):
             factor = 1.0
             for j in range(k + 1, LAYERS + 1):
@@ -133,8 +133,8 @@ def test_e_is_the_sum_over_the_layers_that_remain(model: Any) -> None:
         expected = [
             sum(gains[j] / np.prod(lams[k : j + 1]) for j in range(k, LAYERS)) for k in range(LAYERS + 1)
         ]  # fmt: skip
-        for dtype, margin in certify.MARGIN.items():
-            found = certify.remaining(gains, variant, dtype)
+        for dtype, margin in early_exit.MARGIN.items():
+            found = early_exit.remaining(gains, variant, dtype)
             np.testing.assert_allclose(found, np.array(expected) * margin, rtol=1e-12)
 
 
@@ -253,7 +253,7 @@ def test_the_bound_is_never_under_the_floor() -> None:
 def test_the_relative_change_of_a_stream_carried_far_is_not_taken_for_zero() -> None:
     """e = 2^1000 against rows of 2^20 * 2^970 is a change of 2^10, though 2^-970 itself is nothing in float32."""
     X = torch.full((2, 3, 4), 2.0**19)
-    found = certify.relative_change(2.0**1000, X, np.array([970, 1060]))
+    found = early_exit.relative_change(2.0**1000, X, np.array([970, 1060]))
     np.testing.assert_allclose(found, [2.0**10, 2.0**-80], rtol=1e-12)
 
 
@@ -276,8 +276,8 @@ def test_nothing_is_certified_without_a_bound(variant: Variant) -> None:
 
 
 def test_only_models_with_a_norm_before_out_proj_have_gains() -> None:
-    assert certify.gains(adapt(tiny.bert()), "") is None
-    assert certify.gains(adapt(tiny.albert()), "") is None
+    assert early_exit.gains(adapt(tiny.bert()), "") is None
+    assert early_exit.gains(adapt(tiny.albert()), "") is None
 
 
 def matrices() -> dict[str, np.ndarray]:
@@ -309,22 +309,22 @@ def matrices() -> dict[str, np.ndarray]:
 def test_spectral_bound_is_above_the_norm(name: str, dtype: torch.dtype) -> None:
     W = torch.from_numpy(matrices()[name]).to(dtype)
     if not torch.isfinite(W).all():
-        assert not certify.spectral_bound(W) <= 1e300  # nothing can be certified with it
+        assert not early_exit.spectral_bound(W) <= 1e300  # nothing can be certified with it
         return
     exact = float(np.linalg.norm(W.double().numpy(), 2))
-    found = certify.spectral_bound(W)
+    found = early_exit.spectral_bound(W)
     assert exact <= found <= exact * min(W.shape) ** (1 / 16) * 1.001
 
 
 def test_gains_are_cached_by_sha256(tmp_path: Path) -> None:
     model, digest = tiny.mamba2(n_layers=2), "ab" * 32
-    gains = certify.gains(adapt(model), digest, tmp_path)
+    gains = early_exit.gains(adapt(model), digest, tmp_path)
     (file,) = (tmp_path / "gains").iterdir()
     file.write_text(json.dumps([1.0, 2.0]))
-    assert certify.gains(adapt(model), digest, tmp_path) == [1.0, 2.0]
+    assert early_exit.gains(adapt(model), digest, tmp_path) == [1.0, 2.0]
     for damaged in ("[1.0, 2.", "{}", "[1.0]", '["a", "b"]', ""):
         file.write_text(damaged)
-        assert certify.gains(adapt(model), digest, tmp_path) == gains
+        assert early_exit.gains(adapt(model), digest, tmp_path) == gains
 
 
 def test_random_weights_of_one_seed_are_not_taken_for_each_other(tmp_path: Path) -> None:
@@ -332,11 +332,11 @@ def test_random_weights_of_one_seed_are_not_taken_for_each_other(tmp_path: Path)
     small, large = tiny.mamba2(n_layers=2), tiny.mamba2(n_layers=2)
     with torch.no_grad():
         scaled_out_proj(1e3)(large)
-    one = certify.gains(adapt(small), "random-init-0", tmp_path)
-    other = certify.gains(adapt(large), "random-init-0", tmp_path)
+    one = early_exit.gains(adapt(small), "random-init-0", tmp_path)
+    other = early_exit.gains(adapt(large), "random-init-0", tmp_path)
     assert one is not None and other is not None and other[0] > 100 * one[0]
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert certify.gains(adapt(tiny.mamba2(n_layers=2)), "cd" * 32, tmp_path / "file")
+    assert early_exit.gains(adapt(tiny.mamba2(n_layers=2)), "cd" * 32, tmp_path / "file")

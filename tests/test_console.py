@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from lscollapse import console
-from lscollapse.identity import LayerDifference
+from lscollapse.instrument.identity import LayerDifference
 
 NAN = float("nan")
 

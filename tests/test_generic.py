@@ -15,11 +15,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 import lscollapse
 from lscollapse import Variant
-from lscollapse.gradients import check_chain
-from lscollapse.identity import layer_outputs
+from lscollapse.instrument.gradients import check_chain
+from lscollapse.instrument.identity import layer_outputs
+from lscollapse.instrument.surgery import SurgeryError
 from lscollapse.models import UnsupportedModel, adapt
 from lscollapse.models.adapters.generic import GenericAdapter
-from lscollapse.variants import SurgeryError
 from tests.equivalence import plain_decoders, plain_models, tiny
 from tests.test_adapters import assert_close, ids_for, outputs, plain
 from tests.test_variants import captured

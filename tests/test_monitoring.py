@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import BertForMaskedLM, Trainer, TrainerCallback, TrainingArguments
 
-from lscollapse.monitoring import MonitorCallback, monitor, warning
+from lscollapse.instrument.monitor import MonitorCallback, monitor, warning
 from tests.equivalence import tiny
 from tests.test_quality import gpt2, mamba2
 

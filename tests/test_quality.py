@@ -31,11 +31,13 @@ from transformers import (
 )
 
 import lscollapse
-from lscollapse import Variant, certify, experiments, quality
+from lscollapse import Variant, experiments
 from lscollapse.core.config import ConfigError, Experiment
+from lscollapse.instrument import early_exit
+from lscollapse.instrument import lm_loss as quality
+from lscollapse.instrument.lm_loss import QualityError, lm_loss
 from lscollapse.models import UnsupportedModel, adapt
 from lscollapse.models.checkpoints import checkpoint
-from lscollapse.quality import QualityError, lm_loss
 from tests.equivalence import plain_models, tiny
 from tests.models.layouts import PADDED, hf_state, original_state, write_hf, write_original
 
@@ -416,9 +418,9 @@ def test_blocks_of_the_vocabulary_make_no_difference(block: int, monkeypatch: py
 def test_certified_exit_has_the_loss_within_its_bound(lam: float | tuple[float, ...]) -> None:
     model, ids = mamba2(n_layers=5), tiny.ids(3, N)
     adapter, variants = adapt(model), [Variant(lam)]
-    gains = certify.gains(adapter, "random-init-0")
+    gains = early_exit.gains(adapter, "random-init-0")
     streams: list[Any] = []
-    from lscollapse.forward import measure
+    from lscollapse.instrument.forward import measure
 
     measure(adapter, ids, variants, gains=gains, finished=streams.append)
     early = lm_loss(adapter, ids, variants, streams=streams)
@@ -438,12 +440,12 @@ def test_certified_loss_knows_the_sign_of_the_lambdas_that_were_skipped() -> Non
     model, ids = mamba2(n_layers=5), tiny.ids(1, N)
     adapter = adapt(model)
     found = {}
-    from lscollapse.forward import measure
+    from lscollapse.instrument.forward import measure
 
     for last in (-1e6, 1e6):
         streams: list[Any] = []
         variants = [Variant((1e6, 1e6, 1e6, 1e6, last))]
-        measure(adapter, ids, variants, gains=certify.gains(adapter, "random-init-0"), finished=streams.append)
+        measure(adapter, ids, variants, gains=early_exit.gains(adapter, "random-init-0"), finished=streams.append)
         found[last] = lm_loss(adapter, ids, variants, streams=streams)["value"][0]
         np.testing.assert_allclose(found[last], lm_loss(adapter, ids, variants)["value"][0], rtol=1e-5)
     assert abs(found[1e6] - found[-1e6]) > 0.01
@@ -472,8 +474,8 @@ def test_excerpts_of_a_tile_that_settle_at_different_layers_have_their_own_loss(
         model.lm_head.weight = torch.nn.Parameter(torch.randn(model.lm_head.weight.shape) / 4)  # untied, of words alike
     ids = np.stack([tiny.ids(1, N)[0] % 30, 30 + tiny.ids(1, N)[0] % 30, tiny.ids(1, N, seed=1)[0] % 30])
     adapter, variants = adapt(model), [Variant(lam)]
-    gains = certify.gains(adapter, "")
-    from lscollapse.forward import measure
+    gains = early_exit.gains(adapter, "")
+    from lscollapse.instrument.forward import measure
 
     exact = plain_decoder_loss(model, ids, lam)
     for tile in ([0, 1, 2], [0], [1], [2, 1]):
@@ -498,9 +500,9 @@ def test_the_final_norm_sees_the_true_size_of_a_small_stream_that_was_certified(
     ids = np.stack([tiny.ids(1, N)[0] % 30, 30 + tiny.ids(1, N)[0] % 30])
     adapter, variants = adapt(model), [Variant(lam)]
     streams: list[Any] = []
-    from lscollapse.forward import measure
+    from lscollapse.instrument.forward import measure
 
-    measure(adapter, ids, variants, gains=certify.gains(adapter, ""), finished=streams.append)
+    measure(adapter, ids, variants, gains=early_exit.gains(adapter, ""), finished=streams.append)
     early = lm_loss(adapter, ids, variants, streams=streams)
     assert "certified" in set(early["status"])
     np.testing.assert_allclose(values(early)[0], plain_decoder_loss(model, ids, lam), rtol=1e-5)

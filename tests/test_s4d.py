@@ -19,14 +19,14 @@ import lscollapse
 from lscollapse import claims, experiments, figures, retrain
 from lscollapse.core.config import ConfigError, Experiment, S4DTraining, load
 from lscollapse.data import images
-from lscollapse.forward import measure
-from lscollapse.identity import differences
+from lscollapse.instrument.forward import measure
+from lscollapse.instrument.identity import differences
+from lscollapse.instrument.surgery import Variant
 from lscollapse.models import adapt
 from lscollapse.models.checkpoints import checkpoint
 from lscollapse.models.checkpoints.tensors import CheckpointError
 from lscollapse.models.nets.s4d import S4D, S4DConfig, S4DMixer, causal_convolution
 from lscollapse.train import TrainingError
-from lscollapse.variants import Variant
 from tests.equivalence.compare import assert_rows_match
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_s4d.py"

@@ -283,15 +283,15 @@ def test_converted_file_is_read_by_the_library(tmp_path: Path, zipped: bool) -> 
 
 def test_bounds_are_those_of_the_loaded_model(tmp_path: Path) -> None:
     """Taken in float32 from a file in half precision, where their product would overflow."""
-    from lscollapse import certify
+    from lscollapse.instrument import early_exit
 
     state = hf_state()
     for k in range(N_LAYER):
         state[f"backbone.layers.{k}.mixer.norm.weight"].fill_(6e4)
         state[f"backbone.layers.{k}.mixer.out_proj.weight"].mul_(1e3)
     folder = write_hf(tmp_path / "model", state)
-    loaded = certify.gains(Mamba2Adapter(checkpoint.load(folder).model), "")
-    streamed = certify.gains(StreamedMamba2(checkpoint.open_layers(folder)), "")
+    loaded = early_exit.gains(Mamba2Adapter(checkpoint.load(folder).model), "")
+    streamed = early_exit.gains(StreamedMamba2(checkpoint.open_layers(folder)), "")
     assert streamed == loaded and loaded is not None and max(loaded) < 1e12
 
 

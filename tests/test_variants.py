@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import lscollapse
 from lscollapse import Variant
+from lscollapse.instrument.surgery import SurgeryError
 from lscollapse.models import UnsupportedModel, adapt
-from lscollapse.variants import SurgeryError
 from tests.equivalence import plain_models, tiny
 
 MAKE: dict[str, Callable[[], Any]] = {"mamba2": lambda: tiny.mamba2(2), "bert": tiny.bert, "albert": tiny.albert}

@@ -15,11 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lscollapse import devices, experiments, forward, items, plan, workers
+from lscollapse import devices, experiments, items, plan, workers
 from lscollapse.core.config import ConfigError, Experiment
 from lscollapse.core.progress import SILENT
 from lscollapse.core.run_folder import RunFolder
 from lscollapse.core.table import ORDER
+from lscollapse.instrument import forward
+from lscollapse.instrument.surgery import Variant
 from lscollapse.models.adapters.mamba2 import Mamba2Adapter
 from lscollapse.models.adapters.streamed import StreamedMamba2
 from lscollapse.models.checkpoints import checkpoint
@@ -27,7 +29,6 @@ from lscollapse.models.kernels import backends
 from lscollapse.models.kernels.cpu_block import Mamba2Shape, NativeBlock
 from lscollapse.models.kernels.gpu_block import GpuBlock
 from lscollapse.subjects import load_subjects
-from lscollapse.variants import Variant
 from tests.equivalence import plain_models, tiny
 from tests.equivalence.compare import assert_rows_match
 

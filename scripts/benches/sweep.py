@@ -30,15 +30,15 @@ def sweep_ids(args: argparse.Namespace) -> Any:
 
 def side_sweep(args: argparse.Namespace) -> dict[str, Any]:
     """All lambdas through `forward.measure`: every block computed, and up to where the weights decide the rest."""
-    from lscollapse import certify
-    from lscollapse.forward import measure
+    from lscollapse.instrument import early_exit
+    from lscollapse.instrument.forward import measure
+    from lscollapse.instrument.surgery import Variant
     from lscollapse.models import adapt
-    from lscollapse.variants import Variant
 
     adapter, ids = adapt(sweep_model()), sweep_ids(args)
     variants = [Variant(lam=lam, gating=False) for lam in LAMBDAS]
     start = time.perf_counter()
-    gains = certify.gains(adapter, "")
+    gains = early_exit.gains(adapter, "")
     seconds = {"gains, once a checkpoint": time.perf_counter() - start}
     measure(adapter, ids[:1], variants[:1])  # warms
     for name, bounds in (("whole", None), ("certified exit", gains)):

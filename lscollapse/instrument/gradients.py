@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lscollapse.forward import LOG10_2, Stream, Table, checked_ids
+from lscollapse.instrument.forward import LOG10_2, Stream, Table, checked_ids
+from lscollapse.instrument.lm_loss import Exercise, exercise_of, head_of, last_X, losses
+from lscollapse.instrument.surgery import Variant, check
 from lscollapse.models import Adapter, adapt
 from lscollapse.models.adapters.adapter import Head, UnsupportedModel
 from lscollapse.models.adapters.own_head import OwnHead
-from lscollapse.quality import Exercise, exercise_of, head_of, last_X, losses
-from lscollapse.variants import Variant, check
 
 if TYPE_CHECKING:
     import pandas as pd

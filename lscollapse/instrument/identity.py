@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from lscollapse import measures
-from lscollapse.forward import checked_ids
+from lscollapse.instrument.forward import checked_ids
+from lscollapse.instrument.surgery import Variant, surgery_on_layer
 from lscollapse.models import Adapter, adapt
 from lscollapse.models.adapters.replayed import first_argument, first_of
 from lscollapse.models.numerics.carried import Carried
 from lscollapse.models.numerics.widened import computing_in
-from lscollapse.variants import Variant, surgery_on_layer
 
 
 class LayerDifference(NamedTuple):

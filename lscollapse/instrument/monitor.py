@@ -26,8 +26,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from lscollapse import measures
 from lscollapse.claims import COLLAPSED, RISE
-from lscollapse.forward import checked_ids
-from lscollapse.identity import layer_outputs
+from lscollapse.instrument.forward import checked_ids
+from lscollapse.instrument.identity import layer_outputs
 from lscollapse.models import adapt
 
 EARLY = COLLAPSED + RISE

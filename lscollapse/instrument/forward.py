@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lscollapse import certify, measures, precision
+from lscollapse import measures
+from lscollapse.instrument import early_exit, precision
+from lscollapse.instrument.surgery import Variant, check, surgery_on_layer
 from lscollapse.models import Adapter, adapt
 from lscollapse.models.adapters.adapter import NativeBlock
 from lscollapse.models.numerics.carried import Carried, lose_unsquarable
 from lscollapse.models.numerics.scores import scores_in_range
-from lscollapse.variants import Variant, check, surgery_on_layer
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,8 +70,8 @@ class Stream:
         return self.carried.exponent + self.skipped
 
     def certify_with(self, gains: Sequence[float]) -> None:
-        if certify.applies(self.variant):
-            self._left = certify.remaining(gains, self.variant, self.dtype)
+        if early_exit.applies(self.variant):
+            self._left = early_exit.remaining(gains, self.variant, self.dtype)
 
     def record(self, layer: int, values: dict[str, Tensor] | None) -> None:
         """Take the measures of X, the input of block `layer`; None where X is what it was."""
@@ -84,7 +85,7 @@ class Stream:
         self.values = {name: value.cpu().numpy() for name, value in values.items()}
         self._proved = np.full(len(self.bound), np.nan)
         if self._left is not None:
-            bound = certify.relative_change(self._left[layer], self.X, self.carried.exponent)
+            bound = early_exit.relative_change(self._left[layer], self.X, self.carried.exponent)
             proved = ~settled & (bound < torch.finfo(self.dtype).eps)
             self._proved = np.where(proved, np.maximum(bound, measures.floor(self.computed)), np.nan)
 

@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lscollapse.forward import Engines, Stream, Table, checked_ids
+from lscollapse.instrument.forward import Engines, Stream, Table, checked_ids
+from lscollapse.instrument.surgery import Variant, check
 from lscollapse.models import Adapter, adapt
 from lscollapse.models.adapters.adapter import Head
 from lscollapse.models.adapters.heads import missing
@@ -32,7 +33,6 @@ from lscollapse.models.adapters.own_head import OwnHead
 from lscollapse.models.checkpoints.tensors import forget
 from lscollapse.models.numerics.carried import HIGH
 from lscollapse.models.numerics.widened import computing_in
-from lscollapse.variants import Variant, check
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -1,0 +1,1 @@
+"""One model put through variants and measured."""
