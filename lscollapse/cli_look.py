@@ -24,7 +24,8 @@ def claims(
     form: Annotated[Format, typer.Option("--format", help="How to print it.")] = Format.text,
 ) -> None:  # fmt: skip
     """The paper's sentences one by one: agrees, disagrees or not measured, with the numbers. Without a run: the list of them."""
-    from lscollapse import claims_runs, console_look
+    from lscollapse import console_look
+    from lscollapse.reports.claims import runs as claims_runs
 
     if runs or theory:
         console_look.show_claims(claims_runs.table(runs or [], theory), form)
@@ -38,8 +39,8 @@ def compare(
     lines: Annotated[int, typer.Option(min=0, help="How many of the largest differences to show.")] = 12,
 ) -> None:
     """What differs between two runs: configuration, versions, numbers; exit 1 where it is more than the spread over excerpts."""
-    from lscollapse import compare as comparing
     from lscollapse import console_look
+    from lscollapse.reports import compare as comparing
 
     comparison = comparing.compare(run_a, run_b)
     console_look.show_comparison(comparison, lines)
@@ -68,6 +69,6 @@ def report(
     out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
 ) -> None:
     """One self-contained page of these runs: interactive figures, the paper's sentences judged, provenance, bounds, warnings."""
-    from lscollapse import report as reporting
+    from lscollapse.reports import page as reporting
 
     typer.echo(f"wrote {reporting.write(runs, out)}")

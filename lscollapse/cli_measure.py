@@ -33,8 +33,9 @@ def measure(
     yscale: o.Yscale = "linear",
 ) -> None:  # fmt: skip
     """Does this model collapse? Any encoder or decoder of transformers: rank-collapse measures layer by layer, and a verdict."""
-    from lscollapse import console, figures, measuring
+    from lscollapse import console, measuring
     from lscollapse.core import config
+    from lscollapse.reports.figures import paper as figures
 
     experiment = config.load(
         None,
@@ -58,9 +59,10 @@ def show(rows: pd.DataFrame, own_tokens: bool) -> None:
     """Print what was read, first, worst and last value of every measure, and the verdict on each variant."""
     from rich.console import Console
 
-    from lscollapse import figures, measuring
+    from lscollapse import measuring
     from lscollapse.core.table import reads_pixels
     from lscollapse.models.adapters.generic import BACKEND
+    from lscollapse.reports.figures import paper as figures
 
     console = Console(soft_wrap=True, highlight=False)
     console.print(figures.describe(rows), markup=False)

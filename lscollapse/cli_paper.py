@@ -117,9 +117,10 @@ def figures(
 
 
 def _draw(rows: pd.DataFrame, folder: Path, yscale: str, run: Path | None = None) -> None:
-    from lscollapse import claims, figures
     from lscollapse.core.files import write_text
     from lscollapse.core.run_folder import read_manifest
+    from lscollapse.reports.claims import sentences as claims
+    from lscollapse.reports.figures import paper as figures
 
     experiment = read_manifest(run or folder)["identity"]["experiment"]
     written = figures.draw(experiment, rows, folder, yscale)

@@ -81,7 +81,8 @@ def bound(
     settings: Set = None, out: Out = None,
 ) -> None:  # fmt: skip
     """What each theorem promises this checkpoint on these excerpts, beside the lambda it really needs: table and figure."""
-    from lscollapse import console, console_theory, figures_theory, guarantees
+    from lscollapse import console, console_theory, guarantees
+    from lscollapse.reports.figures import theory as figures_theory
 
     bar = console.Bar()
     subject = _subject(
@@ -104,7 +105,7 @@ def bound(
 @theory.command()
 def examples(out: Out = None) -> None:
     """Propositions 4.3.1 and 4.3.2: mu and rank-1 residual over lambda and depth, with the paper's and the true threshold."""
-    from lscollapse import figures_theory
+    from lscollapse.reports.figures import theory as figures_theory
     from lscollapse.theory.examples import table
 
     folder = out or Path("runs/theory-examples")

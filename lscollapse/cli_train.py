@@ -50,8 +50,10 @@ def table1(
     to: Annotated[Path | None, typer.Option(help="Where to put table and figures.  \\[default: the run folder]")] = None,
 ) -> None:  # fmt: skip
     """Fixed against learnt lambda: mixers x lambda modes x learning rates x seeds, the table and its figures."""
-    from lscollapse import console, figures_table1, table1_report
+    from lscollapse import console
     from lscollapse.core.files import write_text
+    from lscollapse.reports import table1 as table1_report
+    from lscollapse.reports.figures import table1 as figures_table1
     from lscollapse.table1 import run
 
     flags = {"device": device, "workers": workers, "engine": engine, "address": address}

@@ -93,7 +93,7 @@ def arms_table(rows: pd.DataFrame) -> None:
 
 def claims_table(rows: pd.DataFrame) -> None:
     """Print the verdict on each sentence of the paper that these rows can judge, with its numbers."""
-    from lscollapse import claims
+    from lscollapse.reports.claims import sentences as claims
 
     console = Console(soft_wrap=True, highlight=False)
     console.print("what the paper writes, on these models (thresholds: lscollapse/claims.py)", style="italic")
@@ -107,7 +107,7 @@ def claims_table(rows: pd.DataFrame) -> None:
 
 def readings_table(rows: pd.DataFrame) -> None:
     """Print which reading of the paper agrees with which of its sentences."""
-    from lscollapse import claims
+    from lscollapse.reports.claims import sentences as claims
 
     verdicts = claims.judge_readings(rows)
     cells = verdicts.set_index(["claim", "model", "skip_site", "norm_site"])["verdict"]

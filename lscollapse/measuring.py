@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from lscollapse.claims import COLLAPSED
 from lscollapse.core.config import Experiment
 from lscollapse.data.corpus import is_frozen
 from lscollapse.experiments import sweep_variants
+from lscollapse.reports.claims.sentences import COLLAPSED
 from lscollapse.runs import SILENT, Progress, run
 
 if TYPE_CHECKING:

@@ -14,10 +14,14 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from lscollapse import claims, claims_runs, claims_table1, claims_theory, cli_look, cli_paper, experiments
-from lscollapse.claims import AGREE, DISAGREE, NOT_MEASURED
+from lscollapse import cli_look, cli_paper, experiments
 from lscollapse.core.config import Experiment
 from lscollapse.core.run_folder import RunFolderError
+from lscollapse.reports.claims import runs as claims_runs
+from lscollapse.reports.claims import sentences as claims
+from lscollapse.reports.claims import table1 as claims_table1
+from lscollapse.reports.claims import theory as claims_theory
+from lscollapse.reports.claims.sentences import AGREE, DISAGREE, NOT_MEASURED
 from lscollapse.theory import verify
 from tests.equivalence import tiny
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from lscollapse.drawing import against_layer, ends_with, lambda_axis, lambda_colour, number, save, spread
+from lscollapse.reports.figures.style import against_layer, ends_with, lambda_axis, lambda_colour, number, save, spread
 
 LAMBDAS = (-8.0, -4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 

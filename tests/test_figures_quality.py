@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from lscollapse.figures import FigureError
-from lscollapse.figures_quality import figure_quality
+from lscollapse.reports.figures.paper import FigureError
+from lscollapse.reports.figures.quality import figure_quality
 from tests.test_figures import arm_rows
 
 LAMS = (-2.0, 0.0, 1.0, 2.0)

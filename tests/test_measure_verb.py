@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
-from lscollapse import figures, measuring
+from lscollapse import measuring
 from lscollapse.cli_measure import measure
 from lscollapse.core.config import Experiment
 from lscollapse.core.run_folder import read_manifest, read_rows
@@ -29,6 +29,7 @@ from lscollapse.data import pictures
 from lscollapse.data.images import pixel_ids
 from lscollapse.models.checkpoints import checkpoint
 from lscollapse.models.checkpoints.tensors import CheckpointError
+from lscollapse.reports.figures import paper as figures
 from tests.equivalence import plain_models
 
 WORDS = [f"word{i}" for i in range(50)]

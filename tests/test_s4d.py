@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from scipy.signal import cont2discrete
 
 import lscollapse
-from lscollapse import claims, experiments, figures, retrain
+from lscollapse import experiments, retrain
 from lscollapse.core.config import ConfigError, Experiment, S4DTraining, load
 from lscollapse.data import images
 from lscollapse.instrument.forward import measure
@@ -26,6 +26,8 @@ from lscollapse.models import adapt
 from lscollapse.models.checkpoints import checkpoint
 from lscollapse.models.checkpoints.tensors import CheckpointError
 from lscollapse.models.nets.s4d import S4D, S4DConfig, S4DMixer, causal_convolution
+from lscollapse.reports.claims import sentences as claims
+from lscollapse.reports.figures import paper as figures
 from lscollapse.train import TrainingError
 from tests.equivalence.compare import assert_rows_match
 

@@ -16,11 +16,13 @@ from safetensors.torch import load_file
 from scipy import stats
 from typer.testing import CliRunner
 
-from lscollapse import cells, cli_train, figures_table1, table1, table1_report
+from lscollapse import cells, cli_train, table1
 from lscollapse.core.config import ConfigError, load
 from lscollapse.core.run_folder import RunFolderError
 from lscollapse.data import images, mqar
 from lscollapse.models.nets.lambda_net import Net, NetConfig
+from lscollapse.reports import table1 as table1_report
+from lscollapse.reports.figures import table1 as figures_table1
 from lscollapse.table1_config import Table1
 from lscollapse.train import Diverged
 

@@ -25,10 +25,10 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lscollapse import measures
-from lscollapse.claims import COLLAPSED, RISE
 from lscollapse.instrument.forward import checked_ids
 from lscollapse.instrument.identity import layer_outputs
 from lscollapse.models import adapt
+from lscollapse.reports.claims.sentences import COLLAPSED, RISE
 
 EARLY = COLLAPSED + RISE
 WATCHED = ("relative_mu", "rank1_residual")

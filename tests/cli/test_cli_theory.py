@@ -10,7 +10,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lscollapse import cli, figures_theory, search
+from lscollapse import cli, search
+from lscollapse.reports.figures import theory as figures_theory
 from lscollapse.theory import verify
 from lscollapse.theory.checking import Statement
 from tests.test_search import EXCERPTS, TOKENS, made, subject_of

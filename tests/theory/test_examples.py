@@ -5,7 +5,7 @@ from decimal import Decimal, localcontext
 import numpy as np
 import pytest
 
-from lscollapse.figures_theory import theory_examples_figure
+from lscollapse.reports.figures.theory import theory_examples_figure
 from lscollapse.theory import TheoryError, examples
 from lscollapse.theory.arrays import mu, rank1_residual
 

@@ -13,10 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lscollapse import claims
-from lscollapse.claims import AGREE, DISAGREE, NOT_MEASURED, Finding
-from lscollapse.claims_curves import MUCH
 from lscollapse.core.run_folder import RunFolderError
+from lscollapse.reports.claims import sentences as claims
+from lscollapse.reports.claims.curves import MUCH
+from lscollapse.reports.claims.sentences import AGREE, DISAGREE, NOT_MEASURED, Finding
 
 VERIFY, BOUNDS, CHANNELS = "verify.json", "bounds.csv", "channels.csv"
 VERDICTS = {"holds": AGREE, "fails": DISAGREE, "void": NOT_MEASURED, "existence only": NOT_MEASURED}

@@ -76,8 +76,9 @@ def page(folders: Sequence[Path]) -> str:
     """The page as text; arguments and errors as `write`."""
     import jinja2
 
-    from lscollapse import __version__, claims_runs
-    from lscollapse.report import facts, plots
+    from lscollapse import __version__
+    from lscollapse.reports.claims import runs as claims_runs
+    from lscollapse.reports.page import facts, plots
 
     names = _names(folders)
     runs = {path: _run(path, name) for path, name in names.items() if (path / "manifest.json").exists()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from lscollapse.claims import AGREE, DISAGREE, NOT_MEASURED, Finding
+from lscollapse.reports.claims.sentences import AGREE, DISAGREE, NOT_MEASURED, Finding
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,7 +27,7 @@ CLAIMS = {  # name -> (sentence, threshold)
 
 def judge(rows: pd.DataFrame) -> Iterator[Finding]:
     """Findings on the rows of a `table1` run; `model` names its tasks."""
-    from lscollapse import table1_report as report
+    from lscollapse.reports import table1 as report
     from lscollapse.table1_config import Table1
 
     found = [c for c in report.comparisons(rows, Table1.model_fields["margin"].default) if c.task != report.ALL]

@@ -25,9 +25,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lscollapse import drawing
 from lscollapse.core.table import reads_pixels
-from lscollapse.drawing import PALETTE, STATUSES, THIN, Curve, Label, canvas, limits, styled
+from lscollapse.reports.figures import style
+from lscollapse.reports.figures.style import PALETTE, STATUSES, THIN, Curve, Label, canvas, limits, styled
 
 KEYS = ("model", "init", "arm", "gating", "layernorm", "skip_site", "norm_site", "lam", "measure", "layer")
 NEEDED = (*KEYS, "text", "dtype", "excerpt", "n_tokens", "value", "status", "floor")
@@ -60,13 +60,13 @@ def figure1(rows: pd.DataFrame, model: str, yscale: str = "linear", note: str = 
     data = summarise(rows, ("relative_mu", "rank1_residual"))
     lams = list(data["lam"].unique())  # NaN for a schedule of lambdas
     curves = [
-        ("per layer" if np.isnan(lam) else drawing.number(lam), drawing.lambda_colour(lam, lams), "-", points)
+        ("per layer" if np.isnan(lam) else style.number(lam), style.lambda_colour(lam, lams), "-", points)
         for (lam, _), points in groups_of(data, ["lam", "arm"])
     ]
     gating = data["gating"].iloc[0]
     title = ", ".join((model, *(() if pd.isna(gating) else (gate_word(gating),)), "LayerNorm on"))
     panels = [(measure, yscale) for measure in data["measure"].unique()]
-    return drawing.against_layer(curves, panels, title, [*_words(rows, data), note], header="λ"), data
+    return style.against_layer(curves, panels, title, [*_words(rows, data), note], header="λ"), data
 
 
 @styled
@@ -89,7 +89,7 @@ def figure2(rows: pd.DataFrame, yscale: str = "linear", note: str = "") -> tuple
     if (data["drawn"] == "masked").any():
         words.append("A cross at the top: an excerpt overflowed or is NaN at that λ.")
     most_lines = max(len(part[["model", "gating"]].drop_duplicates()) for part in panels.values())
-    figure, axes = canvas(len(panels), drawing.panel_height(4 * most_lines), [*words, note])
+    figure, axes = canvas(len(panels), style.panel_height(4 * most_lines), [*words, note])
     axes = axes[:, 0]
     colours = itertools.cycle(PALETTE)
     labels: dict[Axes, list[Label]] = {ax: [] for ax in axes}
@@ -99,11 +99,11 @@ def figure2(rows: pd.DataFrame, yscale: str = "linear", note: str = "") -> tuple
         for i, ((name, gating), line) in enumerate(groups_of(part, ["model", "gating"])):
             what = f"reads {_kind_of_text(texts[name])}" if pd.isna(gating) else gate_word(gating)
             label = "\n".join((name, *textwrap.wrap(what, 18)))
-            labels[ax] += drawing.against_lambda(ax, line, label, next(colours), 0.98 - 0.04 * i)
-        drawing.lambda_axis(ax, data["lam"])
-    drawing.line_key(axes[0], [("relative μ", {"lw": 1.2}), ("rank-1 residual", THIN)])
+            labels[ax] += style.against_lambda(ax, line, label, next(colours), 0.98 - 0.04 * i)
+        style.lambda_axis(ax, data["lam"])
+    style.line_key(axes[0], [("relative μ", {"lw": 1.2}), ("rank-1 residual", THIN)])
     axes[-1].set_xlabel("λ (linear between −1 and 1)")
-    drawing.label_ends(figure, labels)
+    style.label_ends(figure, labels)
     return figure, data
 
 
@@ -123,11 +123,11 @@ def figure3(rows: pd.DataFrame, model: str, note: str = "", lam: float = 1.0) ->
         if init == "trained":
             curves.append((name, colour, "-", points))
         else:  # named by its colour; only its overflow needs a label
-            curves.append(("random weights," if drawing.ends_with(points) else "", colour, DASHED, points))
+            curves.append(("random weights," if style.ends_with(points) else "", colour, DASHED, points))
     panels = [("relative_mu", "linear"), ("relative_mu", "log"), *[(m, "linear") for m in measures[1:]]]
-    figure = drawing.against_layer(curves, panels, f"{model}, λ = {drawing.number(lam)}", [*_words(rows, data), note])
+    figure = style.against_layer(curves, panels, f"{model}, λ = {style.number(lam)}", [*_words(rows, data), note])
     if data["init"].nunique() > 1:
-        drawing.line_key(figure.axes[0], [("trained", {"lw": 1.2}), ("random weights", {"lw": 1.0, "ls": DASHED})])
+        style.line_key(figure.axes[0], [("trained", {"lw": 1.2}), ("random weights", {"lw": 1.0, "ls": DASHED})])
     return figure, data
 
 
@@ -146,7 +146,7 @@ def figure4(rows: pd.DataFrame, model: str, note: str = "") -> tuple[Figure, pd.
         curves.append((name, PALETTE[2 * (not layernorm) + (lam == 0)], "-", points))
     panels = [("relative_mu", "linear"), ("relative_mu", "log"), ("rank1_residual", "linear")]
     words = [*_words(rows, data), nets_note(rows)]
-    return drawing.against_layer(curves, panels, model, [*words, note]), data
+    return style.against_layer(curves, panels, model, [*words, note]), data
 
 
 @styled
@@ -170,24 +170,24 @@ def figure_readings(rows: pd.DataFrame, model: str, note: str = "") -> tuple[Fig
     if (data["drawn"] == "masked").any():
         words.append("A cross: at that λ, or in the next layer, an excerpt overflowed or is NaN.")
     columns = (1.3, *(1.0 for _ in norm_sites))
-    figure, axes = canvas(len(skip_sites), drawing.SMALL_PANEL, [*words, note], columns, drawing.PAGE)
+    figure, axes = canvas(len(skip_sites), style.SMALL_PANEL, [*words, note], columns, style.PAGE)
     for row, skip_site in zip(axes, skip_sites, strict=True):
         here = data[data["skip_site"] == skip_site]
         line = here[here["layernorm"] & ~_gated(here) & (here["layer"] == data["layer"].max())]
         limits(row[0], [line], "linear", f"λ on the {skip_site} skip\nrelative μ")
-        drawing.against_lambda(row[0], line, "", _arm(False, True)[1], 0.97)
-        drawing.lambda_axis(row[0], data["lam"], room=0.08)
+        style.against_lambda(row[0], line, "", _arm(False, True)[1], 0.97)
+        style.lambda_axis(row[0], data["lam"], room=0.08)
         here = here[(here["lam"] == 1) & (here["measure"] == "relative_mu")]
         for ax, norm_site in zip(row[1:], norm_sites, strict=True):
             part = here[here["layernorm"] | (here["norm_site"] == norm_site)]
             limits(ax, [part], "linear", "")
             ax.set_xlim(0, max(1, data["layer"].max()))
             for (gating, layernorm), points in groups_of(part, ["gating", "layernorm"]):
-                drawing.layer_curve(ax, points, _arm(gating, layernorm)[1])
+                style.layer_curve(ax, points, _arm(gating, layernorm)[1])
     titles = [f"{model}, last layer", *(f"LN: {NORMS.get(site, site)}" for site in norm_sites)]
     xlabels = ["λ (linear between −1 and 1)", *["layer at λ = 1"] * len(norm_sites)]
     lines = [(name, {"color": colour}) for name, colour in itertools.starmap(_arm, ARMS)]
-    drawing.name_panels(figure, axes, titles, xlabels, [*lines, ("rank-1 residual", THIN)])
+    style.name_panels(figure, axes, titles, xlabels, [*lines, ("rank-1 residual", THIN)])
     return figure, data
 
 
@@ -234,7 +234,7 @@ def draw(experiment: str, rows: pd.DataFrame, folder: str | Path, yscale: str = 
             made["figure2"] = figure2(rows, yscale, embedded_note(models))
         measured = [model for model in models if (rows.loc[rows["model"] == model, "measure"] == "lm_loss").any()]
         if measured:
-            from lscollapse.figures_quality import figure_quality  # which draws with this module's words
+            from lscollapse.reports.figures.quality import figure_quality  # which draws with this module's words
 
             made["quality"] = figure_quality(rows, embedded_note(measured))
     elif experiment == "ablate-gating":
@@ -246,7 +246,7 @@ def draw(experiment: str, rows: pd.DataFrame, folder: str | Path, yscale: str = 
     else:
         known = "sweep-lambda, measure, ablate-gating, ablate-s4d and all-readings"
         raise FigureError(f"no figure is drawn of {experiment!r}: only of {known}")
-    return [path for stem, (figure, data) in made.items() for path in drawing.save(figure, data, folder, stem)]
+    return [path for stem, (figure, data) in made.items() for path in style.save(figure, data, folder, stem)]
 
 
 # --- which rows ---
@@ -366,7 +366,7 @@ def disagreement(data: pd.DataFrame) -> str:
         return ""
     named: dict[str, list[str]] = {}
     for (model, gating), part in groups_of(both, ["model", "gating"]):
-        lams = ",\N{NO-BREAK SPACE}".join(map(drawing.number, sorted(part["lam"].unique())))
+        lams = ",\N{NO-BREAK SPACE}".join(map(style.number, sorted(part["lam"].unique())))
         named.setdefault(lams, []).append(model if pd.isna(gating) else f"{model} ({gate_word(gating)})")
     alone = data["model"].nunique() == 1 and data["gating"].nunique() < 2
     equals = "λ\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}"

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from lscollapse import claims_curves as on
-from lscollapse.claims_curves import MUCH, PAPER_A, PAPER_BOUND, SMALL, Curves, Judgement
 from lscollapse.core.table import COLLAPSED, RISE
+from lscollapse.reports.claims import curves as on
+from lscollapse.reports.claims.curves import MUCH, PAPER_A, PAPER_BOUND, SMALL, Curves, Judgement
 
 if TYPE_CHECKING:
     import pandas as pd

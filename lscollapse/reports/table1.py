@@ -22,8 +22,8 @@ from pathlib import Path
 from statistics import mean, variance
 from typing import TYPE_CHECKING
 
-from lscollapse.claims import AGREE, DISAGREE
 from lscollapse.core.files import write_text
+from lscollapse.reports.claims.sentences import AGREE, DISAGREE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,10 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from lscollapse import drawing
-from lscollapse.claims import COLLAPSED
-from lscollapse.drawing import Label, canvas, styled
-from lscollapse.figures import KEYS, FigureError, describe, gate_word, summarise
+from lscollapse.reports.claims.sentences import COLLAPSED
+from lscollapse.reports.figures import style
+from lscollapse.reports.figures.paper import KEYS, FigureError, describe, gate_word, summarise
+from lscollapse.reports.figures.style import Label, canvas, styled
 
 WIDE = 3.0  # a loss axis that spans more than this factor is logarithmic
 POINT = tuple(key for key in KEYS if key not in ("measure", "layer"))
@@ -42,7 +42,7 @@ def figure_quality(rows: pd.DataFrame, note: str = "") -> tuple[Figure, pd.DataF
     data = pd.concat([part.sort_values("gating", ascending=False, kind="stable") for part in parts], ignore_index=True)
     panels = [(key, part) for key, part in data.groupby(["model", "gating"], dropna=False, sort=False)]
     lines = max(len(part) for _, part in panels)
-    lost = [f"{name(key)}: {', '.join(map(drawing.number, part.loc[~part['drawn'], 'lam']))}" for key, part in panels]
+    lost = [f"{name(key)}: {', '.join(map(style.number, part.loc[~part['drawn'], 'lam']))}" for key, part in panels]
     words = [
         describe(rows),
         "Crosses: mean and one standard deviation over excerpts.",
@@ -50,13 +50,13 @@ def figure_quality(rows: pd.DataFrame, note: str = "") -> tuple[Figure, pd.DataF
         *(f"No point, because an excerpt overflowed: {text}." for text in lost if not text.endswith(": ")),
         note,
     ]
-    figure, axes = canvas(len(panels), drawing.panel_height(lines), words)
+    figure, axes = canvas(len(panels), style.panel_height(lines), words)
     labels: dict[Axes, list[Label]] = {}
     for letter, ax, (key, part) in zip("abcdefgh", axes[:, 0], panels, strict=False):
         ax.set_title(f"$\\bf{{{letter}}}$  {name(key)}")
         labels[ax] = _panel(ax, part[part["drawn"]], data[data["model"] == key[0]])
     axes[-1, 0].set_xlabel("last-layer relative μ")
-    drawing.label_ends(figure, labels, header="λ")
+    style.label_ends(figure, labels, header="λ")
     return figure, data
 
 
@@ -98,8 +98,8 @@ def _panel(ax: Axes, part: pd.DataFrame, whole: pd.DataFrame) -> list[Label]:
         ax.axhline(loss, **rule)
     labels: list[Label] = []
     for point in part.to_dict("records"):
-        x, y, colour = point["relative_mu"], point["lm_loss"], drawing.lambda_colour(point["lam"], lams)
+        x, y, colour = point["relative_mu"], point["lm_loss"], style.lambda_colour(point["lam"], lams)
         spread: dict[str, Any] = {"xerr": point["relative_mu_std"], "yerr": point["lm_loss_std"], "elinewidth": 0.6}
         ax.errorbar(x, y, fmt="o", ms=3, color=colour, **spread)
-        labels.append((x, y, drawing.number(point["lam"]), colour))
+        labels.append((x, y, style.number(point["lam"]), colour))
     return labels

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from lscollapse import claims, claims_runs, table1_report
 from lscollapse.core.table import reads_pixels
-from lscollapse.drawing import ends_with, number
-from lscollapse.figures import disagreement, embedded_note, groups_of, summarise
+from lscollapse.reports import table1 as table1_report
+from lscollapse.reports.claims import runs as claims_runs
+from lscollapse.reports.claims import sentences as claims
+from lscollapse.reports.figures.paper import disagreement, embedded_note, groups_of, summarise
+from lscollapse.reports.figures.style import ends_with, number
 
 if TYPE_CHECKING:
-    from lscollapse.report import Bounds, Run
+    from lscollapse.reports.page import Bounds, Run
 
 PRIVATE = ("contact", "cache_dir")  # settings that say who ran it and where, not what
 SIGNS = {1: "λ > 0", -1: "λ < 0", 0: "either sign"}

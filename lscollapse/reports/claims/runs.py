@@ -7,9 +7,11 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lscollapse import claims, claims_table1, claims_theory
-from lscollapse.claims import CLAIMS, NOT_MEASURED, Finding
 from lscollapse.core.run_folder import RunFolderError, read_manifest, read_rows
+from lscollapse.reports.claims import sentences as claims
+from lscollapse.reports.claims import table1 as claims_table1
+from lscollapse.reports.claims import theory as claims_theory
+from lscollapse.reports.claims.sentences import CLAIMS, NOT_MEASURED, Finding
 
 if TYPE_CHECKING:
     import pandas as pd

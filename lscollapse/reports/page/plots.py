@@ -17,17 +17,28 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from lscollapse import claims, drawing
 from lscollapse.core.table import reads_pixels
-from lscollapse.figures import KEYS, NEEDED, NORMS, SITES, describe, gate_word, groups_of, nets_note, summarise
+from lscollapse.reports.claims import sentences as claims
+from lscollapse.reports.figures import style
+from lscollapse.reports.figures.paper import (
+    KEYS,
+    NEEDED,
+    NORMS,
+    SITES,
+    describe,
+    gate_word,
+    groups_of,
+    nets_note,
+    summarise,
+)
 
 if TYPE_CHECKING:
-    from lscollapse.report import Bounds, Run
+    from lscollapse.reports.page import Bounds, Run
 
 ARM = ("model", "init", "arm", "gating", "layernorm", "skip_site", "norm_site")  # one curve over lambda
 SWEPT = 3  # lambdas from which an arm is a sweep
 UNIT = ("relative_mu", "rank1_residual", "dong_residual")  # between 0 and 1
-NAMES = drawing.NAMES | {
+NAMES = style.NAMES | {
     "mu": "μ", "stable_rank": "stable rank", "mean_cosine": "mean cosine", "dong_residual": "Dong residual",
     "lm_loss": "language-model loss (nats)", "grad_norm": "gradient norm",
 }  # fmt: skip
@@ -100,7 +111,7 @@ def figures(run: Run, pack: Pack) -> list[Json]:
 
 def measure_facts(runs: Iterable[Run]) -> Json:
     """Name, range and threshold of every measure that occurs, in the order in which they are offered."""
-    present = {*drawing.NAMES, *(measure for run in runs for measure in run.rows["measure"].unique())}
+    present = {*style.NAMES, *(measure for run in runs for measure in run.rows["measure"].unique())}
     order = [measure for measure in dict.fromkeys([*NAMES, *sorted(present)]) if measure in present]
     line = {"relative_mu": claims.COLLAPSED}
     return {m: {"name": NAMES.get(m, m), "unit": m in UNIT, "line": line.get(m)} for m in order}
@@ -113,9 +124,9 @@ def theory_figure(folders: Sequence[Bounds]) -> Json:
         curve = folder.curve.assign(size=folder.curve["lam"].abs())
         sizes = sorted(set(curve["size"][curve["size"] > 0]))
         series = []
-        for sign, words, colour in ((1, "λ > 0", drawing.PALETTE[1]), (-1, "λ < 0", drawing.PALETTE[0])):
+        for sign, words, colour in ((1, "λ > 0", style.PALETTE[1]), (-1, "λ < 0", style.PALETTE[0])):
             half = curve[curve["lam"] * sign > 0].sort_values("size")
-            of = {m: {"x": half["size"].tolist(), "y": _short(half[m], 6)} for m in drawing.NAMES if m in half}
+            of = {m: {"x": half["size"].tolist(), "y": _short(half[m], 6)} for m in style.NAMES if m in half}
             series.append({"name": words, "colour": both_themes(colour), "dash": False, "of": of})
         tabs.append(
             {
@@ -170,7 +181,7 @@ def _record(points: pd.DataFrame, x: str, of_tab: list[float]) -> Json:
         "y": _short(points["mean"].where(shown), 6), "s": _short(points["std"].where(shown), 3),
         "n": int(points["excerpts"].max()), "at": at, "notes": _notes(points), "floor": _short(points["floor"][:1], 3)[0],
         "open": np.flatnonzero(points["drawn"] == "at_floor").tolist(),
-        "end": drawing.ends_with(points) if x == "layer" else "",
+        "end": style.ends_with(points) if x == "layer" else "",
     }  # fmt: skip
     if points[x].tolist() != of_tab:
         record["x"] = points[x].tolist()
@@ -184,7 +195,7 @@ def _notes(points: pd.DataFrame) -> list[list[Any]]:
     notes: list[list[Any]] = []
     if not points[list(STATUS)].to_numpy().any():
         return notes
-    for i, row in enumerate(points[list(drawing.STATUSES)].to_dict("records")):
+    for i, row in enumerate(points[list(style.STATUSES)].to_dict("records")):
         total = sum(row.values())
         words = ", ".join(f"{text} ({row[status]} of {total})" for status, text in STATUS.items() if row[status])
         if notes and notes[-1][2] == words and notes[-1][1] == i - 1:
@@ -216,8 +227,8 @@ def _sweep_tabs(points: pd.DataFrame) -> list[Json]:
         series = []
         for lam in sorted(lams, key=lambda lam: (math.isnan(lam), -lam)):
             own = part[part["lam"].eq(lam) | (math.isnan(lam) & part["lam"].isna())]
-            name = "λ per layer" if math.isnan(lam) else f"λ = {drawing.number(lam)}"
-            series.append(_series(own, "layer", layers, name, drawing.lambda_colour(lam, lams)))
+            name = "λ per layer" if math.isnan(lam) else f"λ = {style.number(lam)}"
+            series.append(_series(own, "layer", layers, name, style.lambda_colour(lam, lams)))
         name = ", ".join((model, *_facets(part, points[points["model"] == model])))
         tabs.append({"name": name, "model": model, "x": layers, "series": series})
     return tabs
@@ -231,7 +242,7 @@ def _lambda_tab(points: pd.DataFrame) -> Json:
     series = []
     for i, ((model, init, *_), part) in enumerate(groups_of(points, list(ARM))):
         name = ", ".join((model, *_facets(part, points[points["model"] == model])))
-        series.append(_series(part, "lam", lams, name, drawing.PALETTE[i % len(drawing.PALETTE)], init == "random"))
+        series.append(_series(part, "lam", lams, name, style.PALETTE[i % len(style.PALETTE)], init == "random"))
         series[-1]["model"] = model
     return {"name": "", "x": lams, "series": series}
 
@@ -251,7 +262,7 @@ def _arm_tabs(points: pd.DataFrame, experiment: str) -> list[Json]:
             series = []
             for (init, layernorm, gating, lam), own in groups_of(order, ["init", "layernorm", "gating", "lam"]):
                 arm = (layernorm, str(gating), str(lam))
-                colour = arms.setdefault(arm, drawing.PALETTE[len(arms) % len(drawing.PALETTE)])
+                colour = arms.setdefault(arm, style.PALETTE[len(arms) % len(style.PALETTE)])
                 name = _arm_name(own.iloc[0], part["lam"].nunique(dropna=False) > 1, experiment)
                 series.append(_series(own, "layer", layers, name, colour, init == "random"))
             where = (SITES.get(skip_site, skip_site), f"without {NORMS.get(norm_site, norm_site)}")
@@ -265,7 +276,7 @@ def _arm_name(point: pd.Series, names_lam: bool, experiment: str) -> str:
     if experiment == "ablate-s4d":
         words.append("skip" if point["lam"] else "no skip")
     elif names_lam:
-        words.append("λ per layer" if pd.isna(point["lam"]) else f"λ = {drawing.number(point['lam'])}")
+        words.append("λ per layer" if pd.isna(point["lam"]) else f"λ = {style.number(point['lam'])}")
     words.append("LN" if point["layernorm"] else "no LN")
     return ", ".join([*words, *(["random weights"] if point["init"] == "random" else [])])
 

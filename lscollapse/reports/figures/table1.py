@@ -10,10 +10,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lscollapse import drawing
-from lscollapse.drawing import PAGE, PALETTE, PANEL, canvas, name_panels, styled
-from lscollapse.figures import FigureError
-from lscollapse.table1_report import FIXED, MIXERS, TASKS, is_learnt, mode_name, origin
+from lscollapse.reports.figures import style
+from lscollapse.reports.figures.paper import FigureError
+from lscollapse.reports.figures.style import PAGE, PALETTE, PANEL, canvas, name_panels, styled
+from lscollapse.reports.table1 import FIXED, MIXERS, TASKS, is_learnt, mode_name, origin
 
 OFFSET = 0.07  # between the modes of a layer, in layers
 WHEN = {"before": (0, (4, 2)), "after": "-"}
@@ -93,7 +93,7 @@ def draw(rows: pd.DataFrame, folder: Path) -> list[Path]:
     made = {"table1-mu": mu_figure(rows)}
     if rows["lam"].map(is_learnt).any():
         made["table1-lambda"] = lambda_figure(rows)
-    return [path for stem, (figure, data) in made.items() for path in drawing.save(figure, data, folder, stem)]
+    return [path for stem, (figure, data) in made.items() for path in style.save(figure, data, folder, stem)]
 
 
 def _modes(rows: pd.DataFrame) -> list[str]:

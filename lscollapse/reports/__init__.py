@@ -1,0 +1,1 @@
+"""Finished run folders -> verdicts, figures, pages; no torch."""

@@ -1,0 +1,1 @@
+"""The paper's sentences as predicates on the table."""
