@@ -55,8 +55,8 @@ def doctor(
 ) -> None:  # fmt: skip
     """What this machine has, and whether the configuration can run on it; exit 1, with the mend, where it cannot."""
     from lscollapse import console_look
-    from lscollapse import doctor as examining
     from lscollapse.core import config as schema
+    from lscollapse.runs import doctor as examining
 
     found = examining.examine(schema.load(config, {"models": model or None}, settings))
     console_look.show_checks(found)

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-    from lscollapse.doctor import Check
     from lscollapse.reports.compare import Comparison
+    from lscollapse.runs.doctor import Check
 
 VERDICTS = ("agrees", "disagrees", "not measured")
 WIDEST_VERDICT = max(map(len, VERDICTS))

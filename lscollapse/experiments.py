@@ -11,7 +11,7 @@ from lscollapse.core import registry
 from lscollapse.core.config import ConfigError, Experiment
 from lscollapse.core.files import read_text
 from lscollapse.instrument.surgery import Variant, without_gate
-from lscollapse.runs import SILENT, Progress, load_corpus, load_subjects, run
+from lscollapse.runs.run import SILENT, Progress, load_corpus, load_subjects, run
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -17,8 +17,8 @@ from lscollapse.instrument.surgery import Variant
 from lscollapse.models.adapters.bert import BertAdapter
 from lscollapse.models.adapters.mamba2 import Mamba2Adapter
 from lscollapse.models.kernels import ssd
+from lscollapse.runs.loading import Subject
 from lscollapse.search import sublayers
-from lscollapse.subjects import Subject
 from lscollapse.theory import constants
 from lscollapse.theory.arrays import Array
 

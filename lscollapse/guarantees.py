@@ -31,8 +31,8 @@ from lscollapse.models.adapters.albert import AlbertAdapter
 from lscollapse.models.adapters.bert import BertAdapter
 from lscollapse.models.adapters.mamba2 import Mamba2Adapter
 from lscollapse.models.adapters.s4d import S4DAdapter
+from lscollapse.runs.loading import Subject
 from lscollapse.search import MEASURES, SIGNS, Found, Kept, find, in_words, number
-from lscollapse.subjects import Subject
 from lscollapse.theory import certificates, theorem41
 from lscollapse.theory.arrays import Array
 

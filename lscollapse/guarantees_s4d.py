@@ -20,7 +20,7 @@ import torch
 from lscollapse import gains, measures
 from lscollapse.instrument import forward
 from lscollapse.models.nets.s4d import S4DMixer
-from lscollapse.subjects import Subject
+from lscollapse.runs.loading import Subject
 from lscollapse.theory import constants
 from lscollapse.theory.arrays import Array
 

@@ -10,7 +10,7 @@ from lscollapse.core.config import Experiment
 from lscollapse.data.corpus import is_frozen
 from lscollapse.experiments import sweep_variants
 from lscollapse.reports.claims.sentences import COLLAPSED
-from lscollapse.runs import SILENT, Progress, run
+from lscollapse.runs.run import SILENT, Progress, run
 
 if TYPE_CHECKING:
     import pandas as pd

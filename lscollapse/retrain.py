@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
-from lscollapse import pool
 from lscollapse.core.config import Experiment, S4DTraining
 from lscollapse.core.files import write_json, write_text
 from lscollapse.core.progress import SILENT, Progress
 from lscollapse.data import images
-from lscollapse.devices import device
 from lscollapse.instrument.surgery import Variant
 from lscollapse.models.nets.s4d import S4D, S4DConfig
-from lscollapse.runs import run
-from lscollapse.train import LOG, STATE, Data, Diverged, Examples, Outcome, Settings, evaluate, fit
+from lscollapse.runs import processes
+from lscollapse.runs.devices import device
+from lscollapse.runs.run import run
+from lscollapse.runs.training import LOG, STATE, Data, Diverged, Examples, Outcome, Settings, evaluate, fit
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,7 +52,7 @@ def ablate_s4d(config: Experiment, out: Path, progress: Progress = SILENT) -> pd
 
     progress.start(len(arms))
     workers = config.workers or (1 if arms[0].device == "cuda" else os.cpu_count() or 1)
-    pool.map_items(train_arm, arms, on_result=keep, workers=workers)
+    processes.map_items(train_arm, arms, on_result=keep, workers=workers)
     order = [_arm_name(lam, norm) for lam, norm in ARMS]
     lines.sort(key=lambda line: order.index(line["arm"]))
     write_text(nets / "arms.csv", pd.DataFrame(lines).to_csv(index=False))

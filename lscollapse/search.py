@@ -21,7 +21,7 @@ from lscollapse.instrument import forward
 from lscollapse.instrument.surgery import Variant
 from lscollapse.models.adapters.adapter import Edit, HookSet
 from lscollapse.models.adapters.s4d import S4DAdapter
-from lscollapse.subjects import Subject, load_subjects
+from lscollapse.runs.loading import Subject, load_subjects
 from lscollapse.theory import flow
 from lscollapse.theory.arrays import Array, unit_rows
 

@@ -13,15 +13,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lscollapse import pool
 from lscollapse.cells import Cell, cells, device_of, test_cell, train_cell
 from lscollapse.core.config import ConfigError
 from lscollapse.core.files import atomic, write_json, write_text
 from lscollapse.core.progress import SILENT, Progress
 from lscollapse.core.run_folder import RunFolder, read_rows
 from lscollapse.data import images
+from lscollapse.runs import processes
+from lscollapse.runs.training import STATE, Diverged
 from lscollapse.table1_config import Table1
-from lscollapse.train import STATE, Diverged
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -152,11 +152,11 @@ def frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
 def engine_of(config: Table1) -> Engine:
     """As many processes as configured, else one for each core, or one where the GPU computes; or Ray."""
     if config.engine == "ray":
-        from lscollapse import cluster
+        from lscollapse.runs import cluster
 
         return partial(cluster.map_items, address=config.address, num_gpus=config.gpus_per_item or 0)
     default = 1 if device_of(config.device) == "cuda" else os.cpu_count() or 1
-    return partial(pool.map_items, workers=config.workers or default)
+    return partial(processes.map_items, workers=config.workers or default)
 
 
 def _images_record(config: Table1) -> dict[str, Any]:

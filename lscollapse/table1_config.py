@@ -10,7 +10,7 @@ from pydantic import Field, create_model, field_validator, model_validator
 from lscollapse.core.config import Section
 from lscollapse.data.mqar import MqarConfig
 from lscollapse.models.nets.lambda_net import NetConfig
-from lscollapse.train import Settings
+from lscollapse.runs.training import Settings
 
 Mixer = Literal["attention", "linear", "mamba", "mamba2"]
 TaskName = Literal["mqar", "image"]

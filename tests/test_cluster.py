@@ -21,12 +21,13 @@ from typing import Any
 
 import pytest
 
-from lscollapse import cluster, experiments, items, table1, table1_config, workers
+from lscollapse import experiments, table1, table1_config
 from lscollapse.core import config
 from lscollapse.core.config import ConfigError, Experiment
 from lscollapse.core.progress import SILENT
 from lscollapse.core.run_folder import read_manifest
-from lscollapse.subjects import load_subjects
+from lscollapse.runs import cluster, work, workers
+from lscollapse.runs.loading import load_subjects
 
 os.environ["RAY_AUTH_MODE"] = "token"  # read when Ray is imported
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -215,7 +216,7 @@ def test_other_weights_than_those_of_the_run_are_refused(settings: dict[str, Any
     task = next(load_subjects(changed, experiments.sweep_variants, SILENT)).task
     tiny.mamba2(2, 2, seed=1).save_pretrained(tmp_path / "model")
     with pytest.raises(workers.WorkerError, match="not the same for every process"):
-        workers.Worker(changed).rows(next(items.items(0, task)))
+        workers.Worker(changed).rows(next(work.items(0, task)))
 
 
 # --- two nodes ------------------------------------------------------------------------------------

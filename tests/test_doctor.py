@@ -14,11 +14,12 @@ import typer
 from huggingface_hub import constants
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lscollapse import cli_look, doctor
+from lscollapse import cli_look
 from lscollapse.core import assets, hub
 from lscollapse.core.config import Experiment
-from lscollapse.doctor import Check
-from lscollapse.doctor_models import available_memory
+from lscollapse.runs import doctor
+from lscollapse.runs.doctor import Check
+from lscollapse.runs.doctor_models import available_memory
 from tests.models.layouts import D_MODEL, N_LAYER, PADDED, hf_state, original_state, write_hf, write_original
 from tests.models.test_registry import mamba2_parameters
 from tests.servers.hub import HubServer

@@ -18,7 +18,7 @@ from lscollapse.core.config import Experiment
 from lscollapse.instrument.surgery import Variant
 from lscollapse.models import adapt
 from lscollapse.models.nets.s4d import S4D, S4DConfig
-from lscollapse.subjects import Subject
+from lscollapse.runs.loading import Subject
 from tests.equivalence import plain_models
 from tests.test_s4d import little, plain_mixer, plain_s4d, recurrence, weights_of, write_folder
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lscollapse import plan
 from lscollapse.core import config
 from lscollapse.models.kernels.cpu_block import Mamba2Shape
+from lscollapse.runs import memory as plan
 
 SHAPE_27B = Mamba2Shape(2560, 80, 64, 128)
 GIB = 2**30

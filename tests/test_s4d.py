@@ -28,7 +28,7 @@ from lscollapse.models.checkpoints.tensors import CheckpointError
 from lscollapse.models.nets.s4d import S4D, S4DConfig, S4DMixer, causal_convolution
 from lscollapse.reports.claims import sentences as claims
 from lscollapse.reports.figures import paper as figures
-from lscollapse.train import TrainingError
+from lscollapse.runs.training import TrainingError
 from tests.equivalence.compare import assert_rows_match
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_s4d.py"

@@ -17,8 +17,8 @@ from lscollapse.console_theory import sentence
 from lscollapse.core import assets, registry
 from lscollapse.core.config import Experiment
 from lscollapse.models import adapt
+from lscollapse.runs.loading import Subject
 from lscollapse.search import Found
-from lscollapse.subjects import Subject
 from tests.equivalence import plain_models, tiny
 from tests.test_quality import PREDICTING, of_class
 

@@ -17,13 +17,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lscollapse import experiments, plan
+from lscollapse import experiments
 from lscollapse.core import registry
 from lscollapse.core.config import Experiment
 from lscollapse.models.adapters.mamba2 import Mamba2Adapter
 from lscollapse.models.adapters.streamed import StreamedMamba2
 from lscollapse.models.checkpoints import checkpoint
 from lscollapse.models.checkpoints.tensors import CheckpointError
+from lscollapse.runs import memory as plan
 from tests.models.layouts import N_LAYER, VOCAB, hf_state, original_state, write_hf, write_original
 
 NAME, TOKENS, EXCERPTS = "a-mamba2", 8, 11

@@ -23,8 +23,8 @@ from lscollapse.data import images, mqar
 from lscollapse.models.nets.lambda_net import Net, NetConfig
 from lscollapse.reports import table1 as table1_report
 from lscollapse.reports.figures import table1 as figures_table1
+from lscollapse.runs.training import Diverged
 from lscollapse.table1_config import Table1
-from lscollapse.train import Diverged
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "table1"
 SMALL_NET = ["hidden_size=8", "state_size=4", "head_dim=8"]

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from lscollapse import experiments, measuring, subjects
+from lscollapse import experiments, measuring
 from lscollapse.core import config
 from lscollapse.core.config import Experiment
 from lscollapse.core.files import read_text
 from lscollapse.data import corpus, tokenizers
 from lscollapse.data.texts import CorpusError
+from lscollapse.runs import loading
 from tests.servers.mediawiki import MediaWikiServer, Page
 
 BOM = b"\xef\xbb\xbf"
@@ -33,7 +34,7 @@ def wiki() -> Iterator[MediaWikiServer]:
 def titles(file: Path, wiki: MediaWikiServer) -> Any:
     settings = {"endpoint": wiki.endpoint, "contact": "a@example.org", "titles": file, "cache_dir": file.parent / "c"}
     experiment = Experiment.model_validate({"source": "wikipedia", "excerpts": 2, "tokens": 3, "wikipedia": settings})
-    return [e.title for e in subjects.load_corpus(experiment, WORDS).excerpts]
+    return [e.title for e in loading.load_corpus(experiment, WORDS).excerpts]
 
 
 KINDS: dict[str, tuple[str, str, Callable[[Path, MediaWikiServer], Any], Any]] = {

@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from lscollapse import experiments, subjects
+from lscollapse import experiments
 from lscollapse.core import assets
 from lscollapse.core.config import Experiment
 from lscollapse.core.progress import Silent
@@ -22,6 +22,7 @@ from lscollapse.data import corpus, tokenizers
 from lscollapse.data.corpus import Corpus, CorpusError, Excerpt
 from lscollapse.data.tokenizers import Tokenizer
 from lscollapse.models.checkpoints.tensors import CheckpointError
+from lscollapse.runs import loading
 from tests.models.layouts import VOCAB, write_hf
 
 UNKNOWN = 1
@@ -45,7 +46,7 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def drawn(model: str, **settings: Any) -> tuple[Corpus, list[str]]:
     """The excerpts of a model, as every verb draws them, and what was said meanwhile."""
     notes, options = Notes(), {"excerpts": 2, "tokens": 8, "offline": True} | settings
-    (subject,) = subjects.load_subjects(
+    (subject,) = loading.load_subjects(
         Experiment(models=[model], lambdas=[1.0], **options), experiments.sweep_variants, notes
     )
     return subject.corpus, notes.said  # type: ignore[attr-defined]

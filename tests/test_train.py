@@ -17,10 +17,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lscollapse import train
 from lscollapse.data import mqar
 from lscollapse.models.nets.lambda_net import LEARNABLE, Net, NetConfig
-from lscollapse.train import Data, Diverged, Examples, Settings, TrainingError, evaluate, fit, loss_of, rate, rows_of
+from lscollapse.runs import training
+from lscollapse.runs.training import (
+    Data,
+    Diverged,
+    Examples,
+    Settings,
+    TrainingError,
+    evaluate,
+    fit,
+    loss_of,
+    rate,
+    rows_of,
+)
 
 TASK = mqar.MqarConfig(seq_len=16, pairs=3, vocab_size=20)
 
@@ -272,4 +283,4 @@ def test_a_loss_that_is_no_number_stops_the_run_with_a_record(tmp_path: Path) ->
 def test_it_does_not_need_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as an import that fails
     fit(little(), data(), Settings(steps=1, batch=8), tmp_path)
-    assert not list(tmp_path.glob("events*")) and train.HEADER in (tmp_path / "log.csv").read_text()
+    assert not list(tmp_path.glob("events*")) and training.HEADER in (tmp_path / "log.csv").read_text()

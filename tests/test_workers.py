@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lscollapse import devices, experiments, items, plan, workers
+from lscollapse import experiments
 from lscollapse.core.config import ConfigError, Experiment
 from lscollapse.core.progress import SILENT
 from lscollapse.core.run_folder import RunFolder
@@ -28,7 +28,9 @@ from lscollapse.models.checkpoints import checkpoint
 from lscollapse.models.kernels import backends
 from lscollapse.models.kernels.cpu_block import Mamba2Shape, NativeBlock
 from lscollapse.models.kernels.gpu_block import GpuBlock
-from lscollapse.subjects import load_subjects
+from lscollapse.runs import devices, work, workers
+from lscollapse.runs import memory as plan
+from lscollapse.runs.loading import load_subjects
 from tests.equivalence import plain_models, tiny
 from tests.equivalence.compare import assert_rows_match
 
@@ -139,14 +141,14 @@ def in_order(rows: pd.DataFrame) -> pd.DataFrame:
 @pytest.mark.parametrize("room", [1, 3, 7])
 def test_out_of_memory_halves_the_tile(config: Experiment, room: int) -> None:
     subject = next(load_subjects(config, experiments.sweep_variants, SILENT))
-    item = items.Item(0, subject.task, 0, 8, 0, len(subject.variants))
+    item = work.Item(0, subject.task, 0, 8, 0, len(subject.variants))
     cramped = Cramped(subject.adapter.model, room)
-    found = items.measure_item(item, cramped, config, SILENT)
-    whole = items.measure_item(item, subject.adapter, config, SILENT)
+    found = work.measure_item(item, cramped, config, SILENT)
+    whole = work.measure_item(item, subject.adapter, config, SILENT)
     pd.testing.assert_frame_equal(in_order(found), in_order(whole), check_exact=True)
     assert max(cramped.sizes) == 8 and min(cramped.sizes) <= room
     with pytest.raises(plan.MemoryPlanError, match="fewer --tokens"):
-        items.measure_item(item, Cramped(subject.adapter.model, 0), config, SILENT)
+        work.measure_item(item, Cramped(subject.adapter.model, 0), config, SILENT)
 
 
 @pytest.mark.parametrize("room", range(1, 8))

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lscollapse import plan
 from lscollapse.core.config import Experiment
 from lscollapse.core.progress import SILENT, Progress
 from lscollapse.core.run_folder import RunFolder, read_rows
-from lscollapse.devices import device, worker_devices
-from lscollapse.items import Item, items, measure_item
-from lscollapse.subjects import Subject, Task, Variants, load_corpus, load_subjects
+from lscollapse.runs import memory as plan
+from lscollapse.runs.devices import device, worker_devices
+from lscollapse.runs.loading import Subject, Task, Variants, load_corpus, load_subjects
+from lscollapse.runs.work import Item, items, measure_item
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,7 +34,7 @@ def run(name: str, config: Experiment, out: Path, variants: Variants, progress: 
     """
     if config.engine == "local":
         return _run(name, config, out, variants, progress)
-    from lscollapse import cluster
+    from lscollapse.runs import cluster
 
     with cluster.connection(config.address):  # before the models are loaded, so that what is amiss is said at once
         return _run(name, config, out, variants, progress)
@@ -59,12 +59,12 @@ def _run(name: str, config: Experiment, out: Path, variants: Variants, progress:
     progress.start(sum(item.cost for item in missing))
     facts = {"excerpts": {task.info.name: task.record for task in tasks}, "device": device(here)}
     if on_ray and missing:
-        from lscollapse import cluster
+        from lscollapse.runs import cluster
 
         subjects.clear()  # the workers load the models themselves
         facts |= cluster.measure_items(missing, config, folder, progress)
     elif len(devices) > 1 and len(missing) > 1:
-        from lscollapse import workers
+        from lscollapse.runs import workers
 
         subjects.clear()
         plan.release()

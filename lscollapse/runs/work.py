@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lscollapse import plan
 from lscollapse.core.config import Experiment
 from lscollapse.core.progress import Progress
 from lscollapse.core.table import COLUMNS
-from lscollapse.devices import set_threads
-from lscollapse.subjects import Task
+from lscollapse.runs import memory as plan
+from lscollapse.runs.devices import set_threads
+from lscollapse.runs.loading import Task
 
 if TYPE_CHECKING:
     import pandas as pd

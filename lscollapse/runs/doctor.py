@@ -11,13 +11,13 @@ from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lscollapse import devices
 from lscollapse.core import allocation, assets, files, registry, run_folder
 from lscollapse.core.config import ConfigError, Experiment, WikipediaSection
 from lscollapse.core.registry import Entry
 from lscollapse.data import corpus, texts, wikipedia
 from lscollapse.data.texts import CorpusError
-from lscollapse.doctor_models import Check, asked, models
+from lscollapse.runs import devices
+from lscollapse.runs.doctor_models import Check, asked, models
 
 if TYPE_CHECKING:
     from lscollapse.models.kernels.backends import Kernels

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from lscollapse.core.config import Experiment
 from lscollapse.core.progress import SILENT, Progress
 from lscollapse.core.run_folder import RunFolder
-from lscollapse.items import Item, measure_item
-from lscollapse.pool import WorkerError, begin, in_processes
-from lscollapse.subjects import load_adapter
+from lscollapse.runs.loading import load_adapter
+from lscollapse.runs.processes import WorkerError, begin, in_processes
+from lscollapse.runs.work import Item, measure_item
 
 if TYPE_CHECKING:
     import pandas as pd

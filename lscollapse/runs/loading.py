@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lscollapse import plan
 from lscollapse.core import registry
 from lscollapse.core.config import ConfigError, Experiment
 from lscollapse.core.files import cache_folder, read_text
@@ -18,9 +17,10 @@ from lscollapse.core.progress import Progress
 from lscollapse.data import corpus as corpora
 from lscollapse.data import images, pictures, tokenizers
 from lscollapse.data.texts import CorpusError
-from lscollapse.devices import device, memory, set_threads, worker_devices
 from lscollapse.instrument.surgery import Variant, check
-from lscollapse.token_checks import check_entries, check_ids
+from lscollapse.runs import memory as plan
+from lscollapse.runs.devices import device, memory, set_threads, worker_devices
+from lscollapse.runs.token_checks import check_entries, check_ids
 
 if TYPE_CHECKING:
     import torch

@@ -22,8 +22,8 @@ from lscollapse.core.config import ConfigError, Experiment
 from lscollapse.core.files import first_line
 from lscollapse.core.progress import Progress
 from lscollapse.core.run_folder import RunFolder
-from lscollapse.items import Item
-from lscollapse.workers import Worker
+from lscollapse.runs.work import Item
+from lscollapse.runs.workers import Worker
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from lscollapse import devices, plan
 from lscollapse.core import registry
 from lscollapse.core.config import Experiment
 from lscollapse.core.files import cache_folder
 from lscollapse.core.registry import Entry
+from lscollapse.runs import devices
+from lscollapse.runs import memory as plan
 
 TIMEOUT = 5.0  # seconds for each call
 GIB = 2**30

@@ -1,0 +1,1 @@
+"""Configuration -> run folder: load, plan memory, cut, share out, train."""
