@@ -45,7 +45,8 @@ def check_identity(
 ) -> None:  # fmt: skip
     """Compare the instrumented model (lambda = 1, gate and norms on) with the untouched one; exit 1 over 1e-5. Run this first."""
     given = locals()
-    from lscollapse import console, experiments
+    from lscollapse import console
+    from lscollapse.experiments import paper as experiments
 
     experiment = experiment_of(given)
     if not console.identity_table(experiments.check_identity(experiment, console.Bar())):
@@ -60,8 +61,8 @@ def excerpts(
 ) -> None:  # fmt: skip
     """Freeze the excerpts to a file that every command takes as --source, so that somebody else runs on the same ids."""
     given = locals()
-    from lscollapse import experiments
     from lscollapse.data import corpus, tokenizers
+    from lscollapse.experiments import paper as experiments
 
     experiment = experiment_of(given)
     chosen = tokenizers.named(experiment.tokenizer) if experiment.tokenizer else None

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
 
-    from lscollapse.measuring import Arm
+    from lscollapse.experiments.own_model import Arm
 
 
 def measure(
@@ -33,8 +33,9 @@ def measure(
     yscale: o.Yscale = "linear",
 ) -> None:  # fmt: skip
     """Does this model collapse? Any encoder or decoder of transformers: rank-collapse measures layer by layer, and a verdict."""
-    from lscollapse import console, measuring
+    from lscollapse import console
     from lscollapse.core import config
+    from lscollapse.experiments import own_model
     from lscollapse.reports.figures import paper as figures
 
     experiment = config.load(
@@ -49,8 +50,8 @@ def measure(
     )  # fmt: skip
     out = out or Path("runs/measure") / re.sub(r"[^\w.-]+", "_", model.strip("/.").rpartition("/")[2])
     with console.Bar() as bar:
-        rows = measuring.measure(experiment, out, bar)
-    show(rows, own_tokens=measuring.reads_own_tokens(experiment))
+        rows = own_model.measure(experiment, out, bar)
+    show(rows, own_tokens=own_model.reads_own_tokens(experiment))
     for path in figures.draw("measure", rows, out, yscale):
         typer.echo(f"wrote {path}")
 
@@ -59,8 +60,8 @@ def show(rows: pd.DataFrame, own_tokens: bool) -> None:
     """Print what was read, first, worst and last value of every measure, and the verdict on each variant."""
     from rich.console import Console
 
-    from lscollapse import measuring
     from lscollapse.core.table import reads_pixels
+    from lscollapse.experiments import own_model
     from lscollapse.models.adapters.generic import BACKEND
     from lscollapse.reports.figures import paper as figures
 
@@ -72,11 +73,11 @@ def show(rows: pd.DataFrame, own_tokens: bool) -> None:
         console.print(f"Tokens: {tokens}{own if own_tokens and tokens != 'bert-base-uncased' else ''}.", markup=False)
     if BACKEND in set(rows["backend"]):
         console.print("No adapter of its own: blocks and residual sums were found, and tested on these excerpts.")
-    found = list(measuring.arms(rows))
+    found = list(own_model.arms(rows))
     for title, arms in itertools.groupby(found, _title):
         console.print(_table(title, arms))
     for arm in found:
-        console.print(f"{_title(arm)}, lambda {_lambda(arm)}: {measuring.verdict(arm)}", markup=False)
+        console.print(f"{_title(arm)}, lambda {_lambda(arm)}: {own_model.verdict(arm)}", markup=False)
 
 
 def _table(title: str, arms: Iterable[Arm]) -> Table:

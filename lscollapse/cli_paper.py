@@ -42,7 +42,8 @@ def sweep_lambda(
 ) -> None:  # fmt: skip
     """Measure every lambda: Figure 1 (relative mu against layer) and Figure 2 (last layer against lambda)."""
     given = locals()
-    from lscollapse import console, experiments
+    from lscollapse import console
+    from lscollapse.experiments import paper as experiments
 
     experiment = experiment_of(given)
     out = out or Path("runs/sweep-lambda")
@@ -65,7 +66,8 @@ def ablate_gating(
 ) -> None:  # fmt: skip
     """Gating x LayerNorm at lambda = 1: Figure 3. With --all-readings, every place where lambda and the norm could sit."""
     given = locals()
-    from lscollapse import console, experiments
+    from lscollapse import console
+    from lscollapse.experiments import paper as experiments
 
     experiment = experiment_of(given)
     if model is None:
@@ -93,7 +95,9 @@ def ablate_s4d(
 ) -> None:  # fmt: skip
     """Skip x LayerNorm of a trained S4D on images: Figure 4."""
     given = locals()
-    from lscollapse import console, experiments, retrain
+    from lscollapse import console
+    from lscollapse.experiments import paper as experiments
+    from lscollapse.experiments import retrain
 
     experiment = experiment_of(given)
     out = out or Path("runs/ablate-s4d-retrained" if train_arms else "runs/ablate-s4d")

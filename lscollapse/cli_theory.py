@@ -31,10 +31,10 @@ Out = Annotated[Path | None, typer.Option(help="Where to put the files.  \\[defa
 
 
 def _subject(model: str, settings: list[str] | None, bar: Any, **flags: Any) -> Any:
-    from lscollapse import search
     from lscollapse.core import config
+    from lscollapse.experiments.bounds import find_lambda
 
-    return search.load(config.load(None, {"models": [model], **flags}, settings), bar)
+    return find_lambda.load(config.load(None, {"models": [model], **flags}, settings), bar)
 
 
 def _write(folder: Path, texts: dict[str, str]) -> None:
@@ -81,7 +81,8 @@ def bound(
     settings: Set = None, out: Out = None,
 ) -> None:  # fmt: skip
     """What each theorem promises this checkpoint on these excerpts, beside the lambda it really needs: table and figure."""
-    from lscollapse import console, console_theory, guarantees
+    from lscollapse import console, console_theory
+    from lscollapse.experiments.bounds import bounds as guarantees
     from lscollapse.reports.figures import theory as figures_theory
 
     bar = console.Bar()
@@ -123,14 +124,15 @@ def find_lambda(
     out: Annotated[Path | None, typer.Option(help="Where to put curve.csv, every lambda measured.")] = None,
 ) -> None:  # fmt: skip
     """The smallest |lambda| of each sign that keeps this model from collapsing, by real forward passes."""
-    from lscollapse import console, console_theory, search
+    from lscollapse import console, console_theory
+    from lscollapse.experiments.bounds import find_lambda
 
     bar = console.Bar()
     subject = _subject(
         model, settings, bar, excerpts=excerpts, tokens=tokens, source=source, tokenizer=tokenizer, gating=gating,
         seed=seed, offline=offline, max_memory=max_memory,
     )  # fmt: skip
-    found = search.find(subject, target, tol, estimate_only, bar)
+    found = find_lambda.find(subject, target, tol, estimate_only, bar)
     console_theory.found_table(found)
     if out is not None and found.points:
         _write(out, {"curve.csv": _csv(found.rows())})

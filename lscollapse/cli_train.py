@@ -30,7 +30,8 @@ def train(
     out: Annotated[Path | None, typer.Option(help="Where to train.  \\[default: runs/train/CELL]")] = None,
 ) -> None:  # fmt: skip
     """Train one net of Table 1 and read the test set once; killed and started again it continues to the same numbers."""
-    from lscollapse import console, table1
+    from lscollapse import console
+    from lscollapse.experiments.table1 import grid as table1
 
     flags = {"mixers": [mixer], "lams": [lam], "seeds": [seed], "device": device}
     flags["lam_inits"] = None if lam_init is None else [lam_init]
@@ -52,9 +53,9 @@ def table1(
     """Fixed against learnt lambda: mixers x lambda modes x learning rates x seeds, the table and its figures."""
     from lscollapse import console
     from lscollapse.core.files import write_text
+    from lscollapse.experiments.table1.grid import run
     from lscollapse.reports import table1 as table1_report
     from lscollapse.reports.figures import table1 as figures_table1
-    from lscollapse.table1 import run
 
     flags = {"device": device, "workers": workers, "engine": engine, "address": address}
     grid = _load(config, flags, settings)
@@ -71,7 +72,7 @@ def table1(
 
 def _load(config: Path | None, flags: dict[str, Any], settings: list[str] | None) -> Any:
     from lscollapse.core import config as schema
-    from lscollapse.table1_config import Table1
+    from lscollapse.experiments.table1.schema import Table1
 
     return schema.load(config or schema.shipped("table1/embedded.yaml"), flags, settings, Table1)
 

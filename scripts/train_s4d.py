@@ -14,8 +14,9 @@ import argparse
 import json
 from pathlib import Path
 
-from lscollapse import console, retrain
+from lscollapse import console
 from lscollapse.core import allocation, config
+from lscollapse.experiments import retrain
 
 
 def main() -> None:

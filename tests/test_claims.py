@@ -14,9 +14,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from lscollapse import cli_look, cli_paper, experiments
+from lscollapse import cli_look, cli_paper
 from lscollapse.core.config import Experiment
 from lscollapse.core.run_folder import RunFolderError
+from lscollapse.experiments import paper as experiments
 from lscollapse.reports.claims import runs as claims_runs
 from lscollapse.reports.claims import sentences as claims
 from lscollapse.reports.claims import table1 as claims_table1

@@ -21,11 +21,13 @@ from typing import Any
 
 import pytest
 
-from lscollapse import experiments, table1, table1_config
 from lscollapse.core import config
 from lscollapse.core.config import ConfigError, Experiment
 from lscollapse.core.progress import SILENT
 from lscollapse.core.run_folder import read_manifest
+from lscollapse.experiments import paper as experiments
+from lscollapse.experiments.table1 import grid as table1
+from lscollapse.experiments.table1 import schema as table1_config
 from lscollapse.runs import cluster, work, workers
 from lscollapse.runs.loading import load_subjects
 

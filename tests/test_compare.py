@@ -12,9 +12,10 @@ import pandas as pd
 import pytest
 import typer
 
-from lscollapse import cli_look, experiments
+from lscollapse import cli_look
 from lscollapse.core.config import Experiment
 from lscollapse.core.run_folder import RunFolderError
+from lscollapse.experiments import paper as experiments
 from lscollapse.reports import compare
 from tests.equivalence import tiny
 

@@ -14,10 +14,12 @@ import pytest
 import torch
 from transformers import BambaConfig, BambaForCausalLM
 
-from lscollapse import experiments, measuring, search
 from lscollapse.core.config import ConfigError, Experiment
 from lscollapse.core.run_folder import RunFolderError
 from lscollapse.core.table import COLUMNS
+from lscollapse.experiments import own_model
+from lscollapse.experiments import paper as experiments
+from lscollapse.experiments.bounds import find_lambda
 from tests.equivalence import plain_models, tiny
 from tests.equivalence.compare import assert_rows_match
 
@@ -253,11 +255,11 @@ def bamba(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 RUNS: dict[str, Callable[[Experiment, Path], Any]] = {
-    "measure": measuring.measure,
+    "measure": own_model.measure,
     "sweep-lambda": experiments.sweep_lambda,
     "ablate-gating": experiments.ablate_gating,
     "all-readings": experiments.all_readings,
-    "find-lambda": lambda config, out: search.load(config),
+    "find-lambda": lambda config, out: find_lambda.load(config),
 }
 
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from lscollapse import gains, guarantees
+from lscollapse.experiments.bounds import bounds as guarantees
+from lscollapse.experiments.bounds import gains
+from lscollapse.experiments.bounds.find_lambda import Found, find
 from lscollapse.models import UnsupportedModel, adapt
-from lscollapse.search import Found, find
 from lscollapse.theory import TheoryError
 from tests.equivalence import plain_models, tiny
 from tests.test_search import EXCERPTS, TOKENS, made, subject_of

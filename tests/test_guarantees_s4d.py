@@ -12,9 +12,12 @@ import pandas as pd
 import pytest
 from scipy.signal import cont2discrete
 
-from lscollapse import cli, console_theory, guarantees, guarantees_s4d, search
+from lscollapse import cli, console_theory
 from lscollapse.core import registry
 from lscollapse.core.config import Experiment
+from lscollapse.experiments.bounds import bounds as guarantees
+from lscollapse.experiments.bounds import find_lambda
+from lscollapse.experiments.bounds import s4d as guarantees_s4d
 from lscollapse.instrument.surgery import Variant
 from lscollapse.models import adapt
 from lscollapse.models.nets.s4d import S4D, S4DConfig
@@ -30,7 +33,7 @@ IMAGES, N, TARGET = 2, 64, 0.3
 def case(tmp_path_factory: pytest.TempPathFactory) -> tuple[S4D, Path, Subject, guarantees.Report]:
     net, folder = little(SHAPE), tmp_path_factory.mktemp("s4d")
     model = write_folder(net, folder / "little")
-    subject = search.load(Experiment(models=[str(model)], excerpts=IMAGES, offline=True, cache_dir=folder))
+    subject = find_lambda.load(Experiment(models=[str(model)], excerpts=IMAGES, offline=True, cache_dir=folder))
     return net, model, subject, guarantees.report(subject, TARGET, 0.9, 0.2)
 
 

@@ -21,12 +21,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
-from lscollapse import measuring
 from lscollapse.cli_measure import measure
 from lscollapse.core.config import Experiment
 from lscollapse.core.run_folder import read_manifest, read_rows
 from lscollapse.data import pictures
 from lscollapse.data.images import pixel_ids
+from lscollapse.experiments import own_model
 from lscollapse.models.checkpoints import checkpoint
 from lscollapse.models.checkpoints.tensors import CheckpointError
 from lscollapse.reports.figures import paper as figures
@@ -78,7 +78,7 @@ def measured(name: str, **settings: Any) -> pd.DataFrame:
     config = Experiment(
         models=[name], **{"lambdas": [1.0], "excerpts": 3, "tokens": 20, "source": "text.txt"} | settings
     )
-    return measuring.measure(config, Path(f"rows-{name}"))
+    return own_model.measure(config, Path(f"rows-{name}"))
 
 
 def test_a_decoder_in_its_own_tokens() -> None:
@@ -268,5 +268,5 @@ def table(relative: list[float], rank1: list[float] | None = None, lost: int | N
     ],
 )  # fmt: skip
 def test_verdicts(rows: pd.DataFrame, expected: str) -> None:
-    (arm,) = measuring.arms(rows)
-    assert measuring.verdict(arm) == expected
+    (arm,) = own_model.arms(rows)
+    assert own_model.verdict(arm) == expected

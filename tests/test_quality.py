@@ -31,8 +31,9 @@ from transformers import (
 )
 
 import lscollapse
-from lscollapse import Variant, experiments
+from lscollapse import Variant
 from lscollapse.core.config import ConfigError, Experiment
+from lscollapse.experiments import paper as experiments
 from lscollapse.instrument import early_exit
 from lscollapse.instrument import lm_loss as quality
 from lscollapse.instrument.lm_loss import QualityError, lm_loss

@@ -16,9 +16,10 @@ from safetensors.torch import save_file
 from scipy.signal import cont2discrete
 
 import lscollapse
-from lscollapse import experiments, retrain
 from lscollapse.core.config import ConfigError, Experiment, S4DTraining, load
 from lscollapse.data import images
+from lscollapse.experiments import paper as experiments
+from lscollapse.experiments import retrain
 from lscollapse.instrument.forward import measure
 from lscollapse.instrument.identity import differences
 from lscollapse.instrument.surgery import Variant

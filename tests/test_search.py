@@ -12,13 +12,14 @@ import pytest
 import torch
 import transformers
 
-from lscollapse import console_theory, gains, search
+from lscollapse import console_theory
 from lscollapse.console_theory import sentence
 from lscollapse.core import assets, registry
 from lscollapse.core.config import Experiment
+from lscollapse.experiments.bounds import find_lambda, gains
+from lscollapse.experiments.bounds.find_lambda import Found
 from lscollapse.models import adapt
 from lscollapse.runs.loading import Subject
-from lscollapse.search import Found
 from tests.equivalence import plain_models, tiny
 from tests.test_quality import PREDICTING, of_class
 
@@ -38,7 +39,7 @@ def subject_of(model: Any, folder: Path, **settings: Any) -> Subject:
         models=[str(folder / "model")], excerpts=EXCERPTS, tokens=TOKENS, source=str(folder / "excerpts.jsonl"),
         offline=True, cache_dir=folder, **settings,
     )  # fmt: skip
-    return search.load(config)
+    return find_lambda.load(config)
 
 
 def made(kind: str) -> Any:
@@ -50,14 +51,14 @@ def plain_last(kind: str, model: Any, lam: float, **arm: Any) -> dict[str, float
     run = getattr(plain_models, kind)
     last = run(plain_models.weights_of(model), model.config, tiny.ids(EXCERPTS, TOKENS, seed=4), lam=lam, **arm)[-1]
     values = [plain_models.plain_measures(Y) for Y in last]
-    return {name: float(np.mean([v[name] for v in values])) for name in search.MEASURES}
+    return {name: float(np.mean([v[name] for v in values])) for name in find_lambda.MEASURES}
 
 
 @pytest.fixture(scope="module", params=NETS)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any, Found]:
     model = made(request.param)
     subject = subject_of(model, tmp_path_factory.mktemp(request.param))
-    return request.param, model, search.find(subject, TARGET, TOL)
+    return request.param, model, find_lambda.find(subject, TARGET, TOL)
 
 
 def test_every_point_is_the_plain_model(case: tuple[str, Any, Found]) -> None:
@@ -67,18 +68,18 @@ def test_every_point_is_the_plain_model(case: tuple[str, Any, Found]) -> None:
         assert found.points[lam] == pytest.approx(expected, abs=2e-4), lam
 
 
-@pytest.mark.parametrize("sign", search.SIGNS)
-@pytest.mark.parametrize("name", search.MEASURES)
+@pytest.mark.parametrize("sign", find_lambda.SIGNS)
+@pytest.mark.parametrize("name", find_lambda.MEASURES)
 def test_the_found_lambda_is_confirmed_by_a_sweep(case: tuple[str, Any, Found], sign: int, name: str) -> None:
     kind, model, found = case
     lam = found.smallest(sign, name)
     if math.isinf(lam):
-        assert plain_last(kind, model, sign * search.LARGEST)[name] < TARGET
+        assert plain_last(kind, model, sign * find_lambda.LARGEST)[name] < TARGET
         return
-    for size in np.geomspace(max(lam, search.SMALLEST), search.LARGEST, 9):
+    for size in np.geomspace(max(lam, find_lambda.SMALLEST), find_lambda.LARGEST, 9):
         assert plain_last(kind, model, sign * float(max(size, lam)))[name] >= TARGET - 2e-4
     if lam > 0.0:
-        below = lam - TOL * max(lam, search.SMALLEST)
+        below = lam - TOL * max(lam, find_lambda.SMALLEST)
         tested = [size for size in found.curve(sign, name)[0] if below - 1e-12 <= size < lam]
         assert tested, "a point under the target lies within the tolerance"
         assert plain_last(kind, model, sign * tested[-1])[name] < TARGET + 2e-4
@@ -86,14 +87,14 @@ def test_the_found_lambda_is_confirmed_by_a_sweep(case: tuple[str, Any, Found], 
 
 def test_without_the_gate(tmp_path: Path) -> None:
     model = made("mamba2")
-    found = search.find(subject_of(model, tmp_path, gating=False), TARGET, 0.3)
+    found = find_lambda.find(subject_of(model, tmp_path, gating=False), TARGET, 0.3)
     assert found.arm == "no gate, LN"
     for lam in (-2.0, 0.0, 1.0):
         assert found.points[lam] == pytest.approx(plain_last("mamba2", model, lam, gating=False), abs=2e-4)
 
 
 def curve(values: dict[float, tuple[float, float]]) -> Found:
-    points = {lam: dict(zip(search.MEASURES, pair, strict=True)) for lam, pair in values.items()}
+    points = {lam: dict(zip(find_lambda.MEASURES, pair, strict=True)) for lam, pair in values.items()}
     return Found("model", "arm", 1, 1, 2, 0.5, 0.02, points=points)
 
 
@@ -130,7 +131,7 @@ def test_an_answer_that_is_an_interval_is_said_as_one() -> None:
     ],
 )  # fmt: skip
 def test_a_stretch_in_words(low: float, high: float, words: str) -> None:
-    assert search.in_words(low, high) == words
+    assert find_lambda.in_words(low, high) == words
 
 
 def test_no_collapse_and_nothing_suffices() -> None:
@@ -169,7 +170,7 @@ def test_lambdas_that_overflow_are_no_answer(tmp_path: Path) -> None:
         vocab_size=tiny.VOCABULARY, hidden_size=16, num_hidden_layers=14, num_attention_heads=4, intermediate_size=24,
         max_position_embeddings=32,
     )  # fmt: skip
-    found = search.find(subject_of(transformers.GPTNeoXModel(config), tmp_path), TARGET, 0.5)
+    found = find_lambda.find(subject_of(transformers.GPTNeoXModel(config), tmp_path), TARGET, 0.5)
     assert found.missing(1, "relative_mu")[-1] == 4096.0
     assert math.isnan(found.smallest(1, "relative_mu")) or found.smallest(1, "relative_mu") == math.inf
     assert "not known: the last layer is missing at |lambda| " in sentence(found, 1, "relative_mu")
@@ -184,19 +185,19 @@ def test_rank_warning_only_where_rank_is_lost() -> None:
 
 @pytest.mark.parametrize("target, tol", [(0.0, 0.1), (1.0, 0.1), (0.5, 0.0), (0.5, 1.0)])
 def test_refuses(target: float, tol: float, tmp_path: Path) -> None:
-    with pytest.raises(search.SearchError, match="strictly between 0 and 1"):
-        search.find(subject_of(made("bert"), tmp_path), target, tol)
+    with pytest.raises(find_lambda.SearchError, match="strictly between 0 and 1"):
+        find_lambda.find(subject_of(made("bert"), tmp_path), target, tol)
 
 
 def test_estimate_only_measures_no_curve(tmp_path: Path) -> None:
-    found = search.find(subject_of(made("albert"), tmp_path), 0.3, estimate_only=True)
+    found = find_lambda.find(subject_of(made("albert"), tmp_path), 0.3, estimate_only=True)
     assert set(found.estimates) == {1, -1} and not found.points
 
 
 def test_sublayers_are_what_transformers_computes() -> None:
     model, X = tiny.bert(), torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    (own, O), (Z, fed) = search.sublayers(adapt(model), 1, X, lam=-3.0)
+    (own, O), (Z, fed) = find_lambda.sublayers(adapt(model), 1, X, lam=-3.0)
     block = model.encoder.layer[1]
     with torch.no_grad():
         attended = block.attention.output.dense(block.attention.self(X)[0])
@@ -212,7 +213,7 @@ def test_sublayers_are_what_transformers_computes() -> None:
 
 def test_flow_uses_the_mean_attention_of_the_layers() -> None:
     model, X = tiny.bert(), torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(1))
-    mixer, Y0 = search.attention_flow(adapt(model), X)
+    mixer, Y0 = find_lambda.attention_flow(adapt(model), X)
     lengths = torch.linalg.vector_norm(X[0], dim=-1)
     np.testing.assert_allclose(Y0, (X[0] / lengths[:, None]).numpy(), atol=1e-6)
     Z = torch.tensor(Y0, dtype=torch.float32)[None] * lengths.mean()
@@ -226,7 +227,7 @@ def test_flow_of_layers_that_take_keys_and_values_of_others() -> None:
     model = of_class("Gemma4Text", "CausalLM", **PREDICTING["Gemma4Text"]).model
     adapter = adapt(model)
     X = adapter.embed(torch.as_tensor(tiny.ids(1, 9))).detach()
-    mixer, Y0 = search.attention_flow(adapter, X)
+    mixer, Y0 = find_lambda.attention_flow(adapter, X)
     size = torch.linalg.vector_norm(X[0], dim=-1).mean()
     Z, seen = torch.tensor(Y0, dtype=torch.float32)[None] * size, []
     for layer in model.layers:
@@ -249,13 +250,13 @@ def test_the_embedded_models_keep_what_was_found(name: str) -> None:
         pytest.skip(str(error))
     gating = False if name == "mamba2-tiny" else None
     settings: dict[str, Any] = {"models": [name], "excerpts": 8, "gating": gating}
-    found = search.find(search.load(Experiment(**settings)), 0.5)
-    exact = search.load(Experiment(**settings, dtype="float64", certified_exit=False))
-    for sign in search.SIGNS:
-        for measure in search.MEASURES:
+    found = find_lambda.find(find_lambda.load(Experiment(**settings)), 0.5)
+    exact = find_lambda.load(Experiment(**settings, dtype="float64", certified_exit=False))
+    for sign in find_lambda.SIGNS:
+        for measure in find_lambda.MEASURES:
             lam = found.smallest(sign, measure)
-            sizes = [search.LARGEST] if math.isinf(lam) else [lam, 1.5 * lam, 3.0 * lam, 10.0 * lam]
-            for point in search.measure(exact, [sign * size for size in sizes]).values():
+            sizes = [find_lambda.LARGEST] if math.isinf(lam) else [lam, 1.5 * lam, 3.0 * lam, 10.0 * lam]
+            for point in find_lambda.measure(exact, [sign * size for size in sizes]).values():
                 assert (point[measure] >= 0.5 - 1e-3) != math.isinf(lam)
 
 
@@ -263,7 +264,7 @@ def test_the_dtype_asked_for_is_the_one_computed_in(tmp_path: Path) -> None:
     """float64 in find-lambda, also of the package's own blocks: to 1e-12 the plain float64 model, which float32 is not."""
     model = tiny.mamba2(2, 4)
     subject = subject_of(model, tmp_path, dtype="float64")
-    found = search.measure(subject, [2.0])[2.0]
+    found = find_lambda.measure(subject, [2.0])[2.0]
     assert found == pytest.approx(plain_last("mamba2", model, 2.0), rel=1e-12)
     steps = gains.trace(subject.adapter, subject.ids, 2.0, dtype=subject.compute_dtype)
     assert {step.X.dtype for step in steps} == {torch.float64}

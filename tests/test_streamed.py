@@ -17,9 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lscollapse import experiments
 from lscollapse.core import registry
 from lscollapse.core.config import Experiment
+from lscollapse.experiments import paper as experiments
 from lscollapse.models.adapters.mamba2 import Mamba2Adapter
 from lscollapse.models.adapters.streamed import StreamedMamba2
 from lscollapse.models.checkpoints import checkpoint

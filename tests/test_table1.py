@@ -16,15 +16,17 @@ from safetensors.torch import load_file
 from scipy import stats
 from typer.testing import CliRunner
 
-from lscollapse import cells, cli_train, table1
+from lscollapse import cli_train
 from lscollapse.core.config import ConfigError, load
 from lscollapse.core.run_folder import RunFolderError
 from lscollapse.data import images, mqar
+from lscollapse.experiments.table1 import cell as cells
+from lscollapse.experiments.table1 import grid as table1
+from lscollapse.experiments.table1.schema import Table1
 from lscollapse.models.nets.lambda_net import Net, NetConfig
 from lscollapse.reports import table1 as table1_report
 from lscollapse.reports.figures import table1 as figures_table1
 from lscollapse.runs.training import Diverged
-from lscollapse.table1_config import Table1
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "table1"
 SMALL_NET = ["hidden_size=8", "state_size=4", "head_dim=8"]

@@ -14,13 +14,13 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from lscollapse import experiments
 from lscollapse.core import assets
 from lscollapse.core.config import Experiment
 from lscollapse.core.progress import Silent
 from lscollapse.data import corpus, tokenizers
 from lscollapse.data.corpus import Corpus, CorpusError, Excerpt
 from lscollapse.data.tokenizers import Tokenizer
+from lscollapse.experiments import paper as experiments
 from lscollapse.models.checkpoints.tensors import CheckpointError
 from lscollapse.runs import loading
 from tests.models.layouts import VOCAB, write_hf

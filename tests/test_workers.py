@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lscollapse import experiments
 from lscollapse.core.config import ConfigError, Experiment
 from lscollapse.core.progress import SILENT
 from lscollapse.core.run_folder import RunFolder
 from lscollapse.core.table import ORDER
+from lscollapse.experiments import paper as experiments
 from lscollapse.instrument import forward
 from lscollapse.instrument.surgery import Variant
 from lscollapse.models.adapters.mamba2 import Mamba2Adapter

@@ -90,9 +90,9 @@ class Said:
 
 def side_streamed(args: argparse.Namespace) -> dict[str, Any]:
     """The sweep as the command line runs it, without its tables and figures."""
-    from lscollapse import experiments
     from lscollapse.core import allocation
     from lscollapse.core.config import Experiment
+    from lscollapse.experiments import paper as experiments
 
     allocation.keep_freed_memory()
     config = Experiment(

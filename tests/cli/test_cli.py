@@ -13,9 +13,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lscollapse import cli, experiments
+from lscollapse import cli
 from lscollapse.core import assets, config, registry
 from lscollapse.core.run_folder import read_rows
+from lscollapse.experiments import paper as experiments
 
 HEAVY = ("torch", "pandas", "transformers", "matplotlib", "pyarrow", "scipy", "datasets", "tokenizers", "numpy")
 DEADLINE = 120.0

@@ -10,7 +10,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lscollapse import cli, search
+from lscollapse import cli
+from lscollapse.experiments.bounds import find_lambda
 from lscollapse.reports.figures import theory as figures_theory
 from lscollapse.theory import verify
 from lscollapse.theory.checking import Statement
@@ -77,7 +78,7 @@ def test_find_lambda(run, little: list[object], tmp_path: Path) -> None:
     assert "checked:" in out and "not monotone" in out and "K/tau* of the attention" in out
     curve = pd.read_csv(tmp_path / "found" / "curve.csv")
     assert list(curve.columns) == ["lam", "relative_mu", "rank1_residual"]
-    assert {search.LARGEST, -search.LARGEST, 0.0} <= set(curve["lam"])
+    assert {find_lambda.LARGEST, -find_lambda.LARGEST, 0.0} <= set(curve["lam"])
 
 
 def test_estimate_only_writes_no_curve(run, little: list[object], tmp_path: Path) -> None:
@@ -104,10 +105,10 @@ def test_bound_writes_tables_and_a_figure(run, little: list[object], tmp_path: P
 
 
 def test_the_figure_shows_every_bound_once() -> None:
-    from lscollapse.guarantees import Line, Report
+    from lscollapse.experiments.bounds.bounds import Line, Report
 
     points = {lam: {"relative_mu": 0.6, "rank1_residual": 0.4} for lam in (-2.0, -1.0, 0.0, 1.0, 2.0)}
-    found = search.Found("net", "arm", 3, 1, 2, 0.5, 0.02, points=points)
+    found = find_lambda.Found("net", "arm", 3, 1, 2, 0.5, 0.02, points=points)
     lines = [
         Line("A", 0, 1234.0), Line("B", -1, math.inf), Line("C", 0, 1238540.49), Line("measured, relative mu", 1, 0.5),
         Line("measured, rank-1 residual", -1, 0.25, to=0.5), Line("measured, rank-1 residual", -1, 2.0),

@@ -27,8 +27,8 @@ CLAIMS = {  # name -> (sentence, threshold)
 
 def judge(rows: pd.DataFrame) -> Iterator[Finding]:
     """Findings on the rows of a `table1` run; `model` names its tasks."""
+    from lscollapse.experiments.table1.schema import Table1
     from lscollapse.reports import table1 as report
-    from lscollapse.table1_config import Table1
 
     found = [c for c in report.comparisons(rows, Table1.model_fields["margin"].default) if c.task != report.ALL]
     tasks = ", ".join(report.TASKS[task] for task in dict.fromkeys(c.task for c in found))

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 
 from lscollapse import measures
+from lscollapse.experiments.bounds.find_lambda import sublayers
 from lscollapse.instrument import forward
 from lscollapse.instrument.surgery import Variant
 from lscollapse.models.adapters.bert import BertAdapter
 from lscollapse.models.adapters.mamba2 import Mamba2Adapter
 from lscollapse.models.kernels import ssd
 from lscollapse.runs.loading import Subject
-from lscollapse.search import sublayers
 from lscollapse.theory import constants
 from lscollapse.theory.arrays import Array
 

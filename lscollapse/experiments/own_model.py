@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 from lscollapse.core.config import Experiment
 from lscollapse.data.corpus import is_frozen
-from lscollapse.experiments import sweep_variants
+from lscollapse.experiments.paper import sweep_variants
 from lscollapse.reports.claims.sentences import COLLAPSED
 from lscollapse.runs.run import SILENT, Progress, run
 

@@ -22,9 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from lscollapse import gains, guarantees_s4d, measures
+from lscollapse import measures
 from lscollapse.core.progress import SILENT, Progress
-from lscollapse.gains import Pass
+from lscollapse.experiments.bounds import gains
+from lscollapse.experiments.bounds import s4d as guarantees_s4d
+from lscollapse.experiments.bounds.find_lambda import MEASURES, SIGNS, Found, Kept, find, in_words, number
+from lscollapse.experiments.bounds.gains import Pass
 from lscollapse.instrument import early_exit, forward
 from lscollapse.models import UnsupportedModel
 from lscollapse.models.adapters.albert import AlbertAdapter
@@ -32,7 +35,6 @@ from lscollapse.models.adapters.bert import BertAdapter
 from lscollapse.models.adapters.mamba2 import Mamba2Adapter
 from lscollapse.models.adapters.s4d import S4DAdapter
 from lscollapse.runs.loading import Subject
-from lscollapse.search import MEASURES, SIGNS, Found, Kept, find, in_words, number
 from lscollapse.theory import certificates, theorem41
 from lscollapse.theory.arrays import Array
 

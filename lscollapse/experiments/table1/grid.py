@@ -13,15 +13,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lscollapse.cells import Cell, cells, device_of, test_cell, train_cell
 from lscollapse.core.config import ConfigError
 from lscollapse.core.files import atomic, write_json, write_text
 from lscollapse.core.progress import SILENT, Progress
 from lscollapse.core.run_folder import RunFolder, read_rows
 from lscollapse.data import images
+from lscollapse.experiments.table1.cell import Cell, cells, device_of, test_cell, train_cell
+from lscollapse.experiments.table1.schema import Table1
 from lscollapse.runs import processes
 from lscollapse.runs.training import STATE, Diverged
-from lscollapse.table1_config import Table1
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lscollapse import gains, measures
+from lscollapse import measures
+from lscollapse.experiments.bounds import gains
 from lscollapse.instrument import forward
 from lscollapse.models.nets.s4d import S4DMixer
 from lscollapse.runs.loading import Subject

@@ -18,9 +18,9 @@ from lscollapse import measures
 from lscollapse.core.config import ConfigError
 from lscollapse.core.progress import SILENT, Progress
 from lscollapse.data import images, mqar
+from lscollapse.experiments.table1.schema import Table1
 from lscollapse.models.nets.lambda_net import LEARNABLE, Net, NetConfig
 from lscollapse.runs.training import Data, Diverged, Examples, Settings, evaluate, fit
-from lscollapse.table1_config import Table1
 
 MEASURED = ("relative_mu", "rank1_residual")
 BEFORE, AFTER = "before", "after"

@@ -1,0 +1,1 @@
+"""What is run: the paper's experiments, your model, Table 1, the bounds."""

@@ -1,0 +1,1 @@
+"""What the theorems promise for a checkpoint, beside the lambda that it needs."""
