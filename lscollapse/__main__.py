@@ -1,3 +1,3 @@
-from lscollapse.cli import main
+from lscollapse.cli.app import main
 
 main()

@@ -14,7 +14,7 @@ import argparse
 import json
 from pathlib import Path
 
-from lscollapse import console
+from lscollapse.cli.terminal import paper as console
 from lscollapse.core import allocation, config
 from lscollapse.experiments import retrain
 

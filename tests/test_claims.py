@@ -14,7 +14,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from lscollapse import cli_look, cli_paper
+from lscollapse.cli import paper as cli_paper
+from lscollapse.cli import results as cli_look
 from lscollapse.core.config import Experiment
 from lscollapse.core.run_folder import RunFolderError
 from lscollapse.experiments import paper as experiments

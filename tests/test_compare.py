@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import typer
 
-from lscollapse import cli_look
+from lscollapse.cli import results as cli_look
 from lscollapse.core.config import Experiment
 from lscollapse.core.run_folder import RunFolderError
 from lscollapse.experiments import paper as experiments

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lscollapse import console
+from lscollapse.cli.terminal import paper as console
 from lscollapse.instrument.identity import LayerDifference
 
 NAN = float("nan")

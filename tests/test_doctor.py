@@ -14,7 +14,7 @@ import typer
 from huggingface_hub import constants
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lscollapse import cli_look
+from lscollapse.cli import results as cli_look
 from lscollapse.core import assets, hub
 from lscollapse.core.config import Experiment
 from lscollapse.runs import doctor

@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 from scipy.signal import cont2discrete
 
-from lscollapse import cli, console_theory
+from lscollapse.cli import app
+from lscollapse.cli.terminal import theory as console_theory
 from lscollapse.core import registry
 from lscollapse.core.config import Experiment
 from lscollapse.experiments.bounds import bounds as guarantees
@@ -159,7 +160,7 @@ def test_what_is_said_and_drawn(
         sys, "argv", f"lscollapse theory bound {model} --excerpts 2 --tol 0.5 --offline --out {tmp_path}".split()
     )
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        app.main()
     assert not stop.value.code
     assert len(pd.read_csv(tmp_path / "channels.csv")) == 18
     assert {"norm_turn", "mu_ratio", "gain", "C_M"} <= set(pd.read_csv(tmp_path / "layers.csv").columns)

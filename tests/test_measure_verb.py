@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
-from lscollapse.cli_measure import measure
+from lscollapse.cli.model import measure
 from lscollapse.core.config import Experiment
 from lscollapse.core.run_folder import read_manifest, read_rows
 from lscollapse.data import pictures

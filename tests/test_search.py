@@ -12,8 +12,8 @@ import pytest
 import torch
 import transformers
 
-from lscollapse import console_theory
-from lscollapse.console_theory import sentence
+from lscollapse.cli.terminal import theory as console_theory
+from lscollapse.cli.terminal.theory import sentence
 from lscollapse.core import assets, registry
 from lscollapse.core.config import Experiment
 from lscollapse.experiments.bounds import find_lambda, gains

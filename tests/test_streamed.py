@@ -53,7 +53,7 @@ settings, out, passes = arguments
 experiments.sweep_lambda(Experiment(**json.loads(settings)), Path(out), Killed(int(passes)))
 """
 COMMAND = """
-from lscollapse.cli import main
+from lscollapse.cli.app import main
 sys.argv[1:] = arguments
 main()
 """

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from scipy import stats
 from typer.testing import CliRunner
 
-from lscollapse import cli_train
+from lscollapse.cli import train
 from lscollapse.core.config import ConfigError, load
 from lscollapse.core.run_folder import RunFolderError
 from lscollapse.data import images, mqar
@@ -371,8 +371,8 @@ def test_figures_plot_the_rows_and_say_what_they_are_of(made_up: pd.DataFrame, t
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., str]:
     app = typer.Typer()
-    app.command()(cli_train.train)
-    app.command()(cli_train.table1)
+    app.command()(train.train)
+    app.command()(train.table1)
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lscollapse import cli
+from lscollapse.cli import app
 from lscollapse.core import assets, config, registry
 from lscollapse.core.run_folder import read_rows
 from lscollapse.experiments import paper as experiments
@@ -43,7 +43,7 @@ class Shell:
         self._capsys.readouterr()
         code: object = 0
         try:
-            cli.main()
+            app.main()
         except SystemExit as stop:
             code = stop.code
         out, err = self._capsys.readouterr()
@@ -75,7 +75,7 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     program = (
         "import sys\n"
         f"sys.argv = ['lscollapse', *{arguments!r}]\n"
-        "from lscollapse.cli import main\n"
+        "from lscollapse.cli.app import main\n"
         "try:\n    main()\n"
         "finally:\n"
         f"    print('LOADED', sorted(set({HEAVY!r}) & set(sys.modules)))\n"

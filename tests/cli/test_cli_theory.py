@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lscollapse import cli
+from lscollapse.cli import app
 from lscollapse.experiments.bounds import find_lambda
 from lscollapse.reports.figures import theory as figures_theory
 from lscollapse.theory import verify
@@ -25,7 +25,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
         monkeypatch.setattr(sys, "argv", ["lscollapse", *map(str, arguments)])
         code: object = 0
         try:
-            cli.main()
+            app.main()
         except SystemExit as stop:
             code = stop.code
         out, err = capsys.readouterr()

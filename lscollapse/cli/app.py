@@ -9,12 +9,12 @@ from typing import Annotated
 import typer
 
 from lscollapse import __version__
-from lscollapse import options as o
-from lscollapse.cli_look import claims, compare, doctor, report
-from lscollapse.cli_measure import measure
-from lscollapse.cli_paper import ablate_gating, ablate_s4d, experiment_of, figures, sweep_lambda
-from lscollapse.cli_theory import find_lambda, theory
-from lscollapse.cli_train import table1, train
+from lscollapse.cli import options as o
+from lscollapse.cli.model import measure
+from lscollapse.cli.paper import ablate_gating, ablate_s4d, experiment_of, figures, sweep_lambda
+from lscollapse.cli.results import claims, compare, doctor, report
+from lscollapse.cli.theory import find_lambda, theory
+from lscollapse.cli.train import table1, train
 
 app = typer.Typer(
     help="Is my deep sequence model collapsing, and what would stop it? Rank collapse and lambda-skip connections.",
@@ -45,7 +45,7 @@ def check_identity(
 ) -> None:  # fmt: skip
     """Compare the instrumented model (lambda = 1, gate and norms on) with the untouched one; exit 1 over 1e-5. Run this first."""
     given = locals()
-    from lscollapse import console
+    from lscollapse.cli.terminal import paper as console
     from lscollapse.experiments import paper as experiments
 
     experiment = experiment_of(given)
@@ -96,7 +96,7 @@ def verify_kernels(
     kernels: Annotated[str, typer.Option(help="auto, torch or triton.")] = "auto",
 ) -> None:
     """Compare scan, conv, gated norm and a whole block with a float64 recurrence; exit 1 over tolerance."""
-    from lscollapse import console
+    from lscollapse.cli.terminal import paper as console
     from lscollapse.models.kernels import verify
 
     rows = verify.verify(device, kernels)
@@ -108,7 +108,7 @@ def verify_kernels(
 @app.command(rich_help_panel=PREPARE)
 def models() -> None:
     """List the models that can be loaded by a short name, and where their weights come from."""
-    from lscollapse.console import models_table
+    from lscollapse.cli.terminal.paper import models_table
 
     models_table()
 

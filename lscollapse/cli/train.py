@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lscollapse import options as o
+from lscollapse.cli import options as o
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,7 +30,7 @@ def train(
     out: Annotated[Path | None, typer.Option(help="Where to train.  \\[default: runs/train/CELL]")] = None,
 ) -> None:  # fmt: skip
     """Train one net of Table 1 and read the test set once; killed and started again it continues to the same numbers."""
-    from lscollapse import console
+    from lscollapse.cli.terminal import paper as console
     from lscollapse.experiments.table1 import grid as table1
 
     flags = {"mixers": [mixer], "lams": [lam], "seeds": [seed], "device": device}
@@ -51,7 +51,7 @@ def table1(
     to: Annotated[Path | None, typer.Option(help="Where to put table and figures.  \\[default: the run folder]")] = None,
 ) -> None:  # fmt: skip
     """Fixed against learnt lambda: mixers x lambda modes x learning rates x seeds, the table and its figures."""
-    from lscollapse import console
+    from lscollapse.cli.terminal import paper as console
     from lscollapse.core.files import write_text
     from lscollapse.experiments.table1.grid import run
     from lscollapse.reports import table1 as table1_report

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lscollapse import options as o
+from lscollapse.cli import options as o
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,7 +33,7 @@ def measure(
     yscale: o.Yscale = "linear",
 ) -> None:  # fmt: skip
     """Does this model collapse? Any encoder or decoder of transformers: rank-collapse measures layer by layer, and a verdict."""
-    from lscollapse import console
+    from lscollapse.cli.terminal import paper as console
     from lscollapse.core import config
     from lscollapse.experiments import own_model
     from lscollapse.reports.figures import paper as figures

@@ -59,7 +59,7 @@ def verify(
     out: Annotated[Path | None, typer.Option(help="Where to put verify.json and verify.md.")] = None,
 ) -> None:
     """Put every statement of the paper, and what replaces it, to the test; exit 1 when a corrected one is violated."""
-    from lscollapse import console_theory
+    from lscollapse.cli.terminal import theory as console_theory
     from lscollapse.theory import verify as checks
 
     verdicts = checks.run(instances, seed)
@@ -81,7 +81,8 @@ def bound(
     settings: Set = None, out: Out = None,
 ) -> None:  # fmt: skip
     """What each theorem promises this checkpoint on these excerpts, beside the lambda it really needs: table and figure."""
-    from lscollapse import console, console_theory
+    from lscollapse.cli.terminal import paper as console
+    from lscollapse.cli.terminal import theory as console_theory
     from lscollapse.experiments.bounds import bounds as guarantees
     from lscollapse.reports.figures import theory as figures_theory
 
@@ -124,7 +125,8 @@ def find_lambda(
     out: Annotated[Path | None, typer.Option(help="Where to put curve.csv, every lambda measured.")] = None,
 ) -> None:  # fmt: skip
     """The smallest |lambda| of each sign that keeps this model from collapsing, by real forward passes."""
-    from lscollapse import console, console_theory
+    from lscollapse.cli.terminal import paper as console
+    from lscollapse.cli.terminal import theory as console_theory
     from lscollapse.experiments.bounds import find_lambda
 
     bar = console.Bar()

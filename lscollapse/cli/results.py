@@ -24,7 +24,7 @@ def claims(
     form: Annotated[Format, typer.Option("--format", help="How to print it.")] = Format.text,
 ) -> None:  # fmt: skip
     """The paper's sentences one by one: agrees, disagrees or not measured, with the numbers. Without a run: the list of them."""
-    from lscollapse import console_look
+    from lscollapse.cli.terminal import results as console_look
     from lscollapse.reports.claims import runs as claims_runs
 
     if runs or theory:
@@ -39,7 +39,7 @@ def compare(
     lines: Annotated[int, typer.Option(min=0, help="How many of the largest differences to show.")] = 12,
 ) -> None:
     """What differs between two runs: configuration, versions, numbers; exit 1 where it is more than the spread over excerpts."""
-    from lscollapse import console_look
+    from lscollapse.cli.terminal import results as console_look
     from lscollapse.reports import compare as comparing
 
     comparison = comparing.compare(run_a, run_b)
@@ -54,7 +54,7 @@ def doctor(
     settings: Annotated[list[str] | None, typer.Option("--set", help="key=value, any setting of the configuration.")] = None,
 ) -> None:  # fmt: skip
     """What this machine has, and whether the configuration can run on it; exit 1, with the mend, where it cannot."""
-    from lscollapse import console_look
+    from lscollapse.cli.terminal import results as console_look
     from lscollapse.core import config as schema
     from lscollapse.runs import doctor as examining
 

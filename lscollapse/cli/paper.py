@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lscollapse import options as o
+from lscollapse.cli import options as o
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,7 +42,7 @@ def sweep_lambda(
 ) -> None:  # fmt: skip
     """Measure every lambda: Figure 1 (relative mu against layer) and Figure 2 (last layer against lambda)."""
     given = locals()
-    from lscollapse import console
+    from lscollapse.cli.terminal import paper as console
     from lscollapse.experiments import paper as experiments
 
     experiment = experiment_of(given)
@@ -66,7 +66,7 @@ def ablate_gating(
 ) -> None:  # fmt: skip
     """Gating x LayerNorm at lambda = 1: Figure 3. With --all-readings, every place where lambda and the norm could sit."""
     given = locals()
-    from lscollapse import console
+    from lscollapse.cli.terminal import paper as console
     from lscollapse.experiments import paper as experiments
 
     experiment = experiment_of(given)
@@ -95,7 +95,7 @@ def ablate_s4d(
 ) -> None:  # fmt: skip
     """Skip x LayerNorm of a trained S4D on images: Figure 4."""
     given = locals()
-    from lscollapse import console
+    from lscollapse.cli.terminal import paper as console
     from lscollapse.experiments import paper as experiments
     from lscollapse.experiments import retrain
 

@@ -1,0 +1,1 @@
+"""Typer verbs and their options."""
