@@ -23,7 +23,7 @@ from lscollapse.reports.claims import runs as claims_runs
 from lscollapse.reports.claims import sentences as claims
 from lscollapse.reports.claims import table1 as claims_table1
 from lscollapse.reports.claims import theory as claims_theory
-from lscollapse.reports.claims.sentences import AGREE, DISAGREE, NOT_MEASURED
+from lscollapse.reports.verdict import AGREE, DISAGREE, NOT_MEASURED
 from lscollapse.theory import verify
 from tests.equivalence import tiny
 

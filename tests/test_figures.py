@@ -11,7 +11,8 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from lscollapse.reports.figures.paper import FigureError, draw, figure1, figure2, figure3, figure_readings
+from lscollapse.reports.figures.paper import draw, figure1, figure2, figure3, figure_readings
+from lscollapse.reports.figures.points import FigureError
 from lscollapse.reports.figures.style import lambda_colour
 
 LAMBDAS = (-8.0, -4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0)

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from lscollapse.reports.figures.paper import FigureError
+from lscollapse.reports.figures.points import FigureError
 from lscollapse.reports.figures.quality import figure_quality
 from tests.test_figures import arm_rows
 

@@ -13,9 +13,10 @@ import torch
 
 from lscollapse.experiments.bounds import bounds as guarantees
 from lscollapse.experiments.bounds import gains
-from lscollapse.experiments.bounds.find_lambda import Found, find
+from lscollapse.experiments.bounds.find_lambda import find
 from lscollapse.models import UnsupportedModel, adapt
 from lscollapse.theory import TheoryError
+from lscollapse.theory.stretches import Found, Report
 from tests.equivalence import plain_models, tiny
 from tests.test_search import EXCERPTS, TOKENS, made, subject_of
 
@@ -104,7 +105,7 @@ def test_gains_of_a_postnorm_net(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, guarantees.Report]]:
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Report]]:
     models = {kind: made(kind) for kind in ("mamba2", "bert")}
     folders = {kind: tmp_path_factory.mktemp(kind) for kind in models}
     return {
@@ -113,12 +114,12 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, gu
     }
 
 
-def bound(report: guarantees.Report, start: str, sign: int) -> float:
+def bound(report: Report, start: str, sign: int) -> float:
     return next(line.lam for line in report.lines if line.bound.startswith(start) and line.sign == sign)
 
 
 @pytest.mark.parametrize("depth", ["this depth", "every depth"])
-def test_prenorm_certificates_hold(reports: dict[str, tuple[Any, guarantees.Report]], depth: str) -> None:
+def test_prenorm_certificates_hold(reports: dict[str, tuple[Any, Report]], depth: str) -> None:
     """Every excerpt of the plain model keeps the target from the certified lambda on."""
     model, report = reports["mamba2"]
     weights = bound(report, f"pre-norm certificate, weights only, {depth}", 0)
@@ -130,7 +131,7 @@ def test_prenorm_certificates_hold(reports: dict[str, tuple[Any, guarantees.Repo
             assert min(plain_models.plain_measures(Y)["relative_mu"] for Y in last) >= 0.6
 
 
-def test_theorem_41_lines(reports: dict[str, tuple[Any, guarantees.Report]]) -> None:
+def test_theorem_41_lines(reports: dict[str, tuple[Any, Report]]) -> None:
     """Condition (7) at a = 0.9 is 18.48683298 C_M (C_V = I); with b more; nothing at all with the C_V of a head."""
     for _, report in reports.values():
         alone = bound(report, "Theorem 4.1, condition (7)", 0)
@@ -141,7 +142,7 @@ def test_theorem_41_lines(reports: dict[str, tuple[Any, guarantees.Report]]) -> 
     assert math.isinf(bound(reports["bert"][1], "Theorem 4.1 with each head's own C_V", 0))
 
 
-def test_angle_lines_of_a_postnorm_net(reports: dict[str, tuple[Any, guarantees.Report]]) -> None:
+def test_angle_lines_of_a_postnorm_net(reports: dict[str, tuple[Any, Report]]) -> None:
     """At the certified lambda the rows turned by attention, computed with transformers' modules, stay within the budget."""
     model, report = reports["bert"]
     assert math.isinf(bound(report, "Theorem 4.1*, whole blocks", 0))
@@ -165,9 +166,7 @@ def test_angle_lines_of_a_postnorm_net(reports: dict[str, tuple[Any, guarantees.
         assert min(start) == pytest.approx(math.asin(report.first), abs=1e-6)
 
 
-def test_the_measured_lines_are_those_of_find_lambda(
-    tmp_path: Path, reports: dict[str, tuple[Any, guarantees.Report]]
-) -> None:
+def test_the_measured_lines_are_those_of_find_lambda(tmp_path: Path, reports: dict[str, tuple[Any, Report]]) -> None:
     model, report = reports["bert"]
     found = find(subject_of(model, tmp_path), 0.6, 0.1)
     for name, words in (("relative_mu", "relative mu"), ("rank1_residual", "rank-1 residual")):

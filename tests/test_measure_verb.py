@@ -29,7 +29,8 @@ from lscollapse.data.images import pixel_ids
 from lscollapse.experiments import own_model
 from lscollapse.models.checkpoints import checkpoint
 from lscollapse.models.checkpoints.tensors import CheckpointError
-from lscollapse.reports.figures import paper as figures
+from lscollapse.reports import verdict
+from lscollapse.reports.figures.points import describe
 from tests.equivalence import plain_models
 
 WORDS = [f"word{i}" for i in range(50)]
@@ -151,7 +152,7 @@ def test_vit_on_a_folder_of_pictures_and_on_digits() -> None:
         pixels = np.random.default_rng(i).integers(0, 256, (11, 9, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(Path("album") / name)
     rows = measured("vit", source="album")
-    assert "n = 3 images of 64 pixels" in figures.describe(rows)
+    assert "n = 3 images of 64 pixels" in describe(rows)
     corpus = pictures.excerpts("album", (8, 8), 3, 0)
     processor = transformers.ViTImageProcessor(
         size={"height": 8, "width": 8}, image_mean=[0.1, 0.2, 0.3], image_std=[0.5, 0.6, 0.7]
@@ -268,5 +269,5 @@ def table(relative: list[float], rank1: list[float] | None = None, lost: int | N
     ],
 )  # fmt: skip
 def test_verdicts(rows: pd.DataFrame, expected: str) -> None:
-    (arm,) = own_model.arms(rows)
-    assert own_model.verdict(arm) == expected
+    (arm,) = verdict.arms(rows)
+    assert verdict.verdict(arm) == expected

@@ -29,6 +29,7 @@ from lscollapse.models.checkpoints.tensors import CheckpointError
 from lscollapse.models.nets.s4d import S4D, S4DConfig, S4DMixer, causal_convolution
 from lscollapse.reports.claims import sentences as claims
 from lscollapse.reports.figures import paper as figures
+from lscollapse.reports.verdict import AGREE, DISAGREE, NOT_MEASURED
 from lscollapse.runs.training import TrainingError
 from tests.equivalence.compare import assert_rows_match
 
@@ -377,7 +378,7 @@ def test_an_arm_that_diverged_is_named_and_left_out(tmp_path: Path) -> None:
     assert pd.read_csv(tmp_path / "run" / "nets" / "arms.csv")["note"].str.contains("training stopped").all()
 
 
-@pytest.mark.parametrize(("last", "verdict"), [(0.9, claims.AGREE), (0.3, claims.DISAGREE)])
+@pytest.mark.parametrize(("last", "verdict"), [(0.9, AGREE), (0.3, DISAGREE)])
 def test_claim_of_figure_4(last: float, verdict: str) -> None:
     parts = [
         pd.DataFrame(
@@ -396,7 +397,7 @@ def test_claim_of_figure_4(last: float, verdict: str) -> None:
     assert found["figure 4"].verdict == verdict
     assert f"{last:.3f}" in found["figure 4"].numbers
     with_norm = {finding.claim: finding for finding in claims.judge(rows[rows["layernorm"]])}
-    assert with_norm["figure 4"].verdict == claims.NOT_MEASURED
+    assert with_norm["figure 4"].verdict == NOT_MEASURED
     assert set(found) == {"figure 4", "figure 4b"}
 
 

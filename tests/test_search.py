@@ -17,9 +17,9 @@ from lscollapse.cli.terminal.theory import sentence
 from lscollapse.core import assets, registry
 from lscollapse.core.config import Experiment
 from lscollapse.experiments.bounds import find_lambda, gains
-from lscollapse.experiments.bounds.find_lambda import Found
 from lscollapse.models import adapt
 from lscollapse.runs.loading import Subject
+from lscollapse.theory.stretches import MEASURES, SIGNS, Found, in_words
 from tests.equivalence import plain_models, tiny
 from tests.test_quality import PREDICTING, of_class
 
@@ -51,7 +51,7 @@ def plain_last(kind: str, model: Any, lam: float, **arm: Any) -> dict[str, float
     run = getattr(plain_models, kind)
     last = run(plain_models.weights_of(model), model.config, tiny.ids(EXCERPTS, TOKENS, seed=4), lam=lam, **arm)[-1]
     values = [plain_models.plain_measures(Y) for Y in last]
-    return {name: float(np.mean([v[name] for v in values])) for name in find_lambda.MEASURES}
+    return {name: float(np.mean([v[name] for v in values])) for name in MEASURES}
 
 
 @pytest.fixture(scope="module", params=NETS)
@@ -68,8 +68,8 @@ def test_every_point_is_the_plain_model(case: tuple[str, Any, Found]) -> None:
         assert found.points[lam] == pytest.approx(expected, abs=2e-4), lam
 
 
-@pytest.mark.parametrize("sign", find_lambda.SIGNS)
-@pytest.mark.parametrize("name", find_lambda.MEASURES)
+@pytest.mark.parametrize("sign", SIGNS)
+@pytest.mark.parametrize("name", MEASURES)
 def test_the_found_lambda_is_confirmed_by_a_sweep(case: tuple[str, Any, Found], sign: int, name: str) -> None:
     kind, model, found = case
     lam = found.smallest(sign, name)
@@ -94,7 +94,7 @@ def test_without_the_gate(tmp_path: Path) -> None:
 
 
 def curve(values: dict[float, tuple[float, float]]) -> Found:
-    points = {lam: dict(zip(find_lambda.MEASURES, pair, strict=True)) for lam, pair in values.items()}
+    points = {lam: dict(zip(MEASURES, pair, strict=True)) for lam, pair in values.items()}
     return Found("model", "arm", 1, 1, 2, 0.5, 0.02, points=points)
 
 
@@ -131,7 +131,7 @@ def test_an_answer_that_is_an_interval_is_said_as_one() -> None:
     ],
 )  # fmt: skip
 def test_a_stretch_in_words(low: float, high: float, words: str) -> None:
-    assert find_lambda.in_words(low, high) == words
+    assert in_words(low, high) == words
 
 
 def test_no_collapse_and_nothing_suffices() -> None:
@@ -252,8 +252,8 @@ def test_the_embedded_models_keep_what_was_found(name: str) -> None:
     settings: dict[str, Any] = {"models": [name], "excerpts": 8, "gating": gating}
     found = find_lambda.find(find_lambda.load(Experiment(**settings)), 0.5)
     exact = find_lambda.load(Experiment(**settings, dtype="float64", certified_exit=False))
-    for sign in find_lambda.SIGNS:
-        for measure in find_lambda.MEASURES:
+    for sign in SIGNS:
+        for measure in MEASURES:
             lam = found.smallest(sign, measure)
             sizes = [find_lambda.LARGEST] if math.isinf(lam) else [lam, 1.5 * lam, 3.0 * lam, 10.0 * lam]
             for point in find_lambda.measure(exact, [sign * size for size in sizes]).values():

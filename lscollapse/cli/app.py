@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from lscollapse import __version__
 from lscollapse.cli import options as o
 from lscollapse.cli.model import measure
 from lscollapse.cli.paper import ablate_gating, ablate_s4d, experiment_of, figures, sweep_lambda
@@ -115,7 +114,9 @@ def models() -> None:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"lscollapse {__version__}")
+        from importlib.metadata import version
+
+        typer.echo(f"lscollapse {version('lscollapse')}")
         raise typer.Exit()
 
 

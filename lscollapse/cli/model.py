@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lscollapse.cli import options as o
+from lscollapse.reports import verdict
 
 if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
 
-    from lscollapse.experiments.own_model import Arm
+    from lscollapse.reports.verdict import Arm
 
 
 def measure(
@@ -36,7 +37,7 @@ def measure(
     from lscollapse.cli.terminal import paper as console
     from lscollapse.core import config
     from lscollapse.experiments import own_model
-    from lscollapse.reports.figures import paper as figures
+    from lscollapse.reports.figures import draw
 
     experiment = config.load(
         None,
@@ -52,7 +53,7 @@ def measure(
     with console.Bar() as bar:
         rows = own_model.measure(experiment, out, bar)
     show(rows, own_tokens=own_model.reads_own_tokens(experiment))
-    for path in figures.draw("measure", rows, out, yscale):
+    for path in draw.draw("measure", rows, out, yscale):
         typer.echo(f"wrote {path}")
 
 
@@ -61,23 +62,22 @@ def show(rows: pd.DataFrame, own_tokens: bool) -> None:
     from rich.console import Console
 
     from lscollapse.core.table import reads_pixels
-    from lscollapse.experiments import own_model
     from lscollapse.models.adapters.generic import BACKEND
-    from lscollapse.reports.figures import paper as figures
+    from lscollapse.reports.figures.points import describe
 
     console = Console(soft_wrap=True, highlight=False)
-    console.print(figures.describe(rows), markup=False)
+    console.print(describe(rows), markup=False)
     if not reads_pixels(rows):
         tokens = ", ".join(rows["tokenizer"].unique())
         own = " (the model's own; the paper feeds every model BERT's: --tokenizer bert)"
         console.print(f"Tokens: {tokens}{own if own_tokens and tokens != 'bert-base-uncased' else ''}.", markup=False)
     if BACKEND in set(rows["backend"]):
         console.print("No adapter of its own: blocks and residual sums were found, and tested on these excerpts.")
-    found = list(own_model.arms(rows))
+    found = list(verdict.arms(rows))
     for title, arms in itertools.groupby(found, _title):
         console.print(_table(title, arms))
     for arm in found:
-        console.print(f"{_title(arm)}, lambda {_lambda(arm)}: {own_model.verdict(arm)}", markup=False)
+        console.print(f"{_title(arm)}, lambda {_lambda(arm)}: {verdict.verdict(arm)}", markup=False)
 
 
 def _table(title: str, arms: Iterable[Arm]) -> Table:

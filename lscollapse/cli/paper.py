@@ -124,10 +124,10 @@ def _draw(rows: pd.DataFrame, folder: Path, yscale: str, run: Path | None = None
     from lscollapse.core.files import write_text
     from lscollapse.core.run_folder import read_manifest
     from lscollapse.reports.claims import sentences as claims
-    from lscollapse.reports.figures import paper as figures
+    from lscollapse.reports.figures import draw
 
     experiment = read_manifest(run or folder)["identity"]["experiment"]
-    written = figures.draw(experiment, rows, folder, yscale)
+    written = draw.draw(experiment, rows, folder, yscale)
     if experiment == "all-readings":
         written.append(folder / "readings-verdicts.csv")
         write_text(written[-1], claims.judge_readings(rows).to_csv(index=False))

@@ -17,6 +17,7 @@ PIXELS = "pixels"  # stands in the table where a text has its tokenizer
 # Fixed before any run was judged: a layer counts as collapsed when its mean relative mu is under COLLAPSED (iid Gaussian
 # rows have about 1); a curve rises (or drops) when it gains (or loses) at least RISE between two layers.
 COLLAPSED, RISE = 0.5, 0.1
+MARGIN = 0.02  # of test accuracy (of 1): a smaller loss by learning lambda does not count
 
 
 def reads_pixels(rows: pd.DataFrame) -> bool:

@@ -2,54 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING
 
 from lscollapse.core.config import Experiment
 from lscollapse.data.corpus import is_frozen
 from lscollapse.experiments.paper import sweep_variants
-from lscollapse.reports.claims.sentences import COLLAPSED
 from lscollapse.runs.run import SILENT, Progress, run
 
 if TYPE_CHECKING:
     import pandas as pd
-
-WORST = {"relative_mu": "min", "rank1_residual": "min", "stable_rank": "min", "mean_cosine": "max"}  # of a curve
-
-
-class Lost(NamedTuple):
-    """Layers that an arm lacks: from `layer` on, in `excerpts` of its `total` excerpts, `why` in words."""
-
-    layer: int
-    excerpts: int
-    total: int
-    why: str
-
-
-class Arm(NamedTuple):
-    """One variant of one model: a curve over layers 0..K, mean over excerpts, for each measure of WORST.
-
-    `lost` is None where every excerpt has every layer; curves end before it.
-    """
-
-    model: str
-    init: str
-    arm: str
-    lam: float
-    dtype: str
-    n_layers: int
-    curves: dict[str, pd.Series]
-    lost: Lost | None
-
-    def worst(self, measure: str) -> tuple[float, int] | None:
-        """The value nearest to collapse from layer 1 on (0 is the embedding), and its layer; None where there is none."""
-        curve = self.curves[measure].iloc[1:].dropna()
-        if curve.empty:
-            return None
-        values = curve.to_numpy()
-        at = int(values.argmin() if WORST[measure] == "min" else values.argmax())
-        return float(values[at]), int(curve.index[at])
 
 
 def measure(config: Experiment, out: Path, progress: Progress = SILENT) -> pd.DataFrame:
@@ -66,60 +28,3 @@ def measure(config: Experiment, out: Path, progress: Progress = SILENT) -> pd.Da
 def reads_own_tokens(config: Experiment) -> bool:
     """Whether `measure` gives the models text in their own tokens."""
     return config.tokenizer == "native" or (config.tokenizer is None and not is_frozen(config.source))
-
-
-def arms(rows: pd.DataFrame) -> Iterator[Arm]:
-    """Every variant of a table."""
-    keys = ["model", "init", "arm", "lam", "dtype"]
-    for key, part in rows.groupby(keys, sort=False, dropna=False):
-        model, init, arm, lam, dtype = cast("tuple[str, str, str, float, str]", key)
-        lost = _lost(part[part["measure"] == "relative_mu"], dtype)
-        held = part if lost is None else part[part["layer"] < lost.layer]
-        curves = {name: held[held["measure"] == name].groupby("layer")["value"].mean() for name in WORST}
-        yield Arm(model, init, arm, lam, dtype, int(part["layer"].max()), curves, lost)
-
-
-def _lost(relative: pd.DataFrame, dtype: str) -> Lost | None:
-    gone = relative[relative["status"].isin(["overflow", "nan"])]
-    if gone.empty:
-        return None
-    why = f"leave {dtype}" if "overflow" in set(gone["status"]) else "are all zero or no numbers"
-    return Lost(int(gone["layer"].min()), gone["excerpt"].nunique(), relative["excerpt"].nunique(), why)
-
-
-def verdict(arm: Arm) -> str:
-    """Whether it collapses, by the threshold of claims.py on relative mu, with the numbers; none where layers are missing."""
-    if arm.lost is not None:
-        return _no_verdict(arm, arm.lost)
-    curve = arm.curves["relative_mu"].iloc[1:]
-    under = curve.index[curve < COLLAPSED]
-    lowest, at, last = float(curve.min()), int(curve.index[int(curve.argmin())]), float(curve.iloc[-1])
-    if not len(under):
-        text = f"does not collapse: relative mu stays over {COLLAPSED:g}; lowest {lowest:.3f} (layer {at}), last {last:.3f}"
-    elif last >= COLLAPSED:
-        text = f"falls under {COLLAPSED:g} and recovers: relative mu is lowest in layer {at} ({lowest:.3f}), last {last:.3f}"
-    else:
-        over = curve.index[curve >= COLLAPSED]
-        since = int(over[-1]) + 1 if len(over) else 1
-        text = (
-            f"collapses: relative mu is under {COLLAPSED:g} from layer {since} on; lowest {lowest:.3f} (layer {at}),"
-            f" last {last:.3f}"
-        )
-    rank1 = float(arm.curves["rank1_residual"].iloc[-1])
-    if last >= COLLAPSED and rank1 < last / 2:
-        text += (
-            f"; but the rank-1 residual of the last is {rank1:.3f}: one direction carries nearly everything (rows at +u and"
-            " -u, or a few long rows), which relative mu does not see"
-        )
-    return text
-
-
-def _no_verdict(arm: Arm, lost: Lost) -> str:
-    which = f"layers {lost.layer} to {arm.n_layers}" if lost.layer < arm.n_layers else f"layer {lost.layer}"
-    verb = "are" if lost.layer < arm.n_layers else "is"
-    text = (
-        f"no verdict: {which} of {arm.n_layers} {verb} missing, where the values of {lost.excerpts} of {lost.total} excerpts"
-        f" {lost.why}"
-    )
-    worst = arm.worst("relative_mu")
-    return text if worst is None else f"{text}; before that relative mu is lowest in layer {worst[1]} ({worst[0]:.3f})"

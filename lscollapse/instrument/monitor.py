@@ -8,8 +8,8 @@ gradients and random numbers are as they were.
 
 Warnings, on the mean over the excerpts, where a layer from the first block on has it lowest:
 
-    collapsed   relative mu under 0.5 (claims.COLLAPSED), or the rank-1 residual, which also sees rows going to +u and -u
-    early       either of the two under 0.6: within 0.1 (claims.RISE) of it
+    collapsed   relative mu under 0.5 (core.table.COLLAPSED), or the rank-1 residual, which also sees rows going to +u and -u
+    early       either of the two under 0.6: within 0.1 (core.table.RISE) of it
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lscollapse import measures
+from lscollapse.core.table import COLLAPSED, RISE
 from lscollapse.instrument.forward import checked_ids
 from lscollapse.instrument.identity import layer_outputs
 from lscollapse.models import adapt
-from lscollapse.reports.claims.sentences import COLLAPSED, RISE
 
 EARLY = COLLAPSED + RISE
 WATCHED = ("relative_mu", "rank1_residual")

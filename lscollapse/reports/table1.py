@@ -23,7 +23,7 @@ from statistics import mean, variance
 from typing import TYPE_CHECKING
 
 from lscollapse.core.files import write_text
-from lscollapse.reports.claims.sentences import AGREE, DISAGREE
+from lscollapse.reports.verdict import AGREE, DISAGREE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -15,6 +15,7 @@ from lscollapse.experiments.bounds import find_lambda
 from lscollapse.reports.figures import theory as figures_theory
 from lscollapse.theory import verify
 from lscollapse.theory.checking import Statement
+from lscollapse.theory.stretches import Found
 from tests.test_search import EXCERPTS, TOKENS, made, subject_of
 
 
@@ -105,10 +106,10 @@ def test_bound_writes_tables_and_a_figure(run, little: list[object], tmp_path: P
 
 
 def test_the_figure_shows_every_bound_once() -> None:
-    from lscollapse.experiments.bounds.bounds import Line, Report
+    from lscollapse.theory.stretches import Line, Report
 
     points = {lam: {"relative_mu": 0.6, "rank1_residual": 0.4} for lam in (-2.0, -1.0, 0.0, 1.0, 2.0)}
-    found = find_lambda.Found("net", "arm", 3, 1, 2, 0.5, 0.02, points=points)
+    found = Found("net", "arm", 3, 1, 2, 0.5, 0.02, points=points)
     lines = [
         Line("A", 0, 1234.0), Line("B", -1, math.inf), Line("C", 0, 1238540.49), Line("measured, relative mu", 1, 0.5),
         Line("measured, rank-1 residual", -1, 0.25, to=0.5), Line("measured, rank-1 residual", -1, 2.0),

@@ -94,11 +94,12 @@ def arms_table(rows: pd.DataFrame) -> None:
 def claims_table(rows: pd.DataFrame) -> None:
     """Print the verdict on each sentence of the paper that these rows can judge, with its numbers."""
     from lscollapse.reports.claims import sentences as claims
+    from lscollapse.reports.verdict import NOT_MEASURED
 
     console = Console(soft_wrap=True, highlight=False)
-    console.print("what the paper writes, on these models (thresholds: lscollapse/claims.py)", style="italic")
+    console.print("what the paper writes, on these models (thresholds: docs/claims.md)", style="italic")
     for finding in claims.judge(rows):
-        if finding.verdict != claims.NOT_MEASURED or finding.numbers:
+        if finding.verdict != NOT_MEASURED or finding.numbers:
             console.print(
                 f"  {finding.claim}  {finding.model}  [bold]{finding.verdict}[/bold]  {finding.sentence}", markup=True
             )
@@ -108,6 +109,7 @@ def claims_table(rows: pd.DataFrame) -> None:
 def readings_table(rows: pd.DataFrame) -> None:
     """Print which reading of the paper agrees with which of its sentences."""
     from lscollapse.reports.claims import sentences as claims
+    from lscollapse.reports.verdict import AGREE, DISAGREE, NOT_MEASURED
 
     verdicts = claims.judge_readings(rows)
     cells = verdicts.set_index(["claim", "model", "skip_site", "norm_site"])["verdict"]
@@ -115,7 +117,7 @@ def readings_table(rows: pd.DataFrame) -> None:
     table = Table(title="which readings agree with the paper", box=box.SIMPLE, title_justify="left")
     for heading in ("model", "skip", "norm removed", *sentences):
         table.add_column(heading.replace("figure ", ""), no_wrap=heading in sentences)
-    marks = {claims.AGREE: "yes", claims.DISAGREE: "no", claims.NOT_MEASURED: "-"}
+    marks = {AGREE: "yes", DISAGREE: "no", NOT_MEASURED: "-"}
     for reading in dict.fromkeys(zip(verdicts["model"], verdicts["skip_site"], verdicts["norm_site"], strict=True)):
         table.add_row(*reading, *(marks[cells[(claim, *reading)]] for claim in sentences))
     Console().print(table)

@@ -12,9 +12,8 @@ from rich.table import Table
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lscollapse.experiments.bounds.bounds import Report
-    from lscollapse.experiments.bounds.find_lambda import Found
     from lscollapse.theory.checking import Verdict
+    from lscollapse.theory.stretches import Found, Report
 
 NAMES = {"relative_mu": "relative mu", "rank1_residual": "rank-1 residual"}
 CONSTANTS = {
@@ -68,7 +67,7 @@ def found_table(found: Found) -> None:
 
 def sentence(found: Found, sign: int, measure: str) -> str:
     """What was found for one sign and one measure, in words."""
-    from lscollapse.experiments.bounds.find_lambda import in_words
+    from lscollapse.theory.stretches import in_words
 
     lam, sizes, values = found.smallest(sign, measure), *found.curve(sign, measure)
     if lam == 0.0:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from lscollapse import measures
 from lscollapse.core.progress import SILENT, Progress
 from lscollapse.experiments.bounds import gains
 from lscollapse.experiments.bounds import s4d as guarantees_s4d
-from lscollapse.experiments.bounds.find_lambda import MEASURES, SIGNS, Found, Kept, find, in_words, number
+from lscollapse.experiments.bounds.find_lambda import find
 from lscollapse.experiments.bounds.gains import Pass
 from lscollapse.instrument import early_exit, forward
 from lscollapse.models import UnsupportedModel
@@ -37,51 +36,10 @@ from lscollapse.models.adapters.s4d import S4DAdapter
 from lscollapse.runs.loading import Subject
 from lscollapse.theory import certificates, theorem41
 from lscollapse.theory.arrays import Array
+from lscollapse.theory.stretches import MEASURES, NOTHING, SIGNS, Found, Kept, Line, Report
 
 PAPER_LAMBDA, PAPER_A = 937.924, 0.9  # the remark in section 5.1 on Mamba-2
 LIMIT = 2.0**24  # of the search for a certified |lambda|
-NOTHING = float("inf")
-
-
-@dataclass(frozen=True)
-class Line:
-    """One stretch of |lambda| on which a bound holds, for one sign (0: both); a bound that holds on several has several.
-
-    Attributes:
-        lam, to: its ends; `to` infinite: it has none (of a measured one: it holds at the largest |lambda| tested); `lam`
-            infinite: the bound certifies nothing, or no tested |lambda| suffices.
-    """
-
-    bound: str
-    sign: int
-    lam: float
-    note: str = ""
-    to: float = NOTHING
-
-    @property
-    def measured(self) -> bool:
-        return self.bound.startswith("measured")
-
-    @property
-    def reads(self) -> str:
-        """The stretch in words: what every table and figure shows."""
-        if self.measured:
-            return in_words(self.lam, self.to)
-        return number(self.lam) if math.isfinite(self.lam) else "certifies nothing"
-
-
-@dataclass(frozen=True)
-class Report:
-    """Everything `lscollapse theory bound` shows; layers, and heads (of S4D: channels), are rows for a table."""
-
-    found: Found
-    a: float
-    C_M: float
-    first: float
-    lines: list[Line]
-    layers: list[dict[str, Any]]
-    heads: list[dict[str, Any]]
-    remarks: list[str]
 
 
 def report(

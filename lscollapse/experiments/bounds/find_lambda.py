@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,14 +24,13 @@ from lscollapse.models.adapters.s4d import S4DAdapter
 from lscollapse.runs.loading import Subject, load_subjects
 from lscollapse.theory import flow
 from lscollapse.theory.arrays import Array, unit_rows
+from lscollapse.theory.stretches import MEASURES, SIGNS, Estimate, Found, Kept
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lscollapse.models import Adapter
 
-MEASURES = ("relative_mu", "rank1_residual")
-SIGNS = (1, -1)
 SMALLEST = 2.0**-4
 GRID = (0.0, *(2.0**k for k in range(-4, 5)), *(4.0**k for k in range(3, 7)))  # of |lambda|
 LARGEST = GRID[-1]
@@ -41,119 +40,6 @@ CHEAP = 2  # excerpts that an estimate reads
 
 class SearchError(ValueError):
     """A target or tolerance outside its range."""
-
-
-class Kept(NamedTuple):
-    """One stretch of tested |lambda| on which a measure is over the target; both ends were measured and are over it."""
-
-    low: float
-    high: float
-
-
-def in_words(low: float, high: float) -> str:
-    """A stretch of |lambda| as every table, figure and page writes it; high infinite: no end; low infinite: it is empty, NaN: not
-    known."""
-    if np.isnan(low):
-        return "not known, values are missing"
-    if not np.isfinite(low):
-        return "none suffices"
-    if np.isfinite(high):
-        return f"{number(low)} only" if low == high else f"{number(low)} to {number(high)}"
-    return "no collapse" if low == 0.0 else f"from {number(low)}"
-
-
-def number(lam: float) -> str:
-    """From 1000 on with four digits, below with three: further ones differ from one processor to another."""
-    return f"{lam:.3g}" if lam < 999.5 else f"{float(f'{lam:.4g}'):,.0f}"
-
-
-class Estimate(NamedTuple):
-    """|lambda| of one sign guessed from few excerpts: 0 when no collapse is in sight, infinity when nothing suffices, NaN where
-    values are missing."""
-
-    lam: float
-    how: str
-    high: float = float("inf")  # where it ceases to suffice
-
-    @property
-    def reads(self) -> str:
-        return in_words(self.lam, self.high)
-
-
-@dataclass
-class Found:
-    """What `find` measured.
-
-    Attributes:
-        arm: in words, without lambda.
-        n_layers, n_excerpts, n_tokens: of the passes.
-        estimates: sign -> Estimate.
-        points: lambda -> {measure: mean of the last layer over the excerpts}; NaN where an excerpt lacks it.
-    """
-
-    model: str
-    arm: str
-    n_layers: int
-    n_excerpts: int
-    n_tokens: int
-    target: float
-    tol: float
-    estimates: dict[int, Estimate] = field(default_factory=dict)
-    points: dict[float, dict[str, float]] = field(default_factory=dict)
-
-    def curve(self, sign: int, measure: str) -> tuple[Array, Array]:
-        """Tested |lambda| of one sign, ascending from 0, and the measure there."""
-        sizes = sorted(abs(lam) for lam in self.points if lam * sign >= 0.0)
-        return np.array(sizes), np.array([self.points[sign * size][measure] for size in sizes])
-
-    def kept(self, sign: int, measure: str) -> list[Kept]:
-        """The stretches of |lambda| over the target, ascending."""
-        sizes, values = self.curve(sign, measure)
-        runs = itertools.groupby(zip(sizes, values, strict=True), key=lambda pair: bool(pair[1] >= self.target))
-        stretches = [[float(size) for size, _ in run] for over, run in runs if over]
-        return [Kept(stretch[0], stretch[-1]) for stretch in stretches]
-
-    def intervals(self, sign: int, measure: str) -> list[Kept]:
-        """The same; the last has no end (infinity) where the largest tested |lambda| is over the target."""
-        stretches = self.kept(sign, measure)
-        if stretches and stretches[-1].high == self.curve(sign, measure)[0][-1]:
-            stretches[-1] = Kept(stretches[-1].low, float("inf"))
-        return stretches
-
-    def missing(self, sign: int, measure: str) -> list[float]:
-        """The tested |lambda| whose last layer is missing in some excerpt, ascending."""
-        sizes, values = self.curve(sign, measure)
-        return [float(size) for size in sizes[np.isnan(values)]]
-
-    def smallest(self, sign: int, measure: str) -> float:
-        """Smallest |lambda| from which on every tested one is over the target; 0 when all are, infinity when none is.
-
-        NaN, which is no answer, where a value is missing above the largest tested |lambda| that is under the target.
-        """
-        sizes, values = self.curve(sign, measure)
-        under = sizes[values < self.target]
-        if len(under) and under[-1] == sizes[-1]:
-            return float("inf")
-        above = sizes > under[-1] if len(under) else sizes >= 0.0
-        return float("nan") if np.isnan(values[above]).any() else float(sizes[above][0])
-
-    def rank_warning(self) -> str | None:
-        """What to say where a negative lambda keeps relative mu over the target but not the rank-1 residual."""
-        sizes, spread = self.curve(-1, "relative_mu")
-        rank1 = self.curve(-1, "rank1_residual")[1]
-        lost = (sizes > 0.0) & (spread >= self.target) & (rank1 < self.target)
-        if not lost.any():
-            return None
-        worst, at = min(zip(rank1[lost].tolist(), sizes[lost].tolist(), strict=True))
-        where = ", ".join(in_words(*stretch) for stretch in self.intervals(-1, "relative_mu"))
-        return (
-            f"negative lambda: relative mu is over {self.target:g} for |lambda| {where}, but the rank-1 residual falls"
-            f" to {worst:.3f} (lambda = {-at:.4g}): rows gather on one line (+u and -u), which relative mu cannot see"
-        )
-
-    def rows(self) -> list[dict[str, Any]]:
-        """One dict a tested lambda, ascending."""
-        return [{"lam": lam, **self.points[lam]} for lam in sorted(self.points)]
 
 
 def load(config: Experiment, progress: Progress = SILENT) -> Subject:

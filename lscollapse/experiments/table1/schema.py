@@ -8,6 +8,7 @@ from typing import Any, Literal, get_type_hints
 from pydantic import Field, create_model, field_validator, model_validator
 
 from lscollapse.core.config import Section
+from lscollapse.core.table import MARGIN
 from lscollapse.data.mqar import MqarConfig
 from lscollapse.models.nets.lambda_net import NetConfig
 from lscollapse.runs.training import Settings
@@ -122,7 +123,7 @@ class Table1(Section):
     mqar: MqarSection | None = None
     image: ImageSection | None = None
     measured: int = Field(default=8, ge=1)
-    margin: float = Field(default=0.02, gt=0)
+    margin: float = Field(default=MARGIN, gt=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     workers: int | None = Field(default=None, ge=1)
     engine: Literal["local", "ray"] = "local"

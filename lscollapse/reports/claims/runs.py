@@ -11,7 +11,8 @@ from lscollapse.core.run_folder import RunFolderError, read_manifest, read_rows
 from lscollapse.reports.claims import sentences as claims
 from lscollapse.reports.claims import table1 as claims_table1
 from lscollapse.reports.claims import theory as claims_theory
-from lscollapse.reports.claims.sentences import CLAIMS, NOT_MEASURED, Finding
+from lscollapse.reports.claims.sentences import CLAIMS
+from lscollapse.reports.verdict import NOT_MEASURED, Finding
 
 if TYPE_CHECKING:
     import pandas as pd

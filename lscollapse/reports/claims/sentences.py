@@ -7,28 +7,16 @@ claims_theory.py the theorems, claims_runs.py whole run folders. docs/claims.md 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, NamedTuple
 
 from lscollapse.core.table import COLLAPSED, RISE
 from lscollapse.reports.claims import curves as on
 from lscollapse.reports.claims.curves import MUCH, PAPER_A, PAPER_BOUND, SMALL, Curves, Judgement
+from lscollapse.reports.verdict import AGREE, DISAGREE, NOT_MEASURED, Finding
 
 if TYPE_CHECKING:
     import pandas as pd
-
-AGREE, DISAGREE, NOT_MEASURED = "agrees", "disagrees", "not measured"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """The verdict on one claim for one model, and the numbers behind it."""
-
-    claim: str
-    sentence: str
-    model: str
-    verdict: str
-    numbers: str
 
 
 class Claim(NamedTuple):

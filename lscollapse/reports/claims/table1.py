@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from lscollapse.reports.claims.sentences import AGREE, DISAGREE, NOT_MEASURED, Finding
+from lscollapse.core.table import MARGIN
+from lscollapse.reports.verdict import AGREE, DISAGREE, NOT_MEASURED, Finding
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,10 +28,9 @@ CLAIMS = {  # name -> (sentence, threshold)
 
 def judge(rows: pd.DataFrame) -> Iterator[Finding]:
     """Findings on the rows of a `table1` run; `model` names its tasks."""
-    from lscollapse.experiments.table1.schema import Table1
     from lscollapse.reports import table1 as report
 
-    found = [c for c in report.comparisons(rows, Table1.model_fields["margin"].default) if c.task != report.ALL]
+    found = [c for c in report.comparisons(rows, MARGIN) if c.task != report.ALL]
     tasks = ", ".join(report.TASKS[task] for task in dict.fromkeys(c.task for c in found))
     points = "; ".join(
         f"{report.TASKS[c.task]} {report.MIXERS[c.mixer]}, {c.lam}: {100 * c.difference:+.1f} (at least {100 * c.low:+.1f})"

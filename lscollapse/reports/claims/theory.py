@@ -16,7 +16,7 @@ from typing import Any
 from lscollapse.core.run_folder import RunFolderError
 from lscollapse.reports.claims import sentences as claims
 from lscollapse.reports.claims.curves import MUCH
-from lscollapse.reports.claims.sentences import AGREE, DISAGREE, NOT_MEASURED, Finding
+from lscollapse.reports.verdict import AGREE, DISAGREE, NOT_MEASURED, Finding
 
 VERIFY, BOUNDS, CHANNELS = "verify.json", "bounds.csv", "channels.csv"
 VERDICTS = {"holds": AGREE, "fails": DISAGREE, "void": NOT_MEASURED, "existence only": NOT_MEASURED}

@@ -11,7 +11,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from lscollapse.reports.claims.sentences import COLLAPSED
 from lscollapse.reports.figures import style
-from lscollapse.reports.figures.paper import KEYS, FigureError, describe, gate_word, summarise
+from lscollapse.reports.figures.points import KEYS, FigureError, describe, gate_word, summarise
 from lscollapse.reports.figures.style import Label, canvas, styled
 
 WIDE = 3.0  # a loss axis that spans more than this factor is logarithmic

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lscollapse.reports.figures import style
-from lscollapse.reports.figures.paper import FigureError
+from lscollapse.reports.figures.points import FigureError
 from lscollapse.reports.figures.style import PAGE, PALETTE, PANEL, canvas, name_panels, styled
 from lscollapse.reports.table1 import FIXED, MIXERS, TASKS, is_learnt, mode_name, origin
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from lscollapse.theory.examples import ExamplesTable, table
 
 if TYPE_CHECKING:
-    from lscollapse.experiments.bounds.bounds import Line, Report
+    from lscollapse.theory.stretches import Line, Report
 
 WIDTH = 170 / 25.4  # inches
 STYLE = {

@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
+from importlib import metadata, resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +76,6 @@ def page(folders: Sequence[Path]) -> str:
     """The page as text; arguments and errors as `write`."""
     import jinja2
 
-    from lscollapse import __version__
     from lscollapse.reports.claims import runs as claims_runs
     from lscollapse.reports.page import facts, plots
 
@@ -105,7 +104,7 @@ def page(folders: Sequence[Path]) -> str:
         figures=figures, theory=theory, bounds=facts.bounds_tables(bounds), claims=verdicts, tally=facts.tally(verdicts),
         warnings=facts.warnings(shown, others, verdicts), runs=[facts.provenance(run) for run in runs.values()],
         tables=[facts.other_table(run) for run in others], models=facts.models(shown),
-        version=__version__,
+        version=metadata.version("lscollapse"),
     )  # fmt: skip
 
 

@@ -12,9 +12,9 @@ import pandas as pd
 from lscollapse.core.table import reads_pixels
 from lscollapse.reports import table1 as table1_report
 from lscollapse.reports.claims import runs as claims_runs
-from lscollapse.reports.claims import sentences as claims
-from lscollapse.reports.figures.paper import disagreement, embedded_note, groups_of, summarise
+from lscollapse.reports.figures.points import disagreement, embedded_note, groups_of, summarise
 from lscollapse.reports.figures.style import ends_with, number
+from lscollapse.reports.verdict import AGREE, DISAGREE, NOT_MEASURED
 
 if TYPE_CHECKING:
     from lscollapse.reports.page import Bounds, Run
@@ -24,7 +24,7 @@ SIGNS = {1: "λ > 0", -1: "λ < 0", 0: "either sign"}
 MANY = 5  # names that are counted, not listed
 ROWS = 200  # of a table that is none of measurements
 MEASURED = ("relative_mu", "rank1_residual")
-KINDS = (claims.AGREE, claims.DISAGREE, claims.NOT_MEASURED)
+KINDS = (AGREE, DISAGREE, NOT_MEASURED)
 
 
 def models(runs: Iterable[Run]) -> list[str]:
@@ -83,7 +83,7 @@ def warnings(measured: Sequence[Run], others: Sequence[Run], found: Iterable[dic
 
 def _disproved(finding: dict[str, Any]) -> str:
     every = finding["verdicts"]
-    who = [verdict["who"] for verdict in every if verdict["verdict"] == claims.DISAGREE]
+    who = [verdict["who"] for verdict in every if verdict["verdict"] == DISAGREE]
     names = ", ".join(who) if len(who) < MANY else f"{len(who)} of {len(every)}"
     return f"{finding['claim']}: {names}" if who else ""
 

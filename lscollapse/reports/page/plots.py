@@ -20,7 +20,7 @@ import pandas as pd
 from lscollapse.core.table import reads_pixels
 from lscollapse.reports.claims import sentences as claims
 from lscollapse.reports.figures import style
-from lscollapse.reports.figures.paper import (
+from lscollapse.reports.figures.points import (
     KEYS,
     NEEDED,
     NORMS,

@@ -1,0 +1,81 @@
+"""The rows of an experiment -> all its figures, saved."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from lscollapse.reports.figures import style
+from lscollapse.reports.figures.paper import figure1, figure2, figure3, figure4, figure_readings
+from lscollapse.reports.figures.points import FigureError, embedded_note
+from lscollapse.reports.figures.quality import figure_quality
+
+
+class Drawing(NamedTuple):
+    """One kind of figure: `draw` gives it and the numbers that it plots.
+
+    Attributes:
+        stem: of the files' names.
+        experiments: whose rows it is drawn of.
+        each: a figure for each model, given as `model`; else one of all.
+        scaled: `draw` takes a `yscale`.
+        wanted: the models of a table that it shows; a figure without any is not drawn.
+    """
+
+    stem: str
+    experiments: tuple[str, ...]
+    draw: Callable[..., tuple[Figure, pd.DataFrame]]
+    each: bool = True
+    scaled: bool = False
+    wanted: Callable[[pd.DataFrame, list[str]], list[str]] = lambda _rows, models: models
+
+
+def _swept(rows: pd.DataFrame, models: list[str]) -> list[str]:
+    return models if rows["lam"].nunique() > 1 else []
+
+
+def _scored(rows: pd.DataFrame, models: list[str]) -> list[str]:
+    return [model for model in models if (rows.loc[rows["model"] == model, "measure"] == "lm_loss").any()]
+
+
+SWEEPS = ("sweep-lambda", "measure")
+DRAWINGS = (
+    Drawing("figure1", SWEEPS, figure1, scaled=True),
+    Drawing("figure2", SWEEPS, figure2, each=False, scaled=True, wanted=_swept),
+    Drawing("quality", SWEEPS, figure_quality, each=False, wanted=_scored),
+    Drawing("figure3", ("ablate-gating",), figure3),
+    Drawing("figure4", ("ablate-s4d",), figure4),
+    Drawing("readings", ("all-readings",), figure_readings),
+)
+
+
+def draw(experiment: str, rows: pd.DataFrame, folder: str | Path, yscale: str = "linear") -> list[Path]:
+    """Save the figures of one experiment, those of DRAWINGS.
+
+    Of a figure for each model, the first model with a gate (else the first) gives figure1, another one figure1-NAME.
+    Raises FigureError for an experiment without figures.
+    """
+    drawings = [drawing for drawing in DRAWINGS if experiment in drawing.experiments]
+    if not drawings:
+        known = ", ".join(dict.fromkeys(name for drawing in DRAWINGS for name in drawing.experiments))
+        raise FigureError(f"no figure is drawn of {experiment!r}: only of {known}")
+    models = list(dict.fromkeys([*rows["model"][rows["gating"].notna()], *rows["model"]]))
+    stems = {model: "" if model == models[0] else "-" + re.sub(r"[^\w.-]+", "_", model) for model in models}
+    written = []
+    for drawing in drawings:
+        scale = {"yscale": yscale} if drawing.scaled else {}
+        shown = drawing.wanted(rows, models)
+        if drawing.each:
+            made = {
+                drawing.stem + stems[model]: drawing.draw(rows, model=model, note=embedded_note([model]), **scale)
+                for model in shown
+            }
+        else:
+            made = {drawing.stem: drawing.draw(rows, note=embedded_note(shown), **scale)} if shown else {}
+        written += [path for stem, (figure, data) in made.items() for path in style.save(figure, data, folder, stem)]
+    return written
