@@ -14,7 +14,8 @@ import lscollapse
 from lscollapse import Variant
 from lscollapse.instrument.identity import differences
 from lscollapse.instrument.surgery import surgery_on_layer
-from lscollapse.models import UnsupportedModel, adapt
+from lscollapse.models.adapt import adapt
+from lscollapse.models.adapters.adapter import UnsupportedModel
 from lscollapse.models.numerics.carried import Carried
 from tests.equivalence import plain_decoders, plain_models
 

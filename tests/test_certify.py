@@ -17,7 +17,7 @@ from lscollapse.data import corpus
 from lscollapse.instrument import early_exit
 from lscollapse.instrument.forward import measure
 from lscollapse.instrument.surgery import Variant
-from lscollapse.models import adapt
+from lscollapse.models.adapt import adapt
 from lscollapse.models.checkpoints import checkpoint
 from tests.equivalence import plain_models, tiny
 

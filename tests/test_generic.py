@@ -18,7 +18,8 @@ from lscollapse import Variant
 from lscollapse.instrument.gradients import check_chain
 from lscollapse.instrument.identity import layer_outputs
 from lscollapse.instrument.surgery import SurgeryError
-from lscollapse.models import UnsupportedModel, adapt
+from lscollapse.models.adapt import adapt
+from lscollapse.models.adapters.adapter import UnsupportedModel
 from lscollapse.models.adapters.generic import GenericAdapter
 from tests.equivalence import plain_decoders, plain_models, tiny
 from tests.test_adapters import assert_close, ids_for, outputs, plain

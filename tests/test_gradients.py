@@ -16,7 +16,7 @@ from transformers import BertLMHeadModel
 from lscollapse import Variant
 from lscollapse.core.config import ConfigError
 from lscollapse.instrument.gradients import grad_norm
-from lscollapse.models import UnsupportedModel
+from lscollapse.models.adapters.adapter import UnsupportedModel
 from lscollapse.models.adapters.streamed import StreamedMamba2
 from lscollapse.models.checkpoints import checkpoint
 from tests.equivalence import plain_models, tiny

@@ -14,7 +14,8 @@ import torch
 from lscollapse.experiments.bounds import bounds as guarantees
 from lscollapse.experiments.bounds import gains
 from lscollapse.experiments.bounds.find_lambda import find
-from lscollapse.models import UnsupportedModel, adapt
+from lscollapse.models.adapt import adapt
+from lscollapse.models.adapters.adapter import UnsupportedModel
 from lscollapse.theory import TheoryError
 from lscollapse.theory.stretches import Found, Report
 from tests.equivalence import plain_models, tiny

@@ -20,7 +20,7 @@ from lscollapse.experiments.bounds import bounds as guarantees
 from lscollapse.experiments.bounds import find_lambda
 from lscollapse.experiments.bounds import s4d as guarantees_s4d
 from lscollapse.instrument.surgery import Variant
-from lscollapse.models import adapt
+from lscollapse.models.adapt import adapt
 from lscollapse.models.nets.s4d import S4D, S4DConfig
 from lscollapse.runs.loading import Subject
 from lscollapse.theory.stretches import Report

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import lscollapse
 from lscollapse import Variant, measures
 from lscollapse.instrument.identity import differences
-from lscollapse.models import adapt
+from lscollapse.models.adapt import adapt
 from lscollapse.models.numerics.widened import computing_in
 from tests.equivalence import plain_decoders, plain_models, plain_others, tiny
 from tests.equivalence.compare import assert_rows_match

@@ -37,7 +37,8 @@ from lscollapse.experiments import paper as experiments
 from lscollapse.instrument import early_exit
 from lscollapse.instrument import lm_loss as quality
 from lscollapse.instrument.lm_loss import QualityError, lm_loss
-from lscollapse.models import UnsupportedModel, adapt
+from lscollapse.models.adapt import adapt
+from lscollapse.models.adapters.adapter import UnsupportedModel
 from lscollapse.models.checkpoints import checkpoint
 from tests.equivalence import plain_models, tiny
 from tests.models.layouts import PADDED, hf_state, original_state, write_hf, write_original

@@ -23,7 +23,7 @@ from lscollapse.experiments import retrain
 from lscollapse.instrument.forward import measure
 from lscollapse.instrument.identity import differences
 from lscollapse.instrument.surgery import Variant
-from lscollapse.models import adapt
+from lscollapse.models.adapt import adapt
 from lscollapse.models.checkpoints import checkpoint
 from lscollapse.models.checkpoints.tensors import CheckpointError
 from lscollapse.models.nets.s4d import S4D, S4DConfig, S4DMixer, causal_convolution

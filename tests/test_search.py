@@ -17,7 +17,7 @@ from lscollapse.cli.terminal.theory import sentence
 from lscollapse.core import assets, registry
 from lscollapse.core.config import Experiment
 from lscollapse.experiments.bounds import find_lambda, gains
-from lscollapse.models import adapt
+from lscollapse.models.adapt import adapt
 from lscollapse.runs.loading import Subject
 from lscollapse.theory.stretches import MEASURES, SIGNS, Found, in_words
 from tests.equivalence import plain_models, tiny

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import lscollapse
 from lscollapse import Variant
 from lscollapse.instrument.surgery import SurgeryError
-from lscollapse.models import UnsupportedModel, adapt
+from lscollapse.models.adapt import adapt
+from lscollapse.models.adapters.adapter import UnsupportedModel
 from tests.equivalence import plain_models, tiny
 
 MAKE: dict[str, Callable[[], Any]] = {"mamba2": lambda: tiny.mamba2(2), "bert": tiny.bert, "albert": tiny.albert}

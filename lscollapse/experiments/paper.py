@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from lscollapse.instrument.identity import LayerDifference
-    from lscollapse.models import Adapter
+    from lscollapse.models.adapters.adapter import Adapter
 
 __all__ = [
     "ablate_gating",

@@ -26,7 +26,7 @@ from lscollapse.runs.training import LOG, STATE, Data, Diverged, Examples, Outco
 if TYPE_CHECKING:
     import pandas as pd
 
-    from lscollapse.models import Adapter
+    from lscollapse.models.adapters.adapter import Adapter
 
 ARMS = tuple(itertools.product((1.0, 0.0), (True, False)))  # lam, layernorm
 KEPT_WHOLE = ("log_dt", "A_imag")  # float32 in a checkpoint: in half precision their product, a phase, would be off

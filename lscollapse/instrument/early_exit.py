@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lscollapse.core.files import cache_folder, write_text
 from lscollapse.instrument.surgery import Variant
-from lscollapse.models import Adapter
+from lscollapse.models.adapters.adapter import Adapter
 
 SQUARINGS = 2  # of W W^T: the Schatten-16 norm, at most n^(1/16) above the spectral norm
 MARGIN = {torch.float64: 1.0001, torch.float32: 1.001, torch.bfloat16: 1.05}  # for rounding in the products

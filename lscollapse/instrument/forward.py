@@ -20,8 +20,8 @@ from torch import Tensor
 from lscollapse import measures
 from lscollapse.instrument import early_exit, precision
 from lscollapse.instrument.surgery import Variant, check, surgery_on_layer
-from lscollapse.models import Adapter, adapt
-from lscollapse.models.adapters.adapter import NativeBlock
+from lscollapse.models.adapt import adapt
+from lscollapse.models.adapters.adapter import Adapter, NativeBlock
 from lscollapse.models.numerics.carried import Carried, lose_unsquarable
 from lscollapse.models.numerics.scores import scores_in_range
 

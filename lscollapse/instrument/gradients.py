@@ -20,8 +20,8 @@ from torch import Tensor
 from lscollapse.instrument.forward import LOG10_2, Stream, Table, checked_ids
 from lscollapse.instrument.lm_loss import Exercise, exercise_of, head_of, last_X, losses
 from lscollapse.instrument.surgery import Variant, check
-from lscollapse.models import Adapter, adapt
-from lscollapse.models.adapters.adapter import Head, UnsupportedModel
+from lscollapse.models.adapt import adapt
+from lscollapse.models.adapters.adapter import Adapter, Head, UnsupportedModel
 from lscollapse.models.adapters.own_head import OwnHead
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from torch import Tensor
 from lscollapse import measures
 from lscollapse.instrument.forward import checked_ids
 from lscollapse.instrument.surgery import Variant, surgery_on_layer
-from lscollapse.models import Adapter, adapt
+from lscollapse.models.adapt import adapt
+from lscollapse.models.adapters.adapter import Adapter
 from lscollapse.models.adapters.replayed import first_argument, first_of
 from lscollapse.models.numerics.carried import Carried
 from lscollapse.models.numerics.widened import computing_in

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from lscollapse.instrument.forward import Engines, Stream, Table, checked_ids
 from lscollapse.instrument.surgery import Variant, check
-from lscollapse.models import Adapter, adapt
-from lscollapse.models.adapters.adapter import Head
+from lscollapse.models.adapt import adapt
+from lscollapse.models.adapters.adapter import Adapter, Head
 from lscollapse.models.adapters.heads import missing
 from lscollapse.models.adapters.own_head import OwnHead
 from lscollapse.models.checkpoints.tensors import forget

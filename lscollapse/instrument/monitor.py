@@ -28,7 +28,7 @@ from lscollapse import measures
 from lscollapse.core.table import COLLAPSED, RISE
 from lscollapse.instrument.forward import checked_ids
 from lscollapse.instrument.identity import layer_outputs
-from lscollapse.models import adapt
+from lscollapse.models.adapt import adapt
 
 EARLY = COLLAPSED + RISE
 WATCHED = ("relative_mu", "rank1_residual")

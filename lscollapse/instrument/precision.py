@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lscollapse.models import Adapter, adapt
+from lscollapse.models.adapt import adapt
+from lscollapse.models.adapters.adapter import Adapter
 from lscollapse.models.numerics.widened import computing_in
 
 SAME = 1e-5  # how far a constant computed in float64 may be from the one computed in float32, relative

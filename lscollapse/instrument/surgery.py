@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from lscollapse.models import Adapter, adapt
-from lscollapse.models.adapters.adapter import Edit, HookSet
+from lscollapse.models.adapt import adapt
+from lscollapse.models.adapters.adapter import Adapter, Edit, HookSet
 from lscollapse.models.numerics.carried import Carried
 
 

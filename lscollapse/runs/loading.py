@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from lscollapse.data.corpus import Corpus
     from lscollapse.data.tokenizers import Tokenizer
-    from lscollapse.models import Adapter
+    from lscollapse.models.adapters.adapter import Adapter
     from lscollapse.models.checkpoints.checkpoint import ModelInfo
 
 PROVENANCE = {
@@ -160,7 +160,7 @@ def load_adapter(name: str, init: str, config: Experiment, progress: Progress) -
     """A model on the configured device with its kernels chosen; streamed where its weights do not fit there."""
     import torch
 
-    from lscollapse.models import adapt
+    from lscollapse.models.adapt import adapt
     from lscollapse.models.adapters.streamed import StreamedMamba2, Upload
     from lscollapse.models.checkpoints import checkpoint
 

@@ -9,7 +9,7 @@ from lscollapse.data.texts import CorpusError
 if TYPE_CHECKING:
     from lscollapse.data.corpus import Corpus
     from lscollapse.data.tokenizers import Tokenizer
-    from lscollapse.models import Adapter
+    from lscollapse.models.adapters.adapter import Adapter
     from lscollapse.models.checkpoints.checkpoint import ModelInfo
 
 ENTRIES_REFUSED, ENTRIES_SAID = 0.1, 0.5  # of a model's own tokenizer, as a share of the model's token ids
@@ -42,7 +42,8 @@ def check_ids(info: ModelInfo, adapter: Adapter, corpus: Corpus) -> None:
     Raises:
         CorpusError, CheckpointError: one line each.
     """
-    from lscollapse.models.checkpoints.tensors import CheckpointError, some_of, zero_rows
+    from lscollapse.models.checkpoints.refusals import some_of, zero_rows
+    from lscollapse.models.checkpoints.tensors import CheckpointError
 
     ids = set().union(*(excerpt.ids for excerpt in corpus.excerpts))
     name = corpus.excerpts[0].tokenizer

@@ -17,7 +17,7 @@ from lscollapse.runs.loading import Task
 if TYPE_CHECKING:
     import pandas as pd
 
-    from lscollapse.models import Adapter
+    from lscollapse.models.adapters.adapter import Adapter
 
 
 @dataclass(frozen=True)

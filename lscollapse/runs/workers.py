@@ -21,7 +21,7 @@ from lscollapse.runs.work import Item, measure_item
 if TYPE_CHECKING:
     import pandas as pd
 
-    from lscollapse.models import Adapter
+    from lscollapse.models.adapters.adapter import Adapter
 
 
 class Worker:

@@ -33,7 +33,7 @@ def side_sweep(args: argparse.Namespace) -> dict[str, Any]:
     from lscollapse.instrument import early_exit
     from lscollapse.instrument.forward import measure
     from lscollapse.instrument.surgery import Variant
-    from lscollapse.models import adapt
+    from lscollapse.models.adapt import adapt
 
     adapter, ids = adapt(sweep_model()), sweep_ids(args)
     variants = [Variant(lam=lam, gating=False) for lam in LAMBDAS]

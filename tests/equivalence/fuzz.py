@@ -16,7 +16,7 @@ import torch
 
 import lscollapse
 from lscollapse import Variant
-from lscollapse.models import UnsupportedModel
+from lscollapse.models.adapters.adapter import UnsupportedModel
 from tests.equivalence import plain_models
 
 Outputs = list[np.ndarray]  # X_0 .. X_K, each (B, N, d)

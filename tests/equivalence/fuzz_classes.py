@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 import lscollapse
 from lscollapse import Variant
-from lscollapse.models import adapt
+from lscollapse.models.adapt import adapt
 from tests.equivalence import tiny
 from tests.equivalence.fuzz import Case, Outputs, vary
 

@@ -12,7 +12,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lscollapse.models.checkpoints import checkpoint, tensors
+from lscollapse.models.checkpoints import checkpoint
+from lscollapse.models.checkpoints.refusals import PIECE, refuse_values, zero_rows
 from lscollapse.models.checkpoints.tensors import CheckpointError
 from tests.models.layouts import D_MODEL, PADDED, hf_state, original_state, write_hf, write_original
 
@@ -67,14 +68,14 @@ def test_values_that_are_not_finite(
 
 def test_a_bad_value_is_found_wherever_it_lies() -> None:
     """In a tensor that is looked at in pieces, and where finite values would add up to infinity."""
-    large = torch.full((2 * tensors.PIECE + 5,), 6e4, dtype=torch.float16)
-    tensors.refuse_values({"large": large}, "here")
-    for place in (0, tensors.PIECE - 1, tensors.PIECE, 2 * tensors.PIECE + 4):
+    large = torch.full((2 * PIECE + 5,), 6e4, dtype=torch.float16)
+    refuse_values({"large": large}, "here")
+    for place in (0, PIECE - 1, PIECE, 2 * PIECE + 4):
         spoilt = large.clone()
         spoilt[place] = float("nan")
         with pytest.raises(CheckpointError, match="large holds 1 NaN and 0 infinite of its 16,777,221 values"):
-            tensors.refuse_values({"large": spoilt}, "here")
-    tensors.refuse_values({"none": torch.zeros(0), "counter": torch.tensor(3), "scalar": torch.tensor(1.0)}, "here")
+            refuse_values({"large": spoilt}, "here")
+    refuse_values({"none": torch.zeros(0), "counter": torch.tensor(3), "scalar": torch.tensor(1.0)}, "here")
 
 
 def test_values_of_an_architecture_that_transformers_reads(tmp_path: Path) -> None:
@@ -136,9 +137,9 @@ def test_zero_rows_are_those_of_the_tokens_used() -> None:
     embedding = torch.ones(6, 2)
     embedding[[0, 2, 4]] = 0.0
     embedding[4, 1] = 1e-30
-    assert tensors.zero_rows(embedding, [0, 1, 2, 2, 4], padding=None) == [0, 2]
-    assert tensors.zero_rows(embedding, [0, 1, 2, 2, 4], padding=0) == [2]
-    assert tensors.zero_rows(embedding, [0], padding=0) == []
+    assert zero_rows(embedding, [0, 1, 2, 2, 4], padding=None) == [0, 2]
+    assert zero_rows(embedding, [0, 1, 2, 2, 4], padding=0) == [2]
+    assert zero_rows(embedding, [0], padding=0) == []
 
 
 def test_old_buffers_are_ignored_by_name(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from lscollapse.experiments.bounds import s4d as guarantees_s4d
 from lscollapse.experiments.bounds.find_lambda import find
 from lscollapse.experiments.bounds.gains import Pass
 from lscollapse.instrument import early_exit, forward
-from lscollapse.models import UnsupportedModel
+from lscollapse.models.adapters.adapter import UnsupportedModel
 from lscollapse.models.adapters.albert import AlbertAdapter
 from lscollapse.models.adapters.bert import BertAdapter
 from lscollapse.models.adapters.mamba2 import Mamba2Adapter

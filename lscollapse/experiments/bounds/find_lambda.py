@@ -29,7 +29,7 @@ from lscollapse.theory.stretches import MEASURES, SIGNS, Estimate, Found, Kept
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lscollapse.models import Adapter
+    from lscollapse.models.adapters.adapter import Adapter
 
 SMALLEST = 2.0**-4
 GRID = (0.0, *(2.0**k for k in range(-4, 5)), *(4.0**k for k in range(3, 7)))  # of |lambda|

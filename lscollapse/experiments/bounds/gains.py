@@ -25,7 +25,7 @@ from lscollapse.theory.arrays import Array
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lscollapse.models import Adapter
+    from lscollapse.models.adapters.adapter import Adapter
 
 
 class Step(NamedTuple):

@@ -26,7 +26,7 @@ from lscollapse.theory import constants
 from lscollapse.theory.arrays import Array
 
 if TYPE_CHECKING:
-    from lscollapse.models import Adapter
+    from lscollapse.models.adapters.adapter import Adapter
 
 
 def channel_rows(adapter: Adapter, length: int) -> list[dict[str, Any]]:

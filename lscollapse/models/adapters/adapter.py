@@ -9,16 +9,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lscollapse.models.adapters.objective import class_with_head, fills_masks
+from lscollapse.models.checkpoints.refusals import token_embedding
 from lscollapse.models.numerics.carried import Carried, lose_unsquarable
-
-if TYPE_CHECKING:
-    from lscollapse.models.adapters.own_head import OwnHead
 
 
 class UnsupportedModel(ValueError):
@@ -42,14 +40,11 @@ class Head:
     mapped: bool = False
 
 
-def token_embedding(model: Any) -> tuple[str, Tensor] | None:
-    """Name and matrix (V, e) of the embedding of which a token id takes a row; None where it is not known, or ids are pixels."""
-    try:
-        weight = model.get_input_embeddings().weight
-    except (AttributeError, NotImplementedError):
-        return None
-    names = (name for name, parameter in model.named_parameters() if parameter is weight)
-    return (next(names, "the token embedding"), weight) if weight.ndim == 2 else None
+class Scores(Protocol):
+    """A head whose parts are not known (own_head.py)."""
+
+    def scores(self, X: Tensor, ids: Tensor) -> Tensor:
+        """(B, N, d) and the ids (B, N) that were embedded -> (B, N, V), in the dtype of X; differentiable in X."""
 
 
 class Adapter(ABC):
@@ -67,7 +62,6 @@ class Adapter(ABC):
         whole: the model as it came, with its head if it has one.
     """
 
-    model_types: ClassVar[tuple[str, ...]] = ()
     has_gate: ClassVar[bool | None] = False
     skip_sites: ClassVar[tuple[str, ...]] = ("residual",)
     norm_sites: ClassVar[tuple[str, ...]] = ("both",)
@@ -139,7 +133,7 @@ class Adapter(ABC):
         return class_with_head(self.config, self.whole)
 
     @property
-    def head(self) -> Head | OwnHead | None:
+    def head(self) -> Head | Scores | None:
         """The language-model head, None where the model came without one."""
         output: Any = getattr(self.whole, "get_output_embeddings", lambda: None)()
         transform = None if output is None else self.before_output()

@@ -11,7 +11,6 @@ from lscollapse.models.adapters.post_norm import PostNormAdd
 
 
 class AlbertAdapter(Adapter):
-    model_types = ("albert",)
     skip_sites = ("residual", "ffn", "both")
     norm_sites = ("both", "block")
 

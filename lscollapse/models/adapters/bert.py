@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -11,7 +11,6 @@ from lscollapse.models.adapters.post_norm import PostNormAdd
 
 
 class BertAdapter(Adapter):
-    model_types: ClassVar[tuple[str, ...]] = ("bert",)
     skip_sites = ("residual", "ffn", "both")
     norm_sites = ("both", "block")
 
@@ -60,8 +59,6 @@ class BertAdapter(Adapter):
 
 class RobertaAdapter(BertAdapter):
     """The same blocks; positions are numbered from the padding id on."""
-
-    model_types = ("roberta", "xlm-roberta", "camembert")
 
     @property
     def longest(self) -> int:

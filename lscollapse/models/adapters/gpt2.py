@@ -11,8 +11,6 @@ from lscollapse.models.adapters.pre_norm import Parts, PreNormAdapter
 
 
 class Gpt2Adapter(PreNormAdapter):
-    model_types = ("gpt2",)
-
     def __init__(self, model: Any) -> None:
         if model.config.add_cross_attention:
             raise UnsupportedModel("add_cross_attention is set: a decoder that reads an encoder is not supported")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lscollapse.models import Adapter
+from lscollapse.models.adapters.adapter import Adapter
 from lscollapse.models.adapters.streamed import StreamedMamba2
 
 

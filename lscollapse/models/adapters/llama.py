@@ -14,8 +14,6 @@ from lscollapse.models.adapters.pre_norm import Parts, PreNormAdapter
 
 
 class LlamaAdapter(PreNormAdapter):
-    model_types = ("llama", "mistral", "qwen2", "qwen3")
-
     @property
     def blocks(self) -> list[Any]:
         return list(self.model.layers)

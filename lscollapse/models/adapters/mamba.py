@@ -16,7 +16,6 @@ OPEN = 1.2784645427610738  # silu(OPEN) = 1: a gate that changes nothing
 class MambaAdapter(MambaStack):
     """Deviation: without its gate the mixer is given one that multiplies by 1, to the rounding of the dtype."""
 
-    model_types = ("mamba",)
     norm_sites = ("both", "block")
 
     def install(self, block: Any, edit: Edit, hooks: HookSet) -> None:

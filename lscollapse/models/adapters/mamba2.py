@@ -43,7 +43,6 @@ class MambaStack(Adapter):
 
 
 class Mamba2Adapter(MambaStack):
-    model_types = ("mamba2",)
     norm_sites = ("both", "mixer", "block")
 
     def __init__(self, model: Any) -> None:

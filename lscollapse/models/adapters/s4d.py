@@ -11,7 +11,6 @@ from lscollapse.models.adapters.post_norm import PostNormAdd
 
 
 class S4DAdapter(Adapter):
-    model_types = ("s4d",)
     norm_sites = ("both", "block")
 
     @property

@@ -18,8 +18,6 @@ class VitAdapter(PreNormAdapter):
     preprocessor_config.json; without them 0.5 each, as ViT was published.
     """
 
-    model_types = ("vit",)
-
     def __init__(self, model: Any) -> None:
         if model.config.num_channels != 3:
             raise UnsupportedModel(f"the ViT reads pictures of {model.config.num_channels} channels: only 3 are known")

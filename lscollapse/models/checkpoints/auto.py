@@ -12,15 +12,8 @@ import torch
 
 from lscollapse.core.files import first_line
 from lscollapse.core.hub import PICTURES
-from lscollapse.models.checkpoints.tensors import (
-    CheckpointError,
-    is_old_buffer,
-    read_json,
-    read_tensors,
-    refuse_kinds,
-    refuse_misfits,
-    refuse_values,
-)
+from lscollapse.models.checkpoints.refusals import refuse_kinds, refuse_misfits, refuse_values
+from lscollapse.models.checkpoints.tensors import CheckpointError, is_old_buffer, read_json, read_tensors
 
 
 def config(raw: Mapping[str, Any], where: str) -> Any:

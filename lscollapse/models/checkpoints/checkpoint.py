@@ -19,20 +19,22 @@ from torch import Tensor
 
 from lscollapse.core import hub, registry
 from lscollapse.core.registry import Entry
-from lscollapse.models.adapters.adapter import token_embedding
 from lscollapse.models.checkpoints import auto, mamba_ssm
-from lscollapse.models.checkpoints.tensors import (
-    CheckpointError,
-    base_tensors,
-    converted,
-    head_tensors,
-    is_old_buffer,
-    read_json,
-    read_tensors,
+from lscollapse.models.checkpoints.refusals import (
     refuse_kinds,
     refuse_misfits,
     refuse_values,
     refuse_zeros,
+    token_embedding,
+)
+from lscollapse.models.checkpoints.tensors import (
+    CheckpointError,
+    base_tensors,
+    head_tensors,
+    is_mapped,
+    is_old_buffer,
+    read_json,
+    read_tensors,
     sha256,
 )
 
@@ -97,8 +99,7 @@ def load(
     Args:
         revision: of a hub repository, instead of the one that the registry pins.
         dtype: of the loaded weights, whatever the file holds.
-        cache_dir: for what is fetched and converted; the default is the hub's cache and LSCOLLAPSE_CACHE
-            (~/.cache/lscollapse).
+        cache_dir: for what is fetched; the default is the hub's cache.
         offline: make no call.
         random_init: a seed; no weights are read, and the model of this config is initialised afresh by transformers.
 
@@ -109,7 +110,7 @@ def load(
     config = _config(found)
     if random_init is None:
         if config.model_type in _classes():
-            tensors = _tensors(found, config.model_type, cache_dir)
+            tensors = _tensors(found)
             _match(found, config, tensors)
             model = _filled(config, tensors, dtype)
         else:
@@ -134,7 +135,13 @@ def open_layers(
     config = _config(found)
     if config.model_type != "mamba2":
         raise CheckpointError(f"{found.where} is {config.model_type}: only Mamba-2 checkpoints are read layer by layer")
-    tensors = _tensors(found, config.model_type, cache_dir)
+    whole = next((file for file in found.weights if not is_mapped(file)), None)
+    if whole is not None:
+        raise CheckpointError(
+            f"{whole} is a pickle from before PyTorch 1.6, which is read whole or not at all: use --stream never, or save"
+            " its tensors as model.safetensors"
+        )
+    tensors = _tensors(found)
     _match(found, config, tensors)
     refuse_values(tensors, found.where, mapped=True)
     refuse_zeros("embeddings.weight", tensors["embeddings.weight"], found.where)
@@ -207,8 +214,7 @@ def inspect(
     found = _locate(registry.resolve(name_or_path), revision, cache_dir, offline, config_only=False)
     config = _config(found)
     if config.model_type in _classes():
-        tensors = {name: t for file in found.weights for name, t in base_tensors(read_tensors(file)).items()}
-        _match(found, config, tensors)
+        _match(found, config, _tensors(found))
     else:
         auto.inspect(config, found.weights, found.where)
     return config.model_type, _n_parameters(config)
@@ -296,12 +302,9 @@ def _config(found: _Found) -> Any:
     return config
 
 
-def _tensors(found: _Found, model_type: str, cache_dir: str | Path | None) -> dict[str, Tensor]:
+def _tensors(found: _Found) -> dict[str, Tensor]:
     """Tensors of the base model under transformers' names, memory mapped: nothing is read before it is used."""
-    files = found.weights
-    if model_type == "mamba2" and files[0].suffix == ".bin":
-        files = (converted(files[0], cache_dir),)
-    return {name: tensor for file in files for name, tensor in base_tensors(read_tensors(file)).items()}
+    return {name: tensor for file in found.weights for name, tensor in base_tensors(read_tensors(file)).items()}
 
 
 def _match(found: _Found, config: Any, tensors: Mapping[str, Tensor]) -> None:
