@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lscollapse.reports import page as report
+from lscollapse.reports.page import page as report
 
 HOSTILE = "</script><img src=x onerror=alert(1)>&\"'"
 LAMBDAS = (-2.0, 0.0, 1.0, 8.0)

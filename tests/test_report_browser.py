@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lscollapse.reports import page as report
+from lscollapse.reports.page import page as report
 from tests.test_report import EXCERPTS, HOSTILE, LAMBDAS, LAYERS, ablation, arm, sweep, write_run
 
 selenium = pytest.importorskip("selenium", reason="selenium is not installed")

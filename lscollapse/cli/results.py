@@ -69,6 +69,6 @@ def report(
     out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
 ) -> None:
     """One self-contained page of these runs: interactive figures, the paper's sentences judged, provenance, bounds, warnings."""
-    from lscollapse.reports import page as reporting
+    from lscollapse.reports.page import page as reporting
 
     typer.echo(f"wrote {reporting.write(runs, out)}")

@@ -17,7 +17,7 @@ from lscollapse.reports.figures.style import ends_with, number
 from lscollapse.reports.verdict import AGREE, DISAGREE, NOT_MEASURED
 
 if TYPE_CHECKING:
-    from lscollapse.reports.page import Bounds, Run
+    from lscollapse.reports.page.folders import Bounds, Run
 
 PRIVATE = ("contact", "cache_dir")  # settings that say who ran it and where, not what
 SIGNS = {1: "λ > 0", -1: "λ < 0", 0: "either sign"}

@@ -33,7 +33,7 @@ from lscollapse.reports.figures.points import (
 )
 
 if TYPE_CHECKING:
-    from lscollapse.reports.page import Bounds, Run
+    from lscollapse.reports.page.folders import Bounds, Run
 
 ARM = ("model", "init", "arm", "gating", "layernorm", "skip_site", "norm_site")  # one curve over lambda
 SWEPT = 3  # lambdas from which an arm is a sweep
