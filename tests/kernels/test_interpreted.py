@@ -15,8 +15,8 @@ from torch import Tensor
 from lscollapse.models.kernels.backends import KernelError, Kernels, causal_conv, chunked_scan, gated_norm, resolve
 from lscollapse.models.kernels.cpu_block import Mamba2Shape
 from lscollapse.models.kernels.gpu_block import GpuBlock
-from tests.models.test_mamba2_native import plain_norm, plain_O, relative_error, stream, weights
-from tests.test_ssd import inputs, recurrence
+from tests.unit.models.kernels.test_cpu_block import plain_norm, plain_O, relative_error, stream, weights
+from tests.unit.models.kernels.test_ssd import inputs, recurrence
 
 OP = 5e-6  # of the largest value: a model is blind to an error of 1e-3 in one product, this is not
 SIZES = [  # batch, L, heads, head_dim, groups, state, chunk

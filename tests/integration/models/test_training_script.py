@@ -1,0 +1,71 @@
+"""The net that scripts/train_tiny_mamba2.py trains: transformers' function, and the gradient of plain cross-entropy."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import Mamba2ForCausalLM
+
+from lscollapse.data import corpus
+from lscollapse.models.checkpoints.checkpoint import load
+from tests import ROOT
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import article_tokens
+import tiny_mamba2
+import train_tiny_mamba2
+
+
+def test_the_net_has_transformers_loss() -> None:
+    backbone = load("mamba2-tiny").model
+    model = Mamba2ForCausalLM(backbone.config).eval()
+    model.backbone, model.lm_head.weight = backbone, backbone.embeddings.weight
+    weights = {"backbone." + name: tensor for name, tensor in backbone.named_parameters()}
+    net = tiny_mamba2.TinyMamba2(weights["backbone.embeddings.weight"], 0, backbone.config.num_hidden_layers)
+    net.weights.load_state_dict({name.replace(".", "/"): tensor for name, tensor in weights.items()})
+    ids = np.array([corpus.packaged_excerpts(n_excerpts=2).excerpts[k].ids for k in range(2)])
+    with torch.no_grad():
+        expected = float(model(torch.from_numpy(ids), labels=torch.from_numpy(ids)).loss)
+    assert train_tiny_mamba2.held_out_loss(net, ids) == pytest.approx(expected, abs=2e-3)  # its products are bfloat16
+
+
+def test_lambda_and_gate_act_as_in_the_surgery() -> None:
+    """lam X + O for a lambda far outside the range of squares in float32, and O alone for lambda = 0."""
+    net = tiny_mamba2.TinyMamba2(torch.randn(30522, 128, generator=torch.Generator().manual_seed(0)), 0, 1)
+    ids = torch.arange(10, 18)[None]
+    with torch.no_grad():
+        X, Y = net.stream(ids)
+        net.lam.fill_(0.0)
+        _, O = net.stream(ids)
+        torch.testing.assert_close(Y, X + O, rtol=0, atol=1e-5)
+        net.lam.fill_(1e25)
+        _, far = net.stream(ids)
+        torch.testing.assert_close(far, 1e25 * X)
+        assert torch.isfinite(tiny_mamba2.rms_norm(far, torch.ones(128))).all()
+
+
+def test_the_head_has_the_gradients_of_cross_entropy() -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(300, 16, generator=generator).requires_grad_()
+    E = (0.1 * torch.randn(500, 16, generator=generator)).requires_grad_()
+    targets = torch.randint(0, 500, (300,), generator=generator)
+    found = tiny_mamba2.HeadLoss.apply(x, E, targets, tiny_mamba2.head_block)
+    expected = F.cross_entropy(x @ E.T, targets)
+    assert found.item() == pytest.approx(expected.item(), abs=1e-3)
+    for a, b in zip(torch.autograd.grad(found, [x, E]), torch.autograd.grad(expected, [x, E]), strict=True):
+        assert float((a - b).abs().max() / b.abs().max()) < 0.02  # bfloat16 products
+
+
+def test_fingerprints_find_a_shared_run_of_tokens() -> None:
+    rng = np.random.default_rng(0)
+    one, other = rng.integers(0, 30522, (2, 200)).astype(np.uint16)
+    known = article_tokens.fingerprints(one)
+    assert not np.isin(article_tokens.fingerprints(other), known).any()
+    other[50:62] = one[10:22]  # twelve in a row are one too few
+    assert not np.isin(article_tokens.fingerprints(other), known).any()
+    other[62] = one[22]
+    assert np.isin(article_tokens.fingerprints(other), known).sum() == 1

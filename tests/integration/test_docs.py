@@ -1,0 +1,177 @@
+"""The Python examples of docs/python.md and of the README run, and print what they say; numbers quoted are those of results/."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import logging
+
+from lscollapse.core.registry import ENTRIES
+from tests import ROOT
+from tests.equivalence import tiny
+
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(file: str) -> list[tuple[str, str]]:
+    """Language and content of every fenced block."""
+    return BLOCK.findall((ROOT / file).read_text(encoding="utf-8"))
+
+
+def run(file: str, names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> int:
+    """Runs the python blocks of a file in one namespace; compares with a text block that follows one. Counts both."""
+    found = blocks(file)
+    ran = 0
+    for (language, code), (following, shown) in zip(found, [*found[1:], ("", "")], strict=True):
+        if language != "python":
+            continue
+        exec(compile(code, f"{file}, block {ran}", "exec"), names)
+        printed = capsys.readouterr().out
+        ran += 1
+        if following == "text":
+            assert printed == shown, f"{file} shows\n{shown}\nand this is printed\n{printed}"
+            ran += 1
+    return ran
+
+
+def test_the_page_on_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    logging.disable_progress_bar()
+    assert run("docs/python.md", {}, capsys) == 12
+
+
+def test_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It speaks of a model with a gate and its token ids."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"model": tiny.mamba2(), "input_ids": torch.as_tensor(tiny.ids(2, 8))}
+    assert run("README.md", names, capsys) > 0
+    assert len(names["rows"])
+
+
+# --- numbers are written once, by the program, and quoted from there ---
+
+RESULTS = ROOT / "results"
+QUOTED = {  # row of README.md or docs/theory.md -> the bounds it quotes, each for the signs that there are
+    "Theorem 4.1, condition (7) alone, a = 0.9": ("Theorem 4.1, condition (7) alone, a = 0.9",),
+    "Theorem 4.1, (7) alone, a = 0.9": ("Theorem 4.1, condition (7) alone, a = 0.9",),
+    "Theorem 4.1 with its hypothesis b": ("Theorem 4.1 with b, a = 0.9",),
+    "Theorem 4.1 with b, a = 0.9": ("Theorem 4.1 with b, a = 0.9",),
+    "pre-norm certificate, from the weights, every depth": ("pre-norm certificate, weights only, every depth",),
+    "pre-norm, weights only: this depth / every depth": (
+        "pre-norm certificate, weights only, this depth", "pre-norm certificate, weights only, every depth",
+    ),
+    "angle certificate, measured gains, lambda > 0 / < 0": ("measured gains, every depth|sublayers alone|mixers alone",),
+    "certificate with measured gains, λ > 0 / λ < 0": ("measured gains, every depth|sublayers alone",),
+    "needed, lambda > 0 / < 0": ("measured, relative mu",),
+    "needed, λ > 0 / λ < 0": ("measured, relative mu",),
+    "needed for the rank-1 residual": ("measured, rank-1 residual",),
+}  # fmt: skip
+
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    with file.open(encoding="utf-8", newline="") as handle:
+        return list(csv.DictReader(handle))
+
+
+def tables(file: str) -> list[list[list[str]]]:
+    """The cells of every table of a page, headings first."""
+    found: list[list[list[str]]] = [[]]
+    for line in (ROOT / file).read_text(encoding="utf-8").splitlines():
+        if line.startswith("|"):
+            found[-1].append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
+        elif found[-1]:
+            found.append([])
+    return [table for table in found if table]
+
+
+def bounds_in_words(model: str, bounds: tuple[str, ...]) -> str:
+    rows = rows_of(RESULTS / "embedded" / "theory" / f"bound-{model.replace(', no gate', '-no-gate')}" / "bounds.csv")
+    words: dict[tuple[str, str], list[str]] = {}
+    for bound in bounds:
+        for row in rows:
+            if re.search(bound if "|" in bound else re.escape(bound), row["bound"]):
+                words.setdefault((bound, row["sign"]), []).append(row["reads"])
+    return " / ".join(" or ".join(stretches) for stretches in words.values()) or "-"
+
+
+@pytest.mark.parametrize("file", ["README.md", "docs/theory.md"])
+def test_bounds_are_quoted_from_their_tables(file: str) -> None:
+    (table,) = (table for table in tables(file) if table[0][1] == "mamba2-tiny, no gate")
+    models, compared = table[0][1:], 0
+    for name, *cells in table[2:]:
+        if name in QUOTED:
+            for model, cell in zip(models, cells, strict=True):
+                assert re.sub(r" [†‡]| \(attention alone\)", "", cell) == bounds_in_words(model, QUOTED[name]), (
+                    name,
+                    model,
+                )
+                compared += 1
+    assert compared == 6 * len(models)
+
+
+def test_constants_are_quoted_from_their_tables() -> None:
+    theory = RESULTS / "embedded" / "theory"
+    largest = {
+        folder.name.removeprefix("bound-"): f"{max(float(row['C_M']) for row in rows_of(folder / 'heads.csv')):.3g}"
+        for folder in theory.glob("bound-*") if (folder / "heads.csv").exists()
+    }  # fmt: skip
+    (table,) = (table for table in tables("docs/theory.md") if table[0][1] == "mamba2-tiny, no gate")
+    (quoted,) = (cells for name, *cells in table if name.startswith("C_M"))
+    assert quoted == [largest[model.replace(", no gate", "-no-gate")] for model in table[0][1:]]
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"mamba2-tiny has C_M = {largest['mamba2-tiny-no-gate']} ({largest['mamba2-tiny']} with its gate)" in text
+    layers = [float(row["C_M"]) for row in rows_of(theory / "bound-s4d-digits" / "layers.csv")]
+    assert f"(largest channel of a layer: {min(layers):.1f} to {max(layers):.1f})" in text
+    printed = [line["printed"] for line in json.loads((theory / "verify.json").read_text(encoding="utf-8"))]
+    judged = sum(word in ("holds", "fails", "void", "existence only") for word in printed)
+    assert f"of {judged} statements, {printed.count('fails')} do not hold as printed" in text
+
+
+def test_table_1_is_quoted_from_its_table() -> None:
+    """README, table1.md and table1.csv, which is in percent throughout, agree."""
+    (quoted,) = (table for table in tables("README.md") if table[0][:2] == ["task", "mixer"])
+    written, tests, *_ = tables("results/table1/table1.md")
+    assert quoted == written
+    cells = {(row[0], row[1]): row[2:5] for row in written[2:]}
+    tasks, mixers = {"mqar": "MQAR", "image": "Image"}, dict(zip(
+        ("attention", "linear", "mamba", "mamba2"), ("Transformer", "Lin. Transformer", "Mamba", "Mamba-2"), strict=True
+    ))  # fmt: skip
+    for row in rows_of(RESULTS / "table1" / "table1.csv"):
+        text = f"{float(row['test_mean']):.1f} ± {float(row['test_sd']):.1f}"
+        where = ["1", "learnt from -1", "learnt from 1"].index(row["lam"])
+        assert cells[tasks[row["task"]], mixers[row["mixer"]]][where] == text
+    verdicts = [row[-1] for row in tests[2:] if row[0] != "all"]
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"Of {len(verdicts)} comparisons {verdicts.count('no worse')} exclude a loss of 2 points" in text
+    average = [row[3] for row in tests if row[0] == "all"]
+    assert "({} points from -1, {} from 1)".format(*average) in text
+
+
+def test_every_table_of_results_is_its_own() -> None:
+    """No file of results/ is a copy of another."""
+    contents = [path.read_bytes() for path in RESULTS.rglob("*") if path.suffix in (".csv", ".md", ".json")]
+    assert len(set(contents)) == len(contents)
+
+
+def test_the_cards_quote_the_training() -> None:
+    weights = ROOT / "lscollapse" / "models" / "weights"
+    for name in ("mamba2-tiny", "s4d-digits"):
+        card = (weights / name / "README.md").read_text(encoding="utf-8")
+        record = json.loads((weights / name / "training.json").read_text(encoding="utf-8"))
+        assert f"{record['parameters']:,} parameters" in card and record["parameters"] == ENTRIES[name].n_parameters
+        if "held_out_nats" in record:
+            nats = {when: f"{value:.2f}" for when, value in record["held_out_nats"].items()}
+            assert f"{nats['trained']} nats per token on the 32" in card and f"against {nats['unigram']} of" in card
+        else:
+            trained = f"{100 * record['test_accuracy']['trained']:.1f} % of"
+            assert trained in card and f"({trained} 360 held-out images" in (ROOT / "README.md").read_text(
+                encoding="utf-8"
+            )
