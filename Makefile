@@ -30,11 +30,11 @@ figures: setup  ## the main job: Figures 1-4 in results/$(PRESET); PRESET=paper 
 	$(BIN)/lscollapse ablate-s4d --config configs/$(PRESET).yaml --out runs/$(PRESET)/ablate-s4d
 	$(BIN)/lscollapse figures $(foreach verb,sweep-lambda ablate-gating ablate-s4d,runs/$(PRESET)/$(verb)) --to results/$(PRESET)
 
-test: setup  ## the suite without the slow tests
-	$(BIN)/python -m pytest -m "not slow"
+test: setup  ## the tiers unit and integration
+	$(BIN)/python -m pytest tests/unit tests/integration
 
-test-slow: setup  ## the slow tests
-	$(BIN)/python -m pytest -m slow
+test-slow: setup  ## the tier slow
+	$(BIN)/python -m pytest tests/slow
 
 .venv-kernels/stamp: configs/kernels-packages.txt configs/constraints.txt
 	$(PYTHON) -m venv .venv-kernels
@@ -47,9 +47,10 @@ test-kernels:  ## mamba-ssm's Triton kernels without a GPU: interpreted, and com
 	@$(MAKE) .venv-kernels/stamp || { echo "test-kernels: SKIPPED, its packages cannot be installed here (above)" >&2; exit 0; }; \
 	TRITON_INTERPRET=1 .venv-kernels/bin/python -m pytest --confcutdir=tests/kernels tests/kernels
 
-lint: setup  ## ruff (rules and format) and mypy
+lint: setup  ## ruff (rules and format), the contracts of the rooms, and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 
 bench: setup  ## timings

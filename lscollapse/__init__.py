@@ -4,12 +4,12 @@ Glossary, paper -> code:
 
     X^(k), Y^(k)   X, Y            input and output of block k, (N, d)
     O^(k)          O               output of the mixer: what is added to the skip
-    lambda         lam             strength of the skip, lam*X + O           variants.Variant
+    lambda         lam             strength of the skip, lam*X + O           Variant.lam
     mu, Eq. (5)    mu              ||Y - mean row||_F                         measures.mu
     mu / ||Y||_F   relative_mu     what the paper's figures plot, in [0, 1]   measures.relative_mu
     -              rank1_residual  distance to the nearest rank-1 matrix      measures.rank1_residual
 
-Public names (docs/python.md has examples of each):
+Public names (docs/python.md has examples of each); everything else is private:
 
     Variant, surgery(model, variant)              one arm of an experiment; the model computes it while a context is open
     measure(model, ids, variants) -> DataFrame    every measure of every layer
@@ -20,17 +20,19 @@ Public names (docs/python.md has examples of each):
 
 from __future__ import annotations
 
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lscollapse import measures
     from lscollapse.instrument.forward import measure
     from lscollapse.instrument.gradients import grad_norm
     from lscollapse.instrument.lm_loss import lm_loss
     from lscollapse.instrument.monitor import MonitorCallback, monitor
     from lscollapse.instrument.surgery import Variant, surgery
 
-__version__ = "0.1.0"
+    __version__: str
+
 __all__ = [
     "MonitorCallback",
     "Variant",
@@ -38,23 +40,32 @@ __all__ = [
     "grad_norm",
     "lm_loss",
     "measure",
+    "measures",
     "monitor",
     "surgery",
 ]
 
 _HOMES = {
-    "MonitorCallback": "lscollapse.instrument.monitor",
-    "Variant": "lscollapse.instrument.surgery",
-    "grad_norm": "lscollapse.instrument.gradients",
-    "lm_loss": "lscollapse.instrument.lm_loss",
-    "measure": "lscollapse.instrument.forward",
-    "monitor": "lscollapse.instrument.monitor",
-    "surgery": "lscollapse.instrument.surgery",
+    "MonitorCallback": "monitor",
+    "Variant": "surgery",
+    "grad_norm": "gradients",
+    "lm_loss": "lm_loss",
+    "measure": "forward",
+    "monitor": "monitor",
+    "surgery": "surgery",
 }
 
 
 def __getattr__(name: str) -> Any:
     """The public names, imported on first use so that `lscollapse --help` does not load torch."""
+    if name == "__version__":
+        return metadata.version("lscollapse")
+    if name == "measures":
+        return import_module("lscollapse.measures")
     if name not in _HOMES:
         raise AttributeError(f"module 'lscollapse' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(f"lscollapse.instrument.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
