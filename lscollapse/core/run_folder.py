@@ -65,10 +65,11 @@ class RunFolder:
             self._refuse_other(read_manifest(path))
         try:
             path.mkdir(parents=True, exist_ok=True)
+            for left in path.rglob(f".*{PARTIAL}"):  # by a kill at that very moment
+                left.unlink()
             if manifest.exists():
                 return
-            # A kill may have left a manifest that is not whole.
-            if any(entry.name != NETS and not entry.name.endswith(PARTIAL) for entry in path.iterdir()):
+            if any(entry.name != NETS for entry in path.iterdir()):
                 raise RunFolderError(
                     f"{path} is not empty and not a run folder: give an empty or new folder with --out"
                 )

@@ -241,11 +241,11 @@ def test_faults_are_not_cached(wiki: MediaWikiServer, tmp_path: Path) -> None:
         ({"contact": "a\nb"}, "one line of ASCII"),
         ({"contact": "a@b", "language": "en.evil/"}, "no language code"),
         ({"contact": "a@b", "endpoint": "wiki.example/api.php"}, "must be the URL of an api.php"),
-        ({"contact": "a@b", "max_retries": -1}, "must not be negative"),
+        ({"contact": "a@b", "max_retries": -1}, "greater than or equal to 0"),
     ],
 )
 def test_settings_that_cannot_work(options: dict[str, object], line: str) -> None:
-    with pytest.raises(CorpusError, match=line):
+    with pytest.raises(ValueError, match=line):  # of the schema, or a CorpusError
         corpus.load("wikipedia", 1, 8, titles=["X"], wiki=WikipediaSection(**options))  # type: ignore[arg-type]
 
 

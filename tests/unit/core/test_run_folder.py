@@ -102,8 +102,10 @@ def test_a_half_written_part_is_not_a_part(tmp_path: Path) -> None:
 
 def test_killed_while_the_first_manifest_is_written(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "manifest.json.tmp").write_text('{"compl', encoding="utf-8")
+    left = tmp_path / "run" / ".manifest.json.1234.partial"
+    left.write_text('{"compl', encoding="utf-8")
     assert not RunFolder(tmp_path / "run", IDENTITY).complete
+    assert not left.exists()
 
 
 def test_killed_while_the_parts_are_removed(tmp_path: Path) -> None:

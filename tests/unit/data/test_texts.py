@@ -77,4 +77,4 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(OverflowError, match="gone cannot be read: there is no such file"):
         read_text(tmp_path / "gone", OverflowError)  # type: ignore[arg-type]
     with pytest.raises(CorpusError, match="cannot be read: it is no file"):
-        read_text(tmp_path)
+        read_text(tmp_path, CorpusError)
