@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from lscollapse.core import allocation
 from lscollapse.data import corpus, tokenizers
+from lscollapse.data.texts import packaged_articles
 
 SEP = 102  # BERT's [SEP] between articles
 LAMBDA_RATE = 0.01  # of the learning rate: one lambda turns a whole layer, and jumps about at the rate of the matrices
@@ -44,7 +45,7 @@ def article_ids(file: Path | None) -> tuple[list[np.ndarray], np.ndarray]:
         return np.split(held["tokens"], held["starts"][1:]), held["held_out"].astype(np.int64)
     held_out = corpus.packaged_excerpts(n_excerpts=32, n_tokens=SEQ_LEN, seed=0).excerpts
     titles = {excerpt.title for excerpt in held_out}
-    texts = [text for title, text in corpus.packaged_articles() if title not in titles]
+    texts = [text for title, text in packaged_articles() if title not in titles]
     ids = [np.array(article, dtype=np.uint16) for article in tokenizers.bert().encode_batch(texts)]
     return ids, np.array([excerpt.ids for excerpt in held_out])
 

@@ -15,9 +15,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from importlib import metadata
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from lscollapse import __version__
 from lscollapse.core.config import ConfigError, Experiment
 from lscollapse.core.files import first_line
 from lscollapse.core.progress import Progress
@@ -74,7 +74,7 @@ def map_items(
         task = ray.remote(_portable_call()).options(
             num_cpus=num_cpus, num_gpus=num_gpus, max_retries=retries, scheduling_strategy="SPREAD"
         )
-        where = metadata.version("lscollapse"), os.getcwd()
+        where = __version__, os.getcwd()
         pending = {task.remote(*where, pickle.dumps((function, item))): item for item in items}
         try:
             while pending:
@@ -200,11 +200,12 @@ def _portable_call() -> Callable[[str, str, bytes], Any]:
         import os
         import pickle
         import socket
-        from importlib import metadata
 
         try:
-            found = metadata.version("lscollapse")
-        except metadata.PackageNotFoundError:
+            import lscollapse
+
+            found = lscollapse.__version__
+        except ImportError:
             found = "none"
         if found != version:
             raise ValueError(

@@ -31,7 +31,7 @@ NAME, TOKENS, EXCERPTS = "a-mamba2", 8, 11
 LAMBDAS = [-1000.0, 0.0, 1.0]
 CHILD = """
 import json, os, signal, sys
-from lscollapse.models import registry
+from lscollapse.core import registry
 folder, *arguments = sys.argv[1:]
 registry.ENTRIES["a-mamba2"] = registry.Entry("a-mamba2", "mamba2", "folder", folder)
 """
