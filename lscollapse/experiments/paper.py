@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 from lscollapse.core import registry
 from lscollapse.core.config import ConfigError, Experiment
 from lscollapse.core.files import read_text
+from lscollapse.core.progress import SILENT, Progress
 from lscollapse.instrument.surgery import Variant, without_gate
-from lscollapse.runs.run import SILENT, Progress, load_corpus, load_subjects, run
+from lscollapse.runs.loading import load_subjects
+from lscollapse.runs.run import run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,21 +21,11 @@ if TYPE_CHECKING:
     from lscollapse.instrument.identity import LayerDifference
     from lscollapse.models.adapters.adapter import Adapter
 
-__all__ = [
-    "ablate_gating",
-    "ablate_s4d",
-    "all_readings",
-    "check_identity",
-    "load_corpus",
-    "read_lambdas",
-    "sweep_lambda",
-]
-
 
 def sweep_lambda(config: Experiment, out: Path, progress: Progress = SILENT) -> pd.DataFrame:
     """Figures 1 and 2: every lambda, with the gate removed and (unless `config.gating` chooses) with the full architecture.
 
-    Returns the table (DESIGN of the columns: docs/table.md) and leaves it in the run folder `out`.
+    Returns the table (its columns: docs/table.md) and leaves it in the run folder `out`.
     """
     return run("sweep-lambda", config, out, sweep_variants, progress)
 

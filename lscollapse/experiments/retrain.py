@@ -42,10 +42,10 @@ def ablate_s4d(config: Experiment, out: Path, progress: Progress = SILENT) -> pd
 
     training, nets = config.retrain, out / "nets"
     name = f"s4d-{Path(training.data).name}-retrained"
-    arms = [Arm(training, lam, norm, nets / _arm_name(lam, norm) / name, device(config)) for lam, norm in ARMS]
+    arms = [ArmToTrain(training, lam, norm, nets / _arm_name(lam, norm) / name, device(config)) for lam, norm in ARMS]
     lines: list[dict[str, Any]] = []
 
-    def keep(arm: Arm, line: dict[str, Any]) -> None:
+    def keep(arm: ArmToTrain, line: dict[str, Any]) -> None:
         lines.append(line)
         progress.note(f"{line['arm']}: {line['note']}")
         progress.advance(1)
@@ -68,7 +68,7 @@ def own_variant(adapter: Adapter, config: Experiment) -> list[Variant]:
 
 
 @dataclass(frozen=True)
-class Arm:
+class ArmToTrain:
     """One net to be trained; `folder` gets its checkpoint, the folder above it the state of the training."""
 
     training: S4DTraining
@@ -78,7 +78,7 @@ class Arm:
     device: str
 
 
-def train_arm(arm: Arm) -> dict[str, Any]:
+def train_arm(arm: ArmToTrain) -> dict[str, Any]:
     """Train one arm and write its checkpoint: {arm, lam, layernorm, test_accuracy (None: diverged), steps, note}."""
     line: dict[str, Any] = {"arm": arm.folder.parent.name, "lam": arm.lam, "layernorm": arm.layernorm}
     try:

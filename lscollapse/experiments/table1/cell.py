@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load as load_tensors
@@ -18,7 +18,7 @@ from lscollapse import measures
 from lscollapse.core.config import ConfigError
 from lscollapse.core.progress import SILENT, Progress
 from lscollapse.data import images, mqar
-from lscollapse.experiments.table1.schema import Table1
+from lscollapse.experiments.table1.schema import MqarData, Table1
 from lscollapse.models.nets.lambda_net import LEARNABLE, Net, NetConfig
 from lscollapse.runs.training import Data, Diverged, Examples, Settings, evaluate, fit
 
@@ -62,7 +62,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Task:
+class DrawnTask:
     """A task with its data drawn: what the nets train on, and what a net must look like to read it."""
 
     data: Data
@@ -84,7 +84,7 @@ def modes(config: Table1) -> dict[str, dict[str, Any]]:
 def cells(config: Table1, folder: Path) -> Iterator[Cell]:
     """Every cell of the grid; each trains in a folder of its own under `folder`."""
     for (name, task), mixer in itertools.product(config.tasks.items(), config.mixers):
-        recipe, data = task.recipe(mixer), task.data.model_dump()  # type: ignore[attr-defined]
+        recipe, data = task.recipe(mixer), task.data.model_dump()
         training = recipe.training.model_dump()
         for (mode, lam), lr, seed in itertools.product(modes(config).items(), recipe.lrs, config.seeds):
             net = {**recipe.net.model_dump(), "mixer": mixer, **lam}
@@ -141,53 +141,49 @@ def device_of(wanted: str) -> str:
 # --- what a cell is made of ---
 
 
-def make_net(cell: Cell, task: Task) -> Net:
+def make_net(cell: Cell, task: DrawnTask) -> Net:
     """The untrained net of a cell; a seed gives the same weights whatever its lambda."""
     torch.manual_seed(cell.seed)
-    return Net(NetConfig(**{**task.net, **cell.net}))
+    return Net(NetConfig.from_dict({**task.net, **cell.net}))
 
 
-def make_settings(cell: Cell, task: Task) -> Settings:
+def make_settings(cell: Cell, task: DrawnTask) -> Settings:
     training = dict(cell.training)
     epochs, steps = training.pop("epochs"), training.pop("steps")
     per_epoch = max(1, task.n_train // training["batch"])
     return Settings(steps=steps or max(1, round(epochs * per_epoch)), lr=cell.lr, seed=cell.seed, **training)
 
 
-def task_of(cell: Cell) -> Task:
+def task_of(cell: Cell) -> DrawnTask:
     """The training and validation data of a cell; a process that trains several cells draws them once."""
     return _task(cell.task, json.dumps(cell.data))
 
 
 @lru_cache(maxsize=2)
-def _task(name: str, data: str) -> Task:
+def _task(name: str, data: str) -> DrawnTask:
     values = json.loads(data)
     if name == "mqar":
-        config = _mqar(values)
-        train, held_out = (_recall(values, split) for split in ("train", "validation"))
-        V, L = config.vocab_size, config.seq_len
-        source = f"MQAR, L = {L}, {config.pairs} pairs, vocabulary {V}, data seed {values['seed']}"
+        drawn = MqarData(**values)
+        train, held_out = _recall(drawn, "train"), _recall(drawn, "validation")
+        V, L = drawn.vocab_size, drawn.seq_len
+        source = f"MQAR, L = {L}, {drawn.pairs} pairs, vocabulary {V}, data seed {drawn.seed}"
         net = {"reads": "tokens", "output": "each", "vocab_size": V, "n_labels": V, "max_positions": L}
-        return Task(Data(train, held_out, source), len(train.ids), net)
+        return DrawnTask(Data(train, held_out, source), len(train.ids), net)
     found = images.grey(values["source"], "train", values["seed"])
     train, held_out = _labelled(found), _labelled(images.grey(values["source"], "validation", values["seed"]))
     net = {"reads": "pixels", "output": "pooled", "vocab_size": found.levels, "n_labels": found.n_labels}
     source = f"{found.source}, grey, {train.ids.shape[1]} pixels"
-    return Task(Data(train, held_out, source), len(train.ids), {**net, "max_positions": train.ids.shape[1]})
+    return DrawnTask(Data(train, held_out, source), len(train.ids), {**net, "max_positions": train.ids.shape[1]})
 
 
 def test_examples(cell: Cell) -> Examples:
     if cell.task == "mqar":
-        return _recall(cell.data, "test")
+        return _recall(MqarData(**cell.data), "test")
     return _labelled(images.grey(cell.data["source"], "test", cell.data["seed"]))
 
 
-def _mqar(values: dict[str, Any]) -> mqar.MqarConfig:
-    return mqar.MqarConfig(**{field.name: values[field.name] for field in fields(mqar.MqarConfig)})
-
-
-def _recall(values: dict[str, Any], split: str) -> Examples:
-    found = mqar.load(_mqar(values), split, values[split], values["seed"])
+def _recall(data: MqarData, split: Literal["train", "validation", "test"]) -> Examples:
+    found = mqar.load(data, split, getattr(data, split), data.seed)
     return Examples(found.ids, found.labels, found.at)
 
 
@@ -199,7 +195,7 @@ def _labelled(found: images.Images) -> Examples:
 
 
 @torch.no_grad()
-def _layer_rows(cell: Cell, net: Net, task: Task, when: str) -> list[Row]:
+def _layer_rows(cell: Cell, net: Net, task: DrawnTask, when: str) -> list[Row]:
     """lambda of every layer, and MEASURED of the embedding (layer 0) and of every block on held-out inputs."""
     device = device_of(cell.device)
     net.to(device).eval()

@@ -7,13 +7,13 @@ lambda mode, the learning rate with the best mean validation accuracy is chosen;
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from lscollapse.core.config import ConfigError
+from lscollapse.core.config import Compute, ConfigError
 from lscollapse.core.files import atomic, write_json, write_text
 from lscollapse.core.progress import SILENT, Progress
 from lscollapse.core.run_folder import RunFolder, read_rows
@@ -30,14 +30,18 @@ COLUMNS = (
     "task", "data", "mixer", "lam", "lr", "seed", "dtype", "when", "layer", "excerpt", "measure", "value", "status",
 )  # fmt: skip
 ARM = ["task", "mixer", "lam"]
-UNDECISIVE = {"device", "engine", "address", "gpus_per_item", "workers", "tensorboard", "margin"}
+T = TypeVar("T")
+R = TypeVar("R")
+UNDECISIVE = {*Compute.model_fields, "tensorboard", "margin"}
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
-class Engine(Protocol):
-    """Calls a function on items, and `on_result(item, result)` here: `pool.map_items` or `cluster.map_items`."""
+class MapItems(Protocol):
+    """Calls a function on items, and `on_result(item, result)` here: `processes.map_items` or `cluster.map_items`."""
 
-    def __call__(self, function: Callable, items: list, *, on_result: Callable) -> None: ...
+    def __call__(
+        self, function: Callable[[T], R], items: Sequence[T], *, on_result: Callable[[T, R], None]
+    ) -> None: ...
 
 
 class Table1Folder(RunFolder):
@@ -51,7 +55,7 @@ def run(config: Table1, out: Path, progress: Progress = SILENT) -> pd.DataFrame:
     The rows do not depend on who trained which cell, nor on how often the grid was killed and continued. On Ray the
     state of a training is on the node that trains (or on a shared disk); everything else is written here.
     """
-    engine = engine_of(config)
+    map_items = map_items_of(config)
     folder = Table1Folder(out, {"experiment": "table1", "config": config.model_dump(mode="json", exclude=UNDECISIVE)})
     if folder.complete:
         progress.note(f"{out} is complete: nothing to compute")
@@ -70,10 +74,10 @@ def run(config: Table1, out: Path, progress: Progress = SILENT) -> pd.DataFrame:
         progress.note(f"{done} of {len(every)}  {cell.words}: {result['note']}, {result['seconds']:.0f} s")
         progress.advance(1)
 
-    engine(train_cell, missing, on_result=keep)
+    map_items(train_cell, missing, on_result=keep)
     chosen = choose(folder, every)
     read = [cell for cell in chosen if not folder.has(f"{cell.key}-test")]
-    engine(
+    map_items(
         test_cell,
         [(cell, (out / "cells" / cell.key / WEIGHTS).read_bytes()) for cell in read],
         on_result=lambda trained, result: folder.add(f"{trained[0].key}-test", frame(result["rows"])),
@@ -149,7 +153,7 @@ def frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"layer": "Int64", "excerpt": "Int64"})
 
 
-def engine_of(config: Table1) -> Engine:
+def map_items_of(config: Table1) -> MapItems:
     """As many processes as configured, else one for each core, or one where the GPU computes; or Ray."""
     if config.engine == "ray":
         from lscollapse.runs import cluster
