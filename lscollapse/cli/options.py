@@ -65,8 +65,11 @@ def takes(
 
 def _option(name: str, default: Any) -> Parameter:
     """The option of a field; not given it is None, which leaves the setting to the file or its default."""
-    if name in SHARED:
-        return _parameter(name.replace("models", "model"), Parameter.empty if name == "model" else None, SHARED[name])
+    if name in SHARED:  # `models` are those of the option --model, `model` is an argument, which must be given
+        default = Parameter.empty if name == "model" else None
+        return Parameter(
+            name.replace("models", "model"), Parameter.KEYWORD_ONLY, default=default, annotation=SHARED[name]
+        )
     field = Experiment.model_fields[name]
     kinds = (bool, int, float, Path)  # all others are text, so that the schema says what is wrong with it
     kind: Any = next((kind for kind in kinds if field.annotation in (kind, kind | None)), str)
@@ -75,10 +78,7 @@ def _option(name: str, default: Any) -> Parameter:
         flag += "" if field.default is False else f"/--no-{flag[2:]}"
     elif default is None and isinstance(field.default, str | int):
         text += f"  \\[default: {field.default}]"
-    return _parameter(name, default, Annotated[kind | None, typer.Option(flag, help=text)])
-
-
-def _parameter(name: str, default: Any, annotation: Any) -> Parameter:
+    annotation = Annotated[kind | None, typer.Option(flag, help=text)]
     return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
@@ -93,9 +93,5 @@ def _configuration(schema: str, file: str | None, given: dict[str, Any]) -> Sect
     if flags.get("lambdas") is not None:
         flags["lambdas"] = parse_lambdas(flags["lambdas"])
     titles = [] if given.get("titles") is None else [f"wikipedia.titles={given['titles']}"]
-    return configure(
-        described,
-        given.get("config") or (shipped(file) if file else None),
-        flags,
-        [*(given.get("settings") or []), *titles],
-    )
+    path = given.get("config") or (shipped(file) if file else None)
+    return configure(described, path, flags, [*(given.get("settings") or []), *titles])

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -12,19 +11,10 @@ from lscollapse.cli.options import takes
 from lscollapse.core.config import Experiment
 
 
-class Format(StrEnum):
-    """How a table is printed."""
-
-    text = "text"
-    markdown = "markdown"
-    csv = "csv"
-    json = "json"
-
-
 def claims(
     runs: Annotated[list[Path] | None, typer.Argument(help="Folders of finished runs, `theory verify` or `theory bound`.")] = None,
     theory: Annotated[bool, typer.Option("--theory", help="Put the theory's statements to the test now (20 s).")] = False,
-    form: Annotated[Format, typer.Option("--format", help="How to print it.")] = Format.text,
+    form: Annotated[Literal["text", "markdown", "csv", "json"], typer.Option("--format", help="How to print it.")] = "text",
 ) -> None:  # fmt: skip
     """The paper's sentences one by one: agrees, disagrees or not measured, with the numbers. Without a run: the list of them."""
     from lscollapse.cli.terminal.results import show_claims, show_sentences

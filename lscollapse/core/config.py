@@ -255,9 +255,7 @@ def _one_line(error: ValidationError) -> str:
     first, *others = error.errors()
     place: tuple[int | str, ...] = first["loc"]
     message = first["msg"].removeprefix("Value error, ")
-    for (
-        other
-    ) in others:  # a place that takes a word instead of a number gives two errors, each with its kind as last part
+    for other in others:  # of a union there is an error for each kind, whose name is the last part of the place
         if other["loc"][:-1] == place[:-1] and str(other["loc"][-1]).startswith("literal["):
             place, message = place[:-1], f"{message.partition(',')[0]} or {other['ctx']['expected']}"
     where = ".".join(str(part) for part in place)

@@ -31,11 +31,14 @@ def sweep_lambda(config: Experiment, out: Path, progress: Progress = SILENT) -> 
 
 
 def sweep_variants(adapter: Adapter, config: Experiment) -> list[Variant]:
+    """Gate x lambda, with the per-layer lambdas of `lambdas_file` if given; a norm site that the model lacks is its first."""
     both = [False, True] if adapter.has_gate else [True]
     gates = both if config.gating is None else [config.gating]
-    lams = _lambdas(adapter, config)
+    per_layer = [read_lambdas(config.lambdas_file, adapter.n_layers)] if config.lambdas_file else []
+    lams: list[float | tuple[float, ...]] = [*config.lambdas, *per_layer]
+    norm_site = config.norm_site if config.norm_site in adapter.norm_sites else adapter.norm_sites[0]
     return [
-        Variant(lam=lam, gating=gating, skip_site=config.skip_site, norm_site=_norm_site(adapter, config))
+        Variant(lam=lam, gating=gating, skip_site=config.skip_site, norm_site=norm_site)
         for gating, lam in itertools.product(gates, lams)
     ]
 
@@ -105,16 +108,6 @@ def check_identity(config: Experiment, progress: Progress = SILENT) -> list[Laye
 def _needs_gate(adapter: Adapter) -> None:
     if not adapter.has_gate:
         raise ConfigError(f"{without_gate(adapter)}: choose a Mamba-2 or Mamba model with --model")
-
-
-def _lambdas(adapter: Adapter, config: Experiment) -> list[float | tuple[float, ...]]:
-    """The sweep's lambdas, and the per-layer ones of `lambdas_file` if given."""
-    per_layer = [read_lambdas(config.lambdas_file, adapter.n_layers)] if config.lambdas_file else []
-    return [*config.lambdas, *per_layer]
-
-
-def _norm_site(adapter: Adapter, config: Experiment) -> str:
-    return config.norm_site if config.norm_site in adapter.norm_sites else adapter.norm_sites[0]
 
 
 def read_lambdas(file: Path, n_layers: int) -> tuple[float, ...]:

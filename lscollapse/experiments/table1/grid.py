@@ -6,7 +6,6 @@ lambda mode, the learning rate with the best mean validation accuracy is chosen;
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,9 +17,10 @@ from lscollapse.core.files import atomic, write_json, write_text
 from lscollapse.core.progress import SILENT, Progress
 from lscollapse.core.run_folder import RunFolder, read_rows
 from lscollapse.data import images
-from lscollapse.experiments.table1.cell import Cell, cells, device_of, test_cell, train_cell
+from lscollapse.experiments.table1.cell import Cell, cells, test_cell, train_cell
 from lscollapse.experiments.table1.schema import Table1
 from lscollapse.runs import processes
+from lscollapse.runs.devices import training_workers
 from lscollapse.runs.training import STATE, Diverged
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def one_cell(config: Table1, task: str, lr: float | None, steps: int | None, out
     if not found:
         raise ConfigError(f"no task {task!r} in the configuration: it has {', '.join(config.tasks)}")
     cell = found[0] if lr is None else replace(found[0], lr=lr)
-    training = cell.training if steps is None else {**cell.training, "steps": steps}
+    training = cell.training if steps is None else cell.training.model_copy(update={"steps": steps})
     return replace(cell, training=training, folder=out or Path("runs/train") / cell.key)
 
 
@@ -154,13 +154,12 @@ def frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def map_items_of(config: Table1) -> MapItems:
-    """As many processes as configured, else one for each core, or one where the GPU computes; or Ray."""
+    """Processes of this machine, or Ray."""
     if config.engine == "ray":
         from lscollapse.runs import cluster
 
         return partial(cluster.map_items, address=config.address, num_gpus=config.gpus_per_item or 0)
-    default = 1 if device_of(config.device) == "cuda" else os.cpu_count() or 1
-    return partial(processes.map_items, workers=config.workers or default)
+    return partial(processes.map_items, workers=training_workers(config))
 
 
 def _images_record(config: Table1) -> dict[str, Any]:

@@ -78,11 +78,8 @@ def test_the_papers_configuration_is_appendix_a13() -> None:
     shape = ("hidden_size", "num_hidden_layers", "state_size")
     mqar_cell = made["mqar", "attention", "1", config.mqar.lrs[0]]
     assert tuple(mqar_cell.net[name] for name in shape) == (128, 2, 64)
-    assert (mqar_cell.training["batch"], mqar_cell.training["epochs"], mqar_cell.training["weight_decay"]) == (
-        64,
-        64,
-        0.1,
-    )
+    training = mqar_cell.training
+    assert (training.batch, training.epochs, training.weight_decay) == (64, 64, 0.1)
     for mixer, lr, decay in (
         ("attention", 5e-4, 0.0),
         ("linear", 5e-4, 0.0),
@@ -91,7 +88,7 @@ def test_the_papers_configuration_is_appendix_a13() -> None:
     ):
         cell = made["image", mixer, "learnt from -1", lr]
         assert tuple(cell.net[name] for name in shape) == (256, 4, 64)
-        assert (cell.training["weight_decay"], cell.training["batch"], cell.net["lam_init"]) == (decay, 64, -1)
+        assert (cell.training.weight_decay, cell.training.batch, cell.net["lam_init"]) == (decay, 64, -1)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +159,7 @@ def accuracy_of(folder: Path, test: mqar.Recall) -> float:
 def test_the_seed_alone_decides_where_a_net_starts(grid: tuple[Table1, Path, pd.DataFrame]) -> None:
     config, folder, _ = grid
     made = {(c.lam, c.seed): c for c in cells.cells(config, folder) if c.mixer == "mamba2" and c.lr == 1e-3}
-    nets = {key: cells.make_net(cell, cells.task_of(cell)) for key, cell in made.items()}
+    nets = {key: cells.make_net(cell, cells.drawn_task(cell.data)) for key, cell in made.items()}
     a, b, c = (nets[key].state_dict() for key in (("1", 0), ("learnt from -1", 0), ("1", 1)))
     assert all(torch.equal(a[name], b[name]) for name in a) and not torch.equal(
         a["decoder.weight"], c["decoder.weight"]
