@@ -14,7 +14,7 @@ import argparse
 import json
 from pathlib import Path
 
-from lscollapse.cli.terminal import paper as console
+from lscollapse.cli.terminal.bar import Bar
 from lscollapse.core import allocation, config
 from lscollapse.experiments import retrain
 
@@ -32,8 +32,8 @@ def main() -> None:
         print(json.dumps(retrain.export(args.out, args.export), indent=2))
         return
     allocation.keep_freed_memory()
-    training = config.load(args.config, None, args.settings, config.S4DTraining)
-    with console.Bar("training") as bar:
+    training = config.configure(config.S4DTraining, args.config, settings=args.settings)
+    with Bar("training") as bar:
         retrain.train_net(training, args.out, bar, args.device, args.compile)
 
 

@@ -1,16 +1,15 @@
-"""Typer verbs, a few lines each; what they do is elsewhere."""
+"""The program `lscollapse`: its verbs in panels, and how it ends."""
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lscollapse.cli import options as o
 from lscollapse.cli.model import measure
-from lscollapse.cli.paper import ablate_gating, ablate_s4d, experiment_of, figures, sweep_lambda
+from lscollapse.cli.paper import ablate_gating, ablate_s4d, figures, sweep_lambda
+from lscollapse.cli.prepare import check_identity, excerpts, fetch, models, verify_kernels
 from lscollapse.cli.results import claims, compare, doctor, report
 from lscollapse.cli.theory import find_lambda, theory
 from lscollapse.cli.train import table1, train
@@ -28,88 +27,11 @@ for panel, verbs in (
     (PAPER, (sweep_lambda, ablate_gating, ablate_s4d, table1, train)),
     (MODEL, (measure, find_lambda)),
     (RESULTS, (figures, report, claims, compare)),
-    (PREPARE, (doctor,)),
+    (PREPARE, (doctor, check_identity, excerpts, fetch, verify_kernels, models)),
 ):
     for verb in verbs:
         app.command(rich_help_panel=panel)(verb)
 app.add_typer(theory, name="theory", rich_help_panel=MODEL)
-
-
-@app.command(rich_help_panel=PREPARE)
-def check_identity(
-    model: o.ModelName,
-    excerpts: Annotated[int, typer.Option(help="How many excerpts.")] = 2,
-    tokens: o.Tokens = None, source: o.Source = None, tokenizer: o.Tokenizer = None, dtype: o.Dtype = None,
-    offline: o.Offline = None, settings: o.Set = None,
-) -> None:  # fmt: skip
-    """Compare the instrumented model (lambda = 1, gate and norms on) with the untouched one; exit 1 over 1e-5. Run this first."""
-    given = locals()
-    from lscollapse.cli.terminal import paper as console
-    from lscollapse.experiments import paper as experiments
-
-    experiment = experiment_of(given)
-    if not console.identity_table(experiments.check_identity(experiment, console.Bar())):
-        raise typer.Exit(1)
-
-
-@app.command(rich_help_panel=PREPARE)
-def excerpts(
-    out: Annotated[Path, typer.Argument(help="The JSONL file to write.")],
-    source: o.Source = None, titles: o.Titles = None, excerpts: o.Excerpts = None, tokens: o.Tokens = None,
-    tokenizer: o.Tokenizer = None, seed: o.Seed = None, config: o.Config = None, settings: o.Set = None,
-) -> None:  # fmt: skip
-    """Freeze the excerpts to a file that every command takes as --source, so that somebody else runs on the same ids."""
-    given = locals()
-    from lscollapse.data import corpus, tokenizers
-    from lscollapse.experiments import paper as experiments
-
-    experiment = experiment_of(given)
-    chosen = tokenizers.named(experiment.tokenizer) if experiment.tokenizer else None
-    drawn = experiments.load_corpus(experiment, chosen)
-    corpus.freeze(drawn, out)
-    for remark in drawn.remarks:
-        typer.echo(remark, err=True)
-    typer.echo(
-        f"wrote {len(drawn.excerpts)} excerpts of {drawn.source} to {out} ({drawn.skipped} texts were too short)"
-    )
-
-
-@app.command(rich_help_panel=PREPARE)
-def fetch(
-    model: Annotated[str, typer.Argument(help="Short name or hub id.")],
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.  \\[default: the pinned one]")] = None,
-) -> None:
-    """Download a model from the hub, resumable, checked by size and sha256, so that --offline runs find it."""
-    from lscollapse.core import hub, registry
-
-    entry = registry.resolve(model)
-    if entry.source != "hub":
-        typer.echo(f"{model} needs no download")
-        return
-    typer.echo(hub.fetch(entry.location, revision=revision or entry.revision or None))
-
-
-@app.command(rich_help_panel=PREPARE)
-def verify_kernels(
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    kernels: Annotated[str, typer.Option(help="auto, torch or triton.")] = "auto",
-) -> None:
-    """Compare scan, conv, gated norm and a whole block with a float64 recurrence; exit 1 over tolerance."""
-    from lscollapse.cli.terminal import paper as console
-    from lscollapse.models.kernels import verify
-
-    rows = verify.verify(device, kernels)
-    console.kernels_table(rows)
-    if not verify.passed(rows):
-        raise typer.Exit(1)
-
-
-@app.command(rich_help_panel=PREPARE)
-def models() -> None:
-    """List the models that can be loaded by a short name, and where their weights come from."""
-    from lscollapse.cli.terminal.paper import models_table
-
-    models_table()
 
 
 def _version(wanted: bool) -> None:

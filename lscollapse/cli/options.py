@@ -1,60 +1,97 @@
-"""Options that several verbs share, as Typer annotations: one help text each."""
+"""The options of the verbs: name, type, default and help are made here, from the fields of the configuration."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from importlib import import_module
+from inspect import Parameter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-ModelName = Annotated[str, typer.Argument(help="Short name, folder or hub id.")]
-Config = Annotated[Path | None, typer.Option("--config", help="YAML file; flags override it.")]
-Model = Annotated[list[str] | None, typer.Option("--model", help="Short name, folder or hub id; repeat for several.")]
-Lambdas = Annotated[str | None, typer.Option(help='Comma-separated, such as "-2,0,0.5,1".')]
-LambdasFile = Annotated[
-    Path | None, typer.Option(help="CSV layer,lam: one lambda per layer, measured beside the others.")
-]
-Excerpts = Annotated[int | None, typer.Option(help="How many excerpts.  \\[default: 32]")]
-Tokens = Annotated[int | None, typer.Option(help="Tokens of each excerpt.  \\[default: 128]")]
-Source = Annotated[
-    str | None, typer.Option(help="packaged, wikipedia, datasets, smiles, or a .txt, .jsonl or .parquet file.")
-]
-Titles = Annotated[Path | None, typer.Option(help="File with one Wikipedia title a line (source wikipedia).")]
-Tokenizer = Annotated[str | None, typer.Option(help="bert, native, or a folder or hub id.  \\[default: bert]")]
-SkipSite = Annotated[
-    str | None, typer.Option(help="residual; mixer for Mamba; ffn or both for transformers.  \\[default: residual]")
-]
-NormSite = Annotated[
-    str | None, typer.Option(help="Which norm LN=False removes: mixer, block or both.  \\[default: both]")
-]
-Gating = Annotated[
-    bool | None, typer.Option("--gating/--no-gating", help="Only with, or only without the gate.  \\[default: both]")
-]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float64.  \\[default: float32]")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.  \\[default: auto]")]
-KernelChoice = Annotated[str | None, typer.Option("--kernels", help="auto, torch or triton.  \\[default: auto]")]
-Seed = Annotated[int | None, typer.Option(help="Which excerpts are drawn, and random initial weights.  \\[default: 0]")]
-RandomInit = Annotated[bool | None, typer.Option("--random-init", help="Measure freshly initialised weights too.")]
-Offline = Annotated[bool | None, typer.Option("--offline", help="Make no call to the hub.")]
-Exit = Annotated[
-    bool | None, typer.Option("--certified-exit/--no-certified-exit", help="Skip layers that provably change nothing.")
-]
-Stream = Annotated[
-    str | None, typer.Option(help="Read weights layer by layer: auto, always or never.  \\[default: auto]")
-]
-Memory = Annotated[str | None, typer.Option("--max-memory", help="Bound on memory when streaming.  \\[default: 2GiB]")]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", help="key=value, any setting of the configuration; repeat for several.")
-]
+from lscollapse.core.config import Experiment, Section, WikipediaSection, configure, parse_lambdas, shipped
+
+Model = Annotated[str, typer.Argument(help="Short name, folder or hub id.")]
+Models = Annotated[list[str] | None, typer.Option("--model", help=Experiment.model_fields["models"].description)]
 Out = Annotated[Path | None, typer.Option(help="Run folder.  \\[default: runs/VERB]")]
 Yscale = Annotated[str, typer.Option(help="linear or log vertical axis.")]
-Quality = Annotated[
-    bool | None, typer.Option("--quality", help="Language-model loss of every variant on the same excerpts too.")
-]
-Gradients = Annotated[
-    bool | None, typer.Option("--gradients", help="Norm of the loss gradient at every layer too, in float32.")
-]
-Engine = Annotated[
-    str | None, typer.Option(help="local, or ray: work items as tasks of a Ray cluster.  \\[default: local]")
-]
-Address = Annotated[str | None, typer.Option(help="Of a Ray cluster: auto or HOST:PORT.  \\[default: start one here]")]
+SHARED: dict[str, Any] = {
+    "model": Model,
+    "models": Models,
+    "config": Annotated[Path | None, typer.Option(help="YAML file; flags override it.  \\[default: the embedded one]")],
+    "titles": Annotated[Path | None, typer.Option(help=WikipediaSection.model_fields["titles"].description)],
+    "settings": Annotated[
+        list[str] | None, typer.Option("--set", help="key=value, any setting of the configuration; repeat for several.")
+    ],
+}
+EXPERIMENT = f"{Experiment.__module__}:{Experiment.__name__}"
+
+
+def takes(
+    *names: str, schema: str = EXPERIMENT, file: str | None = None, **defaults: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A verb's options, in this order; it is called with the configuration that they make, and with its own parameters.
+
+    Args:
+        names: fields of the configuration, keys of SHARED, and parameters of the verb itself, where these stand among
+            the others; the rest of them come last.
+        schema: "module:Class" of the configuration, imported when the verb runs; its options are described by Experiment.
+        file: the file of configs/ that is read where --config is not given.
+        defaults: of fields that have another one in this verb.
+    """
+
+    def decorate(verb: Callable[..., None]) -> Callable[..., None]:
+        kind = schema.partition(":")[2]
+        # The schema may not be imported yet, so its name stands for any section.
+        _, *rest = inspect.signature(verb, locals={kind: Section}, eval_str=True).parameters.values()
+        own = {parameter.name: parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in rest}
+        options = [own[name] if name in own else _option(name, defaults.get(name)) for name in names]
+        options += [parameter for name, parameter in own.items() if name not in names]
+
+        @wraps(verb)
+        def called(**given: Any) -> None:
+            values = {option.name: option.default for option in options} | given
+            verb(_configuration(schema, file, values), **{name: values[name] for name in own})
+
+        called.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]  # what Typer reads
+        called.__annotations__ = {}
+        return called
+
+    return decorate
+
+
+def _option(name: str, default: Any) -> Parameter:
+    """The option of a field; not given it is None, which leaves the setting to the file or its default."""
+    if name in SHARED:  # `models` are those of the option --model, `model` is an argument, which must be given
+        default = Parameter.empty if name == "model" else None
+        return Parameter(
+            name.replace("models", "model"), Parameter.KEYWORD_ONLY, default=default, annotation=SHARED[name]
+        )
+    field = Experiment.model_fields[name]
+    kinds = (bool, int, float, Path)  # all others are text, so that the schema says what is wrong with it
+    kind: Any = next((kind for kind in kinds if field.annotation in (kind, kind | None)), str)
+    text, flag = field.description or "", f"--{name.replace('_', '-')}"
+    if kind is bool:
+        flag += "" if field.default is False else f"/--no-{flag[2:]}"
+    elif default is None and isinstance(field.default, str | int):
+        text += f"  \\[default: {field.default}]"
+    annotation = Annotated[kind | None, typer.Option(flag, help=text)]
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _configuration(schema: str, file: str | None, given: dict[str, Any]) -> Section:
+    """A configuration file, flags over it, `--set` over these; a flag `mixer` is the one of `mixers`."""
+    module, _, kind = schema.partition(":")
+    described: type[Section] = getattr(import_module(module), kind)
+    flags = {name: value for name, value in given.items() if name in described.model_fields}
+    for name, value in given.items():
+        if f"{name}s" in described.model_fields and value is not None and value != []:
+            flags[f"{name}s"] = value if isinstance(value, list) else [value]
+    if flags.get("lambdas") is not None:
+        flags["lambdas"] = parse_lambdas(flags["lambdas"])
+    titles = [] if given.get("titles") is None else [f"wikipedia.titles={given['titles']}"]
+    path = given.get("config") or (shipped(file) if file else None)
+    return configure(described, path, flags, [*(given.get("settings") or []), *titles])

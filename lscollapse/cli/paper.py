@@ -3,115 +3,87 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lscollapse.cli import options as o
+from lscollapse.cli.options import Models, Out, Yscale, takes
+from lscollapse.core.config import Experiment
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from lscollapse.core.config import Experiment
+MEASURED = ("dtype", "device", "kernels", "seed", "random_init", "offline", "certified_exit", "stream", "max_memory",
+            "quality", "gradients", "engine", "address")  # fmt: skip
+TEXTS = ("excerpts", "tokens", "source", "titles", "tokenizer", "skip_site", "norm_site")
 
 
-def experiment_of(given: dict[str, Any]) -> Experiment:
-    """The experiment of a verb's options, by their names: a configuration file, flags over it, `--set` over these.
-
-    Options that are no setting of the experiment, such as `out`, are left alone.
-    """
-    from lscollapse.core import config as schema
-
-    flags = {name: value for name, value in given.items() if name in schema.Experiment.model_fields}
-    if given.get("lambdas") is not None:
-        flags["lambdas"] = schema.parse_lambdas(given["lambdas"])
-    if given.get("model"):
-        flags["models"] = [given["model"]] if isinstance(given["model"], str) else given["model"]
-    titles = [] if given.get("titles") is None else [f"wikipedia.titles={given['titles']}"]
-    return schema.load(given.get("config"), flags, [*(given.get("settings") or []), *titles])
-
-
-def sweep_lambda(
-    config: o.Config = None, model: o.Model = None, lambdas: o.Lambdas = None, lambdas_file: o.LambdasFile = None,
-    excerpts: o.Excerpts = None, tokens: o.Tokens = None, source: o.Source = None, titles: o.Titles = None,
-    tokenizer: o.Tokenizer = None, skip_site: o.SkipSite = None, norm_site: o.NormSite = None, gating: o.Gating = None,
-    dtype: o.Dtype = None, device: o.Device = None, kernels: o.KernelChoice = None, seed: o.Seed = None, random_init: o.RandomInit = None,
-    offline: o.Offline = None, certified_exit: o.Exit = None, stream: o.Stream = None, max_memory: o.Memory = None,
-    quality: o.Quality = None, gradients: o.Gradients = None, engine: o.Engine = None, address: o.Address = None,
-    settings: o.Set = None, out: o.Out = None, yscale: o.Yscale = "linear",
-) -> None:  # fmt: skip
+@takes("config", "models", "lambdas", "lambdas_file", *TEXTS, "gating", *MEASURED, "settings")
+def sweep_lambda(experiment: Experiment, out: Out = None, yscale: Yscale = "linear") -> None:
     """Measure every lambda: Figure 1 (relative mu against layer) and Figure 2 (last layer against lambda)."""
-    given = locals()
-    from lscollapse.cli.terminal import paper as console
-    from lscollapse.experiments import paper as experiments
+    from lscollapse.cli.terminal.bar import Bar
+    from lscollapse.cli.terminal.paper import claims_table, last_layer_table
+    from lscollapse.experiments import paper
 
-    experiment = experiment_of(given)
     out = out or Path("runs/sweep-lambda")
-    with console.Bar() as bar:
-        rows = experiments.sweep_lambda(experiment, out, bar)
-    console.last_layer_table(rows)
-    console.claims_table(rows)
+    with Bar() as bar:
+        rows = paper.sweep_lambda(experiment, out, bar)
+    last_layer_table(rows)
+    claims_table(rows)
     _draw(rows, out, yscale)
 
 
+@takes("config", "model", "lambdas", "lambdas_file", *TEXTS, *MEASURED, "all_readings", "settings")
 def ablate_gating(
-    config: o.Config = None, model: o.Model = None, lambdas: o.Lambdas = None, lambdas_file: o.LambdasFile = None,
-    excerpts: o.Excerpts = None, tokens: o.Tokens = None, source: o.Source = None, titles: o.Titles = None,
-    tokenizer: o.Tokenizer = None, skip_site: o.SkipSite = None, norm_site: o.NormSite = None, dtype: o.Dtype = None,
-    device: o.Device = None, kernels: o.KernelChoice = None, seed: o.Seed = None, random_init: o.RandomInit = None,
-    offline: o.Offline = None, certified_exit: o.Exit = None, stream: o.Stream = None, max_memory: o.Memory = None,
-    quality: o.Quality = None, gradients: o.Gradients = None, engine: o.Engine = None, address: o.Address = None,
-    all_readings: Annotated[bool, typer.Option("--all-readings", help="Cross skip_site, norm_site and gating.")] = False,
-    settings: o.Set = None, out: o.Out = None,
-) -> None:  # fmt: skip
+    experiment: Experiment,
+    model: Models = None,
+    all_readings: Annotated[
+        bool, typer.Option("--all-readings", help="Cross skip_site, norm_site and gating.")
+    ] = False,
+    out: Out = None,
+) -> None:
     """Gating x LayerNorm at lambda = 1: Figure 3. With --all-readings, every place where lambda and the norm could sit."""
-    given = locals()
-    from lscollapse.cli.terminal import paper as console
-    from lscollapse.experiments import paper as experiments
+    from lscollapse.cli.terminal.bar import Bar
+    from lscollapse.cli.terminal.paper import arms_table, claims_table, readings_table
+    from lscollapse.experiments import paper
 
-    experiment = experiment_of(given)
     if model is None:
-        experiment = experiments.with_gated_models(experiment)
-    verb = "all-readings" if all_readings else "ablate-gating"
-    out = out or Path("runs") / verb
-    with console.Bar() as bar:
-        rows = (experiments.all_readings if all_readings else experiments.ablate_gating)(experiment, out, bar)
+        experiment = paper.with_gated_models(experiment)
+    out = out or Path("runs/all-readings" if all_readings else "runs/ablate-gating")
+    with Bar() as bar:
+        rows = (paper.all_readings if all_readings else paper.ablate_gating)(experiment, out, bar)
     if all_readings:
-        console.readings_table(rows)
+        readings_table(rows)
     else:
-        console.arms_table(rows)
-        console.claims_table(rows)
+        arms_table(rows)
+        claims_table(rows)
     _draw(rows, out, "linear")
 
 
+@takes("config", "models", "excerpts", "source", "dtype", "device", "seed", "random_init", "offline", "engine", "address",
+       "train_arms", "settings")  # fmt: skip
 def ablate_s4d(
-    config: o.Config = None, model: o.Model = None,
-    excerpts: Annotated[int | None, typer.Option(help="How many held-out images.  \\[default: 32]")] = None,
-    source: Annotated[str | None, typer.Option(help="digits, cifar10 or a folder.  \\[default: what the net was trained on]")] = None,
-    dtype: o.Dtype = None, device: o.Device = None, seed: o.Seed = None, random_init: o.RandomInit = None, offline: o.Offline = None,
-    engine: o.Engine = None, address: o.Address = None,
+    experiment: Experiment,
     train_arms: Annotated[bool, typer.Option("--retrain", help="Train each arm as it is, instead of ablating one trained net.")] = False,
-    settings: o.Set = None, out: o.Out = None,
+    out: Out = None,
 ) -> None:  # fmt: skip
     """Skip x LayerNorm of a trained S4D on images: Figure 4."""
-    given = locals()
-    from lscollapse.cli.terminal import paper as console
-    from lscollapse.experiments import paper as experiments
-    from lscollapse.experiments import retrain
+    from lscollapse.cli.terminal.bar import Bar
+    from lscollapse.cli.terminal.paper import arms_table, claims_table
+    from lscollapse.experiments import paper, retrain
 
-    experiment = experiment_of(given)
     out = out or Path("runs/ablate-s4d-retrained" if train_arms else "runs/ablate-s4d")
-    with console.Bar("training" if train_arms else "measuring") as bar:
-        rows = (retrain.ablate_s4d if train_arms else experiments.ablate_s4d)(experiment, out, bar)
-    console.arms_table(rows)
-    console.claims_table(rows)
+    with Bar("training" if train_arms else "measuring") as bar:
+        rows = (retrain.ablate_s4d if train_arms else paper.ablate_s4d)(experiment, out, bar)
+    arms_table(rows)
+    claims_table(rows)
     _draw(rows, out, "linear")
 
 
 def figures(
     runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
     to: Annotated[Path | None, typer.Option(help="Where to put the figures.  \\[default: each run's folder]")] = None,
-    yscale: o.Yscale = "linear",
+    yscale: Yscale = "linear",
 ) -> None:
     """Draw the figures of finished runs again, without computing."""
     from lscollapse.core.run_folder import read_rows
@@ -123,13 +95,13 @@ def figures(
 def _draw(rows: pd.DataFrame, folder: Path, yscale: str, run: Path | None = None) -> None:
     from lscollapse.core.files import write_text
     from lscollapse.core.run_folder import read_manifest
-    from lscollapse.reports.claims import sentences as claims
+    from lscollapse.reports.claims.sentences import judge_readings
     from lscollapse.reports.figures import draw
 
     experiment = read_manifest(run or folder)["identity"]["experiment"]
     written = draw.draw(experiment, rows, folder, yscale)
     if experiment == "all-readings":
         written.append(folder / "readings-verdicts.csv")
-        write_text(written[-1], claims.judge_readings(rows).to_csv(index=False))
+        write_text(written[-1], judge_readings(rows).to_csv(index=False))
     for path in written:
         typer.echo(f"wrote {path}")

@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-
-class Format(StrEnum):
-    """How a table is printed."""
-
-    text = "text"
-    markdown = "markdown"
-    csv = "csv"
-    json = "json"
+from lscollapse.cli.options import takes
+from lscollapse.core.config import Experiment
 
 
 def claims(
     runs: Annotated[list[Path] | None, typer.Argument(help="Folders of finished runs, `theory verify` or `theory bound`.")] = None,
     theory: Annotated[bool, typer.Option("--theory", help="Put the theory's statements to the test now (20 s).")] = False,
-    form: Annotated[Format, typer.Option("--format", help="How to print it.")] = Format.text,
+    form: Annotated[Literal["text", "markdown", "csv", "json"], typer.Option("--format", help="How to print it.")] = "text",
 ) -> None:  # fmt: skip
     """The paper's sentences one by one: agrees, disagrees or not measured, with the numbers. Without a run: the list of them."""
-    from lscollapse.cli.terminal import results as console_look
-    from lscollapse.reports.claims import runs as claims_runs
+    from lscollapse.cli.terminal.results import show_claims, show_sentences
+    from lscollapse.reports.claims.runs import sentences, table
 
     if runs or theory:
-        console_look.show_claims(claims_runs.table(runs or [], theory), form)
+        show_claims(table(runs or [], theory), form)
     else:
-        console_look.show_sentences(claims_runs.sentences(), form)
+        show_sentences(sentences(), form)
 
 
 def compare(
@@ -39,27 +32,23 @@ def compare(
     lines: Annotated[int, typer.Option(min=0, help="How many of the largest differences to show.")] = 12,
 ) -> None:
     """What differs between two runs: configuration, versions, numbers; exit 1 where it is more than the spread over excerpts."""
-    from lscollapse.cli.terminal import results as console_look
-    from lscollapse.reports import compare as comparing
+    from lscollapse.cli.terminal.results import show_comparison
+    from lscollapse.reports import compare
 
-    comparison = comparing.compare(run_a, run_b)
-    console_look.show_comparison(comparison, lines)
+    comparison = compare.compare(run_a, run_b)
+    show_comparison(comparison, lines)
     if not comparison.alike:
         raise typer.Exit(1)
 
 
-def doctor(
-    config: Annotated[Path | None, typer.Option("--config", help="YAML file of a run.  \\[default: the embedded one]")] = None,
-    model: Annotated[list[str] | None, typer.Option("--model", help="Short name, folder or hub id; repeat for several.")] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="key=value, any setting of the configuration.")] = None,
-) -> None:  # fmt: skip
+@takes("config", "models", "settings")
+def doctor(experiment: Experiment) -> None:
     """What this machine has, and whether the configuration can run on it; exit 1, with the mend, where it cannot."""
-    from lscollapse.cli.terminal import results as console_look
-    from lscollapse.core import config as schema
-    from lscollapse.runs import doctor as examining
+    from lscollapse.cli.terminal.results import show_checks
+    from lscollapse.runs.doctor import examine
 
-    found = examining.examine(schema.load(config, {"models": model or None}, settings))
-    console_look.show_checks(found)
+    found = examine(experiment)
+    show_checks(found)
     if any(check.mend for check in found):
         raise typer.Exit(1)
 
@@ -69,6 +58,6 @@ def report(
     out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
 ) -> None:
     """One self-contained page of these runs: interactive figures, the paper's sentences judged, provenance, bounds, warnings."""
-    from lscollapse.reports.page import page as reporting
+    from lscollapse.reports.page.page import write
 
-    typer.echo(f"wrote {reporting.write(runs, out)}")
+    typer.echo(f"wrote {write(runs, out)}")

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -29,7 +29,7 @@ class ConfigError(ValueError):
 class Section(BaseModel):
     """Part of a configuration; it refuses keys that it does not know and names the nearest."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -37,7 +37,10 @@ class Section(BaseModel):
         unknown = [str(key) for key in values if key not in cls.model_fields] if isinstance(values, dict) else []
         if unknown:
             near = difflib.get_close_matches(unknown[0], cls.model_fields, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else f": known are {', '.join(cls.model_fields)}"
+            known = sorted(
+                cls.model_fields, key=lambda name: name not in cls.__annotations__
+            )  # its own before inherited
+            hint = f", did you mean {near[0]!r}?" if near else f": known are {', '.join(known)}"
             raise PydanticCustomError("unknown_key", "{key}", {"key": unknown[0], "hint": hint})
         return values
 
@@ -58,7 +61,7 @@ class WikipediaSection(Section):
     language: str = "en"
     contact: str = ""
     endpoint: str | None = None
-    titles: Path | None = None
+    titles: Path | None = Field(default=None, description="File with one Wikipedia title a line (source wikipedia).")
     cache_dir: Path | None = None
     max_retries: int = Field(default=5, ge=0)
     retry_wait: float = Field(default=1.0, ge=0)
@@ -80,35 +83,73 @@ class S4DTraining(Section):
     model: dict[str, Any] = Field(default={})
 
 
-class Experiment(Section):
+class Compute(Section):
+    """By what the rows are computed; it decides none of them."""
+
+    device: str = Field(default="auto", description="auto, cpu or cuda.")
+    engine: Literal["local", "ray"] = Field(
+        default="local", description="local, or ray: work items as tasks of a Ray cluster."
+    )
+    address: str | None = Field(
+        default=None, description="Of a Ray cluster: auto or HOST:PORT; by default one is started here."
+    )
+    gpus_per_item: float | None = Field(default=None, gt=0, description="GPUs of a Ray cluster that a work item takes.")
+    workers: int | None = Field(
+        default=None,
+        ge=1,
+        description="Processes on this machine; by default one for each GPU, else one; of `table1` one for each core, or one on a GPU.",
+    )
+
+
+class Experiment(Compute):
     """Everything that decides the rows of a run."""
 
-    models: list[str] = Field(default=EMBEDDED_MODELS, min_length=1)
-    revision: str | None = None
-    lambdas: list[float] = Field(default=DEFAULT_LAMBDAS, min_length=1)
-    lambdas_file: Path | None = None
-    excerpts: int = Field(default=32, ge=1)
-    tokens: int = Field(default=128, ge=2)
-    source: str = "packaged"
-    tokenizer: str | None = None
-    gating: bool | None = None
-    skip_site: Literal["residual", "mixer", "ffn", "both"] = "residual"
-    norm_site: Literal["both", "mixer", "block"] = "both"
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    device: str = "auto"
-    kernels: Literal["auto", "torch", "triton"] = "auto"
-    seed: int = Field(default=0, ge=0)
-    random_init: bool = False
-    certified_exit: bool = True
-    quality: bool = False
-    gradients: bool = False
-    stream: Literal["auto", "always", "never"] = "auto"
-    max_memory: str = "2GiB"
-    engine: Literal["local", "ray"] = "local"
-    address: str | None = None
-    gpus_per_item: float | None = Field(default=None, gt=0)
-    workers: int | None = Field(default=None, ge=1)
-    offline: bool = False
+    models: list[str] = Field(
+        default=EMBEDDED_MODELS, min_length=1, description="Short name, folder or hub id; repeat for several."
+    )
+    revision: str | None = Field(default=None, description="Branch, tag or commit of a model of the hub.")
+    lambdas: list[float] = Field(
+        default=DEFAULT_LAMBDAS, min_length=1, description='Comma-separated, such as "-2,0,0.5,1".'
+    )
+    lambdas_file: Path | None = Field(
+        default=None, description="CSV layer,lam: one lambda per layer, measured beside the others."
+    )
+    excerpts: int = Field(default=32, ge=1, description="How many excerpts, or held-out images.")
+    tokens: int = Field(default=128, ge=2, description="Tokens of each excerpt.")
+    source: str = Field(
+        default="packaged",
+        description="packaged, wikipedia, datasets, smiles, or a .txt, .jsonl or .parquet file; for models that read images "
+        "digits, cifar10 or a folder of pictures, packaged being what the net was trained on.",
+    )
+    tokenizer: str | None = Field(
+        default=None,
+        description="bert, native (the model's own), or a folder or hub id; by default bert, but native for `measure`.",
+    )
+    gating: bool | None = Field(
+        default=None,
+        description="Only with, or only without the gate, refused where none is known; a sweep takes both by default.",
+    )
+    skip_site: Literal["residual", "mixer", "ffn", "both"] = Field(
+        default="residual", description="residual; mixer for Mamba; ffn or both for transformers."
+    )
+    norm_site: Literal["both", "mixer", "block"] = Field(
+        default="both", description="Which norm LN=False removes: mixer, block or both."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = Field(
+        default="auto",
+        description="float32, bfloat16 or float64; auto is float32, and float64 for variants without the norm of the blocks.",
+    )
+    kernels: Literal["auto", "torch", "triton"] = Field(default="auto", description="auto, torch or triton.")
+    seed: int = Field(default=0, ge=0, description="Which excerpts are drawn, and random initial weights.")
+    random_init: bool = Field(default=False, description="Measure freshly initialised weights too.")
+    certified_exit: bool = Field(default=True, description="Skip layers that provably change nothing.")
+    quality: bool = Field(default=False, description="Language-model loss of every variant on the same excerpts too.")
+    gradients: bool = Field(default=False, description="Norm of the loss gradient at every layer too, in float32.")
+    stream: Literal["auto", "always", "never"] = Field(
+        default="auto", description="Read weights layer by layer: auto, always or never."
+    )
+    max_memory: str = Field(default="2GiB", description="Bound on memory when streaming.")
+    offline: bool = Field(default=False, description="Make no call to the hub.")
     cache_dir: Path | None = None
     wikipedia: WikipediaSection = WikipediaSection()
     retrain: S4DTraining = S4DTraining(epochs=4)
@@ -144,26 +185,13 @@ def parse_memory(text: str) -> int:
     return int(float(found[1]) * 2 ** (10 * "_kmgt".find(found[2].lower() or "_"))) if found else 0
 
 
-@overload
-def load(
-    file: Path | None = None, flags: Mapping[str, Any] | None = None, settings: list[str] | None = None
-) -> Experiment: ...
-
-
-@overload
-def load(
-    file: Path | None, flags: Mapping[str, Any] | None, settings: list[str] | None, schema: type[Schema]
-) -> Schema: ...
-
-
-def load(
+def configure(
+    schema: type[Schema],
     file: Path | None = None,
     flags: Mapping[str, Any] | None = None,
     settings: list[str] | None = None,
-    schema: type[Any] = Experiment,
-) -> Any:
-    """The experiment (or what `schema` describes) of a YAML file, overridden by flags (None = not given), then by
-    `key=value` settings.
+) -> Schema:
+    """What a YAML file says of `schema`, overridden by flags (None = not given), then by `key=value` settings.
 
     Raises:
         ConfigError: one line: what came, what is allowed.
@@ -186,10 +214,15 @@ def load(
             target[leaf] = yaml.safe_load(text)
         except yaml.YAMLError:
             raise ConfigError(f"--set {key}: {text!r} is not a YAML value") from None
+    return checked(schema, values)
+
+
+def checked(schema: type[Schema], values: Mapping[str, Any], error: type[ValueError] = ConfigError) -> Schema:
+    """`values` as the schema describes them; else `error`, in one line."""
     try:
-        return schema.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(_one_line(error)) from None
+        return schema.model_validate(dict(values))
+    except ValidationError as found:
+        raise error(_one_line(found)) from None
 
 
 def shipped(name: str) -> Path:
@@ -219,10 +252,16 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
 
 def _one_line(error: ValidationError) -> str:
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
+    first, *others = error.errors()
+    place: tuple[int | str, ...] = first["loc"]
+    message = first["msg"].removeprefix("Value error, ")
+    for other in others:  # of a union there is an error for each kind, whose name is the last part of the place
+        if other["loc"][:-1] == place[:-1] and str(other["loc"][-1]).startswith("literal["):
+            place, message = place[:-1], f"{message.partition(',')[0]} or {other['ctx']['expected']}"
+    where = ".".join(str(part) for part in place)
     if first["type"] == "unknown_key":
         key, hint = first["ctx"]["key"], first["ctx"]["hint"]
         return f"unknown setting {'.'.join(filter(None, (where, key)))!r}{hint}"
-    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error" and isinstance(first["input"], dict):  # of a whole section: too long to repeat
+        return f"{where}: {message}".removeprefix(": ")
     return f"{where}: {message[0].lower()}{message[1:]}, got {first['input']!r}"

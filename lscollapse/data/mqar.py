@@ -11,17 +11,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from pydantic import Field, model_validator
+
+from lscollapse.core.config import Section
 
 CHUNK = 512  # sequences that are drawn together: their pools of tokens stay in cache
 SPLITS = ("train", "validation", "test")
 
 
 class TaskError(ValueError):
-    """A task that cannot be posed, or an unknown part of its data."""
+    """An unknown part of a task's data, or none of it."""
 
 
-@dataclass(frozen=True)
-class MqarConfig:
+class MqarConfig(Section):
     """The defaults are the paper's (appendix A.13 of arXiv:2410.10609v3).
 
     Attributes:
@@ -31,30 +33,27 @@ class MqarConfig:
         power_a: a, of the power law, in (0, 1]; 1 is uniform.
         random_fillers: any token 0..V-1 in the places that 0 fills, as the public generator does by default. A filler
             may then equal a key.
-
-    Raises:
-        TaskError: the pairs do not fit into the sequence or the vocabulary, or there is no such power law.
     """
 
     seq_len: int = 512
     pairs: int = 64
     vocab_size: int = 8192
-    power_a: float = 0.01
+    power_a: float = Field(default=0.01, gt=0, le=1)
     random_fillers: bool = False
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _fits(self) -> MqarConfig:
         if self.pairs < 1 or self.seq_len < 4 * self.pairs:
-            raise TaskError(
+            raise ValueError(
                 f"{self.pairs} pairs do not fit into {self.seq_len} tokens: a pair takes 2 and the slot of its query 2"
                 " more, so pairs must be 1 to seq_len / 4"
             )
         if self.keys < self.pairs:
-            raise TaskError(
+            raise ValueError(
                 f"a vocabulary of {self.vocab_size} has {max(self.keys, 0)} keys, {self.pairs} pairs need as many:"
                 f" vocab_size must be at least {2 * self.pairs + 2}"
             )
-        if not 0.0 < self.power_a <= 1.0:
-            raise TaskError(f"power_a must be over 0 and at most 1 (uniform), got {self.power_a}")
+        return self
 
     @property
     def keys(self) -> int:

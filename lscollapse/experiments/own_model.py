@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lscollapse.core.config import Experiment
+from lscollapse.core.progress import SILENT, Progress
 from lscollapse.data.corpus import is_frozen
 from lscollapse.experiments.paper import sweep_variants
-from lscollapse.runs.run import SILENT, Progress, run
+from lscollapse.runs.run import run
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-def measure(config: Experiment, out: Path, progress: Progress = SILENT) -> pd.DataFrame:
+def measure_own(config: Experiment, out: Path, progress: Progress = SILENT) -> pd.DataFrame:
     """The models of `config` at its lambdas, gate on unless `config.gating` is False; leaves the run folder `out`.
 
     Text is read in a model's own tokens unless `config.tokenizer` says otherwise, or a frozen source does.

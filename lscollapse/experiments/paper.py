@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 from lscollapse.core import registry
 from lscollapse.core.config import ConfigError, Experiment
 from lscollapse.core.files import read_text
+from lscollapse.core.progress import SILENT, Progress
 from lscollapse.instrument.surgery import Variant, without_gate
-from lscollapse.runs.run import SILENT, Progress, load_corpus, load_subjects, run
+from lscollapse.runs.loading import load_subjects
+from lscollapse.runs.run import run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,31 +21,24 @@ if TYPE_CHECKING:
     from lscollapse.instrument.identity import LayerDifference
     from lscollapse.models.adapters.adapter import Adapter
 
-__all__ = [
-    "ablate_gating",
-    "ablate_s4d",
-    "all_readings",
-    "check_identity",
-    "load_corpus",
-    "read_lambdas",
-    "sweep_lambda",
-]
-
 
 def sweep_lambda(config: Experiment, out: Path, progress: Progress = SILENT) -> pd.DataFrame:
     """Figures 1 and 2: every lambda, with the gate removed and (unless `config.gating` chooses) with the full architecture.
 
-    Returns the table (DESIGN of the columns: docs/table.md) and leaves it in the run folder `out`.
+    Returns the table (its columns: docs/table.md) and leaves it in the run folder `out`.
     """
     return run("sweep-lambda", config, out, sweep_variants, progress)
 
 
 def sweep_variants(adapter: Adapter, config: Experiment) -> list[Variant]:
+    """Gate x lambda, with the per-layer lambdas of `lambdas_file` if given; a norm site that the model lacks is its first."""
     both = [False, True] if adapter.has_gate else [True]
     gates = both if config.gating is None else [config.gating]
-    lams = _lambdas(adapter, config)
+    per_layer = [read_lambdas(config.lambdas_file, adapter.n_layers)] if config.lambdas_file else []
+    lams: list[float | tuple[float, ...]] = [*config.lambdas, *per_layer]
+    norm_site = config.norm_site if config.norm_site in adapter.norm_sites else adapter.norm_sites[0]
     return [
-        Variant(lam=lam, gating=gating, skip_site=config.skip_site, norm_site=_norm_site(adapter, config))
+        Variant(lam=lam, gating=gating, skip_site=config.skip_site, norm_site=norm_site)
         for gating, lam in itertools.product(gates, lams)
     ]
 
@@ -113,16 +108,6 @@ def check_identity(config: Experiment, progress: Progress = SILENT) -> list[Laye
 def _needs_gate(adapter: Adapter) -> None:
     if not adapter.has_gate:
         raise ConfigError(f"{without_gate(adapter)}: choose a Mamba-2 or Mamba model with --model")
-
-
-def _lambdas(adapter: Adapter, config: Experiment) -> list[float | tuple[float, ...]]:
-    """The sweep's lambdas, and the per-layer ones of `lambdas_file` if given."""
-    per_layer = [read_lambdas(config.lambdas_file, adapter.n_layers)] if config.lambdas_file else []
-    return [*config.lambdas, *per_layer]
-
-
-def _norm_site(adapter: Adapter, config: Experiment) -> str:
-    return config.norm_site if config.norm_site in adapter.norm_sites else adapter.norm_sites[0]
 
 
 def read_lambdas(file: Path, n_layers: int) -> tuple[float, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from lscollapse.data import images
 from lscollapse.instrument.surgery import Variant
 from lscollapse.models.nets.s4d import S4D, S4DConfig
 from lscollapse.runs import processes
-from lscollapse.runs.devices import device
+from lscollapse.runs.devices import device, training_workers
 from lscollapse.runs.run import run
 from lscollapse.runs.training import LOG, STATE, Data, Diverged, Examples, Outcome, Settings, evaluate, fit
 
@@ -42,19 +41,17 @@ def ablate_s4d(config: Experiment, out: Path, progress: Progress = SILENT) -> pd
 
     training, nets = config.retrain, out / "nets"
     name = f"s4d-{Path(training.data).name}-retrained"
-    arms = [Arm(training, lam, norm, nets / _arm_name(lam, norm) / name, device(config)) for lam, norm in ARMS]
-    lines: list[dict[str, Any]] = []
+    arms = [ArmToTrain(training, lam, norm, nets / _arm_name(lam, norm) / name, device(config)) for lam, norm in ARMS]
+    found: dict[str, dict[str, Any]] = {}
 
-    def keep(arm: Arm, line: dict[str, Any]) -> None:
-        lines.append(line)
+    def keep(arm: ArmToTrain, line: dict[str, Any]) -> None:
+        found[line["arm"]] = line
         progress.note(f"{line['arm']}: {line['note']}")
         progress.advance(1)
 
     progress.start(len(arms))
-    workers = config.workers or (1 if arms[0].device == "cuda" else os.cpu_count() or 1)
-    processes.map_items(train_arm, arms, on_result=keep, workers=workers)
-    order = [_arm_name(lam, norm) for lam, norm in ARMS]
-    lines.sort(key=lambda line: order.index(line["arm"]))
+    processes.map_items(train_arm, arms, on_result=keep, workers=training_workers(config))
+    lines = [found[_arm_name(lam, norm)] for lam, norm in ARMS]
     write_text(nets / "arms.csv", pd.DataFrame(lines).to_csv(index=False))
     trained = [str(arm.folder) for arm, line in zip(arms, lines, strict=True) if line["test_accuracy"] is not None]
     if not trained:
@@ -68,7 +65,7 @@ def own_variant(adapter: Adapter, config: Experiment) -> list[Variant]:
 
 
 @dataclass(frozen=True)
-class Arm:
+class ArmToTrain:
     """One net to be trained; `folder` gets its checkpoint, the folder above it the state of the training."""
 
     training: S4DTraining
@@ -78,7 +75,7 @@ class Arm:
     device: str
 
 
-def train_arm(arm: Arm) -> dict[str, Any]:
+def train_arm(arm: ArmToTrain) -> dict[str, Any]:
     """Train one arm and write its checkpoint: {arm, lam, layernorm, test_accuracy (None: diverged), steps, note}."""
     line: dict[str, Any] = {"arm": arm.folder.parent.name, "lam": arm.lam, "layernorm": arm.layernorm}
     try:
@@ -112,16 +109,13 @@ def train_net(
         steps=training.epochs * (len(train.ids) // training.batch), betas=(0.9, 0.98),
         **training.model_dump(include={"batch", "lr", "weight_decay", "warmup", "seed", "save_every"}),
     )  # fmt: skip
-    data = Data(
-        Examples(train.ids, train.labels),
-        Examples(test.ids, test.labels),
-        train.source,
-        images.cropped if training.crops else None,
-    )
+    learnt, held_out = (Examples(part.ids, part.labels) for part in (train, test))
+    data = Data(learnt, held_out, train.source, images.cropped if training.crops else None)
     return fit(net, data, settings, folder, progress, device)
 
 
 def untrained(config: S4DConfig, seed: int) -> S4D:
+    """The net that a seed draws."""
     torch.manual_seed(seed)
     return S4D(config)
 

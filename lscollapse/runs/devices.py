@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 
-from lscollapse.core.config import ConfigError, Experiment, parse_memory
+from lscollapse.core.config import Compute, ConfigError, Experiment, parse_memory
 
 THREADED_WIDTH = 1024  # narrower models run on one thread: faster there, and the same bits whatever the number of cores
 GPU_SHARE = 0.8  # of the free device memory that is planned with
@@ -25,7 +26,7 @@ def _all_threads() -> int:
     return torch.get_num_threads()
 
 
-def device(config: Experiment) -> str:
+def device(config: Compute) -> str:
     """`cpu`, `cuda` or `cuda:N`; "auto" is a GPU where torch sees one.
 
     Raises:
@@ -60,6 +61,11 @@ def worker_devices(config: Experiment) -> list[str]:
             f"workers: {wanted} were asked for, --device {on} has {len(gpus)} GPUs: one process works on each"
         )
     return gpus * wanted if on == "cpu" else gpus[:wanted]
+
+
+def training_workers(config: Compute) -> int:
+    """Processes that train small nets, one thread each: as configured, else one for each core, or one where a GPU computes."""
+    return config.workers or (1 if device(config) == "cuda" else os.cpu_count() or 1)
 
 
 def memory(config: Experiment) -> int:

@@ -20,8 +20,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
+from lscollapse.core.config import Section
 from lscollapse.core.files import atomic, changes, write_json, write_text
 from lscollapse.core.progress import SILENT, Progress
 
@@ -38,14 +40,11 @@ class Diverged(TrainingError):
     """The loss or its gradient was no finite number; the folder's diverged.json has the record."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What decides the weights, beside the net and the data.
+class Optimisation(Section):
+    """What a configuration says of a training.
 
     Attributes:
-        steps: of the optimizer, over all epochs.
         batch: examples a step; those that fill no batch wait for the next epoch.
-        lr: the highest learning rate; parameter groups may set a lower one (`highest_lr`).
         warmup: part of all steps in which the rate rises linearly.
         schedule: what follows: `cosine` to zero, or `constant`.
         clip: greatest norm of the gradient.
@@ -55,19 +54,29 @@ class Settings:
         save_every, save_seconds: the state is written after so many steps, or seconds, and at the end.
     """
 
-    steps: int
-    batch: int = 64
-    lr: float = 1e-3
+    batch: int = Field(default=64, ge=1)
     weight_decay: float = 0.1
     warmup: float = 0.1
     schedule: Literal["cosine", "constant"] = "cosine"
     clip: float = 1.0
     betas: tuple[float, float] = (0.9, 0.999)
     loss: Literal["cross_entropy", "paper_code"] = "cross_entropy"
-    seed: int = 0
-    evaluate_every: int | None = None
-    save_every: int = 1000
+    evaluate_every: int | None = Field(default=None, ge=1)
+    save_every: int = Field(default=1000, ge=1)
     save_seconds: float = 60.0
+
+
+class Settings(Optimisation):
+    """What decides the weights, beside the net and the data.
+
+    Attributes:
+        steps: of the optimizer, over all epochs.
+        lr: the highest learning rate; parameter groups may set a lower one (`highest_lr`).
+    """
+
+    steps: int
+    lr: float = 1e-3
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -196,7 +205,7 @@ def fit(
     net.to(device).train()
     groups = net.parameter_groups(settings.weight_decay)  # type: ignore[operator]
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
-    identity = {"settings": asdict(settings), "data": data.source, "net": net.config.to_dict()}  # type: ignore[union-attr, operator]
+    identity = {"settings": settings.model_dump(), "data": data.source, "net": net.config.to_dict()}  # type: ignore[union-attr, operator]
     state = _continued(net, optimizer, folder, identity, device)
     if state.step:
         progress.note(f"{folder} is continued at step {state.step} of {settings.steps}")
@@ -256,7 +265,7 @@ def _step(
         logits = net(ids) if at is None else net(ids, at)
     loss = loss_of(logits, labels, settings.loss)
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
     norm = float(nn.utils.clip_grad_norm_(net.parameters(), settings.clip))
     if math.isfinite(norm):
         optimizer.step()

@@ -6,28 +6,28 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from lscollapse.cli.terminal.printing import plain_console, plain_table
+from lscollapse.reports.verdict import AGREE, DISAGREE, NOT_MEASURED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import pandas as pd
+    from rich.console import Console
 
     from lscollapse.reports.compare import Comparison
     from lscollapse.runs.doctor import Check
 
-VERDICTS = ("agrees", "disagrees", "not measured")
+VERDICTS = (AGREE, DISAGREE, NOT_MEASURED)
 WIDEST_VERDICT = max(map(len, VERDICTS))
 
 
 def show_claims(rows: pd.DataFrame, form: str) -> None:
-    """Print the table of claims_runs.table: as text sentence by sentence, then how often each model agrees."""
+    """Print the table of `claims.runs.table`: as text sentence by sentence, then how often each model agrees."""
     if form != "text":
         _export(rows, form)
         return
-    console = Console(soft_wrap=True, highlight=False)
+    console = plain_console()
     console.print("what the paper writes, on these runs (thresholds: docs/claims.md)", style="italic")
     width = rows["model"].str.len().max()
     for (claim, sentence), part in rows.groupby(["claim", "sentence"], sort=False):
@@ -37,9 +37,7 @@ def show_claims(rows: pd.DataFrame, form: str) -> None:
             line = f"    {row['verdict']:{WIDEST_VERDICT}}  {row['model']:{width}}  {reading}{row['numbers']}"
             console.print(line.rstrip(), markup=False)
     default = rows[(rows["reading"] == "") & (rows["model"] != "")]
-    table = Table("model", box=box.SIMPLE)
-    for verdict in VERDICTS:
-        table.add_column(verdict, justify="right")
+    table = plain_table(None, "model", *VERDICTS, right=VERDICTS)
     for model in dict.fromkeys(default["model"]):
         own = default.loc[default["model"] == model, "verdict"]
         table.add_row(str(model), *(str((own == verdict).sum()) for verdict in VERDICTS))
@@ -52,7 +50,7 @@ def show_sentences(rows: pd.DataFrame, form: str) -> None:
     if form != "text":
         _export(rows, form)
         return
-    console = Console(soft_wrap=True, highlight=False)
+    console = plain_console()
     for row in rows.to_dict("records"):
         console.print(f"{row['claim']}  {row['sentence']}", style="bold", markup=False)
         console.print(f"    {row['threshold']}", markup=False)
@@ -71,7 +69,7 @@ def _export(rows: pd.DataFrame, form: str) -> None:
 
 def show_comparison(comparison: Comparison, lines: int) -> None:
     """Print what differs in the configuration, the largest differences, what only one run has, and the verdict."""
-    console = Console(soft_wrap=True, highlight=False)
+    console = plain_console()
     _listed(console, "configuration", comparison.configuration)
     _listed(console, "only in A", comparison.only_a)
     _listed(console, "only in B", comparison.only_b)
@@ -102,7 +100,7 @@ def _listed(console: Console, title: str, lines: Sequence[str]) -> None:
 
 def show_checks(checks: Sequence[Check]) -> None:
     """Print what was found, one line each, with the mend under what does not work, and the verdict."""
-    console = Console(soft_wrap=True, highlight=False)
+    console = plain_console()
     width = max(len(check.name) for check in checks)
     for check in checks:
         state = "no" if check.mend else "ok" if check.good else "--"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
+
+from lscollapse.cli.terminal.printing import plain_console, plain_table
+from lscollapse.theory.stretches import in_words
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,17 +26,10 @@ CONSTANTS = {
 SIGNS = {1: "lambda > 0", -1: "lambda < 0", 0: "either sign"}
 
 
-def _table(title: str, *headings: str, right: Sequence[str] = ()) -> Table:
-    table = Table(title=title, box=box.SIMPLE, title_justify="left")
-    for heading in headings:
-        table.add_column(heading, justify="right" if heading in right else "left")
-    return table
-
-
 def verdicts_table(verdicts: Sequence[Verdict]) -> None:
     """Print one line a statement: as printed, corrected, instances with a margin, the worst margin."""
-    table = _table("the paper's statements", "statement", "as printed", "corrected", "instances", "worst margin",
-                   right=("instances", "worst margin"))  # fmt: skip
+    headings = ("statement", "as printed", "corrected", "instances", "worst margin")
+    table = plain_table("the paper's statements", *headings, right=("instances", "worst margin"))
     for v in verdicts:
         table.add_row(v.statement, v.printed, v.corrected, f"{v.informative}/{v.instances}", f"{v.worst_margin:.1e}")
     Console().print(table)
@@ -43,7 +37,7 @@ def verdicts_table(verdicts: Sequence[Verdict]) -> None:
 
 def found_table(found: Found) -> None:
     """Print per sign and measure the smallest |lambda|, what was checked, and the rank-1 warning."""
-    console = Console(soft_wrap=True, highlight=False)
+    console = plain_console()
     console.print(
         f"{found.model}, {found.arm}: last of {found.n_layers} layers, target {found.target:g}, mean over"
         f" {found.n_excerpts} excerpts of {found.n_tokens} tokens", style="italic", markup=False
@@ -67,8 +61,6 @@ def found_table(found: Found) -> None:
 
 def sentence(found: Found, sign: int, measure: str) -> str:
     """What was found for one sign and one measure, in words."""
-    from lscollapse.theory.stretches import in_words
-
     lam, sizes, values = found.smallest(sign, measure), *found.curve(sign, measure)
     if lam == 0.0:
         return f"no collapse: over the target at every |lambda| tested, least {values.min():.3f} at {sizes[values.argmin()]:.3g}"
@@ -92,10 +84,10 @@ def bounds_table(report: Report) -> None:
     """Print every bound beside the measured critical lambda, the largest constants, and the remarks."""
     found = report.found
     title = f"{found.model}, {found.arm}: |lambda| for relative mu >= {found.target:g} after {found.n_layers} layers"
-    table = _table(title, "bound", "for", "|lambda|", "", right=("|lambda|",))
+    table = plain_table(title, "bound", "for", "|lambda|", "", right=("|lambda|",))
     for line in report.lines:
         table.add_row(line.bound, SIGNS[line.sign], line.reads, line.note)
-    console = Console(soft_wrap=True, highlight=False)
+    console = plain_console()
     console.print(table)
     for name, words in CONSTANTS.items():
         values = [(row[name], row["layer"]) for row in report.layers if name in row]

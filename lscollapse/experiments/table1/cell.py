@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from lscollapse import measures
-from lscollapse.core.config import ConfigError
+from lscollapse.core.config import Compute
 from lscollapse.core.progress import SILENT, Progress
 from lscollapse.data import images, mqar
-from lscollapse.experiments.table1.schema import Table1
+from lscollapse.experiments.table1.schema import ImageData, MqarData, Table1, TrainingSection
 from lscollapse.models.nets.lambda_net import LEARNABLE, Net, NetConfig
+from lscollapse.runs.devices import device
 from lscollapse.runs.training import Data, Diverged, Examples, Settings, evaluate, fit
 
 MEASURED = ("relative_mu", "rank1_residual")
@@ -44,9 +44,9 @@ class Cell:
     lam: str
     lr: float
     seed: int
-    data: dict[str, Any]
+    data: MqarData | ImageData
     net: dict[str, Any]
-    training: dict[str, Any]
+    training: TrainingSection
     measured: int
     device: str
     tensorboard: bool
@@ -60,13 +60,17 @@ class Cell:
     def words(self) -> str:
         return f"{self.task}, {self.mixer}, lambda {self.lam}, lr {self.lr:g}, seed {self.seed}"
 
+    @property
+    def on(self) -> str:
+        """What computes on this machine: `cpu` or `cuda`."""
+        return device(Compute(device=self.device))
+
 
 @dataclass(frozen=True)
-class Task:
+class DrawnTask:
     """A task with its data drawn: what the nets train on, and what a net must look like to read it."""
 
     data: Data
-    n_train: int
     net: dict[str, Any]
 
 
@@ -84,12 +88,11 @@ def modes(config: Table1) -> dict[str, dict[str, Any]]:
 def cells(config: Table1, folder: Path) -> Iterator[Cell]:
     """Every cell of the grid; each trains in a folder of its own under `folder`."""
     for (name, task), mixer in itertools.product(config.tasks.items(), config.mixers):
-        recipe, data = task.recipe(mixer), task.data.model_dump()  # type: ignore[attr-defined]
-        training = recipe.training.model_dump()
+        recipe = task.recipe(mixer)
         for (mode, lam), lr, seed in itertools.product(modes(config).items(), recipe.lrs, config.seeds):
             net = {**recipe.net.model_dump(), "mixer": mixer, **lam}
             rest = (config.measured, config.device, config.tensorboard)
-            cell = Cell(name, mixer, mode, lr, seed, data, net, training, *rest, folder)
+            cell = Cell(name, mixer, mode, lr, seed, task.data, net, recipe.training, *rest, folder)
             yield replace(cell, folder=folder / cell.key)
 
 
@@ -101,11 +104,11 @@ def train_cell(cell: Cell, progress: Progress = SILENT) -> dict[str, Any]:
     A net that diverged has rows with status "nan" and no weights. Called again it gives the same, from where it was.
     """
     torch.set_num_threads(1)
-    task, device = task_of(cell), device_of(cell.device)
+    task = drawn_task(cell.data)
     net, settings = make_net(cell, task), make_settings(cell, task)
     rows = _layer_rows(cell, net, task, BEFORE)
     try:
-        outcome = fit(net, task.data, settings, cell.folder, progress, device, cell.tensorboard)
+        outcome = fit(net, task.data, settings, cell.folder, progress, cell.on, cell.tensorboard)
     except Diverged as error:
         rows += [_row(cell, AFTER, "validation_accuracy", float("nan"), status="nan")]
         return {"rows": rows, "config": {}, "weights": b"", "seconds": 0.0, "note": str(error)}
@@ -124,74 +127,50 @@ def test_cell(trained: tuple[Cell, bytes]) -> dict[str, Any]:
     """Read the test set with a trained net (safetensors, as bytes), once: {rows}."""
     cell, weights = trained
     torch.set_num_threads(1)
-    net, device = make_net(cell, task_of(cell)), device_of(cell.device)
+    net = make_net(cell, drawn_task(cell.data))
     net.load_state_dict(load_tensors(weights))
-    accuracy, _ = evaluate(net.to(device), test_examples(cell), device)
+    accuracy, _ = evaluate(net.to(cell.on), _examples(cell.data, "test"), cell.on)
     return {"rows": [_row(cell, AFTER, "test_accuracy", accuracy)]}
-
-
-def device_of(wanted: str) -> str:
-    """`cpu` or `cuda`; "auto" is a GPU where torch sees one. ConfigError for what is not there."""
-    there = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    if wanted != "auto" and wanted not in there:
-        raise ConfigError(f"device {wanted!r} is not there: use auto or {' or '.join(there)}")
-    return there[-1] if wanted == "auto" else wanted
 
 
 # --- what a cell is made of ---
 
 
-def make_net(cell: Cell, task: Task) -> Net:
+def make_net(cell: Cell, task: DrawnTask) -> Net:
     """The untrained net of a cell; a seed gives the same weights whatever its lambda."""
     torch.manual_seed(cell.seed)
-    return Net(NetConfig(**{**task.net, **cell.net}))
+    return Net(NetConfig.from_dict({**task.net, **cell.net}))
 
 
-def make_settings(cell: Cell, task: Task) -> Settings:
-    training = dict(cell.training)
-    epochs, steps = training.pop("epochs"), training.pop("steps")
-    per_epoch = max(1, task.n_train // training["batch"])
-    return Settings(steps=steps or max(1, round(epochs * per_epoch)), lr=cell.lr, seed=cell.seed, **training)
-
-
-def task_of(cell: Cell) -> Task:
-    """The training and validation data of a cell; a process that trains several cells draws them once."""
-    return _task(cell.task, json.dumps(cell.data))
+def make_settings(cell: Cell, task: DrawnTask) -> Settings:
+    training = cell.training
+    per_epoch = max(1, len(task.data.train.ids) // training.batch)
+    steps = training.steps or max(1, round(training.epochs * per_epoch))
+    return Settings(steps=steps, lr=cell.lr, seed=cell.seed, **training.model_dump(exclude={"epochs", "steps"}))
 
 
 @lru_cache(maxsize=2)
-def _task(name: str, data: str) -> Task:
-    values = json.loads(data)
-    if name == "mqar":
-        config = _mqar(values)
-        train, held_out = (_recall(values, split) for split in ("train", "validation"))
-        V, L = config.vocab_size, config.seq_len
-        source = f"MQAR, L = {L}, {config.pairs} pairs, vocabulary {V}, data seed {values['seed']}"
-        net = {"reads": "tokens", "output": "each", "vocab_size": V, "n_labels": V, "max_positions": L}
-        return Task(Data(train, held_out, source), len(train.ids), net)
-    found = images.grey(values["source"], "train", values["seed"])
-    train, held_out = _labelled(found), _labelled(images.grey(values["source"], "validation", values["seed"]))
-    net = {"reads": "pixels", "output": "pooled", "vocab_size": found.levels, "n_labels": found.n_labels}
-    source = f"{found.source}, grey, {train.ids.shape[1]} pixels"
-    return Task(Data(train, held_out, source), len(train.ids), {**net, "max_positions": train.ids.shape[1]})
+def drawn_task(data: MqarData | ImageData) -> DrawnTask:
+    """The training and validation data of a cell; a process that trains several cells draws them once."""
+    train, held_out = _examples(data, "train"), _examples(data, "validation")
+    length = train.ids.shape[1]
+    if isinstance(data, MqarData):
+        V = data.vocab_size
+        source = f"MQAR, L = {length}, {data.pairs} pairs, vocabulary {V}, data seed {data.seed}"
+        net = {"reads": "tokens", "output": "each", "vocab_size": V, "n_labels": V, "max_positions": length}
+    else:
+        found = images.grey(data.source, "train", data.seed)
+        source = f"{found.source}, grey, {length} pixels"
+        net = {"reads": "pixels", "output": "pooled", "vocab_size": found.levels, "n_labels": found.n_labels}
+        net["max_positions"] = length
+    return DrawnTask(Data(train, held_out, source), net)
 
 
-def test_examples(cell: Cell) -> Examples:
-    if cell.task == "mqar":
-        return _recall(cell.data, "test")
-    return _labelled(images.grey(cell.data["source"], "test", cell.data["seed"]))
-
-
-def _mqar(values: dict[str, Any]) -> mqar.MqarConfig:
-    return mqar.MqarConfig(**{field.name: values[field.name] for field in fields(mqar.MqarConfig)})
-
-
-def _recall(values: dict[str, Any], split: str) -> Examples:
-    found = mqar.load(_mqar(values), split, values[split], values["seed"])
-    return Examples(found.ids, found.labels, found.at)
-
-
-def _labelled(found: images.Images) -> Examples:
+def _examples(data: MqarData | ImageData, split: Literal["train", "validation", "test"]) -> Examples:
+    if isinstance(data, MqarData):
+        recall = mqar.load(data, split, getattr(data, split), data.seed)
+        return Examples(recall.ids, recall.labels, recall.at)
+    found = images.grey(data.source, split, data.seed)
     return Examples(found.ids, found.labels)
 
 
@@ -199,11 +178,10 @@ def _labelled(found: images.Images) -> Examples:
 
 
 @torch.no_grad()
-def _layer_rows(cell: Cell, net: Net, task: Task, when: str) -> list[Row]:
+def _layer_rows(cell: Cell, net: Net, task: DrawnTask, when: str) -> list[Row]:
     """lambda of every layer, and MEASURED of the embedding (layer 0) and of every block on held-out inputs."""
-    device = device_of(cell.device)
-    net.to(device).eval()
-    ids, _, _ = task.data.held_out.batch(slice(cell.measured), device)
+    net.to(cell.on).eval()
+    ids, _, _ = task.data.held_out.batch(slice(cell.measured), cell.on)
     X = net.embed(ids)  # (B, N, d)
     rows = [_row(cell, when, "lambda", lam, layer) for layer, lam in enumerate(net.lams(), 1)]
     for layer in range(len(net.layers) + 1):
@@ -221,6 +199,12 @@ def _row(
     status: str = "ok",
 ) -> Row:  # fmt: skip
     head = {name: getattr(cell, name) for name in ("task", "mixer", "lam", "lr", "seed")}
-    dtype = "bfloat16 autocast" if device_of(cell.device) == "cuda" else "float32"
-    place = {"data": task_of(cell).data.source, "dtype": dtype, "when": when, "layer": layer, "excerpt": excerpt}
+    dtype = "bfloat16 autocast" if cell.on == "cuda" else "float32"
+    place = {
+        "data": drawn_task(cell.data).data.source,
+        "dtype": dtype,
+        "when": when,
+        "layer": layer,
+        "excerpt": excerpt,
+    }
     return {**head, **place, "measure": measure, "value": float(value), "status": status}

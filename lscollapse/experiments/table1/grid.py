@@ -6,21 +6,21 @@ lambda mode, the learning rate with the best mean validation accuracy is chosen;
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from lscollapse.core.config import ConfigError
+from lscollapse.core.config import Compute, ConfigError
 from lscollapse.core.files import atomic, write_json, write_text
 from lscollapse.core.progress import SILENT, Progress
 from lscollapse.core.run_folder import RunFolder, read_rows
 from lscollapse.data import images
-from lscollapse.experiments.table1.cell import Cell, cells, device_of, test_cell, train_cell
+from lscollapse.experiments.table1.cell import Cell, cells, test_cell, train_cell
 from lscollapse.experiments.table1.schema import Table1
 from lscollapse.runs import processes
+from lscollapse.runs.devices import training_workers
 from lscollapse.runs.training import STATE, Diverged
 
 if TYPE_CHECKING:
@@ -30,14 +30,18 @@ COLUMNS = (
     "task", "data", "mixer", "lam", "lr", "seed", "dtype", "when", "layer", "excerpt", "measure", "value", "status",
 )  # fmt: skip
 ARM = ["task", "mixer", "lam"]
-UNDECISIVE = {"device", "engine", "address", "gpus_per_item", "workers", "tensorboard", "margin"}
+T = TypeVar("T")
+R = TypeVar("R")
+UNDECISIVE = {*Compute.model_fields, "tensorboard", "margin"}
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
-class Engine(Protocol):
-    """Calls a function on items, and `on_result(item, result)` here: `pool.map_items` or `cluster.map_items`."""
+class MapItems(Protocol):
+    """Calls a function on items, and `on_result(item, result)` here: `processes.map_items` or `cluster.map_items`."""
 
-    def __call__(self, function: Callable, items: list, *, on_result: Callable) -> None: ...
+    def __call__(
+        self, function: Callable[[T], R], items: Sequence[T], *, on_result: Callable[[T, R], None]
+    ) -> None: ...
 
 
 class Table1Folder(RunFolder):
@@ -51,7 +55,7 @@ def run(config: Table1, out: Path, progress: Progress = SILENT) -> pd.DataFrame:
     The rows do not depend on who trained which cell, nor on how often the grid was killed and continued. On Ray the
     state of a training is on the node that trains (or on a shared disk); everything else is written here.
     """
-    engine = engine_of(config)
+    map_items = map_items_of(config)
     folder = Table1Folder(out, {"experiment": "table1", "config": config.model_dump(mode="json", exclude=UNDECISIVE)})
     if folder.complete:
         progress.note(f"{out} is complete: nothing to compute")
@@ -70,10 +74,10 @@ def run(config: Table1, out: Path, progress: Progress = SILENT) -> pd.DataFrame:
         progress.note(f"{done} of {len(every)}  {cell.words}: {result['note']}, {result['seconds']:.0f} s")
         progress.advance(1)
 
-    engine(train_cell, missing, on_result=keep)
+    map_items(train_cell, missing, on_result=keep)
     chosen = choose(folder, every)
     read = [cell for cell in chosen if not folder.has(f"{cell.key}-test")]
-    engine(
+    map_items(
         test_cell,
         [(cell, (out / "cells" / cell.key / WEIGHTS).read_bytes()) for cell in read],
         on_result=lambda trained, result: folder.add(f"{trained[0].key}-test", frame(result["rows"])),
@@ -92,7 +96,7 @@ def one_cell(config: Table1, task: str, lr: float | None, steps: int | None, out
     if not found:
         raise ConfigError(f"no task {task!r} in the configuration: it has {', '.join(config.tasks)}")
     cell = found[0] if lr is None else replace(found[0], lr=lr)
-    training = cell.training if steps is None else {**cell.training, "steps": steps}
+    training = cell.training if steps is None else cell.training.model_copy(update={"steps": steps})
     return replace(cell, training=training, folder=out or Path("runs/train") / cell.key)
 
 
@@ -149,14 +153,13 @@ def frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"layer": "Int64", "excerpt": "Int64"})
 
 
-def engine_of(config: Table1) -> Engine:
-    """As many processes as configured, else one for each core, or one where the GPU computes; or Ray."""
+def map_items_of(config: Table1) -> MapItems:
+    """Processes of this machine, or Ray."""
     if config.engine == "ray":
         from lscollapse.runs import cluster
 
         return partial(cluster.map_items, address=config.address, num_gpus=config.gpus_per_item or 0)
-    default = 1 if device_of(config.device) == "cuda" else os.cpu_count() or 1
-    return partial(processes.map_items, workers=config.workers or default)
+    return partial(processes.map_items, workers=training_workers(config))
 
 
 def _images_record(config: Table1) -> dict[str, Any]:

@@ -10,51 +10,43 @@ attention and MLP have a LayerNorm each, not one for both, and the classifier is
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, FiniteFloat, model_validator
 from torch import Tensor, nn
 
+from lscollapse.core.config import Section, checked
 from lscollapse.models.nets.attention import Attention
 from lscollapse.models.nets.mamba import Mamba
 from lscollapse.models.nets.mamba2 import BareSSD, Mamba2
 
 LEARNABLE = "learnable"
-CHOICES = {
-    "mixer": ("attention", "linear", "mamba", "mamba2"),
-    "reads": ("tokens", "pixels"),
-    "output": ("each", "pooled"),
-    "norm": ("pre", "post"),
-    "shape": ("paper", "author_code"),
-}
+# The order of config.json, in which a mixer comes first and the settings that a section does not have lie between.
+ORDER = (
+    "model_type", "mixer", "hidden_size", "num_hidden_layers", "state_size", "heads", "head_dim", "expand", "vocab_size",
+    "n_labels", "reads", "output", "causal", "positions", "max_positions", "norm", "mlp", "mlp_ratio", "tied",
+    "embedding_std", "dropout", "lam", "lam_init", "shape",
+)  # fmt: skip
 
 
 class NetError(ValueError):
     """A net that cannot be built, or is asked for what it does not have."""
 
 
-@dataclass(frozen=True)
-class NetConfig:
-    """Shape of a net; the defaults are the paper's for MQAR (Appendix A.13).
+class NetSection(Section):
+    """What a configuration says of a net; the defaults are the paper's for MQAR (Appendix A.13).
 
     Attributes:
-        mixer: `attention` (softmax), `linear` (attention with elu + 1), `mamba` (S6) or `mamba2` (SSD).
         hidden_size: d, the channels of the stream.
         state_size: n, the state of a channel (`mamba`) or of a head (`mamba2`).
         heads: of the attention mixers.
         head_dim: channels of a head of `mamba2`.
         expand: channels inside a Mamba mixer, over d.
-        vocab_size: ids 0..vocab_size-1 that there are; of pixels the grey levels.
-        n_labels: classes of the output.
-        reads: `tokens`, through an embedding, or `pixels`, grey values through a linear map.
-        output: logits at `each` position, or once, of the `pooled` (mean) stream.
         causal: whether attention sees no later position; the Mamba mixers never do.
         positions: learned position embeddings; None stands for: with the attention mixers.
-        max_positions: longest sequence that has position embeddings.
         norm: LayerNorm `pre`: of what enters mixer and MLP, and of the last output; or `post`: of lam X + O and after
             the MLP.
         mlp: whether the block has an MLP, of mlp_ratio * d hidden channels.
@@ -62,66 +54,64 @@ class NetConfig:
         embedding_std: of the token and position embeddings at the start. O of an untrained mixer is of size 0.1 or so:
             it drowns embeddings of 0.02 (as GPT-2 has them), and the nets then learn to recall far later than from 1.
         dropout: of O and of the MLP's output.
-        lam: the fixed lambda of all layers, or `learnable`.
-        lam_init: where a learnable lambda starts.
         shape: `author_code`: as in the authors' public code, Mamba mixers are followed by GELU and a GLU, `mamba2` is a
             bare SSD (one head, expansion 1, no gate, convolution or norm), and attention has state_size channels of
             keys; `paper`: the published architectures.
     """
 
-    model_type: ClassVar[str] = "lambda_net"
-
-    mixer: str = "attention"
-    hidden_size: int = 128
-    num_hidden_layers: int = 2
-    state_size: int = 64
-    heads: int = 1
-    head_dim: int = 64
-    expand: int = 2
-    vocab_size: int = 8192
-    n_labels: int = 8192
-    reads: str = "tokens"
-    output: str = "each"
+    hidden_size: int = Field(default=128, ge=1)
+    num_hidden_layers: int = Field(default=2, ge=1)
+    state_size: int = Field(default=64, ge=1)
+    heads: int = Field(default=1, ge=1)
+    head_dim: int = Field(default=64, ge=1)
+    expand: int = Field(default=2, ge=1)
     causal: bool = True
     positions: bool | None = None
-    max_positions: int = 1024
-    norm: str = "pre"
+    norm: Literal["pre", "post"] = "pre"
     mlp: bool = True
-    mlp_ratio: float = 4.0
+    mlp_ratio: float = Field(default=4.0, gt=0)
     tied: bool = False
     embedding_std: float = 1.0
-    dropout: float = 0.0
-    lam: float | str = 1.0
-    lam_init: float = -1.0
-    shape: str = "paper"
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    shape: Literal["paper", "author_code"] = "paper"
 
-    def __post_init__(self) -> None:
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise NetError(f"{name} {getattr(self, name)!r} does not exist: choose one of {', '.join(allowed)}")
-        if isinstance(self.lam, str) and self.lam != LEARNABLE:
-            raise NetError(f"lam is {self.lam!r}: it must be a number or {LEARNABLE!r}")
-        for name in ("lam", "lam_init"):
-            value = getattr(self, name)
-            if value != LEARNABLE and not math.isfinite(value):
-                raise NetError(f"{name} is {value}: it must be a finite number")
-        if not 0.0 <= self.dropout < 1.0:
-            raise NetError(f"dropout is {self.dropout}: it must be at least 0 and below 1")
-        if self.mlp_ratio <= 0.0:
-            raise NetError(f"mlp_ratio is {self.mlp_ratio}: it must be above 0")
-        sizes = ("hidden_size", "num_hidden_layers", "state_size", "heads", "head_dim", "expand", "n_labels")
-        for name in (*sizes, "max_positions"):
-            if getattr(self, name) < 1:
-                raise NetError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if self.vocab_size < 2:
-            raise NetError(f"vocab_size is {self.vocab_size}: it must be at least 2")
+
+class NetConfig(NetSection):
+    """Shape of a net: a NetSection, and what follows from the task and the cell.
+
+    Attributes:
+        mixer: `attention` (softmax), `linear` (attention with elu + 1), `mamba` (S6) or `mamba2` (SSD).
+        vocab_size: ids 0..vocab_size-1 that there are; of pixels the grey levels.
+        n_labels: classes of the output.
+        reads: `tokens`, through an embedding, or `pixels`, grey values through a linear map.
+        output: logits at `each` position, or once, of the `pooled` (mean) stream.
+        max_positions: longest sequence that has position embeddings.
+        lam: the fixed lambda of all layers, or `learnable`.
+        lam_init: where a learnable lambda starts.
+    """
+
+    model_type: Literal["lambda_net"] = "lambda_net"
+    mixer: Literal["attention", "linear", "mamba", "mamba2"] = "attention"
+    vocab_size: int = Field(default=8192, ge=2)
+    n_labels: int = Field(default=8192, ge=1)
+    reads: Literal["tokens", "pixels"] = "tokens"
+    output: Literal["each", "pooled"] = "each"
+    max_positions: int = Field(default=1024, ge=1)
+    lam: FiniteFloat | Literal["learnable"] = 1.0
+    lam_init: FiniteFloat = -1.0
+
+    @model_validator(mode="after")
+    def _fits(self) -> NetConfig:
         inner = self.expand * self.hidden_size
         if self.mixer == "mamba2" and self.shape == "paper" and inner % self.head_dim:
-            raise NetError(f"{inner} inner channels cannot be cut into heads of {self.head_dim}: change head_dim")
+            raise ValueError(f"{inner} inner channels cannot be cut into heads of {self.head_dim}: change head_dim")
         if self.is_attention and (self.hidden_size % self.heads or self.keys % self.heads):
-            raise NetError(f"{self.hidden_size} channels and {self.keys} of keys do not divide into {self.heads} heads")
+            raise ValueError(
+                f"{self.hidden_size} channels and {self.keys} of keys do not divide into {self.heads} heads"
+            )
         if self.tied and (self.reads != "tokens" or self.n_labels != self.vocab_size):
-            raise NetError("tied needs tokens as input and as many classes as tokens: n_labels = vocab_size")
+            raise ValueError("tied needs tokens as input and as many classes as tokens: n_labels = vocab_size")
+        return self
 
     @property
     def is_attention(self) -> bool:
@@ -138,15 +128,11 @@ class NetConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> NetConfig:
-        """The config of a config.json; NetError names the keys that it does not know."""
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(values) - known - {"model_type"})
-        if unknown:
-            raise NetError(f"unknown {', '.join(unknown)}: known are {', '.join(sorted(known))}")
-        return cls(**{key: value for key, value in values.items() if key in known})
+        """The config of a config.json; NetError names what is wrong with it."""
+        return checked(cls, values, NetError)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"model_type": self.model_type, **asdict(self)}
+        return {name: getattr(self, name) for name in ORDER}
 
 
 def make_mixer(config: NetConfig) -> nn.Module:

@@ -12,19 +12,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
+
+from lscollapse.core.config import Section, checked
 
 STEP_RANGE = (1e-3, 1e-1)  # dt is drawn log-uniformly from it
 SSM_RATE = 1e-3  # highest learning rate of dt and A
 
 
-@dataclass(frozen=True)
-class S4DConfig:
+class S4DConfig(Section):
     """Shape of an S4D image classifier; the defaults are the paper's.
 
     Attributes:
@@ -32,45 +33,35 @@ class S4DConfig:
         state_size: N, twice the number of complex pairs of each channel.
         levels: integer values that one colour channel of a pixel can take.
         channels: colour channels of a pixel: 1 grey, 3 red, green and blue.
-        data: what it was trained on, as `tasks.images.load` names it.
+        data: what it was trained on, as `images.load` names it.
         lam: strength of the skip; 0 for a net without.
         layernorm: whether the blocks have their norm.
     """
 
-    model_type: ClassVar[str] = "s4d"
-
-    hidden_size: int = 128
-    state_size: int = 64
-    num_hidden_layers: int = 32
-    channels: int = 3
-    levels: int = 256
-    num_labels: int = 10
+    model_type: Literal["s4d"] = "s4d"
+    hidden_size: int = Field(default=128, ge=1)
+    state_size: int = Field(default=64, ge=2, multiple_of=2)
+    num_hidden_layers: int = Field(default=32, ge=1)
+    channels: int = Field(default=3, ge=1)
+    levels: int = Field(default=256, ge=2)
+    num_labels: int = Field(default=10, ge=1)
     dropout: float = 0.1
     data: str = "cifar10"
     lam: float = 1.0
     layernorm: bool = True
 
-    def __post_init__(self) -> None:
-        sizes = (self.hidden_size, self.state_size // 2, self.num_hidden_layers, self.channels, self.num_labels)
-        if min(sizes) < 1 or self.state_size % 2 or self.levels < 2:
-            raise ValueError(f"sizes must be positive, state_size even and levels at least 2, got {self}")
-
     @property
     def vocab_size(self) -> int:
         """Pixels there are: a pixel is one id, its channels the digits of the id in base `levels`, red first."""
-        return self.levels**self.channels
+        return int(self.levels**self.channels)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> S4DConfig:
-        """The config of a config.json; ValueError names the keys that it does not know."""
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(values) - known - {"model_type"})
-        if unknown:
-            raise ValueError(f"unknown {', '.join(unknown)}: known are {', '.join(sorted(known))}")
-        return cls(**{key: value for key, value in values.items() if key in known})
+        """The config of a config.json; ConfigError names what is wrong with it."""
+        return checked(cls, values)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"model_type": self.model_type, **asdict(self)}
+        return self.model_dump()
 
 
 class S4DMixer(nn.Module):
@@ -161,7 +152,7 @@ class S4D(nn.Module):
         return self.decoder(X.mean(1))
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """For `train.fit`, as the S4 authors train: dt and A at a rate of at most 1e-3 and without weight decay."""
+        """For `training.fit`, as the S4 authors train: dt and A at a rate of at most 1e-3 and without weight decay."""
         ssm = [p for name, p in self.named_parameters() if name.endswith(("log_dt", "log_A_real", "A_imag"))]
         held = set(map(id, ssm))
         rest = [p for p in self.parameters() if id(p) not in held]

@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lscollapse.cli.terminal import paper as console
+from lscollapse.cli.terminal.paper import arms_table, last_layer_table
+from lscollapse.cli.terminal.prepare import identity_table
 from lscollapse.instrument.identity import LayerDifference
 
 NAN = float("nan")
@@ -14,10 +15,10 @@ NAN = float("nan")
 
 def test_identity_is_not_known_where_values_are_missing(capsys: pytest.CaptureFixture[str]) -> None:
     same = [LayerDifference(layer, "hooks", 0.0, 0.0) for layer in range(5)]
-    assert console.identity_table(same)
+    assert identity_table(same)
     assert "identical within 1e-05" in capsys.readouterr().out
     gone = [d._replace(output=NAN, mu=NAN) if d.layer >= 3 else d for d in same]
-    assert not console.identity_table(gone)
+    assert not identity_table(gone)
     said = capsys.readouterr().out
     assert said.startswith("not known whether it is identical: from layer 3 of 4 on values are missing")
     assert "NOT identical" not in said
@@ -40,9 +41,9 @@ def test_no_mean_over_the_excerpts_that_are_left(
     lost: int, last: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    console.last_layer_table(rows(lost))
+    last_layer_table(rows(lost))
     assert capsys.readouterr().out.split()[-1] == last
-    console.arms_table(rows(lost))
+    arms_table(rows(lost))
     cells = capsys.readouterr().out.split("\n")[-3].split()
     ends = ["none"] if lost == 3 else ["layer", str(lost)]
     assert cells[-len(ends) - 1 :] == [last, *ends]

@@ -79,7 +79,7 @@ def measured(name: str, **settings: Any) -> pd.DataFrame:
     config = Experiment(
         models=[name], **{"lambdas": [1.0], "excerpts": 3, "tokens": 20, "source": "text.txt"} | settings
     )
-    return own_model.measure(config, Path(f"rows-{name}"))
+    return own_model.measure_own(config, Path(f"rows-{name}"))
 
 
 def test_a_decoder_in_its_own_tokens() -> None:

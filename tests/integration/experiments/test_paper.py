@@ -255,7 +255,7 @@ def bamba(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 RUNS: dict[str, Callable[[Experiment, Path], Any]] = {
-    "measure": own_model.measure,
+    "measure": own_model.measure_own,
     "sweep-lambda": experiments.sweep_lambda,
     "ablate-gating": experiments.ablate_gating,
     "all-readings": experiments.all_readings,

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from scipy.signal import cont2discrete
 
 import lscollapse
-from lscollapse.core.config import ConfigError, Experiment, S4DTraining, load
+from lscollapse.core.config import ConfigError, Experiment, S4DTraining, configure
 from lscollapse.data import images
 from lscollapse.experiments import paper as experiments
 from lscollapse.experiments import retrain
@@ -169,10 +169,17 @@ def test_state_space_parameters_train_slowly_and_without_decay() -> None:
     assert len(ssm["params"]) + len(rest["params"]) == len(list(net.parameters()))
 
 
-@pytest.mark.parametrize("bad", [{"state_size": 7}, {"num_hidden_layers": 0}, {"levels": 1}])
-def test_shapes_that_there_are_not(bad: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="sizes must be positive"):
-        S4DConfig(**bad)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"state_size": 7}, "state_size: input should be a multiple of 2, got 7"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers: input should be greater than or equal to 1, got 0"),
+        ({"levels": 1}, "levels: input should be greater than or equal to 2, got 1"),
+    ],
+)
+def test_shapes_that_there_are_not(bad: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        S4DConfig.from_dict(bad)
 
 
 # --- measured ---
@@ -218,7 +225,7 @@ def test_a_folder_is_a_checkpoint(tmp_path: Path) -> None:
     first, again, other = (checkpoint.load(folder, random_init=seed).model.layers[0].mixer.C for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
     (folder / "config.json").write_text(json.dumps({**LITTLE.to_dict(), "hidden": 3}))
-    with pytest.raises(CheckpointError, match="unknown hidden: known are"):
+    with pytest.raises(CheckpointError, match="unknown setting 'hidden', did you mean 'hidden_size'"):
         checkpoint.load(folder)
 
 
@@ -303,7 +310,7 @@ def test_the_script_trains(tmp_path: Path) -> None:
 
 
 def test_the_configuration_of_figure_4_is_the_papers_shape() -> None:
-    training = load(SCRIPT.parents[1] / "configs" / "training" / "figure4.yaml", None, None, S4DTraining)
+    training = configure(S4DTraining, SCRIPT.parents[1] / "configs" / "training" / "figure4.yaml")
     assert S4DConfig.from_dict({**training.model, "data": training.data}) == S4DConfig()
 
 

@@ -17,7 +17,7 @@ from scipy import stats
 from typer.testing import CliRunner
 
 from lscollapse.cli import train
-from lscollapse.core.config import ConfigError, load
+from lscollapse.core.config import ConfigError, configure
 from lscollapse.core.run_folder import RunFolderError
 from lscollapse.data import images, mqar
 from lscollapse.experiments.table1 import cell as cells
@@ -44,7 +44,7 @@ TINY = [
 
 
 def tiny(*settings: str) -> Table1:
-    return load(None, {"mqar": {"lrs": [1e-2]}}, [*TINY, *settings], Table1)
+    return configure(Table1, None, {"mqar": {"lrs": [1e-2]}}, [*TINY, *settings])
 
 
 # --- configuration ---
@@ -55,13 +55,13 @@ def test_the_shipped_configurations_start_on_a_tiny_fraction(name: str, tmp_path
     """Their own mixers, modes and recipes, with less data, narrower nets, two steps and one seed."""
     file = CONFIGS / f"{name}.yaml"
     settings = ["measured=2", "workers=1", "tensorboard=false", "seeds=[0]"]
-    for task, section in load(file, None, None, Table1).tasks.items():
+    for task, section in configure(Table1, file).tasks.items():
         settings += [f"{task}.per_mixer.{mixer}.training.steps=1" for mixer in section.per_mixer]
         settings += [f"{task}.net.{setting}" for setting in SMALL_NET]
         settings += [f"{task}.training.{setting}" for setting in ("steps=1", "batch=4")]
         settings += [f"{task}.data.{setting}" for setting in SMALL_MQAR if task == "mqar"]
         settings += [f"{task}.lrs=[1e-3]", f"{task}.data.source=digits"][: 1 + (task == "image")]
-    config = load(file, None, settings, Table1)
+    config = configure(Table1, file, settings=settings)
     assert all(len(recipe.lrs) == 1 for task in config.tasks.values() for recipe in task.per_mixer.values())
     rows = table1.run(config, tmp_path)
     arms = 4 * len(cells.modes(config)) * len(config.tasks)
@@ -70,7 +70,7 @@ def test_the_shipped_configurations_start_on_a_tiny_fraction(name: str, tmp_path
 
 
 def test_the_papers_configuration_is_appendix_a13() -> None:
-    config = load(CONFIGS / "paper.yaml", None, None, Table1)
+    config = configure(Table1, CONFIGS / "paper.yaml")
     assert config.mqar is not None and config.image is not None
     np.testing.assert_allclose(config.mqar.lrs, np.logspace(-4, -2, 4), rtol=1e-6)
     made = {(c.task, c.mixer, c.lam, c.lr): c for c in cells.cells(config, Path("x"))}
@@ -78,11 +78,8 @@ def test_the_papers_configuration_is_appendix_a13() -> None:
     shape = ("hidden_size", "num_hidden_layers", "state_size")
     mqar_cell = made["mqar", "attention", "1", config.mqar.lrs[0]]
     assert tuple(mqar_cell.net[name] for name in shape) == (128, 2, 64)
-    assert (mqar_cell.training["batch"], mqar_cell.training["epochs"], mqar_cell.training["weight_decay"]) == (
-        64,
-        64,
-        0.1,
-    )
+    training = mqar_cell.training
+    assert (training.batch, training.epochs, training.weight_decay) == (64, 64, 0.1)
     for mixer, lr, decay in (
         ("attention", 5e-4, 0.0),
         ("linear", 5e-4, 0.0),
@@ -91,7 +88,7 @@ def test_the_papers_configuration_is_appendix_a13() -> None:
     ):
         cell = made["image", mixer, "learnt from -1", lr]
         assert tuple(cell.net[name] for name in shape) == (256, 4, 64)
-        assert (cell.training["weight_decay"], cell.training["batch"], cell.net["lam_init"]) == (decay, 64, -1)
+        assert (cell.training.weight_decay, cell.training.batch, cell.net["lam_init"]) == (decay, 64, -1)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +101,10 @@ def test_the_papers_configuration_is_appendix_a13() -> None:
         ("mqar.data.pears=4", "unknown setting 'mqar.data.pears', did you mean 'pairs'"),
         ("mqar.lrs=[0]", "mqar.lrs: learning rates must be positive"),
         ("mqar=null", "no task: give a section mqar or image"),
+        ("mqar.net.hidden_size=0", "mqar.net.hidden_size: .*greater than or equal to 1, got 0"),
+        ("mqar.net.shape=square", "mqar.net.shape: .*'paper' or 'author_code', got 'square'"),
+        ("mqar.data.pairs=9", "mqar.data: 9 pairs do not fit into 12 tokens"),
+        ("lams=[learned]", "lams.0: input should be a valid number or 'learnable', got 'learned'"),
         ("mixers=[mambo]", "mixers.0: .*'mamba' or 'mamba2'"),
     ],
 )
@@ -134,7 +135,7 @@ def test_the_best_rate_on_validation_reads_the_test_set_and_no_other(grid: tuple
     validation = rows[rows["measure"] == "validation_accuracy"]
     assert len(validation) == 2 * 2 * 2 * 2
     tested = rows[rows["measure"] == "test_accuracy"]
-    test = mqar.load(mqar.MqarConfig(12, 2, 16), "test", 12, 0)
+    test = mqar.load(mqar.MqarConfig(seq_len=12, pairs=2, vocab_size=16), "test", 12, 0)
     for mixer in ("linear", "mamba2"):
         for lam in ("1", "learnt from -1"):
             own = validation[(validation["mixer"] == mixer) & (validation["lam"] == lam)]
@@ -158,7 +159,7 @@ def accuracy_of(folder: Path, test: mqar.Recall) -> float:
 def test_the_seed_alone_decides_where_a_net_starts(grid: tuple[Table1, Path, pd.DataFrame]) -> None:
     config, folder, _ = grid
     made = {(c.lam, c.seed): c for c in cells.cells(config, folder) if c.mixer == "mamba2" and c.lr == 1e-3}
-    nets = {key: cells.make_net(cell, cells.task_of(cell)) for key, cell in made.items()}
+    nets = {key: cells.make_net(cell, cells.drawn_task(cell.data)) for key, cell in made.items()}
     a, b, c = (nets[key].state_dict() for key in (("1", 0), ("learnt from -1", 0), ("1", 1)))
     assert all(torch.equal(a[name], b[name]) for name in a) and not torch.equal(
         a["decoder.weight"], c["decoder.weight"]
@@ -177,7 +178,7 @@ def test_layers_are_measured_before_and_after_training(grid: tuple[Table1, Path,
     assert (lams["learnt from -1", "after"] != -1).all()
     net = Net(NetConfig.from_dict(json.loads((folder / "cells" / key / "config.json").read_text())))
     net.load_state_dict(saved)
-    ids = mqar.load(mqar.MqarConfig(12, 2, 16), "validation", 10, 0).ids[:2]
+    ids = mqar.load(mqar.MqarConfig(seq_len=12, pairs=2, vocab_size=16), "validation", 10, 0).ids[:2]
     Y = net.layers[0](net.embed(torch.from_numpy(ids.astype(np.int64)))).detach().double().numpy()
     expected = [np.linalg.norm(y - y.mean(0)) / np.linalg.norm(y) for y in Y]
     mu = own[(own["measure"] == "relative_mu") & (own["lam"] == "learnt from -1") & (own["layer"] == 1)]
@@ -229,8 +230,8 @@ def test_ray_gives_the_same_rows(grid: tuple[Table1, Path, pd.DataFrame], tmp_pa
 
 
 def test_a_rate_that_diverged_is_not_chosen(tmp_path: Path) -> None:
-    config = tiny("mixers=[linear]", "lams=[1]", "seeds=[0]", "mqar.lrs=[1e-3, 1e30]", "mqar.training.steps=3")
-    config.mqar.training.clip = 1e30  # type: ignore[union-attr]
+    limits = ("mqar.lrs=[1e-3, 1e30]", "mqar.training.steps=3", "mqar.training.clip=1e30")
+    config = tiny("mixers=[linear]", "lams=[1]", "seeds=[0]", *limits)
     rows = table1.run(config, tmp_path / "run")
     states = rows[rows["measure"] == "validation_accuracy"].set_index("lr")["status"]
     assert states.to_dict() == {1e-3: "ok", 1e30: "nan"}

@@ -207,7 +207,7 @@ def test_no_cluster_is_one_line(settings: dict[str, Any], tmp_path: Path, monkey
 )
 def test_settings_that_do_not_fit(given: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        config.load(settings=given)
+        config.configure(config.Experiment, settings=given)
 
 
 def test_other_weights_than_those_of_the_run_are_refused(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_cells_of_table_1(address: str, connected: None, tmp_path: Path) -> None
     small += ["mqar.training.steps=2", "mqar.training.batch=8", "mqar.lrs=[0.01]", "measured=2", "tensorboard=false"]
     small += ["mixers=[mamba2]", "lams=[1.0]", "seeds=[0, 1]", "device=cpu"]
     for name, more in (("one", ["workers=1"]), ("ray", ["engine=ray", f"address={address}"])):
-        table1.run(config.load(None, None, [*small, *more], table1_config.Table1), tmp_path / name)
+        table1.run(config.configure(table1_config.Table1, settings=[*small, *more]), tmp_path / name)
     assert_same_table(tmp_path / "ray", tmp_path / "one")
 
 

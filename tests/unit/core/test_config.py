@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
 
 from lscollapse.core import registry
-from lscollapse.core.config import ConfigError, load, parse_lambdas
+from lscollapse.core.config import ConfigError, Experiment, configure, parse_lambdas
 from tests import ROOT
 
 CONFIGS = ROOT / "configs"
+load = partial(configure, Experiment)
 
 
 def test_defaults() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare, kstest
 
+from lscollapse.core.config import ConfigError, checked
 from lscollapse.data import mqar
 from lscollapse.data.mqar import MqarConfig, TaskError
 
@@ -113,13 +114,13 @@ def test_more_sequences_only_add() -> None:
         ({"pairs": 0}, "0 pairs do not fit"),
         ({"vocab_size": 129}, "129 has 63 keys, 64 pairs need as many: vocab_size must be at least 130"),
         ({"vocab_size": 0}, "0 has 0 keys"),
-        ({"power_a": 0.0}, "power_a must be over 0"),
-        ({"power_a": float("nan")}, "power_a must be over 0"),
+        ({"power_a": 0.0}, "power_a: input should be greater than 0, got 0"),
+        ({"power_a": float("nan")}, "power_a: .*got nan"),
     ],
 )
 def test_impossible_sizes_are_one_line(values: dict[str, float], message: str) -> None:
-    with pytest.raises(TaskError, match=message) as caught:
-        MqarConfig(**values)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=message) as caught:
+        checked(MqarConfig, values)
     assert "\n" not in str(caught.value)
 
 

@@ -48,7 +48,7 @@ KINDS: dict[str, tuple[str, str, Callable[[Path, MediaWikiServer], Any], Any]] =
                lambda file, _: (corpus.load(str(file), 1, 3).excerpts[0].ids,
                                 own_model.reads_own_tokens(Experiment(source=str(file)))), ((3, 4, 5), False)),
     "lambdas": ("a.csv", "layer,lam,é\n1,0.5,\n2,-2,\n", lambda file, _: experiments.read_lambdas(file, 2), (0.5, -2.0)),
-    "configuration": ("a.yaml", "models: [é]\n", lambda file, _: config.load(file).models, ["é"]),
+    "configuration": ("a.yaml", "models: [é]\n", lambda file, _: config.configure(Experiment, file).models, ["é"]),
 }  # fmt: skip
 
 

@@ -406,9 +406,9 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: Any, **options: Any)
 
 def test_all_formats_say_the_same(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     expected = claims_runs.table(runs[1:2]).to_dict("records")
-    assert json.loads(printed(capsys, runs[1:2], form=cli_look.Format.json)) == expected
-    assert list(csv.DictReader(io.StringIO(printed(capsys, runs[1:2], form=cli_look.Format.csv)))) == expected
-    lines = printed(capsys, runs[1:2], form=cli_look.Format.markdown).splitlines()
+    assert json.loads(printed(capsys, runs[1:2], form="json")) == expected
+    assert list(csv.DictReader(io.StringIO(printed(capsys, runs[1:2], form="csv")))) == expected
+    lines = printed(capsys, runs[1:2], form="markdown").splitlines()
     assert len(lines) == len(expected) + 2
     assert all(re.split(r"(?<!\\)\|", line)[1:3] for line in lines)
     text = printed(capsys, runs[1:2])
@@ -418,7 +418,7 @@ def test_all_formats_say_the_same(runs: list[Path], capsys: pytest.CaptureFixtur
 
 def test_the_list_of_sentences_is_the_documented_one(capsys: pytest.CaptureFixture[str]) -> None:
     documented = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
-    assert printed(capsys, form=cli_look.Format.markdown) in documented
+    assert printed(capsys, form="markdown") in documented
     text = printed(capsys)
     assert all(sentence in text and threshold in text for sentence, threshold in claims_runs.catalogue().values())
 

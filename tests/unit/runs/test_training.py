@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +130,7 @@ def test_every_epoch_sees_each_example_once_in_another_order() -> None:
     for seen in epochs:
         assert len(set(seen.tolist())) == 12 and set(seen.tolist()) <= set(range(14))
     assert not np.array_equal(epochs[0], epochs[1])
-    assert not np.array_equal(rows_of(0, 14, settings), rows_of(0, 14, replace(settings, seed=6)))
+    assert not np.array_equal(rows_of(0, 14, settings), rows_of(0, 14, settings.model_copy(update={"seed": 6})))
 
 
 def test_losses_are_their_formulas() -> None:
@@ -241,7 +240,7 @@ def test_a_killed_process_continues_to_the_same_bits(tmp_path: Path) -> None:
     again = fit(dropped(), data(), PARTS, tmp_path / "parts")
     assert (again.steps, again.accuracy) == (13, outcome.accuracy)
     with pytest.raises(TrainingError, match=r"settings\.lr: 0\.005, now 0\.1"):
-        fit(dropped(), data(), replace(PARTS, lr=0.1), tmp_path / "parts")
+        fit(dropped(), data(), PARTS.model_copy(update={"lr": 0.1}), tmp_path / "parts")
     with pytest.raises(TrainingError, match=r"net\.hidden_size"):
         fit(little(hidden_size=16), data(), PARTS, tmp_path / "parts")
     shown = lambdas_on_tensorboard(tmp_path / "parts")

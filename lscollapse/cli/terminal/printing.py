@@ -1,0 +1,32 @@
+"""What all that is printed shares: a console for sentences, a plain table, and how a lambda and a model are written."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+
+def plain_console() -> Console:
+    """Prints sentences as they are: lines are not cut, numbers not coloured."""
+    return Console(soft_wrap=True, highlight=False)
+
+
+def plain_table(title: str | None, *headings: str, left: Collection[str] = (), right: Collection[str] = ()) -> Table:
+    """A table without lines; the headings named in `right`, or all but those in `left`, stand above numbers."""
+    table = Table(title=title, box=box.SIMPLE, title_justify="left")
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading in right or (left and heading not in left) else "left")
+    return table
+
+
+def lambda_word(lam: float) -> str:
+    """NaN stands for lambdas that differ from layer to layer."""
+    return "per layer" if lam != lam else f"{lam:g}"
+
+
+def model_word(model: str, init: str) -> str:
+    """A model with random weights says so."""
+    return f"{model} (random)" if init == "random" else model
