@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .arrays import Array, TheoryError, angle, require_unit_rows
+from lscollapse.theory.arrays import Array, TheoryError, angle, require_unit_rows
 
 
 def _check_m(m: float, name: str) -> None:

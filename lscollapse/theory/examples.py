@@ -16,10 +16,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .arrays import Array, TheoryError
-from .layers import layer, selective_matrix
+from lscollapse.theory.arrays import Array, TheoryError
+from lscollapse.theory.layers import layer, selective_matrix
 
-System = Literal["sys1", "sys2"]
 PAPER_THRESHOLD = {"sys1": -2.0, "sys2": -1.5}
 TRUE_THRESHOLD = -1.0
 
@@ -119,7 +118,7 @@ class ExamplesTable(NamedTuple):
         ]
 
 
-def table(system: System, lambdas: ArrayLike | None = None, K: int = 40) -> ExamplesTable:
+def table(system: Literal["sys1", "sys2"], lambdas: ArrayLike | None = None, K: int = 40) -> ExamplesTable:
     """mu and rank1_residual of one system over lambda (default -4 to 2 in steps of 0.02) and depth 0..K, exact."""
     if system not in PAPER_THRESHOLD:
         raise TheoryError(f"system = {system!r}: choose 'sys1' or 'sys2'")

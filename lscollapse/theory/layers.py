@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .arrays import Array, TheoryError, matrix, square, unit_rows
+from lscollapse.theory.arrays import Array, TheoryError, matrix, square, unit_rows
 
 Form = Literal["eq3", "eq6"]
 
@@ -39,7 +39,8 @@ def layer(
 def softmax(logits: Array) -> Array:
     """Row-wise softmax; -inf entries get weight zero."""
     weights = np.exp(logits - logits.max(1, keepdims=True))
-    return weights / weights.sum(1, keepdims=True)
+    shares: Array = weights / weights.sum(1, keepdims=True)
+    return shares
 
 
 def attention_matrix(Y: ArrayLike, W_QK: ArrayLike, d_qk: int, causal: bool = False) -> Array:

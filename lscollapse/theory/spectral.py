@@ -8,13 +8,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .arrays import Array, TheoryError, square
+from lscollapse.theory.arrays import Array, TheoryError, square
 
 
 def T(M: ArrayLike, lam: float) -> Array:
     """The linearisation at consensus, (N, N); rows sum to 1. TheoryError where a row of M + lam I sums to zero."""
     M = square(M)
-    sums = M.sum(1) + lam
+    sums: Array = M.sum(1) + lam
     if not sums.all():
         raise TheoryError(f"lam = {lam}: row {int(np.argmin(np.abs(sums)))} of M + lam I sums to zero")
     return (M + lam * np.eye(len(M))) / sums[:, None]
