@@ -34,7 +34,7 @@ def _subject(model: str, settings: list[str] | None, bar: Any, **flags: Any) -> 
     from lscollapse.core import config
     from lscollapse.experiments.bounds import find_lambda
 
-    return find_lambda.load(config.load(None, {"models": [model], **flags}, settings), bar)
+    return find_lambda.load_with_grid(config.load(None, {"models": [model], **flags}, settings), bar)
 
 
 def _write(folder: Path, texts: dict[str, str]) -> None:
