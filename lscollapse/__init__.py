@@ -4,7 +4,7 @@ Glossary, paper -> code:
 
     X^(k), Y^(k)   X, Y            input and output of block k, (N, d)
     O^(k)          O               output of the mixer: what is added to the skip
-    lambda         lam             strength of the skip, lam*X + O           variants.Variant
+    lambda         lam             strength of the skip, lam*X + O           surgery.Variant
     mu, Eq. (5)    mu              ||Y - mean row||_F                         measures.mu
     mu / ||Y||_F   relative_mu     what the paper's figures plot, in [0, 1]   measures.relative_mu
     -              rank1_residual  distance to the nearest rank-1 matrix      measures.rank1_residual

@@ -102,12 +102,12 @@ def _norms(adapter: Adapter, stream: Stream, head: Head | Scores, targets: Targe
     g, power = _from_head(adapter, stream, head, targets), np.zeros(len(lost))
     for layer in reversed(range(-1, adapter.n_layers)):
         g = torch.where(lost[:, None, None], 0.0, g)
-        shift = torch.frexp(g.abs().amax((1, 2))).exponent
-        g = torch.ldexp(g.double(), -shift[:, None, None]).float()
+        shift = torch.frexp(g.abs().amax((1, 2))).exponent  # (B, N, d) -> (B,)
+        g = torch.ldexp(g.double(), -shift[:, None, None]).float()  # a power of two rounds nothing
         power += shift.cpu().numpy()
         with np.errstate(divide="ignore"):
             size = np.log2(torch.linalg.vector_norm(g.double(), dim=(1, 2)).cpu().numpy())
-        yield size + power - states[layer + 1].exponent
+        yield size + power - states[layer + 1].exponent  # by X = 2^exponent times the X that is carried
         if layer >= 0:
             g = _pulled_back(adapter, stream, layer, states[layer], g)
 
@@ -119,7 +119,7 @@ def _from_head(adapter: Adapter, stream: Stream, head: Head | Scores, targets: T
         Y = last_X(adapter, stream)
         pulls = []
         for b, y in enumerate(Y):
-            end = y.detach()[None].requires_grad_()
+            end = y.detach()[None].requires_grad_()  # (1, N, d)
             one = Targets(targets.inputs[b : b + 1], targets.at[b : b + 1], targets.labels[b : b + 1])
             pulls += torch.autograd.grad(losses(head, end, one), end)
         return torch.autograd.grad(Y, X, torch.cat(pulls))[0]

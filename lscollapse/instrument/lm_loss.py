@@ -70,7 +70,7 @@ def lm_loss(
 
     Args:
         model: a transformers model with a language-model head, in eval mode, or its Adapter.
-        ids, variants, dtype: as for `forward.measure`.
+        ids, variants, dtype: as for `measure`.
         mask_token: id that hides a token; needed for encoders.
         seed, first: choose the hidden tokens, of excerpts `first`, `first` + 1, ...
         streams: of a decoder, what `measure` ended with for these ids and variants; computed where not given.
@@ -150,7 +150,7 @@ def last_X(adapter: Adapter, stream: Stream) -> Tensor:
     X = torch.where(lost[:, None, None], 0.0, X)
     if not adapter.pre_norm:
         return X
-    largest = torch.frexp(X.abs().amax((1, 2))).exponent.cpu().numpy()
+    largest = torch.frexp(X.abs().amax((1, 2))).exponent.cpu().numpy()  # (B, N, d) -> (B,)
     scale = stream.sign * np.exp2(np.minimum(stream.power, HIGH - largest))
     return X * torch.as_tensor(scale, dtype=X.dtype, device=X.device)[:, None, None]
 

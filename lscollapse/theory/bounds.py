@@ -39,7 +39,7 @@ def _contraction(overlaps: ArrayLike, phi0: float, N: int) -> Array:
         raise TheoryError(f"phi0 = {phi0}: these bounds need a smallest inner product of tokens in [0, 1]")
     with np.errstate(divide="ignore"):
         logs = np.concatenate(([0.0], np.cumsum(np.log1p(-np.asarray(overlaps, dtype=np.float64)))))
-    return np.sqrt(N * (1.0 - phi0) * np.exp(logs))
+    return np.sqrt(N * (1.0 - phi0) * np.exp(logs))  # mu^2 <= N (1 - phi), and 1 - phi falls by 1 - p a layer
 
 
 def layernorm(Ms: ArrayLike, phi0: float, lam: float = 0.0) -> Array:
@@ -121,7 +121,7 @@ def _tripled(log_factor: float, log_start: float, K: int) -> float:
     """log of factor^((3^K - 1)/2) * start^(3^K): the solution of x' = factor x^3."""
     if K == 0 or log_start == -np.inf or log_factor == -np.inf:
         return log_start if K == 0 else -np.inf
-    exponent = log_factor / 2 + log_start
+    exponent = log_factor / 2 + log_start  # of 3^K
     with np.errstate(over="ignore"):
         return float((np.exp(K * np.log(3.0)) * exponent if exponent else 0.0) - log_factor / 2)
 
@@ -167,7 +167,7 @@ def lti(Ws: ArrayLike, norm0: float) -> LtiBounds:
         size = float(np.abs(product).max())
         if size == 0.0:
             break
-        product, log_scale = product / size, log_scale + np.log(size)
+        product, log_scale = product / size, log_scale + np.log(size)  # rescaled, so that no depth leaves float64
     sharp = _log(spectral_norm(product - product.mean(0))) + log_scale
     spectral = sum(_log(spectral_norm(W)) for W in Ws)
     frobenius = sum(_log(float(np.linalg.norm(W))) for W in Ws)

@@ -86,7 +86,7 @@ def s4d(kernel: ArrayLike, D: ArrayLike | None = None) -> ToeplitzGain:
     if D is not None:
         K[:, 0] += np.asarray(D, dtype=np.float64)
     N = K.shape[1]
-    frobenius = np.sqrt(K**2 @ np.arange(N, 0, -1))
+    frobenius = np.sqrt(K**2 @ np.arange(N, 0, -1))  # kernel_s fills a diagonal of N - s entries
     return ToeplitzGain(frobenius, np.abs(np.fft.rfft(K, 2 * N)).max(1), float(frobenius.max()))
 
 

@@ -49,13 +49,11 @@ def critical_lambda(
 
     def velocity(Z: Array) -> Array:
         out = mixer(Z)
-        along: Array = sign * (
-            out - np.einsum("id,id->i", Z, out)[:, None] * Z
-        )  # the part along a row is lost in its norm
+        along: Array = sign * (out - np.einsum("id,id->i", Z, out)[:, None] * Z)  # along a row only its norm moves
         return along
 
     for n in range(int(np.ceil(tau_max / step))):
-        Y = unit_rows(Y + step * velocity(unit_rows(Y + step / 2 * velocity(Y))))
+        Y = unit_rows(Y + step * velocity(unit_rows(Y + step / 2 * velocity(Y))))  # midpoint rule
         after = relative_mu(Y)
         if after < m_target:
             tau = step * (n + (before - m_target) / (before - after))

@@ -28,12 +28,12 @@ def layer(
     M = square(M, "M", len(Y))
     C_V = np.eye(Y.shape[1]) if C_V is None else square(C_V, "C_V", Y.shape[1])
     if form == "eq3":
-        Z = lam * Y + M @ Y @ C_V
+        Z = lam * Y + M @ Y @ C_V  # eq. (3)
     elif form == "eq6":
-        Z = (lam * Y + M @ Y) @ C_V
+        Z = (lam * Y + M @ Y) @ C_V  # eq. (6)
     else:
         raise TheoryError(f"form = {form!r}: choose 'eq3' or 'eq6'")
-    return unit_rows(Z) if layernorm else Z
+    return unit_rows(Z) if layernorm else Z  # eq. (4)
 
 
 def softmax(logits: Array) -> Array:

@@ -23,7 +23,7 @@ def T(M: ArrayLike, lam: float) -> Array:
 def rho2(M: ArrayLike, lam: float) -> float:
     """Modulus of the second eigenvalue of T(lam): the factor per layer by which deviations from consensus shrink."""
     nu = np.linalg.eigvals(T(M, lam))
-    return float(np.abs(np.delete(nu, np.argmin(np.abs(nu - 1.0)))).max(initial=0.0))
+    return float(np.abs(np.delete(nu, np.argmin(np.abs(nu - 1.0)))).max(initial=0.0))  # nu = 1 is the consensus itself
 
 
 def attracting(M: ArrayLike, lam: float) -> bool:

@@ -35,14 +35,10 @@ def _definition() -> tuple[str, str]:
     return "definition", f"mean row (formula): mu = {mu(Y):.6f}; mean of columns (text): {columns:.6f}"
 
 
-def _draw_tokens(rng: Rng) -> Instance:
-    return {"Y": tokens(rng, *shape(rng))}
-
-
 def _definition_margin(Y: Array) -> float:
     Y = unit_rows(Y)
     N, m = len(Y), relative_mu(Y)
-    pairs = np.sqrt(((Y[:, None] - Y[None]) ** 2).sum() / (2 * N))
+    pairs = np.sqrt(((Y[:, None] - Y[None]) ** 2).sum() / (2 * N))  # mu by the distances of all pairs of rows
     means = 1 - N * (Y.mean(0) ** 2).sum() / (Y**2).sum()
     return min(equal(mu(Y), float(pairs)), equal(m**2, float(means)), m - rank1_residual(Y))
 
@@ -256,7 +252,10 @@ def _deep_statement(name: str, printed: Printed, correction: str, sign: int, var
 
 
 STATEMENTS = (
-    Statement("Eq. 5, definition of mu", _definition, "identities of mu, r1 <= m", _draw_tokens, _definition_margin),
+    Statement(
+        "Eq. 5, definition of mu", _definition, "identities of mu, r1 <= m",
+        lambda rng: {"Y": tokens(rng, *shape(rng))}, _definition_margin,
+    ),
     Statement("Eq. 6 equals eq. 3", _eq6, "equal for C_V = I, and for lam = 0", _draw_layer, _eq6_margin),
     Statement(
         "Theorem 4.1, proof, LayerNorm step", _step_a, "repaired one-step inequality", _draw_one_step, _one_step_margin

@@ -97,7 +97,7 @@ def lambda_required(
     B = C_M * (a * S**2 + _factor(variant, c, S) * _growth(a, K) / m0_squared)
     if q <= 0.0 or not np.isfinite(B):
         return float("inf")
-    return float((B + np.hypot(B, np.sqrt(q * a) * S * C_M)) / q)
+    return float((B + np.hypot(B, np.sqrt(q * a) * S * C_M)) / q)  # q lam^2 - 2 B lam - a S^2 C_M^2 = 0: mu(Y0)^2 = b
 
 
 def k_max(

@@ -139,14 +139,13 @@ def _prenorm(subject: Subject, target: float) -> list[Line]:
         Line("pre-norm certificate, weights only, every depth", 0, ever, "layers after these bounded by the largest G"),
     ]
 
-    def later_turns(run: Pass) -> Array:
-        return np.array([certificates.prenorm_turn_infinite(run.lam, largest, r) for r in run.final_norm])
+    def keeps_ever(run: Pass) -> Array:
+        beyond = [certificates.prenorm_turn_infinite(run.lam, largest, r) for r in run.final_norm]
+        return _keeps(run, run.frobenius, np.array(beyond))
 
     name = "pre-norm certificate, measured gains"
     lines += _certified(subject, target, f"{name}, this depth", lambda run: _keeps(run, run.frobenius))
-    return lines + _certified(
-        subject, target, f"{name}, every depth", lambda run: _keeps(run, run.frobenius, later_turns(run))
-    )
+    return lines + _certified(subject, target, f"{name}, every depth", keeps_ever)
 
 
 def _keeps(run: Pass, gains: Array, beyond: Array | float = 0.0) -> Array:

@@ -93,10 +93,10 @@ def normalised(X: Tensor) -> Tensor:
 def _gains(X: Tensor, O: Tensor, exponent: np.ndarray, centre: bool) -> tuple[Array, Array]:
     """(max_i ||O_i|| / ||X_i||, ||O||_F / ||X||_F) of every excerpt, (B,) each."""
     X, O = X.double(), O.double()
-    frobenius = torch.linalg.vector_norm(O, dim=(1, 2)) / torch.linalg.vector_norm(X, dim=(1, 2))
+    frobenius = torch.linalg.vector_norm(O, dim=(1, 2)) / torch.linalg.vector_norm(X, dim=(1, 2))  # (B, N, d) -> (B,)
     if centre:
         X, O = X - X.mean(-1, keepdim=True), O - O.mean(-1, keepdim=True)
-    row = (torch.linalg.vector_norm(O, dim=-1) / torch.linalg.vector_norm(X, dim=-1)).amax(-1)
+    row = (torch.linalg.vector_norm(O, dim=-1) / torch.linalg.vector_norm(X, dim=-1)).amax(-1)  # (B, N) -> (B,)
     return np.ldexp(row.numpy(force=True), -exponent), np.ldexp(frobenius.numpy(force=True), -exponent)
 
 
@@ -135,10 +135,7 @@ def head_rows(subject: Subject) -> Iterator[dict[str, Any]]:
 
 
 def mixing_matrices(adapter: Adapter, layer: int, X: Tensor) -> tuple[Array, Array | None]:
-    """The mixing matrices (B, h, N, N) of block `layer` for its input X (B, N, d), in float64.
-
-    Beside them S of each head's C_V (h,), None where there is no C_V.
-    """
+    """Ms (B, h, N, N) of block `layer` for its input X (B, N, d), in float64, and S (h,) of each head's C_V, or None."""
     with torch.no_grad():
         if isinstance(adapter, Mamba2Adapter):
             return _mamba2_mixing(adapter, layer, X.double())
@@ -169,7 +166,7 @@ def _attention_mixing(adapter: Adapter, layer: int, X: Tensor) -> tuple[Array, A
     out = block.output.dense if own is not block else block.dense
     X = X.to(own.query.weight.dtype)
     q, k = (part(X).unflatten(-1, (heads, -1)).transpose(1, 2).double() for part in (own.query, own.key))
-    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B, h, N, N)
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B, h, N, e) -> (B, h, N, N)
     if isinstance(adapter, BertAdapter) and adapter.causal:
         scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
     Ms = torch.softmax(scores, dim=-1)

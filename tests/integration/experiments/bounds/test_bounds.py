@@ -42,6 +42,13 @@ def test_attention_matrices_are_those_transformers_returns() -> None:
         np.testing.assert_allclose(S, expected, rtol=1e-6)
 
 
+def test_C_M_of_a_head_is_its_largest_norm_over_the_excerpts(tmp_path: Path) -> None:
+    subject = subject_of(made("bert"), tmp_path)
+    Ms, _ = gains.mixing_matrices(subject.adapter, 0, subject.adapter.embed(torch.tensor(IDS)))
+    found = [row["C_M"] for row in gains.head_rows(subject) if row["layer"] == 1]
+    assert found == pytest.approx(np.sqrt((Ms**2).sum((2, 3))).max(0), rel=1e-6)
+
+
 @pytest.mark.parametrize("n_groups", [1, 2])
 def test_mamba2_matrices_reproduce_the_recurrence(n_groups: int) -> None:
     model = tiny.mamba2(n_groups)
