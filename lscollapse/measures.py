@@ -29,7 +29,6 @@ STATUSES = ("ok", "below_floor", "overflow", "nan")
 # Measures that a finite precision cannot tell from zero below its floor.
 VANISHING = ("mu", "relative_mu", "rank1_residual", "dong_residual")
 
-
 # Powers of two up to this, and one over them, are normal float64 numbers.
 LARGEST_POWER = 1022
 # Rows shorter than this, relative to the largest entry, get a scale of their own before they are squared.
@@ -45,8 +44,8 @@ class Scaled(NamedTuple):
 
 
 def _scaled(Y: Tensor) -> Scaled:
-    largest = Y.abs().amax(-1).to(torch.float64)
-    whole = largest.amax(-1)  # NaN where an entry is NaN
+    largest = Y.abs().amax(-1).to(torch.float64)  # (..., N, d) -> (..., N)
+    whole = largest.amax(-1)  # (..., N) -> (...), NaN where an entry is NaN
     power = _exponent(whole)
     unit = _times_two_to(Y, -power[..., None, None])
     finite = torch.isfinite(whole)
@@ -67,7 +66,8 @@ def _times_two_to(Y: Tensor, power: Tensor) -> Tensor:
 
 
 def _norm(Z: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(Z, dim=(-2, -1))
+    norm: Tensor = torch.linalg.vector_norm(Z, dim=(-2, -1))
+    return norm
 
 
 def _centred(unit: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ def dong_residual(Y: Tensor) -> Tensor:
 
 def _norm_1_inf(A: Tensor) -> Tensor:
     size = A.abs()
-    return (size.sum(-2).amax(-1) * size.sum(-1).amax(-1)).sqrt()
+    return (size.sum(-2).amax(-1) * size.sum(-1).amax(-1)).sqrt()  # largest column sum, largest row sum
 
 
 def _deflated(unit: Tensor) -> Tensor:
@@ -140,13 +140,13 @@ def _deflated(unit: Tensor) -> Tensor:
     """
     if unit.shape[-2] > unit.shape[-1]:
         return _deflated(unit.mT).mT
-    Z = unit.reshape(-1, *unit.shape[-2:])
+    Z = unit.reshape(-1, *unit.shape[-2:])  # (..., n, m) -> (B, n, m), n <= m
     finite = Z if Z.isfinite().all() else torch.nan_to_num(Z)
-    u = _leading_eigenvector(finite @ finite.mT)[..., None]
-    w = u.mT @ Z
+    u = _leading_eigenvector(finite @ finite.mT)[..., None]  # (B, n, 1)
+    w = u.mT @ Z  # (B, 1, m)
     R = torch.baddbmm(Z, u, w, alpha=-1)
-    e = R @ w.mT / w.square().sum(-1, keepdim=True)
-    rest = u.mT @ R - (u.mT @ e) * w
+    e = R @ w.mT / w.square().sum(-1, keepdim=True)  # (B, n, 1)
+    rest = u.mT @ R - (u.mT @ e) * w  # (B, 1, m)
     return torch.baddbmm(R, torch.cat([e, u], -1), torch.cat([w, rest], -2), alpha=-1).reshape(unit.shape)
 
 
@@ -178,7 +178,7 @@ def _mean_cosine(Y: Tensor, scaled: Scaled) -> Tensor:
     unit, n = scaled.unit, Y.shape[-2]
     if (scaled.largest < scaled.scale[..., None] * SHORT).any():
         unit = _times_two_to(Y, -_exponent(scaled.largest)[..., None])
-    lengths = torch.linalg.vector_norm(unit, dim=-1)
+    lengths = torch.linalg.vector_norm(unit, dim=-1)  # (..., N, d) -> (..., N)
     total = (lengths.reciprocal()[..., None, :] @ unit).square().sum((-2, -1))
     return _divide(total - n, torch.full_like(total, float(n * (n - 1)))).clamp(max=1.0)
 

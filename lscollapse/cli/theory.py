@@ -71,7 +71,7 @@ def bound(
     from lscollapse.reports.figures.theory import bounds_figure
 
     bar = Bar()
-    report = bounds.report(find_lambda.load(experiment, bar), target, a, tol, bar)
+    report = bounds.report(find_lambda.load_with_grid(experiment, bar), target, a, tol, bar)
     bounds_table(report)
     folder = out or Path("runs/theory-bound")
     lines = [
@@ -113,7 +113,7 @@ def find_lambda(
     from lscollapse.experiments.bounds import find_lambda
 
     bar = Bar()
-    found = find_lambda.find(find_lambda.load(experiment, bar), target, tol, estimate_only, bar)
+    found = find_lambda.find(find_lambda.load_with_grid(experiment, bar), target, tol, estimate_only, bar)
     found_table(found)
     if out is not None and found.points:
         _write(out, {"curve.csv": _csv(found.rows())})

@@ -16,16 +16,19 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from lscollapse.core.files import cache_folder, write_text
 from lscollapse.instrument.surgery import Variant
 from lscollapse.models.adapters.adapter import Adapter
 
+GAINS = TypeAdapter(list[float])
 SQUARINGS = 2  # of W W^T: the Schatten-16 norm, at most n^(1/16) above the spectral norm
 MARGIN = {torch.float64: 1.0001, torch.float32: 1.001, torch.bfloat16: 1.05}  # for rounding in the products
 
@@ -47,21 +50,18 @@ def gains(adapter: Adapter, sha256: str, cache_dir: Path | None = None) -> list[
     values = [adapter.mixer_bound(layer, spectral_bound) for layer in range(adapter.n_layers)]
     if not cached:
         return values
-    try:
+    with suppress(OSError):  # a cache that cannot be written costs time, not correctness
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(values) + "\n")
-    except OSError:
-        pass  # a cache that cannot be written costs time, not correctness
     return values
 
 
 def _stored(file: Path) -> list[float] | None:
     """What the cache holds, or None where there is nothing or it is damaged."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        return GAINS.validate_json(file.read_bytes(), strict=True)
     except (OSError, ValueError):
         return None
-    return values if isinstance(values, list) and all(isinstance(value, float) for value in values) else None
 
 
 def spectral_bound(W: Tensor) -> float:
@@ -73,11 +73,12 @@ def spectral_bound(W: Tensor) -> float:
     W = W / largest  # first, so that no square leaves the range
     size = float(torch.linalg.matrix_norm(W))
     W, scale = W / size, largest * size
-    gram = W @ W.T if W.shape[0] <= W.shape[1] else W.T @ W
+    gram = W @ W.T if W.shape[0] <= W.shape[1] else W.T @ W  # the smaller of the two, (n, n)
     for _ in range(SQUARINGS):
         gram = gram @ gram
     power = 2**SQUARINGS
-    return scale * float(torch.linalg.matrix_norm(gram)) ** (1 / (2 * power)) * 1.0001
+    schatten: float = float(torch.linalg.matrix_norm(gram)) ** (1 / (2 * power))
+    return scale * schatten * 1.0001  # for rounding in the products
 
 
 def applies(variant: Variant) -> bool:
@@ -97,6 +98,8 @@ def remaining(gains: Sequence[float], variant: Variant, dtype: torch.dtype) -> l
 
 def relative_change(left: float, X: Tensor, exponent: np.ndarray) -> np.ndarray:
     """e_k / min_i ||x_i|| of every excerpt, for X (B, N, d) carried as X * 2^exponent; infinite where a row is zero."""
-    shortest = torch.linalg.vector_norm(X.double(), dim=-1).amin(-1).cpu().numpy()
+    shortest = torch.linalg.vector_norm(X.double(), dim=-1).amin(-1).cpu().numpy()  # (B, N, d) -> (B, N) -> (B,)
     with np.errstate(divide="ignore", over="ignore"):
-        return np.ldexp(np.divide(left, shortest, out=np.full_like(shortest, math.inf), where=shortest > 0), -exponent)
+        change = np.divide(left, shortest, out=np.full_like(shortest, math.inf), where=shortest > 0)
+        carried: np.ndarray = np.ldexp(change, -exponent)
+    return carried

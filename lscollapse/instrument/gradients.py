@@ -1,15 +1,14 @@
 """Gradient collapse: the norm of the loss gradient with respect to X^(k), layer by layer, of every variant.
 
-The loss is the language-model loss of quality.py, one an excerpt. Forward, X of every layer is kept; backward, one block at
+The loss is the language-model loss of lm_loss.py, one an excerpt. Forward, X of every layer is kept; backward, one block at
 a time is computed again on the model's own modules under the hooks of `surgery`, and the gradient pulled back through it.
-All in float32. Like X (forward.py), the gradient is carried as g * 2^power, one power per excerpt: it neither vanishes nor
+All in float32. Like X (stream.py), the gradient is carried as g * 2^power, one power per excerpt: it neither vanishes nor
 overflows by itself however many layers multiply it.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lscollapse.instrument.forward import LOG10_2, Stream, Table, checked_ids
-from lscollapse.instrument.lm_loss import Exercise, exercise_of, head_of, last_X, losses
+from lscollapse.instrument.forward import LOG10_2, Table, checked_ids
+from lscollapse.instrument.lm_loss import Targets, head_of, last_X, losses, targets_of
+from lscollapse.instrument.stream import Stream
 from lscollapse.instrument.surgery import Variant, check
 from lscollapse.models.adapt import adapt
-from lscollapse.models.adapters.adapter import Adapter, Head, UnsupportedModel
-from lscollapse.models.adapters.own_head import OwnHead
+from lscollapse.models.adapters.adapter import Adapter, Head, Scores, UnsupportedModel
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,14 +47,14 @@ def grad_norm(
 
     Args:
         model: a transformers model with a language-model head, in eval mode and in memory, or its Adapter.
-        ids, variants, mask_token, seed, first: as for `quality.lm_loss`; an encoder reads the excerpts with hidden tokens.
+        ids, variants, mask_token, seed, first: as for `lm_loss`; an encoder reads the excerpts with hidden tokens.
 
     Returns:
         One row per variant, excerpt and layer, with the columns of `measure`: measure `grad_norm`, in nats per token and
         unit of X. `overflow` at every layer of an excerpt whose X leaves float32 anywhere; `below_floor` where it is zero.
 
     Raises:
-        QualityError: the model has no head, or an encoder's mask token is missing.
+        LossError: the model has no head, or an encoder's mask token is missing.
         UnsupportedModel: the checkpoint is streamed, so that there are no modules to go back through; or blocks hand
             numbers to later ones beside X.
         SurgeryError, ValueError: as `measure`.
@@ -65,21 +64,21 @@ def grad_norm(
     for variant in variants:
         check(adapter, variant)
     tokens = checked_ids(adapter, ids)
-    exercise = exercise_of(adapter, tokens, mask_token, seed, first)
+    targets = targets_of(adapter, tokens, mask_token, seed, first)
     single = adapter if adapter.dtype == torch.float32 else adapt(copy.deepcopy(adapter.model).float())
-    table = Table(n_tokens=tokens.shape[1])
+    table = Table(adapter, tokens.shape[1])
     for number, variant in enumerate(variants):
         with torch.no_grad():
-            stream = Stream(single, variant, single.embed(exercise.inputs), torch.float32)
+            stream = Stream(single, number, variant, single.embed(targets.inputs), torch.float32)
         check_chain(single)
-        norms = list(_norms(single, stream, head, exercise))
+        norms = list(_norms(single, stream, head, targets))
         lost = np.array(stream.status) != "ok"
         for layer, log2 in enumerate(reversed(norms)):
             log2 = np.where(lost, np.nan, log2)
             status = ["below_floor" if v == -np.inf else s for s, v in zip(stream.status, log2, strict=True)]
             log10 = np.where(np.isfinite(log2), log2 * LOG10_2, np.nan)
             bound = np.full(len(lost), np.nan)
-            table.extend(adapter, number, stream, layer, "grad_norm", np.exp2(log2), log10, status, bound, math.nan)
+            table.extend(stream, layer, "grad_norm", np.exp2(log2), log10, status, bound)
     return table.frame()
 
 
@@ -92,7 +91,7 @@ def check_chain(adapter: Adapter) -> None:
         )
 
 
-def _norms(adapter: Adapter, stream: Stream, head: Head | OwnHead, exercise: Exercise) -> Iterator[np.ndarray]:
+def _norms(adapter: Adapter, stream: Stream, head: Head | Scores, targets: Targets) -> Iterator[np.ndarray]:
     """log2 of the norm for k = K..0, (B,) each; meaningless where the stream ends with another status than ok."""
     states = [State(stream.X, stream.carried.exponent)]
     with torch.no_grad():
@@ -100,28 +99,28 @@ def _norms(adapter: Adapter, stream: Stream, head: Head | OwnHead, exercise: Exe
             stream.step(adapter, layer, None)
             states.append(State(stream.X, stream.carried.exponent))
     lost = torch.tensor([status != "ok" for status in stream.status], device=stream.X.device)
-    g, power = _from_head(adapter, stream, head, exercise), np.zeros(len(lost))
+    g, power = _from_head(adapter, stream, head, targets), np.zeros(len(lost))
     for layer in reversed(range(-1, adapter.n_layers)):
         g = torch.where(lost[:, None, None], 0.0, g)
-        shift = torch.frexp(g.abs().amax((1, 2))).exponent
-        g = torch.ldexp(g.double(), -shift[:, None, None]).float()
+        shift = torch.frexp(g.abs().amax((1, 2))).exponent  # (B, N, d) -> (B,)
+        g = torch.ldexp(g.double(), -shift[:, None, None]).float()  # a power of two rounds nothing
         power += shift.cpu().numpy()
         with np.errstate(divide="ignore"):
             size = np.log2(torch.linalg.vector_norm(g.double(), dim=(1, 2)).cpu().numpy())
-        yield size + power - states[layer + 1].exponent
+        yield size + power - states[layer + 1].exponent  # by X = 2^exponent times the X that is carried
         if layer >= 0:
             g = _pulled_back(adapter, stream, layer, states[layer], g)
 
 
-def _from_head(adapter: Adapter, stream: Stream, head: Head | OwnHead, exercise: Exercise) -> Tensor:
+def _from_head(adapter: Adapter, stream: Stream, head: Head | Scores, targets: Targets) -> Tensor:
     """Gradient of each excerpt's loss with respect to the last X as it is carried; one excerpt's scores at a time."""
     with torch.enable_grad():
         X = stream.X = stream.X.detach().requires_grad_()
         Y = last_X(adapter, stream)
         pulls = []
         for b, y in enumerate(Y):
-            end = y.detach()[None].requires_grad_()
-            one = Exercise(exercise.inputs[b : b + 1], exercise.at[b : b + 1], exercise.labels[b : b + 1])
+            end = y.detach()[None].requires_grad_()  # (1, N, d)
+            one = Targets(targets.inputs[b : b + 1], targets.at[b : b + 1], targets.labels[b : b + 1])
             pulls += torch.autograd.grad(losses(head, end, one), end)
         return torch.autograd.grad(Y, X, torch.cat(pulls))[0]
 

@@ -37,7 +37,7 @@ def differences(model: Any, ids: Any) -> Iterator[LayerDifference]:
     tokens = checked_ids(adapter, ids)
     with torch.no_grad():
         reference = layer_outputs(adapter, tokens)
-        streams = {"hooks": adapter.embed(tokens)}
+        streams = {"hooks": adapter.embed(tokens)}  # (B, N) -> (B, N, d)
         if adapter.native:
             streams["native"] = streams["hooks"]
         for path, X in streams.items():
@@ -54,11 +54,11 @@ def layer_outputs(adapter: Adapter, tokens: Tensor) -> list[Tensor]:
     seen: list[Tensor] = []
     blocks = {id(block): block for block in map(adapter.block, range(adapter.n_layers))}
 
-    def first_input(_module: Any, args: tuple, kwargs: dict) -> None:
+    def first_input(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not seen:
             seen.append(first_argument(args, kwargs))
 
-    def output(_module: Any, _args: tuple, value: Any) -> None:
+    def output(_module: Any, _args: tuple[Any, ...], value: Any) -> None:
         seen.append(first_of(value))
 
     handles = [adapter.block(0).register_forward_pre_hook(first_input, with_kwargs=True)]
@@ -82,7 +82,7 @@ def _step(adapter: Adapter, layer: int, path: str, X: Tensor, handed: dict[int, 
 
 def _difference(layer: int, path: str, Y: Tensor, reference: Tensor) -> LayerDifference:
     Y, reference = Y.double(), reference.double()
-    size = torch.linalg.vector_norm(reference, dim=(1, 2))
+    size = torch.linalg.vector_norm(reference, dim=(1, 2))  # (B, N, d) -> (B,)
     output = torch.linalg.vector_norm(Y - reference, dim=(1, 2)) / size
     mu = measures.mu(reference)
     return LayerDifference(layer, path, float(output.max()), float(((measures.mu(Y) - mu).abs() / mu).max()))

@@ -1,14 +1,14 @@
-"""Quality beside collapse: the language-model loss of every variant on the excerpts that are measured, in nats per token.
+"""The language-model loss of every variant, in nats per token, on the excerpts whose collapse is measured.
 
 A decoder predicts each next token of an excerpt; an encoder fills in the 15 % of its tokens that a seeded stream has
 replaced by the mask token. The head (final norm and output matrix) goes over blocks of the vocabulary: no more scores
 than those of one block are in memory. Where the parts of the head are not known (own_head.py) the model's own forward
 makes the scores, of one excerpt at a time.
 
-Certified exit. X of an excerpt that was certified at layer k stands for X^(K) up to the factor lam_k ... lam_{K-1}, which
-`last_X` puts back, and a relative change of at most `bound` in each row. A final RMSNorm turns the change of a row into
-one of at most 2 bound sqrt(d) max|g|, g its weight. So a score moves by at most that times the longest row of the
-output matrix, and the loss by twice as much: the `bound` of the row.
+Early exit (early_exit.py). X of an excerpt that was certified at layer k stands for X^(K) up to the factor
+lam_k ... lam_{K-1}, which `last_X` puts back, and a relative change of at most `bound` in each row. A final RMSNorm turns
+the change of a row into one of at most 2 bound sqrt(d) max|g|, g its weight. So a score moves by at most that times the
+longest row of the output matrix, and the loss by twice as much: the `bound` of the row.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lscollapse.instrument.forward import Engines, Stream, Table, checked_ids
-from lscollapse.instrument.surgery import Variant, check
+from lscollapse.instrument.forward import Table, checked_ids
+from lscollapse.instrument.stream import Engines, Stream
+from lscollapse.instrument.surgery import Variant
 from lscollapse.models.adapt import adapt
-from lscollapse.models.adapters.adapter import Adapter, Head
+from lscollapse.models.adapters.adapter import Adapter, Head, Scores
 from lscollapse.models.adapters.heads import missing
-from lscollapse.models.adapters.own_head import OwnHead
 from lscollapse.models.checkpoints.tensors import forget
 from lscollapse.models.numerics.carried import HIGH
 from lscollapse.models.numerics.widened import computing_in
@@ -42,12 +42,12 @@ BLOCK = 4096  # vocabulary entries that are scored at a time
 STREAM = int.from_bytes(b"masked")  # names the stream of random numbers that hides tokens
 
 
-class QualityError(ValueError):
+class LossError(ValueError):
     """The model has no language-model head, or no mask token is known."""
 
 
 @dataclass(frozen=True)
-class Exercise:
+class Targets:
     """What the model reads and what it has to say: token `labels[b, p]` from the last X at position `at[b, p]`."""
 
     inputs: Tensor  # (B, N)
@@ -70,7 +70,7 @@ def lm_loss(
 
     Args:
         model: a transformers model with a language-model head, in eval mode, or its Adapter.
-        ids, variants, dtype: as for `forward.measure`.
+        ids, variants, dtype: as for `measure`.
         mask_token: id that hides a token; needed for encoders.
         seed, first: choose the hidden tokens, of excerpts `first`, `first` + 1, ...
         streams: of a decoder, what `measure` ended with for these ids and variants; computed where not given.
@@ -80,51 +80,54 @@ def lm_loss(
         `overflow` where X left its range, `certified` with a bound where the last layers were not computed.
 
     Raises:
-        QualityError: the model has no head, or an encoder's mask token is missing.
+        LossError: the model has no head, or an encoder's mask token is missing.
         SurgeryError, UnsupportedModel, ValueError: as `measure`.
     """
     adapter = adapt(model)
     head = head_of(adapter)
     tokens = checked_ids(adapter, ids)
-    exercise = exercise_of(adapter, tokens, mask_token, seed, first)
+    targets = targets_of(adapter, tokens, mask_token, seed, first)
     with torch.no_grad():
         if streams is None or adapter.masked:
-            streams = last_streams(adapter, exercise.inputs, variants, dtype)
-        table = Table(n_tokens=tokens.shape[1])
-        longest = _longest_row(head) if any(not np.isnan(s.bound).all() for s in streams) else math.nan
-        for number, stream in enumerate(streams):
-            value = losses(head, last_X(adapter, stream), exercise).double().cpu().numpy()
-            bad = [
-                "overflow" if s == "ok" and not np.isfinite(v) else s for s, v in zip(stream.status, value, strict=True)
-            ]
-            status = [
-                "certified" if s == "ok" and not np.isnan(b) else s for s, b in zip(bad, stream.bound, strict=True)
-            ]
-            value = np.where(np.array(bad) == "ok", value, np.nan)
-            bound = _loss_bound(head, longest, stream.bound)
-            table.extend(
-                adapter, number, stream, adapter.n_layers, "lm_loss", value, np.log10(value), status, bound, math.nan
-            )
+            engines = Engines(adapter, variants, dtype)
+            streams = engines.streams(targets.inputs)
+            for _ in engines.steps(streams):
+                pass  # nothing is measured on the way
+        table = Table(adapter, tokens.shape[1])
+        certified = any(stream.settled.any() for stream in streams)
+        root, largest, longest = _steepness(head) if certified else (math.nan,) * 3
+        for stream in streams:
+            value = losses(head, last_X(adapter, stream), targets).double().cpu().numpy()  # (B,)
+            status = [_status(*row) for row in zip(stream.status, np.isfinite(value), stream.settled, strict=True)]
+            value = np.where(np.isin(status, ("ok", "certified")), value, np.nan)
+            bound = 4 * stream.bound * root * largest * longest
+            table.extend(stream, adapter.n_layers, "lm_loss", value, np.log10(value), status, bound)
     return table.frame()
 
 
-def head_of(adapter: Adapter) -> Head | OwnHead:
-    """The model's head, or QualityError."""
+def _status(stream: str, finite: bool, settled: bool) -> str:
+    if stream != "ok":
+        return stream
+    return "overflow" if not finite else "certified" if settled else "ok"
+
+
+def head_of(adapter: Adapter) -> Head | Scores:
+    """The model's head, or LossError."""
     head = adapter.head
     if head is None:
-        raise QualityError(missing(adapter))
+        raise LossError(missing(adapter))
     return head
 
 
-def exercise_of(adapter: Adapter, tokens: Tensor, mask_token: int | None, seed: int, first: int) -> Exercise:
+def targets_of(adapter: Adapter, tokens: Tensor, mask_token: int | None, seed: int, first: int) -> Targets:
     """Next tokens for a decoder; for an encoder round(0.15 N) hidden tokens, at least one, by seed and excerpt number."""
     batch, N = tokens.shape
     if not adapter.masked:
         if N < 2:
-            raise QualityError("an excerpt of one token has no next one: give --tokens 2 or more")
-        return Exercise(tokens, torch.arange(N - 1, device=tokens.device).expand(batch, -1), tokens[:, 1:])
+            raise LossError("an excerpt of one token has no next one: give --tokens 2 or more")
+        return Targets(tokens, torch.arange(N - 1, device=tokens.device).expand(batch, -1), tokens[:, 1:])
     if mask_token is None:
-        raise QualityError(
+        raise LossError(
             f"{adapter.config.model_type} fills in masked tokens and its tokenizer has no mask token: give mask_token, or"
             " texts with --tokenizer native"
         )
@@ -134,24 +137,7 @@ def exercise_of(adapter: Adapter, tokens: Tensor, mask_token: int | None, seed: 
         for b in range(batch)
     ]
     at = torch.as_tensor(np.sort(chosen, axis=1), device=tokens.device)
-    return Exercise(tokens.scatter(1, at, mask_token), at, tokens.gather(1, at))
-
-
-def last_streams(
-    adapter: Adapter, inputs: Tensor, variants: Sequence[Variant], dtype: torch.dtype | None
-) -> list[Stream]:
-    """The stream of every variant after the last layer, nothing measured on the way."""
-    for variant in variants:
-        check(adapter, variant)
-    engines = Engines(adapter, variants, dtype)
-    pairs = zip(variants, engines.dtypes, strict=True)
-    streams = [engines.stream(v, engines.embed(inputs, kind), kind) for v, kind in pairs]
-    for layer in range(adapter.n_layers):
-        running = [stream for stream in streams if stream.running]
-        blocks = engines.blocks(layer, {stream.dtype for stream in running})
-        for stream in running:
-            stream.step(engines.adapter(stream.dtype), layer, blocks[stream.dtype])
-    return streams
+    return Targets(tokens.scatter(1, at, mask_token), at, tokens.gather(1, at))
 
 
 def last_X(adapter: Adapter, stream: Stream) -> Tensor:
@@ -164,23 +150,21 @@ def last_X(adapter: Adapter, stream: Stream) -> Tensor:
     X = torch.where(lost[:, None, None], 0.0, X)
     if not adapter.pre_norm:
         return X
-    largest = torch.frexp(X.abs().amax((1, 2))).exponent.cpu().numpy()
+    largest = torch.frexp(X.abs().amax((1, 2))).exponent.cpu().numpy()  # (B, N, d) -> (B,)
     scale = stream.sign * np.exp2(np.minimum(stream.power, HIGH - largest))
     return X * torch.as_tensor(scale, dtype=X.dtype, device=X.device)[:, None, None]
 
 
-def losses(head: Head | OwnHead, X: Tensor, exercise: Exercise) -> Tensor:
+def losses(head: Head | Scores, X: Tensor, targets: Targets) -> Tensor:
     """Mean cross-entropy of every excerpt, (B, N, d) -> (B,), in nats per token; differentiable in X."""
     with computing_in(X.dtype):
-        if isinstance(head, OwnHead):
-            excerpts = zip(X, exercise.inputs, exercise.at, exercise.labels, strict=True)
-            scores = (
-                (head.scores(x[None], ids[None])[0, at], labels) for x, ids, at, labels in excerpts
-            )  # (P, V), (P,)
-            return torch.stack([F.cross_entropy(own, labels) for own, labels in scores])
-        at = exercise.at[..., None].expand(-1, -1, X.shape[-1])
+        if not isinstance(head, Head):
+            excerpts = zip(X, targets.inputs, targets.at, targets.labels, strict=True)
+            scores = ((head.scores(x[None], ids[None])[0, at], labels) for x, ids, at, labels in excerpts)
+            return torch.stack([F.cross_entropy(own, labels) for own, labels in scores])  # (P, V) and (P,) -> ()
+        at = targets.at[..., None].expand(-1, -1, X.shape[-1])  # (B, P) -> (B, P, d)
         transform = copy.deepcopy(head.transform).to(X.device, X.dtype)
-        per_excerpt = zip(X.gather(1, at), exercise.labels, strict=True)
+        per_excerpt = zip(X.gather(1, at), targets.labels, strict=True)  # (P, d), (P,)
         return torch.stack([cross_entropy(transform(x), labels, head).mean() for x, labels in per_excerpt])
 
 
@@ -189,12 +173,12 @@ def cross_entropy(Z: Tensor, labels: Tensor, head: Head) -> Tensor:
     total = Z.new_full(labels.shape, -math.inf)  # log of the sum of exp(scores)
     wanted = Z.new_zeros(labels.shape)
     for start, weight in _blocks(head):
-        scores = Z @ weight.to(Z).T  # (P, block)
+        scores = Z @ weight.to(Z).T  # (P, e) -> (P, block)
         if head.bias is not None:
             scores = scores + head.bias[start : start + BLOCK].to(Z)
         total = torch.logaddexp(total, scores.logsumexp(-1))
         inside = (labels >= start) & (labels < start + scores.shape[-1])
-        own = scores.gather(1, (labels - start).clamp(0, scores.shape[-1] - 1)[:, None])[:, 0]
+        own = scores.gather(1, (labels - start).clamp(0, scores.shape[-1] - 1)[:, None])[:, 0]  # (P,)
         wanted = torch.where(inside, own, wanted)
     return total - wanted
 
@@ -208,15 +192,11 @@ def _blocks(head: Head) -> Iterator[tuple[int, Tensor]]:
             forget({"output": block})
 
 
-def _longest_row(head: Head | OwnHead) -> float:
-    assert isinstance(head, Head)  # as of every architecture whose excerpts are certified
-    return max(float(torch.linalg.vector_norm(block.float(), dim=-1).max()) for _, block in _blocks(head))
-
-
-def _loss_bound(head: Head | OwnHead, longest: float, bound: np.ndarray) -> np.ndarray:
-    """How far a certified excerpt's loss can be off (see the module); the transform is then a norm alone."""
-    if np.isnan(bound).all():
-        return bound
-    assert isinstance(head, Head)
+def _steepness(head: Head | Scores) -> tuple[float, float, float]:
+    """sqrt(d), max|g| and the longest row of the output matrix, for the bound of certified excerpts (see the module)."""
+    assert isinstance(
+        head, Head
+    )  # as of every architecture whose excerpts are certified; its transform is a norm alone
     g = next(head.transform.parameters()).detach()
-    return 4 * bound * math.sqrt(len(g)) * float(g.abs().max()) * longest
+    longest = max(float(torch.linalg.vector_norm(block.float(), dim=-1).max()) for _, block in _blocks(head))
+    return math.sqrt(len(g)), float(g.abs().max()), longest

@@ -1,7 +1,7 @@
 """A model in another dtype, and the dtype that its operations then really compute in.
 
-The float64 copy of a model computes in float64 whatever its modules ask for (models/widened.py), with constants made anew in
-float64. Whether that is all of it, a probe finds out, which watches what comes out of each operation.
+The float64 copy of a model computes in float64 whatever its modules ask for (models/numerics/widened.py), with constants
+made anew in float64. Whether that is all of it, a probe finds out, which watches what comes out of each operation.
 """
 
 from __future__ import annotations
@@ -36,21 +36,22 @@ def converted(adapter: Adapter, dtype: torch.dtype) -> Adapter:
 
 def computed_in(adapter: Adapter, ids: Tensor) -> torch.dtype:
     """The narrowest dtype that any operation of a pass over `ids` takes or gives numbers in."""
-    with torch.no_grad(), _Watch() as watch:
-        X = adapter.embed(ids)
+    watch = _Watch()
+    with torch.no_grad(), watch:
+        X = adapter.embed(ids)  # (B, N) -> (B, N, d)
         for layer in range(adapter.n_layers):
             X = adapter.run(layer, X)
     return watch.narrowest
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves the base class untyped
     """Notes the dtype of what every operation takes and returns."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.narrowest = torch.float64
+        super().__init__()  # type: ignore[no-untyped-call]  # as above
+        self.narrowest: torch.dtype = torch.float64
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         for value in tree_leaves((args, kwargs, output)):
             if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):

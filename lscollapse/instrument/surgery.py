@@ -19,6 +19,8 @@ from lscollapse.models.adapt import adapt
 from lscollapse.models.adapters.adapter import Adapter, Edit, HookSet
 from lscollapse.models.numerics.carried import Carried
 
+CALLS = "calls of the block"  # among the counts of its hooks
+
 
 class SurgeryError(ValueError):
     """A variant cannot be made of this model, or an edit did not take effect."""
@@ -132,36 +134,29 @@ def _edited(
         raise SurgeryError(
             "the model is in training mode, where fused kernels bypass the hooks: call model.eval() first"
         )
-    installed: list[tuple[HookSet, dict[str, int]]] = []
+    installed: list[HookSet] = []
     try:
         for block, layers in blocks:
             installed.append(_install(adapter, block, layers, variant, carried))
         yield
     finally:
-        for hooks, _ in installed:
+        for hooks in installed:
             hooks.remove()
-    for hooks, calls in installed:
-        idle = [name for name, count in hooks.counts.items() if count != calls["block"]]
-        if idle or calls["block"] == 0:
+    for hooks in installed:
+        calls = hooks.counts[CALLS]
+        idle = [name for name, count in hooks.counts.items() if count != calls]
+        if idle or calls == 0:
             which = ", ".join(idle) or "all"
-            raise SurgeryError(f"hooks that did not fire as often as their block ({calls['block']} calls): {which}")
+            raise SurgeryError(f"hooks that did not fire as often as their block ({calls} calls): {which}")
 
 
-def _install(
-    adapter: Adapter, block: Any, layers: list[int], variant: Variant, carried: Carried | None
-) -> tuple[HookSet, dict[str, int]]:
+def _install(adapter: Adapter, block: Any, layers: list[int], variant: Variant, carried: Carried | None) -> HookSet:
     lams = {variant.lam_at(layer) for layer in layers}
     on_mixer = variant.skip_site == "mixer"
-    calls = {"block": 0}
     hooks = HookSet()
-
-    def count(*_: Any) -> None:
-        calls["block"] += 1
-
-    handle = block.register_forward_pre_hook(count)
-    hooks.on_exit(handle.remove)
+    hooks.before(block, CALLS, lambda args, kwargs: None)  # the first to fire: the edit's hooks read lambda by it
     edit = Edit(
-        lam=lambda: variant.lam_at(layers[(calls["block"] - 1) % len(layers)]),
+        lam=lambda: variant.lam_at(layers[(hooks.counts[CALLS] - 1) % len(layers)]),
         changes_sum=carried is not None or (not on_mixer and lams != {1.0}),
         changes_mixer=on_mixer and variant.acts and lams != {0.0},
         gating=variant.gating,
@@ -175,4 +170,4 @@ def _install(
     except BaseException:
         hooks.remove()
         raise
-    return hooks, calls
+    return hooks

@@ -70,9 +70,10 @@ def _measure(
 ) -> pd.DataFrame:
     import pandas as pd
 
-    from lscollapse.instrument.forward import Stream, measure
+    from lscollapse.instrument.forward import measure
     from lscollapse.instrument.gradients import grad_norm
     from lscollapse.instrument.lm_loss import lm_loss
+    from lscollapse.instrument.stream import Stream
 
     task, info = item.task, item.task.info
     set_threads(task.width)

@@ -10,11 +10,9 @@
 - `flow`          the critical lambda of a deep net, from its large-lambda limit
 - `spectral`      rates near consensus and the lambda at which it stops attracting
 - `examples`      the two systems of section 4.2.2 in closed form
+- `statements_*`  every statement as an inequality; `instances` what they are tried on, `checking` how
 - `verify`        all of it checked on random and adversarial instances
+- `stretches`     on which |lambda| a measured net keeps a target, and a theorem promises that it does
 
 Pure functions of numpy arrays; nothing here knows a model.
 """
-
-from .arrays import TheoryError
-
-__all__ = ["TheoryError"]

@@ -27,6 +27,14 @@ def matrix(Y: ArrayLike, name: str = "Y") -> Array:
     return out
 
 
+def pair(X: ArrayLike, O: ArrayLike) -> tuple[Array, Array]:
+    """Input and mixer output of one layer as matrices of one shape (N, d); TheoryError otherwise."""
+    X, out = matrix(X, "X"), matrix(O, "O")
+    if X.shape != out.shape:
+        raise TheoryError(f"X has shape {X.shape}, O {out.shape}: give input and mixer output of one layer")
+    return X, out
+
+
 def square(M: ArrayLike, name: str = "M", N: int | None = None) -> Array:
     """M as a finite (N, N) matrix; TheoryError when it is not square or not of the size asked for."""
     out = matrix(M, name)
@@ -56,8 +64,9 @@ def unit_rows(Z: ArrayLike) -> Array:
     if not scale.all():
         row = int(np.argmin(scale))
         raise TheoryError(f"row {row} is zero: LayerNorm (eq. 4) is undefined there; choose another lambda or input")
-    Z = Z / scale
-    return Z / np.linalg.norm(Z, axis=1, keepdims=True)
+    Z = Z / scale  # first, so that no square leaves the range
+    unit: Array = Z / np.linalg.norm(Z, axis=1, keepdims=True)
+    return unit
 
 
 def require_unit_rows(Y: ArrayLike, name: str = "Y0") -> Array:
@@ -71,9 +80,10 @@ def require_unit_rows(Y: ArrayLike, name: str = "Y0") -> Array:
 
 def centred(Y: Array) -> Array:
     """Y minus its mean row, exact near collapse: the first row goes first, and the mean is taken twice."""
-    R = Y - Y[:1]
-    R = R - R.mean(0)
-    return R - R.mean(0)
+    R: Array = Y - Y[:1]
+    for _ in range(2):
+        R = R - R.mean(0)
+    return R
 
 
 def _scaled(Y: ArrayLike) -> tuple[Array, float]:
@@ -105,12 +115,6 @@ def rank1_residual(Y: ArrayLike) -> float:
     unit, scale = _scaled(Y)
     sigma = np.linalg.svd(unit, compute_uv=False)
     return float(np.linalg.norm(sigma[1:]) / np.linalg.norm(sigma)) if scale else float("nan")
-
-
-def dong_residual(Y: ArrayLike) -> float:
-    """||R||_{1,inf} / ||Y||_{1,inf}, R = Y minus its mean row (Dong et al., arXiv:2103.03404, with the mean row)."""
-    unit, scale = _scaled(Y)
-    return norm_1_inf(centred(unit)) / norm_1_inf(unit) if scale else float("nan")
 
 
 def min_cosine(Y: ArrayLike) -> float:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .arrays import Array, TheoryError, matrix, spectral_norm, square, stack
+from lscollapse.theory.arrays import Array, TheoryError, matrix, spectral_norm, square, stack
 
 # --- with LayerNorm: exponential collapse ---
 
@@ -28,7 +28,7 @@ def row_stochastic(M: ArrayLike, lam: float = 0.0) -> Array:
     M = square(M)
     if lam < 0.0 or (M < 0.0).any():
         raise TheoryError(f"lam = {lam}, smallest entry of M {M.min():.3g}: these bounds need lam >= 0 and M >= 0")
-    sums = M.sum(1) + lam
+    sums: Array = M.sum(1) + lam
     if not sums.all():
         raise TheoryError(f"row {int(np.argmin(sums))} of M + lam I sums to zero: the layer is undefined there")
     return (M + lam * np.eye(len(M))) / sums[:, None]
@@ -39,7 +39,7 @@ def _contraction(overlaps: ArrayLike, phi0: float, N: int) -> Array:
         raise TheoryError(f"phi0 = {phi0}: these bounds need a smallest inner product of tokens in [0, 1]")
     with np.errstate(divide="ignore"):
         logs = np.concatenate(([0.0], np.cumsum(np.log1p(-np.asarray(overlaps, dtype=np.float64)))))
-    return np.sqrt(N * (1.0 - phi0) * np.exp(logs))
+    return np.sqrt(N * (1.0 - phi0) * np.exp(logs))  # mu^2 <= N (1 - phi), and 1 - phi falls by 1 - p a layer
 
 
 def layernorm(Ms: ArrayLike, phi0: float, lam: float = 0.0) -> Array:
@@ -66,15 +66,6 @@ def attention_layernorm(Ms: ArrayLike, phi0: float, r: int = 1) -> Array:
         raise TheoryError(f"r = {r}: give the number of layers, at least 1, in which some token reaches all others")
     products = [np.linalg.multi_dot([np.eye(Ms.shape[1]), *Ms[k : k + r][::-1]]) for k in range(0, len(Ms) - r + 1, r)]
     return _contraction([overlap(B) for B in products], phi0, Ms.shape[1])
-
-
-def attention_layernorm_a_priori(N: int, K: int, r: int, C: float, d_qk: int, phi0: float) -> float:
-    """Theorem A.2's own form: sqrt(N (1 - phi0)) (1 - eps^(2r))^(floor(K/r)/2), eps = exp(-2 C^2 / sqrt(d_qk)) / N.
-
-    C bounds the spectral norms of W_Q and W_K.
-    """
-    eps = np.exp(-2 * C**2 / np.sqrt(d_qk)) / N
-    return float(_contraction(np.full(K // r, eps ** (2 * r)), phi0, N)[-1])
 
 
 def printed_theorem43(N: int, c: float, lam_min: float, alpha: float, K: int) -> float:
@@ -130,7 +121,7 @@ def _tripled(log_factor: float, log_start: float, K: int) -> float:
     """log of factor^((3^K - 1)/2) * start^(3^K): the solution of x' = factor x^3."""
     if K == 0 or log_start == -np.inf or log_factor == -np.inf:
         return log_start if K == 0 else -np.inf
-    exponent = log_factor / 2 + log_start
+    exponent = log_factor / 2 + log_start  # of 3^K
     with np.errstate(over="ignore"):
         return float((np.exp(K * np.log(3.0)) * exponent if exponent else 0.0) - log_factor / 2)
 
@@ -176,7 +167,7 @@ def lti(Ws: ArrayLike, norm0: float) -> LtiBounds:
         size = float(np.abs(product).max())
         if size == 0.0:
             break
-        product, log_scale = product / size, log_scale + np.log(size)
+        product, log_scale = product / size, log_scale + np.log(size)  # rescaled, so that no depth leaves float64
     sharp = _log(spectral_norm(product - product.mean(0))) + log_scale
     spectral = sum(_log(spectral_norm(W)) for W in Ws)
     frobenius = sum(_log(float(np.linalg.norm(W))) for W in Ws)

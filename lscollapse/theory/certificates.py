@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .arrays import Array, TheoryError, angle, require_unit_rows
+from lscollapse.theory.arrays import Array, TheoryError, angle, require_unit_rows
 
 
 def _check_m(m: float, name: str) -> None:
@@ -83,7 +83,7 @@ def measured(Ys: ArrayLike, lams: ArrayLike) -> Array:
         require_unit_rows(Y, "Y")
     signs = np.broadcast_to(np.sign(np.asarray(lams, dtype=np.float64)), (len(Ys) - 1,))
     chords = np.linalg.norm(Ys[1:] - signs[:, None, None] * Ys[:-1], axis=(1, 2)) / np.sqrt(Ys.shape[1])
-    steps = 2 * np.arcsin(np.minimum(chords / 2, 1.0))
+    steps = 2 * np.arcsin(np.minimum(chords / 2, 1.0))  # the angle under a chord of the unit sphere
     return _lower(angle(Ys[0]), np.concatenate(([0.0], np.cumsum(steps))))
 
 
@@ -111,7 +111,7 @@ def prenorm_turn(lams: ArrayLike, gains: ArrayLike, r0: float) -> Array:
         ratios[k] = ratio
         if ratio >= 1.0:
             break
-        log_rho += float(np.log(lam) + np.log1p(-ratio))
+        log_rho += float(np.log(lam) + np.log1p(-ratio))  # rho_{k+1} = |lam| rho_k (1 - ratio)
     return _turns(ratios)
 
 
@@ -130,8 +130,8 @@ def prenorm_turn_infinite(lam: float, G: float, r0: float) -> float:
     fixed = G / (lam - 1.0)
     n = int(min(200_000, np.ceil(40.0 / np.log(lam))))
     shrink = np.exp(-np.arange(n + 1) * np.log(lam))  # |lam|^-k
-    ratios = G / lam * shrink / (r0 - fixed + fixed * shrink)
-    tail = min(1.0, G / lam * shrink[n] / (r0 - fixed))
+    ratios = G / lam * shrink / (r0 - fixed + fixed * shrink)  # rho_k = |lam|^k (r0 - fixed) + fixed
+    tail = min(1.0, G / lam * shrink[n] / (r0 - fixed))  # ratios fall by |lam| at least, and so do their arcsines
     return float(np.arcsin(ratios[:n]).sum() + np.arcsin(tail) * lam / (lam - 1.0))
 
 

@@ -7,16 +7,14 @@ its inequality, negative when violated, None when the instance does not meet its
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from .arrays import Array, TheoryError, unit_rows
-from .layers import softmax
+from lscollapse.theory.arrays import TheoryError
+from lscollapse.theory.instances import Instance, Rng
 
-Rng = np.random.Generator
-Instance = dict[str, Any]
 Printed = Callable[[], tuple[str, str]]
 
 TOLERANCE = 1e-9
@@ -61,10 +59,6 @@ class Verdict:
         """True when what should hold was violated, or could not be put to the test."""
         return self.corrected in ("violated", "untested")
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
-
 
 def upper(actual: float, bound: float, floor: float = FLOOR) -> float | None:
     """Margin of actual <= bound."""
@@ -86,7 +80,7 @@ def smallest(margins: list[float | None]) -> float | None:
     return min((margin for margin in margins if margin is not None), default=None)
 
 
-def check(statement: Statement, instances: int, rng: Rng) -> Verdict:
+def put_to_test(statement: Statement, instances: int, rng: Rng) -> Verdict:
     """Draw `instances` instances, climb from the worst for half as many steps more, and report."""
     tried, informative, worst, worst_at = 0, 0, float("inf"), None
 
@@ -142,73 +136,6 @@ def fails_unless(holds: bool, text: str) -> tuple[str, str]:
     return ("holds" if holds else "fails"), text
 
 
-# --- instances ---
-
-
-def shape(rng: Rng) -> tuple[int, int]:
-    """A small (N, d)."""
-    return int(rng.integers(2, 8)), int(rng.integers(1, 6))
-
-
-def tokens(rng: Rng, N: int, d: int) -> Array:
-    """(N, d) not normalised: Gaussian, near consensus, one outlier, antipodal, or with positive entries."""
-    noise = rng.standard_normal((N, d))
-    common = np.ones((N, 1)) * rng.standard_normal(d)
-    kind = rng.integers(5)
-    if kind == 1:
-        return common + 10.0 ** rng.uniform(-3, 0) * noise
-    if kind == 2:
-        common[0] = noise[0]
-        return common
-    if kind == 3:
-        return rng.choice([-1.0, 1.0], (N, 1)) * common + 0.1 * noise
-    return np.abs(noise) if kind == 4 else noise
-
-
-def cone(rng: Rng, N: int, d: int) -> Array:
-    """(N, d) tokens with non-negative entries, hence non-negative inner products; sometimes near consensus."""
-    return np.abs(rng.standard_normal((N, d))) + rng.choice([0.0, 0.0, 1.0, 3.0])
-
-
-def mixing(rng: Rng, N: int) -> Array:
-    """An (N, N) mixing matrix: Gaussian, attention-like, causal, rank one, one heavy row, orthogonal, or averaging."""
-    noise = rng.standard_normal((N, N))
-    kind = rng.integers(7)
-    if kind == 1:
-        return softmax(2 * noise)
-    if kind == 2:
-        return np.tril(noise)
-    if kind == 3:
-        return np.outer(noise[0], noise[1])
-    if kind == 4:
-        out = 0.01 * noise
-        out[0] = 1.0
-        return out
-    if kind == 5:
-        return np.linalg.qr(noise)[0]
-    return np.ones((N, N)) / N - rng.uniform(0, 1) * np.eye(N) if kind == 6 else noise
-
-
-def layers_of(rng: Rng, K: int, N: int) -> Array:
-    """(K, N, N): one mixing matrix a layer, half of the time the same in all."""
-    if rng.integers(2):
-        return np.repeat(mixing(rng, N)[None], K, axis=0)
-    return np.array([mixing(rng, N) for _ in range(K)])
-
-
-def pulled(fixed: Array, Y: Array, pull: float) -> Array:
-    """A direction (N, d) for an adversarial mixer output: `fixed`, plus `pull` times the way to the mean row."""
-    return fixed + pull * (Y.mean(0) - Y)
-
-
-def rows_of_length(Z: Array, G: float) -> Array:
-    """Rows of Z scaled to norm G."""
-    return G * unit_rows(Z)
-
-
-def draw_decay(rng: Rng) -> Instance:
-    """Tokens, W_BC and a decay in [-1, 1] of a selective SSM."""
-    N, d = shape(rng)
-    W = rng.standard_normal((d, d))
-    alpha = float(rng.choice([-1.0, 1.0]) * rng.uniform(0.1, 1.0))
-    return {"Y": tokens(rng, N, d), "W_BC": W @ W.T if rng.integers(2) else W, "alpha": alpha}
+def new() -> tuple[str, str]:
+    """What is printed of a statement that is not the paper's."""
+    return "new", "not in the paper"

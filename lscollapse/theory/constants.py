@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .arrays import Array, TheoryError, matrix, spectral_norm, stack
+from lscollapse.theory.arrays import Array, TheoryError, matrix, pair, spectral_norm, stack
 
 
 class Gain(NamedTuple):
@@ -25,30 +25,15 @@ def measured(X: ArrayLike, O: ArrayLike) -> Gain:
 
     Valid for heads, convolutions, gates and MLPs alike, but on this input only. TheoryError for a zero row of X.
     """
-    X, out = matrix(X, "X"), matrix(O, "O")
-    if X.shape != out.shape:
-        raise TheoryError(f"X has shape {X.shape}, O {out.shape}: give input and mixer output of one layer")
+    X, out = pair(X, O)
     size = np.linalg.norm(X, axis=1)
     if not size.all():
         raise TheoryError(f"row {int(np.argmin(size))} of X is zero: the row gain is undefined")
     return Gain(float((np.linalg.norm(out, axis=1) / size).max()), float(np.linalg.norm(out) / np.linalg.norm(X)))
 
 
-def largest_frobenius(Ms: ArrayLike) -> float:
-    """C_M = max over heads (or layers) of ||M||_F, Ms (h, N, N). Theorem 4.1's constant."""
-    return float(np.linalg.norm(stack(Ms), axis=(1, 2)).max())
-
-
-class AttentionGain(NamedTuple):
-    """Bounds of one attention layer: Gain of its output, and C_M over its heads."""
-
-    row: float
-    frobenius: float
-    C_M: float
-
-
-def attention(Ms: ArrayLike, W_V: ArrayLike, W_O: ArrayLike) -> AttentionGain:
-    """Gains of O = concat_h(M_h X W_V^h) W_O for every X with unit rows (row) or any X (Frobenius).
+def attention(Ms: ArrayLike, W_V: ArrayLike, W_O: ArrayLike) -> Gain:
+    """Bounds on the gains of O = concat_h(M_h X W_V^h) W_O for every X with unit rows (row) or any X (Frobenius).
 
     Ms (h, N, N) row-stochastic, W_V (h, d, e), W_O (h, e, d). Multi-head attention is not M X C_V for one C_V, so S and
     c of Theorem 4.1 have no meaning for it (per head c = 0).
@@ -63,7 +48,7 @@ def attention(Ms: ArrayLike, W_V: ArrayLike, W_O: ArrayLike) -> AttentionGain:
     mixing = np.linalg.norm(Ms, 2, axis=(1, 2))
     row = min(joint * float(np.linalg.norm(values)), float(heads.sum()))
     whole = min(float(mixing.max()) * spectral_norm(np.concatenate(W_V, axis=1)) * joint, float(mixing @ heads))
-    return AttentionGain(row, whole, largest_frobenius(Ms))
+    return Gain(row, whole)
 
 
 def mamba2_heads(C: ArrayLike, B: ArrayLike, dt: ArrayLike, A: ArrayLike, D: ArrayLike | None = None) -> Array:
@@ -79,7 +64,7 @@ def mamba2_heads(C: ArrayLike, B: ArrayLike, dt: ArrayLike, A: ArrayLike, D: Arr
     N, h = dt.shape
     total = np.cumsum(dt.T * A[:, None], axis=1)  # (h, N)
     lag = np.where(np.tri(N, dtype=bool), total[:, :, None] - total[:, None, :], -np.inf)
-    Ms = np.exp(lag) * (C @ np.swapaxes(B, -1, -2)) * dt.T[:, None, :]
+    Ms: Array = np.exp(lag) * (C @ np.swapaxes(B, -1, -2)) * dt.T[:, None, :]
     skip = np.zeros(h) if D is None else np.asarray(D, dtype=np.float64)
     return Ms + skip[:, None, None] * np.eye(N)
 
@@ -101,7 +86,7 @@ def s4d(kernel: ArrayLike, D: ArrayLike | None = None) -> ToeplitzGain:
     if D is not None:
         K[:, 0] += np.asarray(D, dtype=np.float64)
     N = K.shape[1]
-    frobenius = np.sqrt(K**2 @ np.arange(N, 0, -1))
+    frobenius = np.sqrt(K**2 @ np.arange(N, 0, -1))  # kernel_s fills a diagonal of N - s entries
     return ToeplitzGain(frobenius, np.abs(np.fft.rfft(K, 2 * N)).max(1), float(frobenius.max()))
 
 
@@ -125,16 +110,3 @@ def lti(norm_A: float, norm_B: float, norm_C: float, N: int) -> DecayNorms:
 def selective(W_BC: ArrayLike, alpha: float, N: int) -> DecayNorms:
     """Footnote 3 corrected for selective SSMs, unit rows: `lti` with ||W_BC||_2 for ||B|| ||C||, |alpha| for ||A||."""
     return lti(abs(alpha), spectral_norm(W_BC), 1.0, N)
-
-
-def mixer_row_bound(W_out: ArrayLike, norm_weight: ArrayLike) -> float:
-    """G_row = sqrt(d_inner) ||W_out diag(w)||_2: no row of a mixer ending in RMSNorm (weight w) and W_out is longer.
-
-    W_out (d, d_inner), norm_weight (d_inner,). For N tokens ||O||_F <= sqrt(N) G_row, the G of the pre-norm
-    certificate, whatever the input, the scan, the convolution and a gate before the norm do.
-    """
-    W = matrix(W_out, "W_out")
-    w = np.asarray(norm_weight, dtype=np.float64)
-    if w.shape != (W.shape[1],):
-        raise TheoryError(f"W_out has shape {W.shape}, norm_weight {w.shape}: give (d, d_inner) and (d_inner,)")
-    return float(np.sqrt(W.shape[1])) * spectral_norm(W * w)

@@ -16,10 +16,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .arrays import Array, TheoryError
-from .layers import layer, selective_matrix
+from lscollapse.theory.arrays import Array, TheoryError
+from lscollapse.theory.layers import layer, selective_matrix
 
-System = Literal["sys1", "sys2"]
 PAPER_THRESHOLD = {"sys1": -2.0, "sys2": -1.5}
 TRUE_THRESHOLD = -1.0
 
@@ -43,7 +42,7 @@ def sys1(lam: float, K: int, alpha: float = 2.0) -> Array:
     _defined(lam)
     M, Ys = np.array([[1.0, 0.0], [alpha, 1.0]]), [np.eye(2)]
     for _ in range(K):
-        Ys.append(layer(Ys[-1], M, lam))
+        Ys.append(layer(Ys[-1], M, lam))  # Proposition 4.3.1
     return np.array(Ys)
 
 
@@ -55,7 +54,7 @@ def sys2(lam: float, K: int, a0: float = 1.0, b0: float = 1.0) -> Array:
     _defined(lam)
     Ys = [np.array([[1.0, 0.0], np.array([a0, b0]) / np.hypot(a0, b0)])]
     for _ in range(K):
-        Ys.append(layer(Ys[-1], selective_matrix(Ys[-1], np.eye(2), 1.0), lam))
+        Ys.append(layer(Ys[-1], selective_matrix(Ys[-1], np.eye(2), 1.0), lam))  # Proposition 4.3.2
     return np.array(Ys)
 
 
@@ -63,7 +62,7 @@ def _from_angle(log_sine: Array, same_side: Array) -> Exact:
     """Two unit rows at an angle given by log|sin| and whether their inner product is positive."""
     sine = np.exp(log_sine)
     cosine = np.sqrt(-np.expm1(2 * log_sine))
-    mu = np.where(same_side, sine / np.sqrt(1.0 + cosine), np.sqrt(1.0 + cosine))
+    mu = np.where(same_side, sine / np.sqrt(1.0 + cosine), np.sqrt(1.0 + cosine))  # sqrt 2 sin of half the angle
     return Exact(mu, mu / np.sqrt(2.0), sine / np.sqrt(2.0 * (1.0 + cosine)))
 
 
@@ -119,7 +118,7 @@ class ExamplesTable(NamedTuple):
         ]
 
 
-def table(system: System, lambdas: ArrayLike | None = None, K: int = 40) -> ExamplesTable:
+def table(system: Literal["sys1", "sys2"], lambdas: ArrayLike | None = None, K: int = 40) -> ExamplesTable:
     """mu and rank1_residual of one system over lambda (default -4 to 2 in steps of 0.02) and depth 0..K, exact."""
     if system not in PAPER_THRESHOLD:
         raise TheoryError(f"system = {system!r}: choose 'sys1' or 'sys2'")

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .arrays import Array, TheoryError, relative_mu, require_unit_rows, unit_rows
+from lscollapse.theory.arrays import Array, TheoryError, relative_mu, require_unit_rows, unit_rows
 
 
 class Critical(NamedTuple):
@@ -49,10 +49,11 @@ def critical_lambda(
 
     def velocity(Z: Array) -> Array:
         out = mixer(Z)
-        return sign * (out - np.einsum("id,id->i", Z, out)[:, None] * Z)
+        along: Array = sign * (out - np.einsum("id,id->i", Z, out)[:, None] * Z)  # along a row only its norm moves
+        return along
 
     for n in range(int(np.ceil(tau_max / step))):
-        Y = unit_rows(Y + step * velocity(unit_rows(Y + step / 2 * velocity(Y))))
+        Y = unit_rows(Y + step * velocity(unit_rows(Y + step / 2 * velocity(Y))))  # midpoint rule
         after = relative_mu(Y)
         if after < m_target:
             tau = step * (n + (before - m_target) / (before - after))

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .arrays import Array, TheoryError, matrix, square, unit_rows
+from lscollapse.theory.arrays import Array, TheoryError, matrix, square, unit_rows
 
 Form = Literal["eq3", "eq6"]
 
@@ -28,18 +28,19 @@ def layer(
     M = square(M, "M", len(Y))
     C_V = np.eye(Y.shape[1]) if C_V is None else square(C_V, "C_V", Y.shape[1])
     if form == "eq3":
-        Z = lam * Y + M @ Y @ C_V
+        Z = lam * Y + M @ Y @ C_V  # eq. (3)
     elif form == "eq6":
-        Z = (lam * Y + M @ Y) @ C_V
+        Z = (lam * Y + M @ Y) @ C_V  # eq. (6)
     else:
         raise TheoryError(f"form = {form!r}: choose 'eq3' or 'eq6'")
-    return unit_rows(Z) if layernorm else Z
+    return unit_rows(Z) if layernorm else Z  # eq. (4)
 
 
 def softmax(logits: Array) -> Array:
     """Row-wise softmax; -inf entries get weight zero."""
     weights = np.exp(logits - logits.max(1, keepdims=True))
-    return weights / weights.sum(1, keepdims=True)
+    shares: Array = weights / weights.sum(1, keepdims=True)
+    return shares
 
 
 def attention_matrix(Y: ArrayLike, W_QK: ArrayLike, d_qk: int, causal: bool = False) -> Array:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .arrays import Array, TheoryError, centred, matrix, relative_mu, require_unit_rows, unit_rows
+from lscollapse.theory.arrays import Array, centred, pair, require_unit_rows
 
 
 class Response(NamedTuple):
@@ -46,26 +46,12 @@ class Response(NamedTuple):
         return slope * lam + offset > 0.0
 
 
-def _pair(X: ArrayLike, O: ArrayLike) -> tuple[Array, Array]:
-    X, out = matrix(X, "X"), matrix(O, "O")
-    if X.shape != out.shape:
-        raise TheoryError(f"X has shape {X.shape}, O {out.shape}: give input and mixer output of one layer")
-    return X, out
-
-
 def response(X: ArrayLike, O: ArrayLike) -> Response:
     """The six scalars of a layer's input and mixer output, both (N, d)."""
-    X, out = _pair(X, O)
+    X, out = pair(X, O)
     PX, PO = centred(X), centred(out)
     pairs = ((PX, PX), (PX, PO), (PO, PO), (X, X), (X, out), (out, out))
     return Response(*(float(np.vdot(a, b)) for a, b in pairs))
-
-
-def response_layernorm(X: ArrayLike, O: ArrayLike, lams: ArrayLike) -> Array:
-    """Relative mu after rows of lam X + O are normalised, one value a lambda; NaN where a row is zero."""
-    X, out = _pair(X, O)
-    values = [lam * X + out for lam in np.atleast_1d(np.asarray(lams, dtype=np.float64))]
-    return np.array([relative_mu(unit_rows(Z)) if Z.any(1).all() else np.nan for Z in values])
 
 
 def drive(X: ArrayLike, O: ArrayLike) -> float:
@@ -73,6 +59,6 @@ def drive(X: ArrayLike, O: ArrayLike) -> float:
 
     h = mean_i [xbar . O_i - (xbar . x_i)(x_i . O_i)]. h > 0: a positive lambda collapses, a negative one separates.
     """
-    X, out = _pair(require_unit_rows(X, "X"), O)
+    X, out = pair(require_unit_rows(X, "X"), O)
     mean = X.mean(0)
     return float(np.mean(out @ mean - (X @ mean) * np.einsum("id,id->i", X, out)))

@@ -8,13 +8,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .arrays import Array, TheoryError, square
+from lscollapse.theory.arrays import Array, TheoryError, square
 
 
 def T(M: ArrayLike, lam: float) -> Array:
     """The linearisation at consensus, (N, N); rows sum to 1. TheoryError where a row of M + lam I sums to zero."""
     M = square(M)
-    sums = M.sum(1) + lam
+    sums: Array = M.sum(1) + lam
     if not sums.all():
         raise TheoryError(f"lam = {lam}: row {int(np.argmin(np.abs(sums)))} of M + lam I sums to zero")
     return (M + lam * np.eye(len(M))) / sums[:, None]
@@ -23,7 +23,7 @@ def T(M: ArrayLike, lam: float) -> Array:
 def rho2(M: ArrayLike, lam: float) -> float:
     """Modulus of the second eigenvalue of T(lam): the factor per layer by which deviations from consensus shrink."""
     nu = np.linalg.eigvals(T(M, lam))
-    return float(np.abs(np.delete(nu, np.argmin(np.abs(nu - 1.0)))).max(initial=0.0))
+    return float(np.abs(np.delete(nu, np.argmin(np.abs(nu - 1.0)))).max(initial=0.0))  # nu = 1 is the consensus itself
 
 
 def attracting(M: ArrayLike, lam: float) -> bool:

@@ -4,22 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import bounds, constants
-from .arrays import Array, mu, norm_1_inf, unit_rows
-from .checking import (
-    Instance,
-    Rng,
-    Statement,
-    draw_decay,
-    fails_unless,
-    layers_of,
-    lower,
-    shape,
-    smallest,
-    tokens,
-    upper,
-)
-from .layers import attention_matrix, decay, selective_matrix, softmax
+from lscollapse.theory import bounds, constants
+from lscollapse.theory.arrays import Array, mu, norm_1_inf, unit_rows
+from lscollapse.theory.checking import Statement, fails_unless, lower, smallest, upper
+from lscollapse.theory.instances import Instance, Rng, draw_decay, layers_of, shape, tokens
+from lscollapse.theory.layers import attention_matrix, decay, selective_matrix, softmax
 
 
 def _lemma_a1() -> tuple[str, str]:
@@ -41,10 +30,6 @@ def _lemma_a1_margin(A: Array, B: Array) -> float | None:
 def _log_margin(actual: float, log_bound: float, floor: float = 0.0) -> float | None:
     """Margin of actual <= exp(log_bound); None when actual is at or under `floor`, where rounding decides."""
     return float(-np.expm1(np.log(actual) - log_bound)) if actual > floor else None
-
-
-def _theorem_a3() -> tuple[str, str]:
-    return "void", "gamma is not defined in the paper: nothing to compute"
 
 
 def _draw_attention(rng: Rng) -> Instance:
@@ -172,8 +157,9 @@ def _footnote_selective_margin(Y: Array, W_BC: Array, alpha: float) -> float | N
 STATEMENTS = (
     Statement("Lemma A.1", _lemma_a1, "for B with no more rows than columns", _draw_product, _lemma_a1_margin),
     Statement(
-        "Theorem A.3, attention without LayerNorm", _theorem_a3, "B^((3^K-1)/2) mu0^(3^K), unmasked",
-        _draw_attention, _theorem_a3_margin,
+        "Theorem A.3, attention without LayerNorm",
+        lambda: ("void", "gamma is not defined in the paper: nothing to compute"),
+        "B^((3^K-1)/2) mu0^(3^K), unmasked", _draw_attention, _theorem_a3_margin,
     ),
     Statement(
         "Corollary A.3.1, norms", _corollary_a31, "norm_1,inf against norm_F", _draw_matrix, _corollary_a31_margin

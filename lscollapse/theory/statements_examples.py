@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import constants, examples, onestep, spectral
-from .arrays import Array, TheoryError, mu, rank1_residual, relative_mu, spectral_norm, unit_rows
-from .checking import Instance, Rng, Statement, equal, fails_unless, mixing, shape, smallest, tokens, upper
-from .layers import softmax
+from lscollapse.theory import constants, examples, onestep, spectral
+from lscollapse.theory.arrays import Array, TheoryError, mu, rank1_residual, relative_mu, spectral_norm, unit_rows
+from lscollapse.theory.checking import Statement, equal, fails_unless, new, smallest, upper
+from lscollapse.theory.instances import Instance, Rng, mixing, shape, tokens
+from lscollapse.theory.layers import softmax
 
 
 def _limit(system: str, lam: float, exact: examples.Exact) -> str:
@@ -64,10 +65,6 @@ def _proposition2_margin(lam: float, K: int, a0: float, b0: float) -> float | No
 
 
 # --- new ---
-
-
-def _new() -> tuple[str, str]:
-    return "new", "not in the paper"
 
 
 def _draw_pair(rng: Rng) -> Instance:
@@ -150,11 +147,11 @@ STATEMENTS = (
         _draw_example2, _proposition2_margin,
     ),
     Statement(
-        "One-step response to lambda", _new, "six scalars give relative mu at every lam", _draw_pair, _response_margin
+        "One-step response to lambda", new, "six scalars give relative mu at every lam", _draw_pair, _response_margin
     ),
-    Statement("Gains of multi-head attention", _new, "row and Frobenius bounds", _draw_gains, _gains_margin),
+    Statement("Gains of multi-head attention", new, "row and Frobenius bounds", _draw_gains, _gains_margin),
     Statement("Norms of an S4D channel", _kernel, "norm_2(M) <= max of the padded FFT", _draw_kernel, _kernel_margin),
     Statement(
-        "Spectral threshold lambda_c", _new, "consensus attracts iff lam > lambda_c", _draw_mixing, _spectral_margin
+        "Spectral threshold lambda_c", new, "consensus attracts iff lam > lambda_c", _draw_mixing, _spectral_margin
     ),
 )  # fmt: skip

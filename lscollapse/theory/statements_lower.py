@@ -6,8 +6,8 @@ from functools import partial
 
 import numpy as np
 
-from . import certificates, theorem41
-from .arrays import (
+from lscollapse.theory import certificates, theorem41
+from lscollapse.theory.arrays import (
     Array,
     angle,
     max_row_sum,
@@ -18,28 +18,12 @@ from .arrays import (
     spectral_norm,
     unit_rows,
 )
-from .checking import (
-    Instance,
-    Printed,
-    Rng,
-    Statement,
-    equal,
-    fails_unless,
-    layers_of,
-    lower,
-    mixing,
-    pulled,
-    rows_of_length,
-    shape,
-    smallest,
-    tokens,
-    upper,
-)
-from .layers import layer, softmax
+from lscollapse.theory.checking import Printed, Statement, equal, fails_unless, lower, new, smallest, upper
+from lscollapse.theory.instances import Instance, Rng, layers_of, mixing, shape, tokens
+from lscollapse.theory.layers import layer, softmax
 
 X3 = np.array([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
 M3 = softmax(X3 @ X3.T / np.sqrt(2.0))
-NEW = ("new", "not in the paper")
 
 
 # --- definitions ---
@@ -51,14 +35,10 @@ def _definition() -> tuple[str, str]:
     return "definition", f"mean row (formula): mu = {mu(Y):.6f}; mean of columns (text): {columns:.6f}"
 
 
-def _draw_tokens(rng: Rng) -> Instance:
-    return {"Y": tokens(rng, *shape(rng))}
-
-
 def _definition_margin(Y: Array) -> float:
     Y = unit_rows(Y)
     N, m = len(Y), relative_mu(Y)
-    pairs = np.sqrt(((Y[:, None] - Y[None]) ** 2).sum() / (2 * N))
+    pairs = np.sqrt(((Y[:, None] - Y[None]) ** 2).sum() / (2 * N))  # mu by the distances of all pairs of rows
     means = 1 - N * (Y.mean(0) ** 2).sum() / (Y**2).sum()
     return min(equal(mu(Y), float(pairs)), equal(m**2, float(means)), m - rank1_residual(Y))
 
@@ -133,7 +113,7 @@ def _draw_deep(rng: Rng) -> Instance:
 
 
 def _deep(
-    sign: int, variant: theorem41.Variant, Y: Array, Ms: Array, C_V: Array, rate: float, slack: float
+    sign: int, variant: theorem41.Version, Y: Array, Ms: Array, C_V: Array, rate: float, slack: float
 ) -> float | None:
     """Margin of Theorem 4.1 at the smallest |lam| that meets its hypotheses, times 1 + slack."""
     Y0 = Y = unit_rows(Y)
@@ -146,10 +126,6 @@ def _deep(
     for M in Ms:
         Y = layer(Y, M, lam, C_V, form="eq6")
     return lower(mu(Y) ** 2, a ** len(Ms) * mu(Y0) ** 2)
-
-
-def _positive() -> tuple[str, str]:
-    return "holds", "for the one K that b is computed for; two steps of the printed proof are false"
 
 
 def _negative() -> tuple[str, str]:
@@ -218,12 +194,19 @@ def _draw_net(rng: Rng) -> Instance:
     }
 
 
+def _pulled(fixed: Array, Y: Array, pull: float) -> Array:
+    """A direction (N, d) for an adversarial mixer output: `fixed`, plus `pull` times the way to the mean row."""
+    direction: Array = fixed + pull * (Y.mean(0) - Y)
+    return direction
+
+
 def _rows_margin(Y: Array, Os: Array, pull: float, G: float, room: float, sign: int) -> float | None:
     """Both Theorem 4.1* and its a-posteriori form, on mixer outputs chosen to pull towards consensus."""
     Y = unit_rows(Y)
     m0, lam, Ys = relative_mu(Y), sign * room * G * len(Os), [Y]
     for fixed in Os:
-        Ys.append(unit_rows(lam * Ys[-1] + rows_of_length(pulled(fixed, sign * Ys[-1], pull), G)))
+        out = G * unit_rows(_pulled(fixed, sign * Ys[-1], pull))
+        Ys.append(unit_rows(lam * Ys[-1] + out))
     actual = relative_mu(Ys[-1])
     a_priori = lower(actual, float(certificates.certificate(m0, np.full(len(Os), G), lam)[-1]))
     measured = lower(actual, float(certificates.measured(np.array(Ys), lam)[-1]))
@@ -252,7 +235,7 @@ def _prenorm_margin(Y: Array, Os: Array, pull: float, G: float, room: float, sig
     r0, m0, X = float(np.linalg.norm(Y)), relative_mu(Y), Y
     lam, ratios = sign * (1 + room), []
     for fixed in Os:
-        out = pulled(fixed, sign * X, pull)
+        out = _pulled(fixed, sign * X, pull)
         out = out * (G * r0 / np.linalg.norm(out))
         ratios.append(float(np.linalg.norm(out) / (abs(lam) * np.linalg.norm(X))))
         X = lam * X + out
@@ -264,18 +247,25 @@ def _prenorm_margin(Y: Array, Os: Array, pull: float, G: float, room: float, sig
     return smallest([lower(relative_mu(X), bound) for bound in bounds])
 
 
-def _deep_statement(name: str, printed: Printed, correction: str, sign: int, variant: theorem41.Variant) -> Statement:
+def _deep_statement(name: str, printed: Printed, correction: str, sign: int, variant: theorem41.Version) -> Statement:
     return Statement(name, printed, correction, _draw_deep, partial(_deep, sign, variant))
 
 
 STATEMENTS = (
-    Statement("Eq. 5, definition of mu", _definition, "identities of mu, r1 <= m", _draw_tokens, _definition_margin),
+    Statement(
+        "Eq. 5, definition of mu", _definition, "identities of mu, r1 <= m",
+        lambda rng: {"Y": tokens(rng, *shape(rng))}, _definition_margin,
+    ),
     Statement("Eq. 6 equals eq. 3", _eq6, "equal for C_V = I, and for lam = 0", _draw_layer, _eq6_margin),
     Statement(
         "Theorem 4.1, proof, LayerNorm step", _step_a, "repaired one-step inequality", _draw_one_step, _one_step_margin
     ),
     Statement("Theorem 4.1, proof, row-norm step", _step_b, "with sqrt(N) ||M||_F", _draw_layer, _row_norm_margin),
-    _deep_statement("Theorem 4.1, lam > 0, unit-row input", _positive, "", 1, "abs"),
+    _deep_statement(
+        "Theorem 4.1, lam > 0, unit-row input",
+        lambda: ("holds", "for the one K that b is computed for; two steps of the printed proof are false"),
+        "", 1, "abs",
+    ),
     _deep_statement("Theorem 4.1, lam < 0", _negative, "with |lam| in b", -1, "abs"),
     _deep_statement("Theorem 4.1, input not normalised", _not_unit, "rows of Y0 normalised first", -1, "repaired"),
     _deep_statement(
@@ -283,11 +273,11 @@ STATEMENTS = (
     ),
     Statement("Ideal a = 1; Remark 4.1", _ideal, "(7) fails at every a >= c^2/S^2", _draw_ideal, _ideal_margin),
     Statement(
-        "Theorem 4.1* (angles), eq. 3", lambda: NEW, "psi_K >= psi_0 - sum of turns, bounded or measured",
+        "Theorem 4.1* (angles), eq. 3", new, "psi_K >= psi_0 - sum of turns, bounded or measured",
         _draw_net, _rows_margin,
     ),
     Statement(
-        "Theorem 4.1* (angles), eq. 6", lambda: NEW, "m' >= (c/S) sin(psi - arcsin(norm_inf(M)/|lam|))",
+        "Theorem 4.1* (angles), eq. 6", new, "m' >= (c/S) sin(psi - arcsin(norm_inf(M)/|lam|))",
         _draw_one_step, _angle_eq6_margin,
     ),
     Statement(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import bounds
-from .arrays import Array, min_cosine, mu, unit_rows
-from .checking import Instance, Rng, Statement, cone, draw_decay, fails_unless, lower, shape, upper
-from .layers import layer, selective_matrix, softmax
+from lscollapse.theory import bounds
+from lscollapse.theory.arrays import Array, min_cosine, mu, unit_rows
+from lscollapse.theory.checking import Statement, fails_unless, lower, upper
+from lscollapse.theory.instances import Instance, Rng, cone, draw_decay, shape
+from lscollapse.theory.layers import layer, selective_matrix, softmax
 
 
 def _draw_stochastic(rng: Rng) -> Instance:

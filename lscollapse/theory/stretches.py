@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .arrays import Array
+from lscollapse.theory.arrays import Array
 
 MEASURES = ("relative_mu", "rank1_residual")
-
-
 SIGNS = (1, -1)
+NOTHING = math.inf  # the low end of a stretch that is empty
 
 
 class Kept(NamedTuple):
@@ -32,11 +31,11 @@ def in_words(low: float, high: float) -> str:
     if not np.isfinite(low):
         return "none suffices"
     if np.isfinite(high):
-        return f"{number(low)} only" if low == high else f"{number(low)} to {number(high)}"
-    return "no collapse" if low == 0.0 else f"from {number(low)}"
+        return f"{_number(low)} only" if low == high else f"{_number(low)} to {_number(high)}"
+    return "no collapse" if low == 0.0 else f"from {_number(low)}"
 
 
-def number(lam: float) -> str:
+def _number(lam: float) -> str:
     """From 1000 on with four digits, below with three: further ones differ from one processor to another."""
     return f"{lam:.3g}" if lam < 999.5 else f"{float(f'{lam:.4g}'):,.0f}"
 
@@ -47,7 +46,7 @@ class Estimate(NamedTuple):
 
     lam: float
     how: str
-    high: float = float("inf")  # where it ceases to suffice
+    high: float = math.inf  # where it ceases to suffice
 
     @property
     def reads(self) -> str:
@@ -91,7 +90,7 @@ class Found:
         """The same; the last has no end (infinity) where the largest tested |lambda| is over the target."""
         stretches = self.kept(sign, measure)
         if stretches and stretches[-1].high == self.curve(sign, measure)[0][-1]:
-            stretches[-1] = Kept(stretches[-1].low, float("inf"))
+            stretches[-1] = Kept(stretches[-1].low, math.inf)
         return stretches
 
     def missing(self, sign: int, measure: str) -> list[float]:
@@ -107,9 +106,9 @@ class Found:
         sizes, values = self.curve(sign, measure)
         under = sizes[values < self.target]
         if len(under) and under[-1] == sizes[-1]:
-            return float("inf")
+            return math.inf
         above = sizes > under[-1] if len(under) else sizes >= 0.0
-        return float("nan") if np.isnan(values[above]).any() else float(sizes[above][0])
+        return math.nan if np.isnan(values[above]).any() else float(sizes[above][0])
 
     def rank_warning(self) -> str | None:
         """What to say where a negative lambda keeps relative mu over the target but not the rank-1 residual."""
@@ -130,9 +129,6 @@ class Found:
         return [{"lam": lam, **self.points[lam]} for lam in sorted(self.points)]
 
 
-NOTHING = float("inf")
-
-
 @dataclass(frozen=True)
 class Line:
     """One stretch of |lambda| on which a bound holds, for one sign (0: both); a bound that holds on several has several.
@@ -146,7 +142,7 @@ class Line:
     sign: int
     lam: float
     note: str = ""
-    to: float = NOTHING
+    to: float = math.inf
 
     @property
     def measured(self) -> bool:
@@ -157,7 +153,7 @@ class Line:
         """The stretch in words: what every table and figure shows."""
         if self.measured:
             return in_words(self.lam, self.to)
-        return number(self.lam) if math.isfinite(self.lam) else "certifies nothing"
+        return _number(self.lam) if math.isfinite(self.lam) else "certifies nothing"
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from typing import Literal
 
 import numpy as np
 
-from .arrays import TheoryError
+from lscollapse.theory.arrays import TheoryError
 
-Variant = Literal["abs", "repaired", "paper"]
+Version = Literal["abs", "repaired", "paper"]
 
 
 def _check(a: float, C_M: float, c: float, S: float) -> None:
@@ -62,7 +62,7 @@ def implied_C_M(lam: float, a: float, c: float = 1.0, S: float = 1.0) -> float:
 
 
 def b(
-    lam: float, a: float, K: int, N: int, C_M: float, c: float = 1.0, S: float = 1.0, variant: Variant = "abs"
+    lam: float, a: float, K: int, N: int, C_M: float, c: float = 1.0, S: float = 1.0, variant: Version = "abs"
 ) -> float:
     """The b of Theorem 4.1: K layers are certified when mu(Y0)^2 >= b. Infinity where (7) fails.
 
@@ -78,14 +78,14 @@ def b(
     return _growth(a, K) * 2 * abs(lam) * N * factor * C_M / slack if slack > 0.0 else float("inf")
 
 
-def _factor(variant: Variant, c: float, S: float) -> float:
+def _factor(variant: Version, c: float, S: float) -> float:
     if variant not in ("abs", "repaired"):
         raise TheoryError(f"variant = {variant!r}: choose 'abs' or 'repaired' (or 'paper', for b only)")
     return S**2 if variant == "abs" else c**2
 
 
 def lambda_required(
-    a: float, K: int, C_M: float, m0_squared: float, c: float = 1.0, S: float = 1.0, variant: Variant = "abs"
+    a: float, K: int, C_M: float, m0_squared: float, c: float = 1.0, S: float = 1.0, variant: Version = "abs"
 ) -> float:
     """Smallest |lam| that meets every hypothesis of Theorem 4.1 for K layers: (7) and mu(Y0)^2 >= b.
 
@@ -97,29 +97,11 @@ def lambda_required(
     B = C_M * (a * S**2 + _factor(variant, c, S) * _growth(a, K) / m0_squared)
     if q <= 0.0 or not np.isfinite(B):
         return float("inf")
-    return float((B + np.hypot(B, np.sqrt(q * a) * S * C_M)) / q)
-
-
-def lambda_required_best(
-    K: int, C_M: float, m0_squared: float, c: float = 1.0, S: float = 1.0, variant: Variant = "abs"
-) -> tuple[float, float]:
-    """(lam, a): the smallest `lambda_required` over a, and the a that attains it."""
-    from scipy.optimize import minimize_scalar
-
-    if not 0.0 < c <= S:
-        raise TheoryError(f"c = {c}, S = {S}: no |lam| is certified unless 0 < c <= S")
-    largest = (c / S) ** 2
-
-    def cost(logit: float) -> float:
-        a = largest / (1.0 + np.exp(-logit))
-        return min(1e3, float(np.log(lambda_required(a, K, C_M, m0_squared, c, S, variant))))
-
-    found = minimize_scalar(cost, bounds=(-10.0, np.log(100.0 * max(K, 1))), method="bounded", options={"xatol": 1e-9})
-    return float(np.exp(found.fun)), float(largest / (1.0 + np.exp(-found.x)))
+    return float((B + np.hypot(B, np.sqrt(q * a) * S * C_M)) / q)  # q lam^2 - 2 B lam - a S^2 C_M^2 = 0: mu(Y0)^2 = b
 
 
 def k_max(
-    lam: float, a: float, C_M: float, m0_squared: float, c: float = 1.0, S: float = 1.0, variant: Variant = "abs"
+    lam: float, a: float, C_M: float, m0_squared: float, c: float = 1.0, S: float = 1.0, variant: Version = "abs"
 ) -> float:
     """Deepest K (a real number) that Theorem 4.1 certifies at this lam; negative when it certifies nothing."""
     _check(a, C_M, c, S)

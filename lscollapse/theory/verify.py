@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from . import statements_decay, statements_examples, statements_lower, statements_upper
-from .arrays import TheoryError
-from .checking import Verdict, check
+from lscollapse.theory import statements_decay, statements_examples, statements_lower, statements_upper
+from lscollapse.theory.arrays import TheoryError
+from lscollapse.theory.checking import Verdict, put_to_test
 
 STATEMENTS = (
     statements_lower.STATEMENTS
@@ -34,14 +34,12 @@ def run(instances: int = 1500, seed: int = 0) -> list[Verdict]:
         raise TheoryError(f"instances = {instances}, seed = {seed}: give at least one instance and a seed >= 0")
     streams = np.random.SeedSequence(seed).spawn(len(STATEMENTS))
     pairs = zip(STATEMENTS, streams, strict=True)
-    return [check(statement, instances, np.random.default_rng(stream)) for statement, stream in pairs]
+    return [put_to_test(statement, instances, np.random.default_rng(stream)) for statement, stream in pairs]
 
 
 def to_json(verdicts: Sequence[Verdict]) -> str:
     """A JSON array, one object a verdict; an untested statement has worst_margin null."""
-    rows = [verdict.as_dict() for verdict in verdicts]
-    for row in rows:
-        row["worst_margin"] = row["worst_margin"] if np.isfinite(row["worst_margin"]) else None
+    rows = [vars(v) | {"worst_margin": v.worst_margin if np.isfinite(v.worst_margin) else None} for v in verdicts]
     return json.dumps(rows, indent=2) + "\n"
 
 

@@ -23,11 +23,11 @@ import torch
 
 from lscollapse import measures
 from lscollapse.core.progress import SILENT, Progress
-from lscollapse.experiments.bounds import gains
-from lscollapse.experiments.bounds import s4d as guarantees_s4d
+from lscollapse.experiments.bounds import s4d
 from lscollapse.experiments.bounds.find_lambda import find
-from lscollapse.experiments.bounds.gains import Pass
-from lscollapse.instrument import early_exit, forward
+from lscollapse.experiments.bounds.gains import Pass, gains_at, head_rows
+from lscollapse.instrument.early_exit import spectral_bound
+from lscollapse.instrument.forward import checked_ids
 from lscollapse.models.adapters.adapter import UnsupportedModel
 from lscollapse.models.adapters.albert import AlbertAdapter
 from lscollapse.models.adapters.bert import BertAdapter
@@ -39,13 +39,14 @@ from lscollapse.theory.arrays import Array
 from lscollapse.theory.stretches import MEASURES, NOTHING, SIGNS, Found, Kept, Line, Report
 
 PAPER_LAMBDA, PAPER_A = 937.924, 0.9  # the remark in section 5.1 on Mamba-2
+WORDS = {"relative_mu": "relative mu", "rank1_residual": "rank-1 residual"}
 LIMIT = 2.0**24  # of the search for a certified |lambda|
 
 
 def report(
     subject: Subject, target: float = 0.5, a: float = 0.9, tol: float = 0.02, progress: Progress = SILENT
 ) -> Report:
-    """Bounds and the measured critical lambda of one loaded model (search.load).
+    """Bounds and the measured critical lambda of one loaded model (find_lambda.load_with_grid).
 
     Args:
         target: relative mu to keep at the last layer.
@@ -64,16 +65,16 @@ def report(
     theorem41.lambda_star(a, 1.0)  # refuses a before anything is computed
     found = find(subject, target, tol, progress=progress)
     progress.note(f"{subject.info.name}: gains and mixing matrices")
-    own = gains.measure(subject, 1.0)
-    s4d = isinstance(adapter, S4DAdapter)
-    heads = guarantees_s4d.channel_rows(adapter, subject.ids.shape[1]) if s4d else list(gains.head_rows(subject))
+    own = gains_at(subject, 1.0)
+    is_s4d = isinstance(adapter, S4DAdapter)
+    heads = s4d.channel_rows(adapter, subject.ids.shape[1]) if is_s4d else list(head_rows(subject))
     layers = _layer_rows(own, heads)
     C_M = max(row["C_M"] for row in heads)
     first = float(own.first.min())
     remarks = [_remark(C_M, K, first)]
-    if s4d:
-        layers = [row | more for row, more in zip(layers, guarantees_s4d.layer_rows(subject, heads), strict=True)]
-        remarks += guarantees_s4d.remarks(heads, layers)
+    if is_s4d:
+        layers = [row | more for row, more in zip(layers, s4d.layer_rows(subject, heads), strict=True)]
+        remarks += s4d.remarks(heads, layers)
     lines = _theorem41(a, K, C_M, first, heads)
     progress.note(f"{subject.info.name}: certificates")
     lines += _prenorm(subject, target) if adapter.pre_norm else _angles(subject, target, first, layers)
@@ -87,11 +88,7 @@ def _measured(found: Found, sign: int, measure: str) -> list[Line]:
     if math.isnan(found.smallest(sign, measure)):
         stretches.append(Kept(math.nan, NOTHING))
     stretches = stretches or [Kept(NOTHING, NOTHING)]
-    return [Line(f"measured, {_words(measure)}", sign, low, to=high) for low, high in stretches]
-
-
-def _words(measure: str) -> str:
-    return {"relative_mu": "relative mu", "rank1_residual": "rank-1 residual"}[measure]
+    return [Line(f"measured, {WORDS[measure]}", sign, low, to=high) for low, high in stretches]
 
 
 # --- the bounds ---
@@ -130,10 +127,10 @@ def _prenorm(subject: Subject, target: float) -> list[Line]:
     if not subject.adapter.bounded_mixer:
         return []
     adapter, N = subject.adapter, subject.ids.shape[1]
-    rows = subject.gains or [adapter.mixer_bound(k, early_exit.spectral_bound) for k in range(adapter.n_layers)]
+    rows = subject.gains or [adapter.mixer_bound(k, spectral_bound) for k in range(adapter.n_layers)]
     G = np.array(rows) * math.sqrt(N)
     largest = float(G.max())
-    X = adapter.embed(forward.checked_ids(adapter, subject.ids)).double()
+    X = adapter.embed(checked_ids(adapter, subject.ids)).double()
     pairs = list(zip(measures.relative_mu(X).tolist(), torch.linalg.vector_norm(X, dim=(1, 2)).tolist(), strict=True))
     here = max(certificates.prenorm_lambda_required(m, target, G, r) for m, r in pairs)
     ever = max(certificates.prenorm_lambda_required_infinite(m, target, largest, r) for m, r in pairs)
@@ -142,30 +139,22 @@ def _prenorm(subject: Subject, target: float) -> list[Line]:
         Line("pre-norm certificate, weights only, every depth", 0, ever, "layers after these bounded by the largest G"),
     ]
 
-    def here_measured(run: Pass) -> Array:
-        return _lower(run.first, run.frobenius / abs(run.lam), 0.0)
-
-    def ever_measured(run: Pass) -> Array:
+    def keeps_ever(run: Pass) -> Array:
         beyond = [certificates.prenorm_turn_infinite(run.lam, largest, r) for r in run.final_norm]
-        return _lower(run.first, run.frobenius / abs(run.lam), np.array(beyond))
+        return _keeps(run, run.frobenius, np.array(beyond))
 
-    for depth, bounds in (("this depth", here_measured), ("every depth", ever_measured)):
-        for sign in SIGNS:
-            lam, taken = _smallest_certified(subject, target, sign, bounds)
-            lines.append(Line(f"pre-norm certificate, measured gains, {depth}", sign, lam, taken))
-    return lines
+    name = "pre-norm certificate, measured gains"
+    lines += _certified(subject, target, f"{name}, this depth", lambda run: _keeps(run, run.frobenius))
+    return lines + _certified(subject, target, f"{name}, every depth", keeps_ever)
 
 
-def _lower(first: Array, ratios: Array, beyond: Array | float) -> Array:
-    """Lower bounds on relative mu, (B,): turns of arcsin(ratios), (K, B), and `beyond` more, from relative mu `first`."""
-    ends = [certificates.from_ratios(m, r)[-1] for m, r in zip(first, ratios.T, strict=True)]
+def _keeps(run: Pass, gains: Array, beyond: Array | float = 0.0) -> Array:
+    """Lower bounds on relative mu, (B,): layers turn by arcsin(gains / |lambda|), (K, B), at most, later ones by `beyond`."""
+    ends = [certificates.from_ratios(m, r)[-1] for m, r in zip(run.first, (gains / abs(run.lam)).T, strict=True)]
     return np.sin(np.maximum(0.0, np.arcsin(ends) - beyond))
 
 
 def _angles(subject: Subject, target: float, first: float, layers: list[dict[str, Any]]) -> list[Line]:
-    def bounds(run: Pass) -> Array:
-        return _lower(run.first, run.row / abs(run.lam), 0.0)
-
     if "feed_forward_gain" in layers[0]:
         alone, largest = "attention sublayers alone", max(row["feed_forward_gain"] for row in layers)
         turn = f"the feed-forward part, with skip 1, has row gains up to {largest:.2f} whatever lambda is"
@@ -176,21 +165,23 @@ def _angles(subject: Subject, target: float, first: float, layers: list[dict[str
             f"the norms' weights and biases turn rows by up to {turned:.0f} degrees in all, whatever lambda is, and"
             f" {max(0.0, spare):.1f} may be lost"
         )
-    lines = []
-    for sign in SIGNS:
-        lam, taken = _smallest_certified(subject, target, sign, bounds)
-        lines.append(Line(f"Theorem 4.1*, {alone}", sign, lam, taken))
+    lines = _certified(subject, target, f"Theorem 4.1*, {alone}", lambda run: _keeps(run, run.row))
     return [*lines, Line("Theorem 4.1*, whole blocks", 0, NOTHING, turn)]
 
 
+def _certified(subject: Subject, target: float, bound: str, keeps: Callable[[Pass], Array]) -> list[Line]:
+    """One line a sign; `keeps` is what the gains measured at a lambda certify of each excerpt."""
+    return [Line(bound, sign, *_smallest_certified(subject, target, sign, keeps)) for sign in SIGNS]
+
+
 def _smallest_certified(
-    subject: Subject, target: float, sign: int, bounds: Callable[[Pass], Array]
+    subject: Subject, target: float, sign: int, keeps: Callable[[Pass], Array]
 ) -> tuple[float, str]:
     """Smallest |lambda| whose own pass certifies the target on every excerpt, to 5 %, and what is certified there."""
     certified: dict[float, float] = {}
 
     def holds(size: float) -> bool:
-        certified[size] = float(bounds(gains.measure(subject, sign * size)).min())
+        certified[size] = float(keeps(gains_at(subject, sign * size)).min())
         return certified[size] >= target
 
     high = 16.0

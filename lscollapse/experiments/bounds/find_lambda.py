@@ -9,27 +9,23 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lscollapse.core.config import Experiment
 from lscollapse.core.progress import SILENT, Progress
-from lscollapse.instrument import forward
+from lscollapse.instrument.forward import checked_ids, measure
+from lscollapse.instrument.sublayers import sublayers
 from lscollapse.instrument.surgery import Variant
-from lscollapse.models.adapters.adapter import Edit, HookSet
+from lscollapse.models.adapters.adapter import Adapter
 from lscollapse.models.adapters.s4d import S4DAdapter
 from lscollapse.runs.loading import Subject, load_subjects
 from lscollapse.theory import flow
 from lscollapse.theory.arrays import Array, unit_rows
 from lscollapse.theory.stretches import MEASURES, SIGNS, Estimate, Found, Kept
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from lscollapse.models.adapters.adapter import Adapter
 
 SMALLEST = 2.0**-4
 GRID = (0.0, *(2.0**k for k in range(-4, 5)), *(4.0**k for k in range(3, 7)))  # of |lambda|
@@ -42,7 +38,7 @@ class SearchError(ValueError):
     """A target or tolerance outside its range."""
 
 
-def load(config: Experiment, progress: Progress = SILENT) -> Subject:
+def load_with_grid(config: Experiment, progress: Progress = SILENT) -> Subject:
     """The one model of `config` with its excerpts; variants are the grid, with the gate unless `config.gating` is False."""
     return next(load_subjects(config, _grid_variants, progress))
 
@@ -77,7 +73,7 @@ def find(
     wanted: Iterable[float] = {sign * size for sign in SIGNS for size in (*GRID, *near)}
     while wanted:
         progress.note(f"{subject.info.name}: measuring {len(set(wanted))} values of lambda")
-        found.points |= measure(subject, wanted)
+        found.points |= last_means(subject, wanted)
         wanted = {lam for sign in SIGNS for name in MEASURES for lam in _midpoints(found, sign, name)}
     return found
 
@@ -95,7 +91,7 @@ def _midpoints(found: Found, sign: int, name: str) -> list[float]:
     ]
 
 
-def measure(subject: Subject, lams: Iterable[float], excerpts: int | None = None) -> dict[float, dict[str, float]]:
+def last_means(subject: Subject, lams: Iterable[float], excerpts: int | None = None) -> dict[float, dict[str, float]]:
     """Last-layer means over the first `excerpts` excerpts (all by default) for every lambda, several a pass."""
     first = subject.variants[0]
     variants = [Variant(lam=lam, gating=first.gating, skip_site=first.skip_site) for lam in sorted(set(lams))]
@@ -104,7 +100,7 @@ def measure(subject: Subject, lams: Iterable[float], excerpts: int | None = None
     for low, start in itertools.product(range(0, len(variants), tile.variants), range(0, len(ids), tile.excerpts)):
         part = variants[low : low + tile.variants]
         own = ids[start : start + tile.excerpts]
-        rows = forward.measure(subject.adapter, own, part, subject.compute_dtype, gains=subject.gains)
+        rows = measure(subject.adapter, own, part, subject.compute_dtype, gains=subject.gains)
         parts.append(rows[(rows["layer"] == subject.adapter.n_layers) & rows["measure"].isin(MEASURES)])
     values = np.stack([np.concatenate([p.loc[p["measure"] == n, "value"] for p in parts]) for n in MEASURES])
     lams = np.concatenate([p.loc[p["measure"] == MEASURES[0], "lam"] for p in parts])
@@ -130,7 +126,7 @@ def estimates(subject: Subject, target: float) -> dict[int, Estimate]:
 
 
 def _estimates_forward(subject: Subject, target: float) -> dict[int, Estimate]:
-    points = measure(subject, (sign * size for sign in SIGNS for size in GRID), CHEAP)
+    points = last_means(subject, (sign * size for sign in SIGNS for size in GRID), CHEAP)
     rough = Found("", "", 0, 0, 0, target, 1.0, points=points)
     out = {}
     for sign in SIGNS:
@@ -148,7 +144,7 @@ def _estimate_flow(subject: Subject, target: float, sign: int) -> Estimate:
     adapter = subject.adapter
     K, lams = adapter.n_layers, []
     for ids in subject.ids[:CHEAP]:
-        X = adapter.embed(forward.checked_ids(adapter, ids[None])).detach()
+        X = adapter.embed(checked_ids(adapter, ids[None])).detach()
         mixer, Y0 = attention_flow(adapter, X)
         lams.append(flow.critical_lambda(mixer, Y0, K, target, sign, FLOW_STEP, tau_max=2.0 * K).lam)
     return Estimate(max(lams), f"K/tau* of the attention sublayers, {len(lams)} excerpts")
@@ -172,33 +168,3 @@ def attention_flow(adapter: Adapter, X: Tensor) -> tuple[Any, Array]:
         return torch.as_tensor(O).numpy(force=True) / size
 
     return mixer, unit_rows(X[0].double().cpu().numpy())
-
-
-@dataclass
-class _Recorder(Edit):
-    """An edit that changes nothing but lambda at the first skip, and keeps what each skip of the block adds up."""
-
-    seen: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-
-    def add(self, X: Tensor, O: Tensor) -> Tensor:
-        self.seen.append((X, O))
-        return (self.lam() if len(self.seen) == 1 else 1.0) * X + O
-
-
-def sublayers(
-    adapter: Adapter, layer: int, X: Tensor, lam: float = 1.0, handed: dict[int, Any] | None = None
-) -> list[tuple[Tensor, Tensor]]:
-    """(X, O) of every skip of block `layer` for the block's input X (B, N, d): the mixer's, then the feed-forward's.
-
-    lam acts on the first skip only (skip_site `residual`); handed as for `Adapter.run`. The model is left as it was.
-    """
-    both = "both" in adapter.skip_sites
-    edit = _Recorder(lambda: lam, True, False, True, True, "both" if both else "residual", "both")
-    hooks = HookSet()
-    try:
-        adapter.install(adapter.block(layer), edit, hooks)
-        with torch.no_grad():
-            adapter.run(layer, X, handed)
-    finally:
-        hooks.remove()
-    return edit.seen

@@ -5,27 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from lscollapse import measures
-from lscollapse.experiments.bounds.find_lambda import sublayers
-from lscollapse.instrument import forward
+from lscollapse.instrument.forward import checked_ids
+from lscollapse.instrument.stream import Engines
+from lscollapse.instrument.sublayers import sublayers
 from lscollapse.instrument.surgery import Variant
+from lscollapse.models.adapters.adapter import Adapter
 from lscollapse.models.adapters.bert import BertAdapter
 from lscollapse.models.adapters.mamba2 import Mamba2Adapter
 from lscollapse.models.kernels import ssd
 from lscollapse.runs.loading import Subject
 from lscollapse.theory import constants
 from lscollapse.theory.arrays import Array
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from lscollapse.models.adapters.adapter import Adapter
 
 
 class Step(NamedTuple):
@@ -34,13 +32,6 @@ class Step(NamedTuple):
     X: Tensor
     parts: list[tuple[Tensor, Tensor]]
     exponent: np.ndarray  # (B,)
-
-
-class Mixing(NamedTuple):
-    """The mixing matrices of a layer, Ms (B, h, N, N), and S of each head's C_V (h,); None where there is no C_V."""
-
-    Ms: Array
-    S: Array | None
 
 
 @dataclass(frozen=True)
@@ -63,16 +54,16 @@ class Pass:
     final_norm: Array
 
 
-def measure(subject: Subject, lam: float) -> Pass:
+def gains_at(subject: Subject, lam: float) -> Pass:
     """Gains of every layer under `lam`, on all excerpts of the subject."""
     tile = subject.plan.excerpts
-    parts = [_measure(subject, subject.ids[i : i + tile], lam) for i in range(0, len(subject.ids), tile)]
+    parts = [_tile_gains(subject, subject.ids[i : i + tile], lam) for i in range(0, len(subject.ids), tile)]
     columns = zip(*parts, strict=True)
     first, row, frobenius, second, final = (np.concatenate(column, axis=-1) for column in columns)
     return Pass(lam, first, row, frobenius, second if len(second) else None, final)
 
 
-def _measure(subject: Subject, ids: Any, lam: float) -> tuple[Array, ...]:
+def _tile_gains(subject: Subject, ids: Any, lam: float) -> tuple[Array, ...]:
     adapter = subject.adapter
     centre = not adapter.pre_norm
     rows, frobenius, second, final = [], [], [], np.empty(0)
@@ -95,16 +86,17 @@ def _measure(subject: Subject, ids: Any, lam: float) -> tuple[Array, ...]:
 def normalised(X: Tensor) -> Tensor:
     """Rows without their channel mean, of unit norm, in float64: what a LayerNorm sees of X (..., N, d)."""
     X = X.double() - X.double().mean(-1, keepdim=True)
-    return X / torch.linalg.vector_norm(X, dim=-1, keepdim=True)
+    unit: Tensor = X / torch.linalg.vector_norm(X, dim=-1, keepdim=True)
+    return unit
 
 
 def _gains(X: Tensor, O: Tensor, exponent: np.ndarray, centre: bool) -> tuple[Array, Array]:
     """(max_i ||O_i|| / ||X_i||, ||O||_F / ||X||_F) of every excerpt, (B,) each."""
     X, O = X.double(), O.double()
-    frobenius = torch.linalg.vector_norm(O, dim=(1, 2)) / torch.linalg.vector_norm(X, dim=(1, 2))
+    frobenius = torch.linalg.vector_norm(O, dim=(1, 2)) / torch.linalg.vector_norm(X, dim=(1, 2))  # (B, N, d) -> (B,)
     if centre:
         X, O = X - X.mean(-1, keepdim=True), O - O.mean(-1, keepdim=True)
-    row = (torch.linalg.vector_norm(O, dim=-1) / torch.linalg.vector_norm(X, dim=-1)).amax(-1)
+    row = (torch.linalg.vector_norm(O, dim=-1) / torch.linalg.vector_norm(X, dim=-1)).amax(-1)  # (B, N) -> (B,)
     return np.ldexp(row.numpy(force=True), -exponent), np.ldexp(frobenius.numpy(force=True), -exponent)
 
 
@@ -112,13 +104,12 @@ def trace(
     adapter: Adapter, ids: Any, lam: float, gating: bool = True, dtype: torch.dtype | None = None
 ) -> Iterator[Step]:
     """The pass of one lambda, layer by layer, by default in the weights' dtype; the last Step holds X_K and no parts."""
-    variant, dtype = Variant(lam=lam, gating=gating), dtype or adapter.dtype
+    engines = Engines(adapter, [Variant(lam=lam, gating=gating)], dtype)
     with torch.no_grad():
-        engines = forward.Engines(adapter, [variant], dtype)
-        adapter = engines.adapter(dtype)
-        stream = engines.stream(variant, engines.embed(forward.checked_ids(adapter, ids), dtype), dtype)
+        (stream,) = engines.streams(checked_ids(adapter, ids))
+        adapter = engines.adapter(stream.dtype)
         for layer in range(adapter.n_layers):
-            X, native = stream.X, engines.blocks(layer, {dtype})[dtype]
+            X, native = stream.X, engines.block(layer, stream.dtype)  # (B, N, d)
             if native is None:
                 parts = sublayers(adapter, layer, X, lam)
             else:
@@ -136,53 +127,50 @@ def head_rows(subject: Subject) -> Iterator[dict[str, Any]]:
     for layer, step in enumerate(trace(subject.adapter, ids, 1.0, gating, subject.compute_dtype)):
         if not step.parts:
             return
-        Ms, S = mixing(subject.adapter, layer, step.X.double())
+        Ms, S = mixing_matrices(subject.adapter, layer, step.X.double())
         sizes = np.linalg.norm(Ms, axis=(2, 3))  # (B, h)
         for head, C_M in enumerate(sizes.max(0)):
             row = {"layer": layer + 1, "head": head, "C_M": float(C_M)}
             yield row if S is None else row | {"S": float(S[head]), "c": 0.0}
 
 
-def mixing(adapter: Adapter, layer: int, X: Tensor) -> Mixing:
-    """The mixing matrices of block `layer` for its input X (B, N, d), in float64."""
+def mixing_matrices(adapter: Adapter, layer: int, X: Tensor) -> tuple[Array, Array | None]:
+    """Ms (B, h, N, N) of block `layer` for its input X (B, N, d), in float64, and S (h,) of each head's C_V, or None."""
     with torch.no_grad():
         if isinstance(adapter, Mamba2Adapter):
             return _mamba2_mixing(adapter, layer, X.double())
         return _attention_mixing(adapter, layer, X)
 
 
-def _mamba2_mixing(adapter: Mamba2Adapter, layer: int, X: Tensor) -> Mixing:
+def _mamba2_mixing(adapter: Mamba2Adapter, layer: int, X: Tensor) -> tuple[Array, Array | None]:
     """From the B, C and dt that in_proj, convolution and SiLU make of norm(X); D is in M."""
     t = {name: tensor.detach().double() for name, tensor in adapter.tensors(layer).items()}
     s = adapter.shape
     u = X * torch.rsqrt(X.square().mean(-1, keepdim=True) + s.eps) * t["norm.weight"]
     bias = t.get("mixer.in_proj.bias")
     projected = F.linear(u, t["mixer.in_proj.weight"][s.inner :], None if bias is None else bias[s.inner :])
-    xBC, dt = projected.split([s.conv_dim, s.heads], dim=-1)
-    xBC = ssd.conv(xBC.cpu(), t["mixer.conv1d.weight"].cpu(), _cpu(t.get("mixer.conv1d.bias")))
-    B, C = (part.unflatten(-1, (s.groups, s.state)) for part in xBC[..., s.inner :].chunk(2, dim=-1))
-    B, C = (part.repeat_interleave(s.heads // s.groups, 2).transpose(1, 2).numpy() for part in (B, C))  # (B, h, N, n)
-    dt = F.softplus(dt + t["mixer.dt_bias"], threshold=40.0).clamp(*s.dt_limit).numpy(force=True)
+    xBC, dt = torch.split(projected, [s.conv_dim, s.heads], dim=-1)  # (B, N, conv_dim), (B, N, h)
+    taps, shift = t["mixer.conv1d.weight"].cpu(), t.get("mixer.conv1d.bias")
+    xBC = ssd.conv(xBC.cpu(), taps, None if shift is None else shift.cpu())
+    BC = (torch.unflatten(part, -1, (s.groups, s.state)) for part in xBC[..., s.inner :].chunk(2, dim=-1))
+    B, C = (part.repeat_interleave(s.heads // s.groups, 2).transpose(1, 2).numpy() for part in BC)  # (B, h, N, n)
+    steps = F.softplus(dt + t["mixer.dt_bias"], threshold=40.0).clamp(*s.dt_limit).numpy(force=True)  # (B, N, h)
     A, D = (-t["mixer.A_log"].exp()).numpy(force=True), t["mixer.D"].numpy(force=True)
-    return Mixing(np.array([constants.mamba2_heads(*one, A, D) for one in zip(C, B, dt, strict=True)]), None)
+    return np.array([constants.mamba2_heads(*one, A, D) for one in zip(C, B, steps, strict=True)]), None
 
 
-def _cpu(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.cpu()
-
-
-def _attention_mixing(adapter: Adapter, layer: int, X: Tensor) -> Mixing:
+def _attention_mixing(adapter: Adapter, layer: int, X: Tensor) -> tuple[Array, Array | None]:
     """softmax(Q K^T / sqrt(d_h)) of every head, of a decoder over earlier tokens alone, and ||W_V^h W_O^h||_2."""
     block, heads = adapter.block(layer).attention, adapter.config.num_attention_heads
     own = getattr(block, "self", block)
     out = block.output.dense if own is not block else block.dense
     X = X.to(own.query.weight.dtype)
     q, k = (part(X).unflatten(-1, (heads, -1)).transpose(1, 2).double() for part in (own.query, own.key))
-    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B, h, N, N)
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B, h, N, e) -> (B, h, N, N)
     if isinstance(adapter, BertAdapter) and adapter.causal:
         scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
     Ms = torch.softmax(scores, dim=-1)
     W_V = own.value.weight.double().unflatten(0, (heads, -1))  # (h, e, d)
     W_O = out.weight.double().unflatten(1, (heads, -1)).transpose(0, 1)  # (h, d, e)
     S = torch.linalg.matrix_norm(W_O @ W_V, 2)
-    return Mixing(Ms.numpy(force=True), S.numpy(force=True))
+    return Ms.numpy(force=True), S.numpy(force=True)

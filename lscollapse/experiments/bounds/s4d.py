@@ -1,4 +1,4 @@
-"""What the theory can say of an S4D (nets/s4d.py): its weights alone give its mixing matrices, one for every channel.
+"""What the theory can say of an S4D (models/nets/s4d.py): its weights alone give its mixing matrices, one for every channel.
 
 Channel c mixes the positions by M_c = Toeplitz(K_c) + D_c I, lower triangular, K_c its kernel. ||M_c||_F is exact;
 ||M_c||_2 is at most the largest modulus of the FFT of that column padded to 2N. What follows in the block, GELU, a 1x1
@@ -12,21 +12,19 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from lscollapse import measures
-from lscollapse.experiments.bounds import gains
-from lscollapse.instrument import forward
+from lscollapse.experiments.bounds.gains import normalised, trace
+from lscollapse.instrument.forward import checked_ids
+from lscollapse.models.adapters.adapter import Adapter
 from lscollapse.models.nets.s4d import S4DMixer
 from lscollapse.runs.loading import Subject
 from lscollapse.theory import constants
 from lscollapse.theory.arrays import Array
-
-if TYPE_CHECKING:
-    from lscollapse.models.adapters.adapter import Adapter
 
 
 def channel_rows(adapter: Adapter, length: int) -> list[dict[str, Any]]:
@@ -66,7 +64,7 @@ def layer_rows(subject: Subject, channels: list[dict[str, Any]]) -> list[dict[st
     adapter, rows = subject.adapter, []
     turns = norm_turns(subject)
     with torch.no_grad():
-        X = adapter.embed(forward.checked_ids(adapter, subject.ids)).double()
+        X = adapter.embed(checked_ids(adapter, subject.ids)).double()
         for layer in range(adapter.n_layers):
             O = _double(adapter, layer)(X)
             own = [row for row in channels if row["layer"] == layer + 1]
@@ -90,13 +88,13 @@ def norm_turns(subject: Subject) -> Array:
     on it, so no |lambda| makes whole blocks turn rows by little.
     """
     turns, before = [], None
-    for step in gains.trace(subject.adapter, subject.ids[: subject.plan.excerpts], 1.0, dtype=subject.compute_dtype):
+    for step in trace(subject.adapter, subject.ids[: subject.plan.excerpts], 1.0, dtype=subject.compute_dtype):
         if before is not None:
-            chord = torch.linalg.vector_norm(gains.normalised(step.X) - before, dim=-1).max()
+            chord = torch.linalg.vector_norm(normalised(step.X) - before, dim=-1).max()
             turns.append(math.degrees(2.0 * math.asin(min(1.0, float(chord) / 2.0))))
         if step.parts:
             (X, O), *_ = step.parts
-            before = gains.normalised(X + O)
+            before = normalised(X + O)
     return np.array(turns)
 
 
@@ -123,7 +121,8 @@ def remarks(channels: list[dict[str, Any]], layers: list[dict[str, Any]]) -> lis
 
 
 def _double(adapter: Adapter, layer: int) -> S4DMixer:
-    return copy.deepcopy(adapter.block(layer).mixer).double()
+    mixer: S4DMixer = copy.deepcopy(adapter.block(layer).mixer).double()
+    return mixer
 
 
 def _state_norms(mixer: S4DMixer) -> list[tuple[float, float, float]]:

@@ -62,7 +62,7 @@ def check() -> Iterator[Finding]:
     """The same, put to the test now with the instances of `theory verify`."""
     from lscollapse.theory import verify
 
-    yield from judge([verdict.as_dict() for verdict in verify.run()])
+    yield from judge([vars(verdict) for verdict in verify.run()])
     yield adversarial_input()
 
 

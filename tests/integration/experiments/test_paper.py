@@ -259,7 +259,7 @@ RUNS: dict[str, Callable[[Experiment, Path], Any]] = {
     "sweep-lambda": experiments.sweep_lambda,
     "ablate-gating": experiments.ablate_gating,
     "all-readings": experiments.all_readings,
-    "find-lambda": lambda config, out: find_lambda.load(config),
+    "find-lambda": lambda config, out: find_lambda.load_with_grid(config),
 }
 
 

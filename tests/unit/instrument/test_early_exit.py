@@ -1,4 +1,4 @@
-"""The certified exit: e_k against the plain models, rows against the full computation, the norm's bound against LAPACK."""
+"""The certified early exit: e_k against the plain models, rows against the full computation, the norm's bound against LAPACK."""
 
 from __future__ import annotations
 
@@ -314,6 +314,17 @@ def test_spectral_bound_is_above_the_norm(name: str, dtype: torch.dtype) -> None
     exact = float(np.linalg.norm(W.double().numpy(), 2))
     found = early_exit.spectral_bound(W)
     assert exact <= found <= exact * min(W.shape) ** (1 / 16) * 1.001
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_row_of_a_mixer_is_longer_than_its_bound(seed: int) -> None:
+    """A mixer ends in RMSNorm and a projection: whatever comes before."""
+    model, rng = tiny.mamba2(seed=seed), np.random.default_rng(seed)
+    w = {name: tensor.double().numpy() for name, tensor in model.layers[1].mixer.state_dict().items()}
+    Z = 10.0 ** rng.uniform(-3, 3, (50, 32)) * rng.choice([-1.0, 1.0], (50, 32))
+    out = (Z / np.sqrt((Z**2).mean(1, keepdims=True) + 1e-5) * w["norm.weight"]) @ w["out_proj.weight"].T
+    longest = np.linalg.norm(out + w["out_proj.bias"], axis=1).max()
+    assert longest <= adapt(model).mixer_bound(1, early_exit.spectral_bound)
 
 
 def test_gains_are_cached_by_sha256(tmp_path: Path) -> None:

@@ -35,10 +35,9 @@ from lscollapse import Variant
 from lscollapse.core.config import ConfigError, Experiment
 from lscollapse.experiments import paper as experiments
 from lscollapse.instrument import early_exit
-from lscollapse.instrument import lm_loss as quality
-from lscollapse.instrument.lm_loss import QualityError, lm_loss
+from lscollapse.instrument.lm_loss import LossError, cross_entropy, lm_loss, targets_of
 from lscollapse.models.adapt import adapt
-from lscollapse.models.adapters.adapter import UnsupportedModel
+from lscollapse.models.adapters.adapter import Head, UnsupportedModel
 from lscollapse.models.checkpoints import checkpoint
 from tests.equivalence import plain_models, tiny
 from tests.equivalence.layouts import PADDED, hf_state, original_state, write_hf, write_original
@@ -100,8 +99,8 @@ def encoder() -> Any:
 
 def hidden(seed: int, excerpt: int, n_tokens: int = N) -> np.ndarray:
     """Which tokens of an excerpt an encoder has to fill in."""
-    exercise = quality.exercise_of(encoder(), torch.zeros(1, n_tokens, dtype=torch.long), MASK, seed, excerpt)
-    return exercise.at[0].numpy()
+    targets = targets_of(encoder(), torch.zeros(1, n_tokens, dtype=torch.long), MASK, seed, excerpt)
+    return targets.at[0].numpy()
 
 
 # --- at lambda = 1 it is transformers' loss ----------------------------------------------------------
@@ -135,8 +134,8 @@ def test_masked_token_loss_is_that_of_transformers(name: str) -> None:
 
 def test_hidden_tokens_are_a_seventh_drawn_by_seed_and_excerpt_whatever_the_tile() -> None:
     adapter, ids = encoder(), torch.as_tensor(tiny.ids(4, 20))
-    whole = quality.exercise_of(adapter, ids, MASK, 3, 0)
-    tail = quality.exercise_of(adapter, ids[2:], MASK, 3, 2)
+    whole = targets_of(adapter, ids, MASK, 3, 0)
+    tail = targets_of(adapter, ids[2:], MASK, 3, 2)
     assert torch.equal(whole.at[2:], tail.at) and torch.equal(whole.inputs[2:], tail.inputs)
     for row, at, inputs, labels in zip(ids, whole.at, whole.inputs, whole.labels, strict=True):
         assert len(set(at.tolist())) == 3  # 15 % of 20
@@ -277,7 +276,7 @@ def test_a_head_that_uses_what_the_blocks_hand_over_is_refused() -> None:
     ],
 )
 def test_a_model_without_a_head_says_what_to_give(model: Callable[[], Any], reason: str) -> None:
-    with pytest.raises(QualityError, match=f"^no language-model head .*{reason}"):
+    with pytest.raises(LossError, match=f"^no language-model head .*{reason}"):
         lm_loss(model(), tiny.ids(2, N), mask_token=MASK)
 
 
@@ -407,8 +406,8 @@ def test_blocks_of_the_vocabulary_make_no_difference(block: int, monkeypatch: py
     Z = 30 * torch.randn(9, 5, generator=generator, dtype=torch.float64)
     weight, bias = torch.randn(61, 5, generator=generator), torch.randn(61, generator=generator)
     labels = torch.randint(0, 61, (9,), generator=generator)
-    monkeypatch.setattr(quality, "BLOCK", block)
-    found = quality.cross_entropy(Z, labels, quality.Head(torch.nn.Identity(), weight, bias))
+    monkeypatch.setattr("lscollapse.instrument.lm_loss.BLOCK", block)
+    found = cross_entropy(Z, labels, Head(torch.nn.Identity(), weight, bias))
     whole = F.cross_entropy(Z @ weight.double().T + bias.double(), labels, reduction="none")
     torch.testing.assert_close(found, whole, rtol=1e-12, atol=1e-12)
 
@@ -621,11 +620,11 @@ def test_an_albert_checkpoint_of_another_layout(tmp_path: Path) -> None:
 
 def test_errors_are_one_clear_line(tmp_path: Path) -> None:
     for base, head in ((tiny.mamba2(), "Mamba2ForCausalLM"), (tiny.bert(), "BertForMaskedLM")):
-        with pytest.raises(QualityError, match=rf"no language-model head came with this .*: give it as {head}$"):
+        with pytest.raises(LossError, match=rf"no language-model head came with this .*: give it as {head}$"):
             lm_loss(base, tiny.ids(1, 4), mask_token=MASK)
-    with pytest.raises(QualityError, match=r"fills in masked tokens .* no mask token"):
+    with pytest.raises(LossError, match=r"fills in masked tokens .* no mask token"):
         lm_loss(bert(), tiny.ids(1, 4))
-    with pytest.raises(QualityError, match="one token has no next one"):
+    with pytest.raises(LossError, match="one token has no next one"):
         lm_loss(mamba2(), tiny.ids(1, 1))
     frozen(tmp_path, "nobody's", size=61)
     bert().save_pretrained(tmp_path / "model")

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from lscollapse.theory import TheoryError, bounds, constants, examples, layers, theorem41
-from lscollapse.theory.arrays import min_cosine, mu, unit_rows
+from lscollapse.theory import bounds, constants, examples, layers, theorem41
+from lscollapse.theory.arrays import TheoryError, min_cosine, mu, unit_rows
 
 CONE = np.array([[np.cos(0.1), np.sin(0.1)], [np.cos(0.1), -np.sin(0.1)]])
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from lscollapse.reports.figures.theory import theory_examples_figure
-from lscollapse.theory import TheoryError, examples
-from lscollapse.theory.arrays import mu, rank1_residual
+from lscollapse.theory import examples
+from lscollapse.theory.arrays import TheoryError, mu, rank1_residual
 
 LAMBDAS = ["-4", "-2.5", "-2", "-1.75", "-1.5", "-1.25", "-1.01", "-0.99", "-0.5", "0", "1", "2"]
 

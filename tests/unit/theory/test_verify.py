@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from lscollapse.theory import TheoryError, bounds, verify
-from lscollapse.theory.checking import Statement, check, cone, lower, shape, upper
+from lscollapse.theory import bounds, verify
+from lscollapse.theory.arrays import TheoryError
+from lscollapse.theory.checking import Statement, lower, put_to_test, upper
+from lscollapse.theory.instances import cone, shape
 from lscollapse.theory.statements_upper import STATEMENTS as UPPER
 
 
@@ -69,11 +71,11 @@ def _draw(rng):
 
 def test_a_wrong_statement_is_caught_with_its_counterexample():
     wrong = Statement("printed A.4", lambda: ("holds", ""), "as printed", _draw, _printed_lemma_a4)
-    verdict = check(wrong, 200, np.random.default_rng(0))
+    verdict = put_to_test(wrong, 200, np.random.default_rng(0))
     assert verdict.violated and verdict.corrected == "violated" and verdict.worst_margin < -1e-3
     again = _printed_lemma_a4(**{name: np.array(value) for name, value in verdict.counterexample.items()})
     assert again == verdict.worst_margin
-    printed = check(
+    printed = put_to_test(
         Statement("printed A.4", lambda: ("holds", ""), "", _draw, _printed_lemma_a4), 200, np.random.default_rng(0)
     )
     assert printed.printed == "fails"
@@ -81,7 +83,7 @@ def test_a_wrong_statement_is_caught_with_its_counterexample():
 
 def test_a_statement_that_cannot_be_tested_counts_as_violated():
     mute = Statement("mute", lambda: ("new", ""), "never informative", _draw, lambda Y, W_BC: None)
-    verdict = check(mute, 5, np.random.default_rng(0))
+    verdict = put_to_test(mute, 5, np.random.default_rng(0))
     assert verdict.corrected == "untested" and verdict.violated
     assert json.loads(verify.to_json([verdict]))[0]["worst_margin"] is None
 
@@ -90,7 +92,7 @@ def test_the_climb_makes_the_worst_instance_worse():
     statement = next(s for s in UPPER if s.name.startswith("Theorem 4.3, selective"))
     rng = np.random.default_rng(7)
     drawn = [m for m in (statement.margin(**statement.draw(rng)) for _ in range(60)) if m is not None]
-    assert check(statement, 60, np.random.default_rng(7)).worst_margin <= min(drawn)
+    assert put_to_test(statement, 60, np.random.default_rng(7)).worst_margin <= min(drawn)
 
 
 def test_renderings(verdicts):

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from lscollapse.experiments.bounds import bounds as guarantees
-from lscollapse.experiments.bounds import gains
+from lscollapse.experiments.bounds import bounds, gains
 from lscollapse.experiments.bounds.find_lambda import find
 from lscollapse.models.adapt import adapt
 from lscollapse.models.adapters.adapter import UnsupportedModel
-from lscollapse.theory import TheoryError
+from lscollapse.theory.arrays import TheoryError
 from lscollapse.theory.stretches import Found, Report
 from tests.equivalence import plain_models, tiny
 from tests.integration.experiments.bounds.test_find_lambda import EXCERPTS, TOKENS, made, subject_of
@@ -29,7 +28,7 @@ def test_attention_matrices_are_those_transformers_returns() -> None:
         model.set_attn_implementation("eager")
         with torch.no_grad():
             outputs = model(torch.tensor(IDS), output_attentions=True, output_hidden_states=True)
-        Ms, S = gains.mixing(adapt(model), 1, outputs.hidden_states[1])
+        Ms, S = gains.mixing_matrices(adapt(model), 1, outputs.hidden_states[1])
         np.testing.assert_allclose(Ms, outputs.attentions[1].numpy(), atol=1e-6)
         w = plain_models.weights_of(model)
         where = (
@@ -43,13 +42,20 @@ def test_attention_matrices_are_those_transformers_returns() -> None:
         np.testing.assert_allclose(S, expected, rtol=1e-6)
 
 
+def test_C_M_of_a_head_is_its_largest_norm_over_the_excerpts(tmp_path: Path) -> None:
+    subject = subject_of(made("bert"), tmp_path)
+    Ms, _ = gains.mixing_matrices(subject.adapter, 0, subject.adapter.embed(torch.tensor(IDS)))
+    found = [row["C_M"] for row in gains.head_rows(subject) if row["layer"] == 1]
+    assert found == pytest.approx(np.sqrt((Ms**2).sum((2, 3))).max(0), rel=1e-6)
+
+
 @pytest.mark.parametrize("n_groups", [1, 2])
 def test_mamba2_matrices_reproduce_the_recurrence(n_groups: int) -> None:
     model = tiny.mamba2(n_groups)
     config, w = model.config, plain_models.weights_of(model)
     part = {n.removeprefix("layers.0."): a for n, a in w.items() if n.startswith("layers.0.")}
     X = np.random.default_rng(0).standard_normal((2, TOKENS, 16))
-    Ms, S = gains.mixing(adapt(model), 0, torch.tensor(X))
+    Ms, S = gains.mixing_matrices(adapt(model), 0, torch.tensor(X))
     u = plain_models._rms_norm(part["norm.weight"], X, config.layer_norm_epsilon)
     expected = plain_models.mamba2_mixer(part, config, u, gating=True, norm=True, extra_skip=0.0)
 
@@ -68,7 +74,7 @@ def test_mamba2_matrices_reproduce_the_recurrence(n_groups: int) -> None:
 def test_gains_of_a_prenorm_net(lam: float, tmp_path: Path) -> None:
     """Against X' - lam X of the plain model; at 2^21 the stream is carried scaled, and only rounding is left of X' - lam X."""
     model = made("mamba2")
-    run = gains.measure(subject_of(model, tmp_path), lam)
+    run = gains.gains_at(subject_of(model, tmp_path), lam)
     w = plain_models.weights_of(model)
     Xs = plain_models.mamba2(w, model.config, IDS, lam=lam)
     assert run.first == pytest.approx([plain_models.plain_measures(Y)["relative_mu"] for Y in Xs[0]], abs=1e-6)
@@ -89,7 +95,7 @@ def test_gains_of_a_prenorm_net(lam: float, tmp_path: Path) -> None:
 def test_gains_of_a_postnorm_net(tmp_path: Path) -> None:
     """Without the channel mean, which LayerNorm removes."""
     model = made("bert")
-    run = gains.measure(subject_of(model, tmp_path), 1.0)
+    run = gains.gains_at(subject_of(model, tmp_path), 1.0)
     with torch.no_grad():
         states = model(torch.tensor(IDS), output_hidden_states=True).hidden_states
         for k, X in enumerate(states[:-1]):
@@ -110,8 +116,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Re
     models = {kind: made(kind) for kind in ("mamba2", "bert")}
     folders = {kind: tmp_path_factory.mktemp(kind) for kind in models}
     return {
-        kind: (model, guarantees.report(subject_of(model, folders[kind]), 0.6, 0.9, 0.1))
-        for kind, model in models.items()
+        kind: (model, bounds.report(subject_of(model, folders[kind]), 0.6, 0.9, 0.1)) for kind, model in models.items()
     }
 
 
@@ -182,15 +187,15 @@ def test_the_measured_lines_are_those_of_find_lambda(tmp_path: Path, reports: di
 def test_an_interval_has_both_its_ends() -> None:
     points = {0.0: 0.1, -0.5: 0.8, -1.0: 0.9, -2.0: 0.2, -4.0: 0.7, 1.0: 0.3}
     found = Found("m", "a", 1, 1, 2, 0.5, 0.02, points={k: {"rank1_residual": v} for k, v in points.items()})
-    lines = guarantees._measured(found, -1, "rank1_residual")
+    lines = bounds._measured(found, -1, "rank1_residual")
     assert [(line.lam, line.to, line.reads) for line in lines] == [(0.5, 1.0, "0.5 to 1"), (4.0, math.inf, "from 4")]
-    (none,) = guarantees._measured(found, 1, "rank1_residual")
+    (none,) = bounds._measured(found, 1, "rank1_residual")
     assert math.isinf(none.lam) and none.reads == "none suffices"
 
 
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(TheoryError, match="strictly between 0 and 1"):
-        guarantees.report(subject_of(made("bert"), tmp_path), a=1.0)
+        bounds.report(subject_of(made("bert"), tmp_path), a=1.0)
     (tmp_path / "b").mkdir()
     with pytest.raises(UnsupportedModel, match="residual skip"):
-        guarantees.report(subject_of(made("bert"), tmp_path / "b", skip_site="ffn"))
+        bounds.report(subject_of(made("bert"), tmp_path / "b", skip_site="ffn"))

@@ -17,6 +17,7 @@ from lscollapse.cli.terminal.theory import sentence
 from lscollapse.core import assets, registry
 from lscollapse.core.config import Experiment
 from lscollapse.experiments.bounds import find_lambda, gains
+from lscollapse.instrument.sublayers import sublayers
 from lscollapse.models.adapt import adapt
 from lscollapse.runs.loading import Subject
 from lscollapse.theory.stretches import MEASURES, SIGNS, Found, in_words
@@ -39,7 +40,7 @@ def subject_of(model: Any, folder: Path, **settings: Any) -> Subject:
         models=[str(folder / "model")], excerpts=EXCERPTS, tokens=TOKENS, source=str(folder / "excerpts.jsonl"),
         offline=True, cache_dir=folder, **settings,
     )  # fmt: skip
-    return find_lambda.load(config)
+    return find_lambda.load_with_grid(config)
 
 
 def made(kind: str) -> Any:
@@ -197,7 +198,7 @@ def test_estimate_only_measures_no_curve(tmp_path: Path) -> None:
 def test_sublayers_are_what_transformers_computes() -> None:
     model, X = tiny.bert(), torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    (own, O), (Z, fed) = find_lambda.sublayers(adapt(model), 1, X, lam=-3.0)
+    (own, O), (Z, fed) = sublayers(adapt(model), 1, X, lam=-3.0)
     block = model.encoder.layer[1]
     with torch.no_grad():
         attended = block.attention.output.dense(block.attention.self(X)[0])
@@ -250,13 +251,13 @@ def test_the_embedded_models_keep_what_was_found(name: str) -> None:
         pytest.skip(str(error))
     gating = False if name == "mamba2-tiny" else None
     settings: dict[str, Any] = {"models": [name], "excerpts": 8, "gating": gating}
-    found = find_lambda.find(find_lambda.load(Experiment(**settings)), 0.5)
-    exact = find_lambda.load(Experiment(**settings, dtype="float64", certified_exit=False))
+    found = find_lambda.find(find_lambda.load_with_grid(Experiment(**settings)), 0.5)
+    exact = find_lambda.load_with_grid(Experiment(**settings, dtype="float64", certified_exit=False))
     for sign in SIGNS:
         for measure in MEASURES:
             lam = found.smallest(sign, measure)
             sizes = [find_lambda.LARGEST] if math.isinf(lam) else [lam, 1.5 * lam, 3.0 * lam, 10.0 * lam]
-            for point in find_lambda.measure(exact, [sign * size for size in sizes]).values():
+            for point in find_lambda.last_means(exact, [sign * size for size in sizes]).values():
                 assert (point[measure] >= 0.5 - 1e-3) != math.isinf(lam)
 
 
@@ -264,7 +265,7 @@ def test_the_dtype_asked_for_is_the_one_computed_in(tmp_path: Path) -> None:
     """float64 in find-lambda, also of the package's own blocks: to 1e-12 the plain float64 model, which float32 is not."""
     model = tiny.mamba2(2, 4)
     subject = subject_of(model, tmp_path, dtype="float64")
-    found = find_lambda.measure(subject, [2.0])[2.0]
+    found = find_lambda.last_means(subject, [2.0])[2.0]
     assert found == pytest.approx(plain_last("mamba2", model, 2.0), rel=1e-12)
     steps = gains.trace(subject.adapter, subject.ids, 2.0, dtype=subject.compute_dtype)
     assert {step.X.dtype for step in steps} == {torch.float64}

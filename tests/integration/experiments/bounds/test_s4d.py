@@ -16,9 +16,7 @@ from lscollapse.cli import app
 from lscollapse.cli.terminal import theory as console_theory
 from lscollapse.core import registry
 from lscollapse.core.config import Experiment
-from lscollapse.experiments.bounds import bounds as guarantees
-from lscollapse.experiments.bounds import find_lambda
-from lscollapse.experiments.bounds import s4d as guarantees_s4d
+from lscollapse.experiments.bounds import bounds, find_lambda, s4d
 from lscollapse.instrument.surgery import Variant
 from lscollapse.models.adapt import adapt
 from lscollapse.models.nets.s4d import S4D, S4DConfig
@@ -42,8 +40,10 @@ IMAGES, N, TARGET = 2, 64, 0.3
 def case(tmp_path_factory: pytest.TempPathFactory) -> tuple[S4D, Path, Subject, Report]:
     net, folder = little(SHAPE), tmp_path_factory.mktemp("s4d")
     model = write_folder(net, folder / "little")
-    subject = find_lambda.load(Experiment(models=[str(model)], excerpts=IMAGES, offline=True, cache_dir=folder))
-    return net, model, subject, guarantees.report(subject, TARGET, 0.9, 0.2)
+    subject = find_lambda.load_with_grid(
+        Experiment(models=[str(model)], excerpts=IMAGES, offline=True, cache_dir=folder)
+    )
+    return net, model, subject, bounds.report(subject, TARGET, 0.9, 0.2)
 
 
 def mixer_weights(net: S4D, layer: int) -> dict[str, np.ndarray]:
@@ -63,7 +63,7 @@ def matrices(weights: dict[str, np.ndarray], length: int) -> np.ndarray:
 
 def test_norms_are_those_of_the_impulse_responses() -> None:
     net, length = little(SHAPE), 8
-    rows = guarantees_s4d.channel_rows(adapt(net), length)
+    rows = s4d.channel_rows(adapt(net), length)
     assert [(row["layer"], row["channel"]) for row in rows] == list(itertools.product((1, 2, 3), range(6)))
     for layer in range(3):
         w = mixer_weights(net, layer)
@@ -78,7 +78,7 @@ def test_norms_are_those_of_the_impulse_responses() -> None:
 def test_footnote_3_as_printed() -> None:
     """||A|| ||B|| ||C||_F of the discrete system with both members of each pair, from scipy's zero-order hold."""
     net = little(SHAPE)
-    rows = guarantees_s4d.channel_rows(adapt(net), 9)
+    rows = s4d.channel_rows(adapt(net), 9)
     w = mixer_weights(net, 1)
     for c in range(6):
         a = -np.exp(w["log_A_real"][c]) + 1j * w["A_imag"][c]
