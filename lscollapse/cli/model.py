@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
 
-    from lscollapse.reports.verdict import Arm
+    from lscollapse.reports.verdict import ArmCurves
 
 
 def measure(
@@ -80,7 +80,7 @@ def show(rows: pd.DataFrame, own_tokens: bool) -> None:
         console.print(f"{_title(arm)}, lambda {_lambda(arm)}: {verdict.verdict(arm)}", markup=False)
 
 
-def _table(title: str, arms: Iterable[Arm]) -> Table:
+def _table(title: str, arms: Iterable[ArmCurves]) -> Table:
     from rich import box
     from rich.table import Table
 
@@ -99,9 +99,9 @@ def _table(title: str, arms: Iterable[Arm]) -> Table:
     return table
 
 
-def _title(arm: Arm) -> str:
+def _title(arm: ArmCurves) -> str:
     return f"{arm.model}{' (random)' if arm.init == 'random' else ''}, {arm.arm}"
 
 
-def _lambda(arm: Arm) -> str:
+def _lambda(arm: ArmCurves) -> str:
     return "per layer" if arm.lam != arm.lam else f"{arm.lam:g}"

@@ -25,12 +25,12 @@ def claims(
 ) -> None:  # fmt: skip
     """The paper's sentences one by one: agrees, disagrees or not measured, with the numbers. Without a run: the list of them."""
     from lscollapse.cli.terminal import results as console_look
-    from lscollapse.reports.claims import runs as claims_runs
+    from lscollapse.reports.claims.runs import judged, sentences
 
     if runs or theory:
-        console_look.show_claims(claims_runs.table(runs or [], theory), form)
+        console_look.show_claims(judged(runs or [], theory), form)
     else:
-        console_look.show_sentences(claims_runs.sentences(), form)
+        console_look.show_sentences(sentences(), form)
 
 
 def compare(

@@ -71,7 +71,7 @@ def compare(run_a: Path, run_b: Path) -> Comparison:
     only_a, only_b = (_arms(rows[~rows["name"].isin(common)]) for rows in (a, b))
     a, b = (rows[rows["name"].isin(common)] for rows in (a, b))
     paired = _paired(*manifests, renamed)
-    others = [model for model in _models(a) if model not in paired and _subjects(manifests[0])]
+    others = [model for model in _models(a) if model not in paired and _loaded(manifests[0])]
     notes += [f"{model}: not the same excerpts, so only their means are compared" for model in others]
     table, lost = _differences(a, b, paired), _lost(a, b)
     apart = table.loc[table["ratio"] > 1.0, "name"].nunique()
@@ -107,9 +107,9 @@ def _lambda(lam: float) -> str:
 
 def _configuration(a: dict[str, Any], b: dict[str, Any], renamed: dict[str, str]) -> list[str]:
     """What differs between the manifests, of the models those that are compared."""
-    theirs = {(s["model"], s["init"]): s for s in _subjects(b)}
+    theirs = {(s["model"], s["init"]): s for s in _loaded(b)}
     old, new = ({**m["identity"], "subjects": {}, **{key: m.get(key) for key in RECORDED}} for m in (a, b))
-    for ours in _subjects(a):
+    for ours in _loaded(a):
         partner = theirs.get((renamed.get(ours["model"], ours["model"]), ours["init"]))
         if partner:
             name = ours["model"] + _init(ours["init"])
@@ -117,8 +117,10 @@ def _configuration(a: dict[str, Any], b: dict[str, Any], renamed: dict[str, str]
     return changes(old, new)
 
 
-def _subjects(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    return manifest["identity"].get("subjects", [])
+def _loaded(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a manifest says of every model that was loaded; "subjects" is what run folders have always called them."""
+    loaded: list[dict[str, Any]] = manifest["identity"].get("subjects", [])
+    return loaded
 
 
 def _init(init: str) -> str:
@@ -127,7 +129,7 @@ def _init(init: str) -> str:
 
 def _paired(a: dict[str, Any], b: dict[str, Any], renamed: dict[str, str]) -> set[str]:
     """The models of A that read in B what they read in A."""
-    read = [{s["model"]: s.get("excerpts_sha256") for s in _subjects(m)} for m in (a, b)]
+    read = [{s["model"]: s.get("excerpts_sha256") for s in _loaded(m)} for m in (a, b)]
     return {model for model, digest in read[0].items() if digest and digest == read[1].get(renamed.get(model, model))}
 
 

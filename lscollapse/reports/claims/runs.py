@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lscollapse.core.run_folder import RunFolderError, read_manifest, read_rows
-from lscollapse.reports.claims import sentences as claims
-from lscollapse.reports.claims import table1 as claims_table1
-from lscollapse.reports.claims import theory as claims_theory
-from lscollapse.reports.claims.sentences import CLAIMS
+from lscollapse.reports.claims import table1 as on_table1
+from lscollapse.reports.claims import theory as on_theory
+from lscollapse.reports.claims.figures import CLAIMS
+from lscollapse.reports.claims.sentences import judge, judge_readings
 from lscollapse.reports.verdict import NOT_MEASURED, Finding
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 COLUMNS = ("run", "reading", "claim", "sentence", "model", "verdict", "numbers")
 
 
-def table(runs: Sequence[Path], theory: bool = False) -> pd.DataFrame:
+def judged(runs: Sequence[Path], theory: bool = False) -> pd.DataFrame:
     """One row for each sentence and model: columns COLUMNS, in the order of the paper.
 
     A sentence that one run measures is not listed as not measured for another run of the same model; one that no run is
@@ -36,16 +36,14 @@ def table(runs: Sequence[Path], theory: bool = False) -> pd.DataFrame:
     """
     import pandas as pd
 
-    found = [
-        {"run": str(run), "reading": reading, **asdict(finding)} for run in runs for reading, finding in judge(run)
-    ]
-    if theory:
-        found += [{"run": "", "reading": "", **asdict(finding)} for finding in claims_theory.check()]
-    rows = pd.DataFrame(found, columns=list(COLUMNS))
-    silent = [{"run": "", "reading": "", "claim": name, "sentence": sentence, "model": "", "verdict": NOT_MEASURED,
-               "numbers": ""} for name, (sentence, _) in catalogue().items() if name not in set(rows["claim"])]  # fmt: skip
-    rows = pd.concat([rows, pd.DataFrame(silent, columns=list(COLUMNS))], ignore_index=True)
-    places = {name: place for place, name in enumerate(catalogue())}
+    found = [(str(run), reading, finding) for run in runs for reading, finding in findings(run)]
+    found += [("", "", finding) for finding in (on_theory.statements_now() if theory else ())]
+    spoken, order = {finding.claim for _, _, finding in found}, catalogue()
+    found += [("", "", Finding(name, sentence, "", NOT_MEASURED, ""))
+              for name, (sentence, _) in order.items() if name not in spoken]  # fmt: skip
+    lines = [{"run": run, "reading": reading, **asdict(finding)} for run, reading, finding in found]
+    rows = pd.DataFrame(lines, columns=list(COLUMNS))
+    places = {name: place for place, name in enumerate(order)}
     rows = rows.sort_values("claim", key=lambda names: names.map(places), kind="stable")
     return _folded(rows).reset_index(drop=True)
 
@@ -53,8 +51,8 @@ def table(runs: Sequence[Path], theory: bool = False) -> pd.DataFrame:
 def catalogue() -> dict[str, tuple[str, str]]:
     """Name -> (sentence, threshold) of all claims, in the order of the paper; the theory's statements are one entry."""
     figures = {name: (claim.sentence, claim.threshold) for name, claim in CLAIMS.items()}
-    norms = {claims_theory.NORMS: claims_theory.CLAIMS[claims_theory.NORMS]}  # beside the other sentences on Figure 4
-    return figures | norms | claims_table1.CLAIMS | claims_theory.CLAIMS
+    norms = {on_theory.NORMS: on_theory.SENTENCES[on_theory.NORMS]}  # beside the other sentences on Figure 4
+    return figures | norms | on_table1.SENTENCES | on_theory.SENTENCES
 
 
 def sentences() -> pd.DataFrame:
@@ -65,29 +63,29 @@ def sentences() -> pd.DataFrame:
     return pd.DataFrame(lines, columns=["claim", "sentence", "threshold"])
 
 
-def judge(run: Path) -> Iterator[tuple[str, Finding]]:
+def findings(run: Path) -> Iterator[tuple[str, Finding]]:
     """(reading, finding) of one folder."""
     if (run / "manifest.json").exists():
-        experiment = read_manifest(run).get("identity", {}).get("experiment")
-        yield from READERS.get(experiment, _default_reading)(read_rows(run))
-    elif (run / claims_theory.VERIFY).exists():
-        yield from (("", finding) for finding in claims_theory.verified(run))
-    elif (run / claims_theory.BOUNDS).exists():
-        yield from (("", finding) for finding in claims_theory.bounded(run))
+        experiment, rows = read_manifest(run).get("identity", {}).get("experiment"), read_rows(run)
+        if experiment == "all-readings":
+            yield from _of_readings(rows)
+            return
+        found = on_table1.findings(rows) if experiment == "table1" else judge(rows)
+    elif (run / on_theory.VERIFY).exists():
+        found = on_theory.verified(run)
+    elif (run / on_theory.BOUNDS).exists():
+        found = on_theory.bounded(run)
     else:
         raise RunFolderError(
-            f"{run} holds no manifest.json, {claims_theory.VERIFY} or {claims_theory.BOUNDS}: give the folder of a finished"
+            f"{run} holds no manifest.json, {on_theory.VERIFY} or {on_theory.BOUNDS}: give the folder of a finished"
             " run, of `theory verify --out` or of `theory bound --out`"
         )
+    yield from (("", finding) for finding in found)
 
 
-def _default_reading(rows: pd.DataFrame) -> Iterator[tuple[str, Finding]]:
-    yield from (("", finding) for finding in claims.judge(rows))
-
-
-def _all_readings(rows: pd.DataFrame) -> Iterator[tuple[str, Finding]]:
+def _of_readings(rows: pd.DataFrame) -> Iterator[tuple[str, Finding]]:
     """Readings that differ in the removed norm only and come to the same are one."""
-    verdicts = claims.judge_readings(rows)
+    verdicts = judge_readings(rows)
     norms = verdicts.groupby("skip_site")["norm_site"].unique()
     words = [field.name for field in fields(Finding)]
     for _, part in verdicts.groupby(["skip_site", *words], sort=False):
@@ -97,26 +95,16 @@ def _all_readings(rows: pd.DataFrame) -> Iterator[tuple[str, Finding]]:
         yield f"{row['skip_site']} skip{without}", Finding(*(str(row[word]) for word in words))
 
 
-def _table1(rows: pd.DataFrame) -> Iterator[tuple[str, Finding]]:
-    yield from (("", finding) for finding in claims_table1.judge(rows))
-
-
-READERS: dict[str | None, Callable[[pd.DataFrame], Iterator[tuple[str, Finding]]]] = {
-    "all-readings": _all_readings,
-    "table1": _table1,
-}
-
-
 def _folded(rows: pd.DataFrame) -> pd.DataFrame:
     """Without what another run says in the same words, and without "not measured" where another run measured it.
 
     A reading that says what the default reading says is the default one.
     """
-    subject = ["claim", "sentence", "model"]
-    words = [*subject, "verdict", "numbers"]
+    about = ["claim", "sentence", "model"]
+    words = [*about, "verdict", "numbers"]
     rows = rows.drop_duplicates(["reading", *words])
     default, said = rows["reading"] == "", rows[words].apply(tuple, axis=1)
     rows = rows[default | ~said.isin(said[default])]
     measured = rows["verdict"] != NOT_MEASURED
-    known = measured.groupby([rows[name] for name in ["reading", *subject]]).transform("any")
+    known = measured.groupby([rows[name] for name in ["reading", *about]]).transform("any")
     return rows[measured | ~known]

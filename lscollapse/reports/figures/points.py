@@ -10,23 +10,18 @@ import pandas as pd
 
 from lscollapse.core import registry
 from lscollapse.core.table import reads_pixels
-from lscollapse.reports.figures import style
-from lscollapse.reports.figures.style import PALETTE, STATUSES
 
 KEYS = ("model", "init", "arm", "gating", "layernorm", "skip_site", "norm_site", "lam", "measure", "layer")
-
-
 NEEDED = (*KEYS, "text", "dtype", "excerpt", "n_tokens", "value", "status", "floor")
-
-
+STATUSES = ("ok", "certified", "below_floor", "overflow", "nan")
+NAMES = {"relative_mu": "relative μ", "rank1_residual": "rank-1 residual"}
+SIGNS = {1: "λ > 0", -1: "λ < 0", 0: "either sign"}
 SITES = {
     "residual": "the skip around the mixer",
     "mixer": "a skip in the mixer",
     "ffn": "the FFN skip",
     "both": "both skips",
 }
-
-
 NORMS = {"mixer": "the mixer's norm", "block": "the block's norm", "both": "both norms"}
 
 
@@ -44,11 +39,8 @@ def summarise(rows: pd.DataFrame, measures: Sequence[str]) -> pd.DataFrame:
         settings = ("revision", "dtype", "backend", "seed", "tokenizer", "text")
         varied = ", ".join(c for c in settings if c in rows and rows[c].nunique() > 1) or "unknown"
         raise FigureError(f"several measurements of one excerpt ({varied} vary): keep the rows of one setting")
-    below = rows["status"].eq("below_floor")
-    number = rows["value"].where(rows["status"].isin(("ok", "certified")))
-    number = number.mask(below, rows["floor"].fillna(rows["value"]))
     counts = {status: rows["status"].eq(status) for status in STATUSES}
-    groups = rows.assign(number=number, **counts).groupby(keys, dropna=False)
+    groups = rows.assign(number=numbers(rows), **counts).groupby(keys, dropna=False)
     data = groups.agg(
         mean=("number", "mean"), std=("number", "std"), n=("number", "count"),
         **{status: (status, "sum") for status in STATUSES}, floor=("floor", "max"),
@@ -57,6 +49,12 @@ def summarise(rows: pd.DataFrame, measures: Sequence[str]) -> pd.DataFrame:
     unresolved = data["below_floor"] == data[list(STATUSES)].sum(axis=1)
     data["drawn"] = np.select([masked, unresolved], ["masked", "at_floor"], "point")
     return pd.concat([data[data["measure"] == measure] for measure in measures], ignore_index=True)
+
+
+def numbers(rows: pd.DataFrame) -> pd.Series:
+    """What a mean is taken of: the value, under the floor the floor itself, NaN where there is no number."""
+    known = rows["value"].where(rows["status"].isin(("ok", "certified")))
+    return known.mask(rows["status"].eq("below_floor"), rows["floor"].fillna(rows["value"]))
 
 
 def checked(rows: pd.DataFrame) -> pd.DataFrame:
@@ -74,10 +72,15 @@ def of_model(rows: pd.DataFrame, model: str) -> pd.DataFrame:
     return rows[rows["model"] == model]
 
 
-def first_of(values: pd.Series, wanted: str) -> str:
+def _first_of(values: pd.Series, wanted: str) -> str:
     """The wanted value if it occurs, else the first that does."""
     present = list(values.dropna().unique())
     return wanted if wanted in present or not present else present[0]
+
+
+def trained(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of trained weights; of a table without any, those of the first kind that it has."""
+    return rows[rows["init"] == _first_of(rows["init"], "trained")]
 
 
 def default_reading(rows: pd.DataFrame) -> pd.DataFrame:
@@ -86,7 +89,7 @@ def default_reading(rows: pd.DataFrame) -> pd.DataFrame:
     for _, part in rows.groupby(["model", "layernorm"], sort=False):
         for column, wanted in (("skip_site", "residual"), ("norm_site", "both")):
             if part[column].notna().any():
-                part = part[part[column] == first_of(part[column], wanted)]
+                part = part[part[column] == _first_of(part[column], wanted)]
         parts.append(part)
     return pd.concat(parts) if parts else rows
 
@@ -99,11 +102,26 @@ def is_gated(rows: pd.DataFrame) -> pd.Series:
     return rows["gating"].fillna(False).astype(bool)
 
 
-def arm_look(gating: Any, layernorm: bool) -> tuple[str, str]:
-    """Name and colour of one of the four arms."""
-    gate = () if pd.isna(gating) else ("gate" if gating else "no gate",)
-    name = " + ".join((*gate, "LN")) if layernorm else ", ".join((*gate, "no LN"))
-    return name, PALETTE[2 * (not layernorm) + (not pd.isna(gating) and not gating)]
+def number(lam: float) -> str:
+    """As short as it can be, with a true minus sign."""
+    return f"{lam:g}".replace("-", "\N{MINUS SIGN}")
+
+
+def lam_word(lam: float) -> str:
+    """Of a legend: λ and its value, or that it is a schedule (NaN)."""
+    return "λ per layer" if np.isnan(lam) else f"λ = {number(lam)}"
+
+
+def ends_with(points: pd.DataFrame) -> str:
+    """Why and where a curve against layer stops, and for how many excerpts if not for all; "" if it does not."""
+    bad = points[points["drawn"] == "masked"]
+    if bad.empty:
+        return ""
+    first = bad.sort_values("layer").iloc[0]
+    status = "overflow" if first["overflow"] else "nan"
+    total = int(sum(first[s] for s in STATUSES))
+    some = f" ({first[status]} of {total})" if 0 < first[status] < total else ""
+    return f"{'overflow' if first['overflow'] else 'NaN'} at layer {first['layer']}{some}"
 
 
 def gate_word(gating: Any) -> str:
@@ -168,7 +186,7 @@ def disagreement(data: pd.DataFrame) -> str:
         return ""
     named: dict[str, list[str]] = {}
     for (model, gating), part in groups_of(both, ["model", "gating"]):
-        lams = ",\N{NO-BREAK SPACE}".join(map(style.number, sorted(part["lam"].unique())))
+        lams = ",\N{NO-BREAK SPACE}".join(map(number, sorted(part["lam"].unique())))
         named.setdefault(lams, []).append(model if pd.isna(gating) else f"{model} ({gate_word(gating)})")
     alone = data["model"].nunique() == 1 and data["gating"].nunique() < 2
     equals = "λ\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}"

@@ -7,11 +7,19 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 
-from lscollapse.reports.claims.sentences import COLLAPSED
+from lscollapse.core.table import COLLAPSED
 from lscollapse.reports.figures import style
-from lscollapse.reports.figures.points import KEYS, FigureError, describe, gate_word, summarise
+from lscollapse.reports.figures.points import (
+    KEYS,
+    FigureError,
+    describe,
+    gate_word,
+    groups_of,
+    is_gated,
+    number,
+    summarise,
+)
 from lscollapse.reports.figures.style import Label, canvas, styled
 
 WIDE = 3.0  # a loss axis that spans more than this factor is logarithmic
@@ -40,9 +48,9 @@ def figure_quality(rows: pd.DataFrame, note: str = "") -> tuple[Figure, pd.DataF
     data = _points(rows)
     parts = [data[data["model"] == model] for model in dict.fromkeys(rows["model"])]
     data = pd.concat([part.sort_values("gating", ascending=False, kind="stable") for part in parts], ignore_index=True)
-    panels = [(key, part) for key, part in data.groupby(["model", "gating"], dropna=False, sort=False)]
+    panels = groups_of(data, ["model", "gating"])
     lines = max(len(part) for _, part in panels)
-    lost = [f"{name(key)}: {', '.join(map(style.number, part.loc[~part['drawn'], 'lam']))}" for key, part in panels]
+    lost = [f"{panel_name(*key)}: {', '.join(map(number, part.loc[~part['drawn'], 'lam']))}" for key, part in panels]
     words = [
         describe(rows),
         "Crosses: mean and one standard deviation over excerpts.",
@@ -53,16 +61,14 @@ def figure_quality(rows: pd.DataFrame, note: str = "") -> tuple[Figure, pd.DataF
     figure, axes = canvas(len(panels), style.panel_height(lines), words)
     labels: dict[Axes, list[Label]] = {}
     for letter, ax, (key, part) in zip("abcdefgh", axes[:, 0], panels, strict=False):
-        ax.set_title(f"$\\bf{{{letter}}}$  {name(key)}")
+        style.title(ax, letter, panel_name(*key))
         labels[ax] = _panel(ax, part[part["drawn"]], data[data["model"] == key[0]])
     axes[-1, 0].set_xlabel("last-layer relative μ")
     style.label_ends(figure, labels, header="λ")
     return figure, data
 
 
-def name(key: tuple) -> str:
-    """Of a panel, from (model, gating)."""
-    model, gating = key
+def panel_name(model: str, gating: Any) -> str:
     return model if pd.isna(gating) else f"{model}, {gate_word(gating)}"
 
 
@@ -87,11 +93,9 @@ def _panel(ax: Axes, part: pd.DataFrame, whole: pd.DataFrame) -> list[Label]:
     ax.set(xlim=(0, 1.03), ylabel="loss, nats per token")
     if high > WIDE * low:
         ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_formatter(NullFormatter())
+        style.log_ticks(ax, few_decades=True)
     ax.set_ylim(0.9 * low, 1.05 * high)
-    untouched = shown[(shown["lam"] == 1) & (shown["gating"].isna() | shown["gating"].fillna(False).astype(bool))]
+    untouched = shown[(shown["lam"] == 1) & (shown["gating"].isna() | is_gated(shown))]
     rule: dict[str, Any] = {"color": "0.45", "lw": 0.7, "ls": (0, (4, 3)), "zorder": 1}
     ax.axvline(COLLAPSED, **rule)
     for loss in untouched["lm_loss"]:
@@ -101,5 +105,5 @@ def _panel(ax: Axes, part: pd.DataFrame, whole: pd.DataFrame) -> list[Label]:
         x, y, colour = point["relative_mu"], point["lm_loss"], style.lambda_colour(point["lam"], lams)
         spread: dict[str, Any] = {"xerr": point["relative_mu_std"], "yerr": point["lm_loss_std"], "elinewidth": 0.6}
         ax.errorbar(x, y, fmt="o", ms=3, color=colour, **spread)
-        labels.append((x, y, style.number(point["lam"]), colour))
+        labels.append((x, y, number(point["lam"]), colour))
     return labels

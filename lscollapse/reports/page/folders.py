@@ -55,8 +55,6 @@ def read_run(path: Path, name: str) -> Run:
 
 
 def read_bounds(path: Path, name: str) -> Bounds:
-    import pandas as pd
-
     try:
         bounds, curve = pd.read_csv(path / "bounds.csv", keep_default_na=False), pd.read_csv(path / "curve.csv")
     except (OSError, ValueError) as error:

@@ -9,7 +9,9 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from lscollapse.reports.figures.style import against_layer, ends_with, lambda_axis, lambda_colour, number, save, spread
+from lscollapse.reports.figures.lines import against_layer, lambda_axis
+from lscollapse.reports.figures.points import ends_with, number
+from lscollapse.reports.figures.style import lambda_colour, save, spread
 
 LAMBDAS = (-8.0, -4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 
