@@ -63,7 +63,7 @@ def show(rows: pd.DataFrame, own_tokens: bool) -> None:
 
     from lscollapse.core.table import reads_pixels
     from lscollapse.models.adapters.generic import BACKEND
-    from lscollapse.reports.figures.points import describe
+    from lscollapse.reports.figures.wording import describe
 
     console = Console(soft_wrap=True, highlight=False)
     console.print(describe(rows), markup=False)

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-class MissingLayers(Exception):
-    """What an arm lacks that a sentence is about, because an excerpt left the range of floating point there."""
+class NotMeasured(Exception):
+    """The table does not have what a sentence is about; in words where an arm has lost layers, else empty."""
 
 
 class Curves:
@@ -30,7 +30,7 @@ class Curves:
         """Layers 0..K; empty when the arm was not measured.
 
         Raises:
-            MissingLayers: an excerpt lacks some; nothing is said on part of a curve.
+            NotMeasured: an excerpt lacks some; nothing is said on part of a curve.
         """
         held, lost = self.held(lam, gating, layernorm), self.lost(lam, gating, layernorm)
         if lost is None:
@@ -42,7 +42,7 @@ class Curves:
         if len(held):
             lowest = f"lowest {held.min():.3f} (layer {held.idxmin()})"
             before = f"; before: first {held.iloc[0]:.3f}, {lowest}, then {held.iloc[-1]:.3f}"
-        raise MissingLayers(
+        raise NotMeasured(
             f"{gate}{'LN' if layernorm else 'no LN'}, lambda {lam:g}: layers {lost} to {int(arm['layer'].max())} are missing,"
             f" where {gone} of {total} excerpts leave the range of floating point{before}"
         )
@@ -60,7 +60,8 @@ class Curves:
         """Last-layer value of every excerpt; errors as for `curve`."""
         self.curve(lam, gating, layernorm)
         arm = self._arm(self.relative, lam, gating, layernorm)
-        return arm.loc[arm["layer"] == arm["layer"].max(), "value"]
+        values: pd.Series = arm.loc[arm["layer"] == arm["layer"].max(), "value"]
+        return values
 
     def lams(self, gating: bool) -> list[float]:
         """Every lambda measured with LayerNorm, ascending."""

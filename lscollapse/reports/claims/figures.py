@@ -1,16 +1,19 @@
 """The paper's sentences on Figures 1-4, each beside what it asks of the curves: one entry a claim.
 
-A predicate returns whether it holds and the numbers, or None where the table does not have what it needs.
+A predicate returns whether it holds and the numbers, and raises NotMeasured where the table does not have what it needs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from lscollapse.core.table import COLLAPSED, RISE
-from lscollapse.reports.claims.curves import Curves, MissingLayers
+from lscollapse.reports.claims.curves import Curves, NotMeasured
 from lscollapse.theory.theorem41 import lambda_star
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # |lambda| counts as small up to SMALL; a lambda is much lower than a bound when it is at most the share MUCH of it.
 SMALL, MUCH = 0.5, 0.1
@@ -18,7 +21,7 @@ PAPER_BOUND, PAPER_A = 937.924, 0.9  # condition (7) for Mamba-2 in section 5.1,
 UNGATED, FULL, AT_1 = "gate removed, with LayerNorm", "the whole model", "lambda = 1"
 S4D_ARMS = {"skip + LN": (1.0, True), "no skip + LN": (0.0, True), "skip": (1.0, False), "neither": (0.0, False)}
 
-Judgement = tuple[bool, str] | None  # None: not measured
+Judgement = tuple[bool, str]
 Predicate = Callable[[Curves], Judgement]
 
 
@@ -43,6 +46,13 @@ def claim(name: str, sentence: str, threshold: str) -> Callable[[Predicate], Pre
     return enter
 
 
+def _measured(*found: pd.Series) -> tuple[pd.Series, ...]:
+    """The same, where none is empty."""
+    if not all(map(len, found)):
+        raise NotMeasured
+    return found
+
+
 # --- Figure 1: the gate removed ---
 
 
@@ -52,7 +62,9 @@ def claim(name: str, sentence: str, threshold: str) -> Callable[[Predicate], Pre
 )  # fmt: skip
 def small_lambda_collapses(curves: Curves) -> Judgement:
     small = curves.last(False, [lam for lam in curves.lams(gating=False) if abs(lam) <= SMALL])
-    return (all(v < COLLAPSED for v in small.values()), f"last layer {_numbers(small)}") if small else None
+    if not small:
+        raise NotMeasured
+    return all(v < COLLAPSED for v in small.values()), f"last layer {_numbers(small)}"
 
 
 @claim(
@@ -70,7 +82,7 @@ def lambda_one_collapses(curves: Curves) -> Judgement:
 def large_lambda_avoids(curves: Curves) -> Judgement:
     lams = curves.lams(gating=False)
     if 1.0 not in lams or min(lams) >= -1 or max(lams) <= 1:
-        return None
+        raise NotMeasured
     ends, at_1 = curves.last(False, (min(lams), max(lams))), curves.last(False, [1.0])[1.0]
     good = all(value >= COLLAPSED and value > at_1 for value in ends.values())
     return good, f"last layer {_numbers(ends)}; at 1: {at_1:.3f}"
@@ -85,8 +97,8 @@ def without_skip_collapses(curves: Curves) -> Judgement:
 
 
 def _ends_collapsed(curves: Curves, lam: float) -> Judgement:
-    curve = curves.curve(lam, False, True)
-    return (curve.iloc[-1] < COLLAPSED, f"last layer {curve.iloc[-1]:.3f}") if len(curve) else None
+    (curve,) = _measured(curves.curve(lam, False, True))
+    return curve.iloc[-1] < COLLAPSED, f"last layer {curve.iloc[-1]:.3f}"
 
 
 def _numbers(values: dict[float, float]) -> str:
@@ -103,8 +115,6 @@ def _numbers(values: dict[float, float]) -> str:
 )  # fmt: skip
 def deep_minimum_near_zero(curves: Curves) -> Judgement:
     last = _swept(curves)
-    if last is None:
-        return None
     lowest = min(last, key=lambda lam: last[lam])
     good = abs(lowest) <= SMALL and last[lowest] < COLLAPSED
     return good, f"lowest {last[lowest]:.3f} at lambda {lowest:g}; at 0: {last[0.0]:.3f}"
@@ -118,7 +128,7 @@ def negative_is_higher(curves: Curves) -> Judgement:
     lams = curves.lams(gating=True)
     both = [lam for lam in lams if lam > 0 and -lam in lams]
     if not both:
-        return None
+        raise NotMeasured
     last = curves.last(True, [*both, *(-lam for lam in both)])
     pairs = {lam: (last[-lam], last[lam]) for lam in both}
     text = ", ".join(f"∓{lam:g}: {negative:.3f}/{positive:.3f}" for lam, (negative, positive) in pairs.items())
@@ -131,8 +141,6 @@ def negative_is_higher(curves: Curves) -> Judgement:
 )  # fmt: skip
 def choice_of_lambda_decides(curves: Curves) -> Judgement:
     last = _swept(curves)
-    if last is None:
-        return None
     low, high = min(last, key=lambda lam: last[lam]), max(last, key=lambda lam: last[lam])
     return last[low] < COLLAPSED <= last[high], f"last layer {_numbers({low: last[low], high: last[high]})}"
 
@@ -144,8 +152,6 @@ def choice_of_lambda_decides(curves: Curves) -> Judgement:
 )  # fmt: skip
 def much_lower_lambda_suffices(curves: Curves) -> Judgement:
     last = _swept(curves)
-    if last is None:
-        return None
     bound = PAPER_BOUND if curves.gated else lambda_star(PAPER_A, float(curves.relative["n_tokens"].max()) ** 0.5)
     keeping = [lam for lam, value in last.items() if lam and value >= COLLAPSED]
     if not keeping:
@@ -155,10 +161,12 @@ def much_lower_lambda_suffices(curves: Curves) -> Judgement:
     return abs(least) <= MUCH * bound, text
 
 
-def _swept(curves: Curves) -> dict[float, float] | None:
-    """Last layers of the whole model; None unless three lambdas or more were measured and 0 among them."""
+def _swept(curves: Curves) -> dict[float, float]:
+    """Last layers of the whole model, where three lambdas or more were measured and 0 among them."""
     lams = curves.lams(gating=True)
-    return curves.last(gating=True) if len(lams) >= 3 and 0.0 in lams else None
+    if len(lams) < 3 or 0.0 not in lams:
+        raise NotMeasured
+    return curves.last(gating=True)
 
 
 # --- Figure 3: gate and LayerNorm at lambda = 1 ---
@@ -169,9 +177,7 @@ def _swept(curves: Curves) -> dict[float, float] | None:
     f"{FULL}, {AT_1}: every layer at least {COLLAPSED}",
 )  # fmt: skip
 def full_model_does_not_collapse(curves: Curves) -> Judgement:
-    curve = curves.curve(1.0, gating=True, layernorm=True)
-    if not len(curve):
-        return None
+    (curve,) = _measured(curves.curve(1.0, gating=True, layernorm=True))
     return curve.min() >= COLLAPSED, f"lowest {curve.min():.3f}, last {curve.iloc[-1]:.3f}"
 
 
@@ -180,9 +186,7 @@ def full_model_does_not_collapse(curves: Curves) -> Judgement:
     f"{AT_1}: last layer under {COLLAPSED}, and the mean of the later half no higher than that of the early half",
 )  # fmt: skip
 def ungated_falls(curves: Curves) -> Judgement:
-    curve = curves.curve(1.0, gating=False, layernorm=True)
-    if not len(curve):
-        return None
+    (curve,) = _measured(curves.curve(1.0, gating=False, layernorm=True))
     half, first, last = len(curve) // 2, curve.iloc[0], curve.iloc[-1]
     early, late = curve.iloc[:half].mean(), curve.iloc[half:].mean()
     means = f"mean of the early half {early:.3f}, of the later half {late:.3f}"
@@ -194,9 +198,7 @@ def ungated_falls(curves: Curves) -> Judgement:
     f"{AT_1}: from the first layer down by at least {RISE}, and from there up by at least {RISE}",
 )  # fmt: skip
 def ungated_unnormed_drops_then_rises(curves: Curves) -> Judgement:
-    curve = curves.curve(1.0, gating=False, layernorm=False)
-    if not len(curve):
-        return None
+    (curve,) = _measured(curves.curve(1.0, gating=False, layernorm=False))
     at = int(curve.argmin())
     first, lowest, after = curve.iloc[0], curve.iloc[at], curve.iloc[at:].max()
     good = first - lowest >= RISE and after - lowest >= RISE
@@ -208,9 +210,7 @@ def ungated_unnormed_drops_then_rises(curves: Curves) -> Judgement:
     f"{AT_1}: some layer at least {RISE} above the lowest before it",
 )  # fmt: skip
 def gated_unnormed_rises(curves: Curves) -> Judgement:
-    curve = curves.curve(1.0, gating=True, layernorm=False)
-    if not len(curve):
-        return None
+    (curve,) = _measured(curves.curve(1.0, gating=True, layernorm=False))
     gain = (curve - curve.cummin()).max()  # over the lowest layer up to each
     return gain >= RISE, f"lowest {curve.min():.3f}, greatest gain {gain:.3f}, last finite {curve.iloc[-1]:.3f}"
 
@@ -220,8 +220,8 @@ def gated_unnormed_rises(curves: Curves) -> Judgement:
     f"{AT_1}: every layer at least {COLLAPSED}",
 )  # fmt: skip
 def gated_unnormed_does_not_collapse(curves: Curves) -> Judgement:
-    curve = curves.curve(1.0, gating=True, layernorm=False)
-    return (curve.min() >= COLLAPSED, f"lowest {curve.min():.3f}") if len(curve) else None
+    (curve,) = _measured(curves.curve(1.0, gating=True, layernorm=False))
+    return curve.min() >= COLLAPSED, f"lowest {curve.min():.3f}"
 
 
 @claim(
@@ -233,10 +233,9 @@ def layernorm_keeps_stable(curves: Curves) -> Judgement:
     arms = {("gate" if gating else "no gate") + (", LN" if norm else ", no LN"): (gating, norm)
             for norm in (True, False) for gating in (True, False)}  # fmt: skip
     found = {name: curves.held(1.0, *arm) for name, arm in arms.items()}  # here a lost layer is what is looked for
-    if not all(map(len, found.values())):
-        return None
+    _measured(*found.values())
     if "nan" in set(curves.relative.loc[curves.relative["lam"] == 1.0, "status"]):
-        raise MissingLayers("lambda 1: layers are missing, where values are all zero or no numbers")
+        raise NotMeasured("lambda 1: layers are missing, where values are all zero or no numbers")
     lost = {name: curves.lost(1.0, *arm) for name, arm in arms.items()}
     gains = {name: (curve - curve.cummin()).max() for name, curve in found.items()}
     unstable = {name: lost[name] is not None or gains[name] >= RISE for name in arms}
@@ -251,9 +250,7 @@ def layernorm_keeps_stable(curves: Curves) -> Judgement:
     f"{AT_1}, with LayerNorm: last layer at least {COLLAPSED} with the gate, under it without",
 )  # fmt: skip
 def gate_prevents_collapse(curves: Curves) -> Judgement:
-    with_gate, without = (curves.curve(1.0, gating, True) for gating in (True, False))
-    if not len(with_gate) or not len(without):
-        return None
+    with_gate, without = _measured(*(curves.curve(1.0, gating, True) for gating in (True, False)))
     first, second = with_gate.iloc[-1], without.iloc[-1]
     return second < COLLAPSED <= first, f"last layer {first:.3f} with the gate, {second:.3f} without"
 
@@ -267,8 +264,7 @@ def gate_prevents_collapse(curves: Curves) -> Judgement:
 )  # fmt: skip
 def s4d_does_not_collapse(curves: Curves) -> Judgement:
     found = {name: curves.curve(lam, False, layernorm) for name, (lam, layernorm) in S4D_ARMS.items()}
-    if not all(map(len, found.values())):
-        return None
+    _measured(*found.values())
     good = all(curve.iloc[1:].min() >= COLLAPSED for curve in found.values())
     numbers = (f"{name}: {curve.iloc[1:].min():.3f}, {curve.iloc[-1]:.3f}" for name, curve in found.items())
     return good, f"lowest from layer 1 on, last: {'; '.join(numbers)}"
@@ -281,8 +277,7 @@ def s4d_does_not_collapse(curves: Curves) -> Judgement:
 )  # fmt: skip
 def s4d_collapse_is_the_weights(curves: Curves) -> Judgement:
     found = {name: curves.excerpts(lam, False, layernorm) for name, (lam, layernorm) in S4D_ARMS.items()}
-    if not all(map(len, found.values())):
-        return None
+    _measured(*found.values())
     counts = {name: (int((values < COLLAPSED).sum()), len(values)) for name, values in found.items()}
     text = ", ".join(f"{name}: {low} of {n}" for name, (low, n) in counts.items())
     return all(low in (0, n) for low, n in counts.values()), f"images that end under {COLLAPSED:g}: {text}"

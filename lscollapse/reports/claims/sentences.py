@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from lscollapse.reports.claims.curves import Curves, MissingLayers
+from lscollapse.reports.claims.curves import Curves, NotMeasured
 from lscollapse.reports.claims.figures import CLAIMS
 from lscollapse.reports.verdict import AGREE, DISAGREE, NOT_MEASURED, Finding
 
@@ -31,15 +31,12 @@ def judge(rows: pd.DataFrame) -> Iterator[Finding]:
         for claim, (sentence, predicate, _) in CLAIMS.items():
             if curves.images != claim.startswith("figure 4") or (not curves.gated and claim.startswith(NEEDS_GATE)):
                 continue
-            verdict, numbers = NOT_MEASURED, ""
             try:
-                result = predicate(curves)
-            except MissingLayers as missing:
-                numbers = str(missing)
+                holds, numbers = predicate(curves)
+            except NotMeasured as missing:
+                yield Finding(claim, sentence, model, NOT_MEASURED, str(missing))
             else:
-                if result is not None:
-                    verdict, numbers = AGREE if result[0] else DISAGREE, result[1]
-            yield Finding(claim, sentence, model, verdict, numbers)
+                yield Finding(claim, sentence, model, AGREE if holds else DISAGREE, numbers)
 
 
 def judge_readings(rows: pd.DataFrame) -> pd.DataFrame:

@@ -18,7 +18,7 @@ from lscollapse.reports.claims.figures import CLAIMS, MUCH
 from lscollapse.reports.verdict import AGREE, DISAGREE, NOT_MEASURED, Finding
 
 VERIFY, BOUNDS, CHANNELS = "verify.json", "bounds.csv", "channels.csv"
-VERDICTS = {"holds": AGREE, "fails": DISAGREE, "void": NOT_MEASURED, "existence only": NOT_MEASURED}
+PRINTED = {"holds": AGREE, "fails": DISAGREE, "void": NOT_MEASURED, "existence only": NOT_MEASURED}
 CONSERVATIVE = "figure 2d"
 ADVERSARIAL = "appendix A.12"
 NORMS = "figure 4c"
@@ -68,12 +68,12 @@ def statements_now() -> Iterator[Finding]:
 def statements(verdicts: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
     """Findings on the paper's own statements among `verdicts` (theory.checking.Verdict as dictionaries)."""
     for v in verdicts:
-        if v["printed"] not in VERDICTS:  # a definition, or new
+        if v["printed"] not in PRINTED:  # a definition, or new
             continue
         tested = f"{v['informative']} instances"
         detail = f"instead: {v['correction']} ({v['corrected']}, {tested})" if v["correction"] else f"{tested} tested"
         numbers = f"{v['printed_evidence']}; {detail}"
-        yield Finding("theory", v["statement"], "as printed", VERDICTS[v["printed"]], numbers)
+        yield Finding("theory", v["statement"], "as printed", PRINTED[v["printed"]], numbers)
 
 
 def bounded(folder: Path) -> Iterator[Finding]:

@@ -13,8 +13,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lscollapse.reports.figures.points import NAMES, ends_with, number
 from lscollapse.reports.figures.style import SMALL, THIN, Label, canvas, label_ends, log_ticks, panel_height, title
+from lscollapse.reports.figures.wording import NAMES, ends_with, number
 
 Curve = tuple[str, str, Any, pd.DataFrame]  # name, colour, line style, points
 

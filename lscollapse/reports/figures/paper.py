@@ -23,21 +23,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lscollapse.core.table import reads_pixels
-from lscollapse.reports.figures import style
+from lscollapse.reports.figures import style, wording
 from lscollapse.reports.figures.lines import Curve, against_lambda, against_layer, lambda_axis, layer_curve, limits
 from lscollapse.reports.figures.points import (
-    NAMES,
-    NORMS,
-    caption,
     checked,
     default_reading,
-    ends_with,
-    gate_word,
     groups_of,
     is_gated,
-    kind_of_text,
-    nets_note,
-    number,
     of_model,
     summarise,
     trained,
@@ -65,16 +57,16 @@ def figure1(rows: pd.DataFrame, model: str, yscale: str = "linear", note: str = 
     rows = default_reading(of_model(rows, model))
     rows = rows[rows["layernorm"].astype(bool)]
     rows = trained(rows if is_gated(rows).all() else rows[~is_gated(rows)])
-    data = summarise(rows, tuple(NAMES))
+    data = summarise(rows, tuple(wording.NAMES))
     lams = list(data["lam"].unique())  # NaN for a schedule of lambdas
     curves = [
-        ("per layer" if np.isnan(lam) else number(lam), style.lambda_colour(lam, lams), "-", points)
+        ("per layer" if np.isnan(lam) else wording.number(lam), style.lambda_colour(lam, lams), "-", points)
         for (lam, _), points in groups_of(data, ["lam", "arm"])
     ]
     gating = data["gating"].iloc[0]
-    title = ", ".join((model, *(() if pd.isna(gating) else (gate_word(gating),)), "LayerNorm on"))
+    title = ", ".join((model, *(() if pd.isna(gating) else (wording.gate_word(gating),)), "LayerNorm on"))
     panels = [(measure, yscale) for measure in data["measure"].unique()]
-    return against_layer(curves, panels, title, [*caption(rows, data), note], header="λ"), data
+    return against_layer(curves, panels, title, [*wording.caption(rows, data), note], header="λ"), data
 
 
 @styled
@@ -87,13 +79,13 @@ def figure2(rows: pd.DataFrame, yscale: str = "linear", note: str = "") -> tuple
     rows = rows[rows["layernorm"].astype(bool) & rows["lam"].notna()]
     rows = rows[rows["layer"] == rows.groupby("model")["layer"].transform("max")]
     rows = default_reading(trained(rows))
-    data = summarise(rows, tuple(NAMES))
+    data = summarise(rows, tuple(wording.NAMES))
     texts = rows.drop_duplicates("model").set_index("model")["text"]
     gated = data["gating"].notna()
     pixels = data["model"].isin([model for (model,), part in groups_of(rows, ["model"]) if reads_pixels(part)])
     panels = {"transformers": data[~gated & ~pixels], "Mamba": data[gated], "images": data[pixels]}
     panels = {title: part for title, part in panels.items() if len(part)}
-    words = caption(rows, data)
+    words = wording.caption(rows, data)
     if (data["drawn"] == "masked").any():
         words.append("A cross at the top: an excerpt overflowed or is NaN at that λ.")
     most_lines = max(len(part[["model", "gating"]].drop_duplicates()) for part in panels.values())
@@ -105,7 +97,8 @@ def figure2(rows: pd.DataFrame, yscale: str = "linear", note: str = "") -> tuple
         style.title(ax, letter, heading)
         limits(ax, [part], yscale, "last-layer relative μ")
         for i, ((name, gating), line) in enumerate(groups_of(part, ["model", "gating"])):
-            what = f"reads {kind_of_text(texts[name])}" if pd.isna(gating) else gate_word(gating)
+            reads = "SMILES" if "smiles" in texts[name].lower() else texts[name].split(" (")[0]
+            what = f"reads {reads}" if pd.isna(gating) else wording.gate_word(gating)
             label = "\n".join((name, *textwrap.wrap(what, 18)))
             labels[ax] += against_lambda(ax, line, label, next(colours), 0.98 - 0.04 * i)
         lambda_axis(ax, data["lam"])
@@ -116,24 +109,23 @@ def figure2(rows: pd.DataFrame, yscale: str = "linear", note: str = "") -> tuple
 
 
 @styled
-def figure3(rows: pd.DataFrame, model: str, note: str = "", lam: float = 1.0) -> tuple[Figure, pd.DataFrame]:
-    """Figure 3: gating x LayerNorm, relative mu against layer at one lambda, on a linear and on a log axis.
+def figure3(rows: pd.DataFrame, model: str, note: str = "") -> tuple[Figure, pd.DataFrame]:
+    """Figure 3: gating x LayerNorm, relative mu against layer at lambda = 1, on a linear and on a log axis.
 
-    Random-init controls are dashed; a negative lambda adds the rank-1 residual. Raises FigureError without such rows.
+    Random-init controls are dashed. Raises FigureError without such rows.
     """
     rows = default_reading(of_model(rows, model))
-    rows = rows[rows["lam"] == lam]
-    measures = ("relative_mu", "rank1_residual") if lam < 0 else ("relative_mu",)
-    data = summarise(rows, measures)
+    rows = rows[rows["lam"] == 1]
+    data = summarise(rows, ("relative_mu",))
     curves: list[Curve] = []
     for (gating, layernorm, init), points in groups_of(data, ["gating", "layernorm", "init"]):
         name, colour = arm_look(gating, layernorm)
         if init == "trained":
             curves.append((name, colour, "-", points))
         else:  # named by its colour; only its overflow needs a label
-            curves.append(("random weights," if ends_with(points) else "", colour, DASHED, points))
-    panels = [("relative_mu", "linear"), ("relative_mu", "log"), *[(m, "linear") for m in measures[1:]]]
-    figure = against_layer(curves, panels, f"{model}, λ = {number(lam)}", [*caption(rows, data), note])
+            curves.append(("random weights," if wording.ends_with(points) else "", colour, DASHED, points))
+    panels = [("relative_mu", "linear"), ("relative_mu", "log")]
+    figure = against_layer(curves, panels, f"{model}, λ = 1", [*wording.caption(rows, data), note])
     if data["init"].nunique() > 1:
         style.line_key(figure.axes[0], [("trained", {"lw": 1.2}), ("random weights", {"lw": 1.0, "ls": DASHED})])
     return figure, data
@@ -148,13 +140,13 @@ def figure4(rows: pd.DataFrame, model: str, note: str = "") -> tuple[Figure, pd.
     rows = of_model(rows, model)
     rows = trained(rows)
     rows = rows[rows["lam"].isin((0, 1))]
-    data = summarise(rows, tuple(NAMES))
+    data = summarise(rows, tuple(wording.NAMES))
     curves: list[Curve] = []
     for (lam, layernorm), points in groups_of(data, ["lam", "layernorm"]):
         name = ("skip" if lam else "no skip") + (" + LN" if layernorm else ", no LN")
         curves.append((name, PALETTE[2 * (not layernorm) + (lam == 0)], "-", points))
     panels = [("relative_mu", "linear"), ("relative_mu", "log"), ("rank1_residual", "linear")]
-    words = [*caption(rows, data), nets_note(rows)]
+    words = [*wording.caption(rows, data), wording.nets_note(rows)]
     return against_layer(curves, panels, model, [*words, note]), data
 
 
@@ -174,8 +166,8 @@ def figure_readings(rows: pd.DataFrame, model: str, note: str = "") -> tuple[Fig
     skip_sites = list(rows["skip_site"].unique())
     norm_sites = sorted(rows["norm_site"][arms & ~norm].unique(), key=lambda site: site == "both")  # both last
     rows = rows[swept | arms]
-    data = summarise(rows, tuple(NAMES))
-    words = caption(rows, data)
+    data = summarise(rows, tuple(wording.NAMES))
+    words = wording.caption(rows, data)
     if (data["drawn"] == "masked").any():
         words.append("A cross: at that λ, or in the next layer, an excerpt overflowed or is NaN.")
     columns = (1.3, *(1.0 for _ in norm_sites))
@@ -193,7 +185,7 @@ def figure_readings(rows: pd.DataFrame, model: str, note: str = "") -> tuple[Fig
             ax.set_xlim(0, max(1, data["layer"].max()))
             for (gating, layernorm), points in groups_of(part, ["gating", "layernorm"]):
                 layer_curve(ax, points, arm_look(gating, layernorm)[1])
-    titles = [f"{model}, last layer", *(f"LN: {NORMS.get(site, site)}" for site in norm_sites)]
+    titles = [f"{model}, last layer", *(f"LN: {wording.NORMS.get(site, site)}" for site in norm_sites)]
     xlabels = ["λ (linear between −1 and 1)", *["layer at λ = 1"] * len(norm_sites)]
     lines = [(name, {"color": colour}) for name, colour in itertools.starmap(arm_look, ARMS)]
     style.name_panels(figure, axes, titles, xlabels, [*lines, ("rank-1 residual", THIN)])

@@ -9,17 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lscollapse.core.table import COLLAPSED
-from lscollapse.reports.figures import style
-from lscollapse.reports.figures.points import (
-    KEYS,
-    FigureError,
-    describe,
-    gate_word,
-    groups_of,
-    is_gated,
-    number,
-    summarise,
-)
+from lscollapse.reports.figures import style, wording
+from lscollapse.reports.figures.points import KEYS, FigureError, groups_of, is_gated, summarise
 from lscollapse.reports.figures.style import Label, canvas, styled
 
 WIDE = 3.0  # a loss axis that spans more than this factor is logarithmic
@@ -50,9 +41,11 @@ def figure_quality(rows: pd.DataFrame, note: str = "") -> tuple[Figure, pd.DataF
     data = pd.concat([part.sort_values("gating", ascending=False, kind="stable") for part in parts], ignore_index=True)
     panels = groups_of(data, ["model", "gating"])
     lines = max(len(part) for _, part in panels)
-    lost = [f"{panel_name(*key)}: {', '.join(map(number, part.loc[~part['drawn'], 'lam']))}" for key, part in panels]
+    lost = [
+        f"{panel_name(*key)}: {', '.join(map(wording.number, part.loc[~part['drawn'], 'lam']))}" for key, part in panels
+    ]
     words = [
-        describe(rows),
+        wording.describe(rows),
         "Crosses: mean and one standard deviation over excerpts.",
         "Dashed: the untouched model's loss, and the relative μ under which a layer counts as collapsed.",
         *(f"No point, because an excerpt overflowed: {text}." for text in lost if not text.endswith(": ")),
@@ -69,7 +62,7 @@ def figure_quality(rows: pd.DataFrame, note: str = "") -> tuple[Figure, pd.DataF
 
 
 def panel_name(model: str, gating: Any) -> str:
-    return model if pd.isna(gating) else f"{model}, {gate_word(gating)}"
+    return model if pd.isna(gating) else f"{model}, {wording.gate_word(gating)}"
 
 
 def _points(rows: pd.DataFrame) -> pd.DataFrame:
@@ -105,5 +98,5 @@ def _panel(ax: Axes, part: pd.DataFrame, whole: pd.DataFrame) -> list[Label]:
         x, y, colour = point["relative_mu"], point["lm_loss"], style.lambda_colour(point["lam"], lams)
         spread: dict[str, Any] = {"xerr": point["relative_mu_std"], "yerr": point["lm_loss_std"], "elinewidth": 0.6}
         ax.errorbar(x, y, fmt="o", ms=3, color=colour, **spread)
-        labels.append((x, y, number(point["lam"]), colour))
+        labels.append((x, y, wording.number(point["lam"]), colour))
     return labels

@@ -128,7 +128,8 @@ def name_panels(
         ax.set_title(f"{ax.get_title('left')}  {title}")
     for ax, xlabel in zip(axes[-1], xlabels, strict=True):
         ax.set_xlabel(xlabel)
-    handles = [Line2D([], [], **{"color": "0.3"} | kind, label=name) for name, kind in lines]
+    looks: list[Key] = [(name, {"color": "0.3"} | kind) for name, kind in lines]
+    handles = [Line2D([], [], label=name, **look) for name, look in looks]
     figure.legend(handles=handles, loc="outside upper left", ncols=len(lines), handlelength=2.4, borderpad=0.2)
 
 

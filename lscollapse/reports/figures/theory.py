@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
-from lscollapse.reports.figures.points import NAMES, SIGNS, number
 from lscollapse.reports.figures.style import PAGE, PALETTE, SMALL, canvas, styled, title
+from lscollapse.reports.figures.wording import NAMES, SIGNS, number
 
 if TYPE_CHECKING:
     from lscollapse.theory.examples import ExamplesTable

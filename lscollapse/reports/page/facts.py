@@ -12,16 +12,8 @@ import pandas as pd
 from lscollapse.core.table import reads_pixels
 from lscollapse.reports import table1 as table1_report
 from lscollapse.reports.claims.runs import catalogue, judged
-from lscollapse.reports.figures.points import (
-    NAMES,
-    SIGNS,
-    disagreement,
-    embedded_note,
-    ends_with,
-    groups_of,
-    lam_word,
-    summarise,
-)
+from lscollapse.reports.figures import wording
+from lscollapse.reports.figures.points import groups_of, summarise
 from lscollapse.reports.verdict import DISAGREE, VERDICTS
 
 if TYPE_CHECKING:
@@ -72,7 +64,7 @@ def tally(found: Iterable[dict[str, Any]]) -> dict[str, int]:
 def warnings(measured: Sequence[Run], others: Sequence[Run], found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """What a reader has to know before the figures, as {text, runs}, the gravest first."""
     runs = [*measured, *others]
-    said = [("", embedded_note(models(measured)))]
+    said = [("", wording.embedded_note(models(measured)))]
     wrong = "; ".join(filter(None, map(_disproved, found)))
     said.append(("", f"The paper's statements that do not hold here: {wrong}." if wrong else ""))
     said += [(run.name, text) for run in measured for text in _of_rows(run)]
@@ -100,11 +92,11 @@ def _of_rows(run: Run) -> Iterator[str]:
             yield f"{model}: one {unit} only, so nothing is known of the spread."
         if set(part["init"]) == {"random"}:
             yield f"{model}: random weights, not trained."
-    present = [measure for measure in NAMES if (rows["measure"] == measure).any()]
+    present = [measure for measure in wording.NAMES if (rows["measure"] == measure).any()]
     if not present:
         return
     points = summarise(rows, present)
-    yield disagreement(points)
+    yield wording.disagreement(points)
     yield from _lost(points[points["measure"] == present[0]])
     certified = rows["status"].eq("certified").mean()
     if certified:
@@ -119,11 +111,11 @@ def _lost(points: pd.DataFrame) -> Iterator[str]:
     floors: dict[str, list[str]] = {}
     for (model, init, arm, lam), part in groups_of(points, ["model", "init", "arm", "lam"]):
         name = f"{model}, {arm}{', random weights' if init == 'random' else ''}"
-        end, below = ends_with(part), part.loc[part["below_floor"] > 0, "layer"]
+        end, below = wording.ends_with(part), part.loc[part["below_floor"] > 0, "layer"]
         if end:
-            yield f"{name}, {lam_word(lam)}: {end}. The curve stops there."
+            yield f"{name}, {wording.lam_word(lam)}: {end}. The curve stops there."
         if len(below):
-            floors.setdefault(name, []).append(f"{lam_word(lam)} from layer {below.min()}")
+            floors.setdefault(name, []).append(f"{wording.lam_word(lam)} from layer {below.min()}")
     for name, where in floors.items():
         yield f"{name}: not resolved by the dtype (below the floor) at {', '.join(where)}."
 
@@ -212,6 +204,6 @@ def bounds_tables(folders: Iterable[Bounds]) -> list[dict[str, Any]]:
     tables = []
     for folder in folders:
         rows = folder.bounds.to_dict("records")
-        lines = [(row["bound"], SIGNS.get(row["sign"], ""), row["reads"], row["note"]) for row in rows]
+        lines = [(row["bound"], wording.SIGNS.get(row["sign"], ""), row["reads"], row["note"]) for row in rows]
         tables.append({"name": folder.name.removeprefix("bound-"), "lines": lines})
     return tables

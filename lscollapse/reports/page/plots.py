@@ -18,23 +18,8 @@ import numpy as np
 import pandas as pd
 
 from lscollapse.core.table import COLLAPSED, reads_pixels
-from lscollapse.reports.figures.points import (
-    KEYS,
-    NAMES,
-    NEEDED,
-    NORMS,
-    SIGNS,
-    SITES,
-    STATUSES,
-    describe,
-    ends_with,
-    gate_word,
-    groups_of,
-    lam_word,
-    nets_note,
-    numbers,
-    summarise,
-)
+from lscollapse.reports.figures import wording
+from lscollapse.reports.figures.points import KEYS, NEEDED, STATUSES, groups_of, numbers, summarise
 from lscollapse.reports.figures.style import PALETTE, lambda_colour
 from lscollapse.reports.figures.theory import CURVES
 
@@ -44,7 +29,7 @@ if TYPE_CHECKING:
 ARM = ("model", "init", "arm", "gating", "layernorm", "skip_site", "norm_site")  # one curve over lambda
 SWEPT = 3  # lambdas from which an arm is a sweep
 UNIT = ("relative_mu", "rank1_residual", "dong_residual")  # between 0 and 1
-MEASURES = NAMES | {
+MEASURES = wording.NAMES | {
     "mu": "μ", "stable_rank": "stable rank", "mean_cosine": "mean cosine", "dong_residual": "Dong residual",
     "lm_loss": "language-model loss (nats)", "grad_norm": "gradient norm",
 }  # fmt: skip
@@ -105,8 +90,8 @@ def figures(run: Run, pack: Pack) -> list[Json]:
         made.append(("lambda", last, "lambda", [_lambda_tab(points[swept])]))
     if len(rest):
         made.append(("arms", ablation, "layer", _arm_tabs(arms, run.experiment)))
-    notes = [nets_note(run.rows)] if run.experiment == "ablate-s4d" else []
-    caption = " ".join([describe(run.rows), *notes])
+    notes = [wording.nets_note(run.rows)] if run.experiment == "ablate-s4d" else []
+    caption = " ".join([wording.describe(run.rows), *notes])
     return [
         {"id": f"{run.name}-{name}", "run": run.name, "title": title, "caption": caption, "x": x, "tabs": tabs,
          "unit": "image" if reads_pixels(run.rows) else "excerpt"}
@@ -116,7 +101,7 @@ def figures(run: Run, pack: Pack) -> list[Json]:
 
 def measure_facts(runs: Iterable[Run]) -> Json:
     """Name, range and threshold of every measure that occurs, in the order in which they are offered."""
-    present = {*NAMES, *(measure for run in runs for measure in run.rows["measure"].unique())}
+    present = {*wording.NAMES, *(measure for run in runs for measure in run.rows["measure"].unique())}
     order = [measure for measure in dict.fromkeys([*MEASURES, *sorted(present)]) if measure in present]
     line = {"relative_mu": COLLAPSED}
     return {m: {"name": MEASURES.get(m, m), "unit": m in UNIT, "line": line.get(m)} for m in order}
@@ -131,8 +116,8 @@ def theory_figure(folders: Sequence[Bounds]) -> Json:
         series = []
         for sign, colour in CURVES.items():
             half = curve[curve["lam"] * sign > 0].sort_values("size")
-            of = {m: {"x": half["size"].tolist(), "y": _short(half[m], 6)} for m in NAMES if m in half}
-            series.append({"name": SIGNS[sign], "colour": both_themes(colour), "dash": False, "of": of})
+            of = {m: {"x": half["size"].tolist(), "y": _short(half[m], 6)} for m in wording.NAMES if m in half}
+            series.append({"name": wording.SIGNS[sign], "colour": both_themes(colour), "dash": False, "of": of})
         name, marks = folder.name.removeprefix("bound-"), _marks(folder.bounds)
         tabs.append({"name": name, "run": "", "x": sizes, "series": series, "marks": marks})
     return {"id": "theory-plot", "title": "What the theorems ask for, and what is needed", "x": "size", "tabs": tabs,
@@ -176,7 +161,7 @@ def _record(points: pd.DataFrame, x: str, of_tab: list[float]) -> Json:
         "y": _short(points["mean"].where(shown), 6), "s": _short(points["std"].where(shown), 3),
         "n": int(points["excerpts"].max()), "at": at, "notes": _notes(points), "floor": _short(points["floor"][:1], 3)[0],
         "open": np.flatnonzero(points["drawn"] == "at_floor").tolist(),
-        "end": ends_with(points) if x == "layer" else "",
+        "end": wording.ends_with(points) if x == "layer" else "",
     }  # fmt: skip
     if points[x].tolist() != of_tab:
         record["x"] = points[x].tolist()
@@ -222,7 +207,7 @@ def _sweep_tabs(points: pd.DataFrame) -> list[Json]:
         series = []
         for lam in sorted(lams, key=lambda lam: (math.isnan(lam), -lam)):
             own = part[part["lam"].eq(lam) | (math.isnan(lam) & part["lam"].isna())]
-            series.append(_series(own, "layer", layers, lam_word(lam), lambda_colour(lam, lams)))
+            series.append(_series(own, "layer", layers, wording.lam_word(lam), lambda_colour(lam, lams)))
         name = ", ".join((model, *_facets(part, points[points["model"] == model])))
         tabs.append({"name": name, "model": model, "x": layers, "series": series})
     return tabs
@@ -259,7 +244,7 @@ def _arm_tabs(points: pd.DataFrame, experiment: str) -> list[Json]:
                 colour = arms.setdefault(arm, PALETTE[len(arms) % len(PALETTE)])
                 name = _arm_name(own.iloc[0], part["lam"].nunique(dropna=False) > 1, experiment)
                 series.append(_series(own, "layer", layers, name, colour, init == "random"))
-            where = (SITES.get(skip_site, skip_site), f"without {NORMS.get(norm_site, norm_site)}")
+            where = (wording.SITES.get(skip_site, skip_site), f"without {wording.NORMS.get(norm_site, norm_site)}")
             name = model if len(readings) == 1 else f"{model}, λ on {', '.join(where)}"
             tabs.append({"name": name, "model": model, "x": layers, "series": series})
     return tabs
@@ -270,7 +255,7 @@ def _arm_name(point: pd.Series, names_lam: bool, experiment: str) -> str:
     if experiment == "ablate-s4d":
         words.append("skip" if point["lam"] else "no skip")
     elif names_lam:
-        words.append(lam_word(point["lam"]))
+        words.append(wording.lam_word(point["lam"]))
     words.append("LN" if point["layernorm"] else "no LN")
     return ", ".join([*words, *(["random weights"] if point["init"] == "random" else [])])
 
@@ -279,9 +264,9 @@ def _facets(part: pd.DataFrame, of_model: pd.DataFrame) -> list[str]:
     """In words, what tells this arm from the others of its model."""
     first = part.iloc[0]
     words = {
-        "gating": gate_word(first["gating"]),
+        "gating": wording.gate_word(first["gating"]),
         "layernorm": "LN" if first["layernorm"] else "no LN",
-        "skip_site": f"λ on {SITES.get(first['skip_site'], first['skip_site'])}",
+        "skip_site": f"λ on {wording.SITES.get(first['skip_site'], first['skip_site'])}",
         "norm_site": f"norm site {first['norm_site']}",
         "init": "random weights" if first["init"] == "random" else "trained",
     }
