@@ -25,7 +25,7 @@ def claims(
 ) -> None:  # fmt: skip
     """The paper's sentences one by one: agrees, disagrees or not measured, with the numbers. Without a run: the list of them."""
     from lscollapse.cli.terminal import results as console_look
-    from lscollapse.reports.claims.runs import judged, sentences
+    from lscollapse.reports.claims.sentences import judged, sentences
 
     if runs or theory:
         console_look.show_claims(judged(runs or [], theory), form)

@@ -71,13 +71,12 @@ def compare(run_a: Path, run_b: Path) -> Comparison:
     only_a, only_b = (_arms(rows[~rows["name"].isin(common)]) for rows in (a, b))
     a, b = (rows[rows["name"].isin(common)] for rows in (a, b))
     paired = _paired(*manifests, renamed)
-    others = [model for model in _models(a) if model not in paired and _loaded(manifests[0])]
+    others = [model for model in dict.fromkeys(a["model"]) if model not in paired and _loaded(manifests[0])]
     notes += [f"{model}: not the same excerpts, so only their means are compared" for model in others]
     table, lost = _differences(a, b, paired), _lost(a, b)
     apart = table.loc[table["ratio"] > 1.0, "name"].nunique()
     sentence, alike = _verdict(a, b, len(common), apart, len(lost))
-    configuration = _configuration(*manifests, renamed)
-    return Comparison(configuration, only_a, only_b, lost, table, notes, sentence, alike)
+    return Comparison(_configuration(*manifests, renamed), only_a, only_b, lost, table, notes, sentence, alike)
 
 
 def _rows(run: Path) -> pd.DataFrame:
@@ -163,10 +162,6 @@ def _named(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.merge(arms.assign(name=names), on=ARM, how="left")
 
 
-def _models(rows: pd.DataFrame) -> list[str]:
-    return list(dict.fromkeys(rows["model"]))
-
-
 def _arms(rows: pd.DataFrame) -> list[str]:
     """One line for every model and arm, with its lambdas."""
     arms = rows[ARM].drop_duplicates().groupby(["model", "init", "arm"], sort=False)["lam"]
@@ -176,10 +171,8 @@ def _arms(rows: pd.DataFrame) -> list[str]:
 def _moments(rows: pd.DataFrame) -> pd.DataFrame:
     """Per cell mean, variance and number of the excerpts, and what its numbers are uncertain by."""
     doubt = rows[["floor", "bound"]].max(axis=1).fillna(0.0)
-    by = rows.assign(doubt=doubt).groupby(CELL, sort=False)
-    return by.agg(
-        mean=("number", "mean"), var=("number", "var"), n=("number", "count"), doubt=("doubt", "max")
-    ).reset_index()
+    what = {"mean": ("number", "mean"), "var": ("number", "var"), "n": ("number", "count"), "doubt": ("doubt", "max")}
+    return rows.assign(doubt=doubt).groupby(CELL, sort=False).agg(**what).reset_index()
 
 
 def _differences(a: pd.DataFrame, b: pd.DataFrame, paired: set[str]) -> pd.DataFrame:
@@ -215,15 +208,9 @@ def _lost(a: pd.DataFrame, b: pd.DataFrame) -> list[str]:
         lost = rows[(rows["measure"] == "relative_mu") & rows["status"].isin(LOST)]
         first.append(lost.groupby("name", sort=False)["layer"].min().to_dict())
     ours, theirs = first
-    return [
-        f"{name}: A {_from(ours.get(name))}, B {_from(theirs.get(name))}"
-        for name in dict.fromkeys([*ours, *theirs])
-        if ours.get(name) != theirs.get(name)
-    ]
-
-
-def _from(layer: int | None) -> str:
-    return "nowhere" if layer is None else f"from layer {layer}"
+    differing = [name for name in dict.fromkeys([*ours, *theirs]) if ours.get(name) != theirs.get(name)]
+    where = [{name: f"from layer {layer}" for name, layer in side.items()} for side in first]
+    return [f"{name}: A {where[0].get(name, 'nowhere')}, B {where[1].get(name, 'nowhere')}" for name in differing]
 
 
 def _verdict(a: pd.DataFrame, b: pd.DataFrame, arms: int, apart: int, lost: int) -> tuple[str, bool]:

@@ -159,8 +159,6 @@ def _joint(found: list[Contrast]) -> tuple[str, str]:
     return verdict, f"of {len(found)}: " + ", ".join(f"{n} {name}" for name, n in count.items())
 
 
-# --- as text ---
-
 TITLE = "Table 1: test accuracy in percent"
 NOTE = "Mean ± sample standard deviation over seeds. The paper's figures are of its own sizes and data, one run each."
 

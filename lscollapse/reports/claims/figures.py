@@ -53,9 +53,6 @@ def _measured(*found: pd.Series) -> tuple[pd.Series, ...]:
     return found
 
 
-# --- Figure 1: the gate removed ---
-
-
 @claim(
     "figure 1a", "When |lambda| is small, the model suffers from rank collapse.",
     f"{UNGATED}: last layer under {COLLAPSED} at every measured |lambda| up to {SMALL}",
@@ -103,9 +100,6 @@ def _ends_collapsed(curves: Curves, lam: float) -> Judgement:
 
 def _numbers(values: dict[float, float]) -> str:
     return ", ".join(f"{lam:g}: {value:.3f}" for lam, value in values.items())
-
-
-# --- Figure 2: the last layer over lambda ---
 
 
 @claim(
@@ -167,9 +161,6 @@ def _swept(curves: Curves) -> dict[float, float]:
     if len(lams) < 3 or 0.0 not in lams:
         raise NotMeasured
     return curves.last(gating=True)
-
-
-# --- Figure 3: gate and LayerNorm at lambda = 1 ---
 
 
 @claim(
@@ -253,9 +244,6 @@ def gate_prevents_collapse(curves: Curves) -> Judgement:
     with_gate, without = _measured(*(curves.curve(1.0, gating, True) for gating in (True, False)))
     first, second = with_gate.iloc[-1], without.iloc[-1]
     return second < COLLAPSED <= first, f"last layer {first:.3f} with the gate, {second:.3f} without"
-
-
-# --- Figure 4: skip and LayerNorm of an S4D ---
 
 
 @claim(

@@ -1,15 +1,19 @@
-"""The paper's sentences on Figures 1-4 judged on a table: each agrees, disagrees, or was not measured, with the numbers.
+"""Tables and run folders -> the verdict on every sentence of the paper that they can judge, with the numbers.
 
-The sentences and their predicates are in `figures`; `table1` judges Table 1, `theory` the theorems, `runs` whole run
-folders. docs/claims.md lists every sentence with its threshold.
+The sentences on Figures 1-4 and their predicates are in `figures`; `table1` judges Table 1 and `theory` the theorems.
+docs/claims.md lists every sentence with its threshold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lscollapse.core.run_folder import RunFolderError, read_manifest, read_rows
+from lscollapse.reports.claims import table1 as on_table1
+from lscollapse.reports.claims import theory as on_theory
 from lscollapse.reports.claims.curves import Curves, NotMeasured
 from lscollapse.reports.claims.figures import CLAIMS
 from lscollapse.reports.verdict import AGREE, DISAGREE, NOT_MEASURED, Finding
@@ -17,6 +21,7 @@ from lscollapse.reports.verdict import AGREE, DISAGREE, NOT_MEASURED, Finding
 if TYPE_CHECKING:
     import pandas as pd
 
+COLUMNS = ("run", "reading", "claim", "sentence", "model", "verdict", "numbers")
 NEEDS_GATE = ("figure 1", "figure 3")
 
 
@@ -54,3 +59,93 @@ def judge_readings(rows: pd.DataFrame) -> pd.DataFrame:
             if finding.claim.startswith(NEEDS_GATE):
                 found.append({"skip_site": skip_site, "norm_site": norm_site, **asdict(finding)})
     return pd.DataFrame(found)
+
+
+def judged(runs: Sequence[Path], theory: bool = False) -> pd.DataFrame:
+    """One row for each sentence and model: columns COLUMNS, in the order of the paper.
+
+    A sentence that one run measures is not listed as not measured for another run of the same model; one that no run is
+    about is listed once, with no model. `reading` is empty but for runs of --all-readings.
+
+    Args:
+        runs: folders that the verbs wrote: sweeps, ablations, readings, measurements, Table 1, `theory verify`, `theory
+            bound`.
+        theory: put the theory's statements to the test now.
+
+    Raises:
+        RunFolderError: a folder that holds none of these.
+    """
+    import pandas as pd
+
+    found = [(str(run), reading, finding) for run in runs for reading, finding in findings(run)]
+    found += [("", "", finding) for finding in (on_theory.statements_now() if theory else ())]
+    spoken, order = {finding.claim for _, _, finding in found}, catalogue()
+    found += [("", "", Finding(name, sentence, "", NOT_MEASURED, ""))
+              for name, (sentence, _) in order.items() if name not in spoken]  # fmt: skip
+    lines = [{"run": run, "reading": reading, **asdict(finding)} for run, reading, finding in found]
+    rows = pd.DataFrame(lines, columns=list(COLUMNS))
+    places = {name: place for place, name in enumerate(order)}
+    rows = rows.sort_values("claim", key=lambda names: names.map(places), kind="stable")
+    return _folded(rows).reset_index(drop=True)
+
+
+def catalogue() -> dict[str, tuple[str, str]]:
+    """Name -> (sentence, threshold) of all claims, in the order of the paper; the theory's statements are one entry."""
+    figures = {name: (claim.sentence, claim.threshold) for name, claim in CLAIMS.items()}
+    norms = {on_theory.NORMS: on_theory.SENTENCES[on_theory.NORMS]}  # beside the other sentences on Figure 4
+    return figures | norms | on_table1.SENTENCES | on_theory.SENTENCES
+
+
+def sentences() -> pd.DataFrame:
+    """The catalogue as a table: columns claim, sentence, threshold."""
+    import pandas as pd
+
+    lines = [(name, *words) for name, words in catalogue().items()]
+    return pd.DataFrame(lines, columns=["claim", "sentence", "threshold"])
+
+
+def findings(run: Path) -> Iterator[tuple[str, Finding]]:
+    """(reading, finding) of one folder."""
+    if (run / "manifest.json").exists():
+        experiment, rows = read_manifest(run).get("identity", {}).get("experiment"), read_rows(run)
+        if experiment == "all-readings":
+            yield from _of_readings(rows)
+            return
+        found = on_table1.findings(rows) if experiment == "table1" else judge(rows)
+    elif (run / on_theory.VERIFY).exists():
+        found = on_theory.verified(run)
+    elif (run / on_theory.BOUNDS).exists():
+        found = on_theory.bounded(run)
+    else:
+        raise RunFolderError(
+            f"{run} holds no manifest.json, {on_theory.VERIFY} or {on_theory.BOUNDS}: give the folder of a finished"
+            " run, of `theory verify --out` or of `theory bound --out`"
+        )
+    yield from (("", finding) for finding in found)
+
+
+def _of_readings(rows: pd.DataFrame) -> Iterator[tuple[str, Finding]]:
+    """Readings that differ in the removed norm only and come to the same are one."""
+    verdicts = judge_readings(rows)
+    norms = verdicts.groupby("skip_site")["norm_site"].unique()
+    words = [field.name for field in fields(Finding)]
+    for _, part in verdicts.groupby(["skip_site", *words], sort=False):
+        row, removed = part.iloc[0], list(part["norm_site"])
+        every = len(removed) == len(norms[row["skip_site"]])
+        without = "" if every else f", LN=False removes {' or '.join(removed)}"
+        yield f"{row['skip_site']} skip{without}", Finding(*(str(row[word]) for word in words))
+
+
+def _folded(rows: pd.DataFrame) -> pd.DataFrame:
+    """Without what another run says in the same words, and without "not measured" where another run measured it.
+
+    A reading that says what the default reading says is the default one.
+    """
+    about = ["claim", "sentence", "model"]
+    words = [*about, "verdict", "numbers"]
+    rows = rows.drop_duplicates(["reading", *words])
+    default, said = rows["reading"] == "", rows[words].apply(tuple, axis=1)
+    rows = rows[default | ~said.isin(said[default])]
+    measured = rows["verdict"] != NOT_MEASURED
+    known = measured.groupby([rows[name] for name in ["reading", *about]]).transform("any")
+    return rows[measured | ~known]

@@ -50,7 +50,6 @@ def verified(folder: Path) -> Iterator[Finding]:
     file = folder / VERIFY
     try:
         yield from statements(json.loads(file.read_text(encoding="utf-8")))
-        yield adversarial_input()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunFolderError(
             f"{file} cannot be read ({type(error).__name__}): run `lscollapse theory verify --out {folder}` again"
@@ -62,11 +61,10 @@ def statements_now() -> Iterator[Finding]:
     from lscollapse.theory import verify
 
     yield from statements([verdict.as_dict() for verdict in verify.run()])
-    yield adversarial_input()
 
 
 def statements(verdicts: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
-    """Findings on the paper's own statements among `verdicts` (theory.checking.Verdict as dictionaries)."""
+    """Findings on the paper's own statements among `verdicts` (theory.checking.Verdict as dictionaries), then A.12."""
     for v in verdicts:
         if v["printed"] not in PRINTED:  # a definition, or new
             continue
@@ -74,6 +72,7 @@ def statements(verdicts: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
         detail = f"instead: {v['correction']} ({v['corrected']}, {tested})" if v["correction"] else f"{tested} tested"
         numbers = f"{v['printed_evidence']}; {detail}"
         yield Finding("theory", v["statement"], "as printed", PRINTED[v["printed"]], numbers)
+    yield adversarial_input()
 
 
 def bounded(folder: Path) -> Iterator[Finding]:

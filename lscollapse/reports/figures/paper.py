@@ -30,6 +30,7 @@ from lscollapse.reports.figures.points import (
     default_reading,
     groups_of,
     is_gated,
+    last_layer,
     of_model,
     summarise,
     trained,
@@ -77,8 +78,7 @@ def figure2(rows: pd.DataFrame, yscale: str = "linear", note: str = "") -> tuple
     """
     rows = checked(rows)
     rows = rows[rows["layernorm"].astype(bool) & rows["lam"].notna()]
-    rows = rows[rows["layer"] == rows.groupby("model")["layer"].transform("max")]
-    rows = default_reading(trained(rows))
+    rows = default_reading(trained(last_layer(rows)))
     data = summarise(rows, tuple(wording.NAMES))
     texts = rows.drop_duplicates("model").set_index("model")["text"]
     gated = data["gating"].notna()

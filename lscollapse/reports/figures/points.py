@@ -66,6 +66,11 @@ def _first_of(values: pd.Series, wanted: str) -> str:
     return wanted if wanted in present or not present else present[0]
 
 
+def last_layer(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the deepest layer of each model."""
+    return rows[rows["layer"] == rows.groupby("model")["layer"].transform("max")]
+
+
 def trained(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows of trained weights; of a table without any, those of the first kind that it has."""
     return rows[rows["init"] == _first_of(rows["init"], "trained")]

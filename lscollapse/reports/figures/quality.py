@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from lscollapse.core.table import COLLAPSED
 from lscollapse.reports.figures import style, wording
-from lscollapse.reports.figures.points import KEYS, FigureError, groups_of, is_gated, summarise
+from lscollapse.reports.figures.points import KEYS, FigureError, groups_of, is_gated, last_layer, summarise
 from lscollapse.reports.figures.style import Label, canvas, styled
 
 WIDE = 3.0  # a loss axis that spans more than this factor is logarithmic
@@ -35,7 +35,7 @@ def figure_quality(rows: pd.DataFrame, note: str = "") -> tuple[Figure, pd.DataF
         raise FigureError("no rows of lm_loss: measure them with --quality")
     rows = rows[rows["model"].isin(rows.loc[rows["measure"] == "lm_loss", "model"]) & (rows["init"] == "trained")]
     rows = rows[rows["layernorm"].astype(bool) & rows["lam"].notna()]
-    rows = rows[rows["layer"] == rows.groupby("model")["layer"].transform("max")]
+    rows = last_layer(rows)
     data = _points(rows)
     parts = [data[data["model"] == model] for model in dict.fromkeys(rows["model"])]
     data = pd.concat([part.sort_values("gating", ascending=False, kind="stable") for part in parts], ignore_index=True)
@@ -67,15 +67,11 @@ def panel_name(model: str, gating: Any) -> str:
 
 def _points(rows: pd.DataFrame) -> pd.DataFrame:
     """Relative mu and loss of every arm side by side."""
-    columns = {"mean": "", "std": "_std", "n": "_n", "drawn": "_drawn"}
-    sides = []
-    for measure in ("relative_mu", "lm_loss"):
-        side = summarise(rows, (measure,)).set_index(list(POINT))[list(columns)]
-        sides.append(side.rename(columns={column: measure + ending for column, ending in columns.items()}))
-    data = sides[0].join(sides[1]).reset_index()
-    data["n"] = data["lm_loss_n"]
-    data["drawn"] = (data["relative_mu_drawn"] != "masked") & (data["lm_loss_drawn"] == "point")
-    return data.drop(columns=["relative_mu_n", "lm_loss_n", "relative_mu_drawn", "lm_loss_drawn"])
+    mu, loss = (summarise(rows, (measure,)).set_index(list(POINT)) for measure in ("relative_mu", "lm_loss"))
+    loss = loss.reindex(mu.index)
+    drawn = (mu["drawn"] != "masked") & (loss["drawn"] == "point")
+    data = mu[["mean", "std"]].set_axis(["relative_mu", "relative_mu_std"], axis=1)
+    return data.assign(lm_loss=loss["mean"], lm_loss_std=loss["std"], n=loss["n"], drawn=drawn).reset_index()
 
 
 def _panel(ax: Axes, part: pd.DataFrame, whole: pd.DataFrame) -> list[Label]:

@@ -126,12 +126,10 @@ def _layer_ticks(ax: Axes, part: pd.DataFrame) -> list[int]:
 
 
 def _origin(rows: pd.DataFrame, tasks: list[str]) -> str:
-    parts = []
-    for task in tasks:
-        part = rows[rows["task"] == task]
-        words = origin(part["data"].iloc[0], task)
-        parts.append(f"{words}; n = {part['seed'].nunique()} seeds, {part['dtype'].iloc[0]}.")
-    return " ".join(parts)
+    parts = [rows[rows["task"] == task] for task in tasks]
+    data = [origin(part["data"].iloc[0], task) for task, part in zip(tasks, parts, strict=True)]
+    seeds = [f"n = {part['seed'].nunique()} seeds, {part['dtype'].iloc[0]}" for part in parts]
+    return " ".join(f"{read}; {n}." for read, n in zip(data, seeds, strict=True))
 
 
 def _name(figure: Figure, axes: np.ndarray, data: pd.DataFrame, label: str, lines: list[Key]) -> None:

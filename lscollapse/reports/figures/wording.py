@@ -9,7 +9,7 @@ import pandas as pd
 
 from lscollapse.core import registry
 from lscollapse.core.table import reads_pixels
-from lscollapse.reports.figures.points import KEYS, STATUSES, groups_of
+from lscollapse.reports.figures.points import KEYS, STATUSES, groups_of, last_layer
 
 NAMES = {"relative_mu": "relative μ", "rank1_residual": "rank-1 residual"}
 SIGNS = {1: "λ > 0", -1: "λ < 0", 0: "either sign"}
@@ -93,8 +93,8 @@ def caption(rows: pd.DataFrame, data: pd.DataFrame) -> list[str]:
 
 def disagreement(data: pd.DataFrame) -> str:
     """Names the curves that relative mu calls spread out and the rank-1 residual does not, at the last layer."""
-    last = data[(data["layer"] == data.groupby("model")["layer"].transform("max")) & (data["drawn"] == "point")]
-    last = last[[*KEYS, "mean"]]
+    last = last_layer(data)
+    last = last.loc[last["drawn"] == "point", [*KEYS, "mean"]]
     spread, rank1 = (last[last["measure"] == m].drop(columns="measure") for m in ("relative_mu", "rank1_residual"))
     both = spread.merge(rank1, on=[key for key in KEYS if key != "measure"], suffixes=("", "_rank1"))
     both = both[(both["mean"] > 0.5) & (both["mean_rank1"] < both["mean"] / 2)]

@@ -11,7 +11,7 @@ import pandas as pd
 
 from lscollapse.core.table import reads_pixels
 from lscollapse.reports import table1 as table1_report
-from lscollapse.reports.claims.runs import catalogue, judged
+from lscollapse.reports.claims.sentences import catalogue, judged
 from lscollapse.reports.figures import wording
 from lscollapse.reports.figures.points import groups_of, summarise
 from lscollapse.reports.verdict import DISAGREE, VERDICTS
@@ -26,9 +26,6 @@ ROWS = 200  # of a table that is none of measurements
 
 def models(runs: Iterable[Run]) -> list[str]:
     return list(dict.fromkeys(model for run in runs for model in run.rows["model"]))
-
-
-# --- verdicts ---
 
 
 def verdicts(folders: Mapping[Path, str]) -> list[dict[str, Any]]:
@@ -56,9 +53,6 @@ def tally(found: Iterable[dict[str, Any]]) -> dict[str, int]:
     """How many verdicts of each kind."""
     counts = Counter(verdict["verdict"] for finding in found for verdict in finding["verdicts"])
     return {verdict: counts[verdict] for verdict in VERDICTS}
-
-
-# --- warnings ---
 
 
 def warnings(measured: Sequence[Run], others: Sequence[Run], found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -126,9 +120,6 @@ def _of_code(manifest: dict[str, Any]) -> Iterator[str]:
         yield "The state of the code is not recorded: it was not run from a git checkout."
     elif git.get("dirty"):
         yield f"Made with uncommitted changes on top of commit {str(git.get('commit'))[:12]}."
-
-
-# --- provenance ---
 
 
 def provenance(run: Run) -> dict[str, Any]:
@@ -201,9 +192,9 @@ def other_table(run: Run) -> dict[str, Any]:
 
 def bounds_tables(folders: Iterable[Bounds]) -> list[dict[str, Any]]:
     """For each folder its bounds as (bound, sign, |lambda| in words, note), in the order of its file."""
-    tables = []
-    for folder in folders:
-        rows = folder.bounds.to_dict("records")
-        lines = [(row["bound"], wording.SIGNS.get(row["sign"], ""), row["reads"], row["note"]) for row in rows]
-        tables.append({"name": folder.name.removeprefix("bound-"), "lines": lines})
-    return tables
+
+    def lines(bounds: pd.DataFrame) -> list[tuple[str, ...]]:
+        rows = bounds.to_dict("records")
+        return [(row["bound"], wording.SIGNS.get(row["sign"], ""), row["reads"], row["note"]) for row in rows]
+
+    return [{"name": folder.name, "lines": lines(folder.bounds)} for folder in folders]

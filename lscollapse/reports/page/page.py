@@ -13,7 +13,8 @@ from importlib import metadata, resources
 from pathlib import Path
 
 from lscollapse.core.files import write_text
-from lscollapse.reports.page.folders import ReportError, named, read_bounds, read_run
+from lscollapse.core.run_folder import read_manifest, read_rows
+from lscollapse.reports.page.folders import ReportError, Run, named, read_bounds
 
 SCRIPTS = ("scales.js", "plot.js", "page.js")
 
@@ -46,7 +47,8 @@ def page(folders: Sequence[Path]) -> str:
     from lscollapse.reports.page import facts, plots
 
     names = named(folders)
-    runs = {path: read_run(path, name) for path, name in names.items() if (path / "manifest.json").exists()}
+    finished = {path: name for path, name in names.items() if (path / "manifest.json").exists()}
+    runs = {path: Run(name, read_rows(path), read_manifest(path)) for path, name in finished.items()}
     bounds = [read_bounds(path, name) for path, name in names.items() if (path / "bounds.csv").exists()]
     pack = plots.Pack()
     shown = [run for run in runs.values() if plots.drawable(run.rows)]

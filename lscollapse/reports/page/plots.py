@@ -118,8 +118,7 @@ def theory_figure(folders: Sequence[Bounds]) -> Json:
             half = curve[curve["lam"] * sign > 0].sort_values("size")
             of = {m: {"x": half["size"].tolist(), "y": _short(half[m], 6)} for m in wording.NAMES if m in half}
             series.append({"name": wording.SIGNS[sign], "colour": both_themes(colour), "dash": False, "of": of})
-        name, marks = folder.name.removeprefix("bound-"), _marks(folder.bounds)
-        tabs.append({"name": name, "run": "", "x": sizes, "series": series, "marks": marks})
+        tabs.append({"name": folder.name, "run": "", "x": sizes, "series": series, "marks": _marks(folder.bounds)})
     return {"id": "theory-plot", "title": "What the theorems ask for, and what is needed", "x": "size", "tabs": tabs,
             "unit": "", "run": "", "caption": ""}  # fmt: skip
 
@@ -134,9 +133,6 @@ def _marks(bounds: pd.DataFrame) -> list[Json]:
                 mark = at.setdefault(f"{end:.3g}", {"x": end, "names": [], "measured": measured})
                 mark["names"].append(str(number))
     return list(at.values())
-
-
-# --- points ---
 
 
 def _points(rows: pd.DataFrame, pack: Pack) -> pd.DataFrame:
@@ -187,9 +183,6 @@ def _notes(points: pd.DataFrame) -> list[list[Any]]:
 
 def _short(values: Iterable[float], digits: int) -> list[float | None]:
     return [float(f"{value:.{digits}g}") if math.isfinite(value) else None for value in values]
-
-
-# --- tabs and series ---
 
 
 def _series(points: pd.DataFrame, x: str, of_tab: list[float], name: str, colour: str, dash: bool = False) -> Json:

@@ -19,7 +19,6 @@ from lscollapse.cli import results as cli_look
 from lscollapse.core.config import Experiment
 from lscollapse.core.run_folder import RunFolderError
 from lscollapse.experiments import paper as experiments
-from lscollapse.reports.claims import runs as claims_runs
 from lscollapse.reports.claims import sentences as claims
 from lscollapse.reports.claims import table1 as claims_table1
 from lscollapse.reports.claims import theory as claims_theory
@@ -308,7 +307,7 @@ def test_norms_of_an_s4d(tmp_path: Path, sizes: list[float], expected: str, numb
 def test_damaged_files_of_the_theory(tmp_path: Path, file: str, text: str) -> None:
     (tmp_path / file).write_text(text, encoding="utf-8")
     with pytest.raises(RunFolderError, match=r"theory (verify|bound)") as caught:
-        claims_runs.judged([tmp_path])
+        claims.judged([tmp_path])
     assert "\n" not in str(caught.value)
 
 
@@ -344,8 +343,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def test_every_sentence_gets_a_line(runs: list[Path]) -> None:
-    found = claims_runs.judged(runs[:2])
-    assert list(dict.fromkeys(found["claim"])) == list(claims_runs.catalogue())
+    found = claims.judged(runs[:2])
+    assert list(dict.fromkeys(found["claim"])) == list(claims.catalogue())
     about = found[found["model"] == "mamba"]
     assert set(about["claim"]) == {name for name in CLAIMS if not name.startswith("figure 4")}
     assert not (about["verdict"] == NOT_MEASURED).any()  # what one run lacks the other has
@@ -354,13 +353,13 @@ def test_every_sentence_gets_a_line(runs: list[Path]) -> None:
 
 
 def test_findings_are_those_of_the_tables(runs: list[Path]) -> None:
-    for run, part in claims_runs.judged(runs[:1]).query("run != ''").groupby("run"):
+    for run, part in claims.judged(runs[:1]).query("run != ''").groupby("run"):
         own = {f.claim: (f.verdict, f.numbers) for f in claims.judge(pd.read_parquet(Path(str(run)) / "rows.parquet"))}
         assert {row.claim: (row.verdict, row.numbers) for row in part.itertuples()} == own
 
 
 def test_the_default_reading_is_not_told_twice(runs: list[Path]) -> None:
-    found = claims_runs.judged([runs[0], runs[2]])
+    found = claims.judged([runs[0], runs[2]])
     said = found[found["model"] == "mamba"]
     assert not said.duplicated(["claim", "verdict", "numbers", "reading"]).any()
     of_1b = said[said["claim"] == "figure 1b"]
@@ -370,7 +369,7 @@ def test_the_default_reading_is_not_told_twice(runs: list[Path]) -> None:
 
 
 def test_a_transformer_is_judged_on_figure_2_only(runs: list[Path]) -> None:
-    found = claims_runs.judged(runs[3:])
+    found = claims.judged(runs[3:])
     assert set(found.loc[found["model"] == "bert", "claim"]) == {"figure 2a", "figure 2b", "figure 2c", "figure 2d"}
 
 
@@ -393,7 +392,7 @@ def test_the_verdicts_on_readings_are_a_file_of_their_own(runs: list[Path], tmp_
 
 def test_a_folder_of_something_else(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="finished run"):
-        claims_runs.judged([tmp_path])
+        claims.judged([tmp_path])
 
 
 # --- the verb ----------------------------------------------------------------------------------
@@ -406,7 +405,7 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: Any, **options: Any)
 
 
 def test_all_formats_say_the_same(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
-    expected = claims_runs.judged(runs[1:2]).to_dict("records")
+    expected = claims.judged(runs[1:2]).to_dict("records")
     assert json.loads(printed(capsys, runs[1:2], form=cli_look.Format.json)) == expected
     assert list(csv.DictReader(io.StringIO(printed(capsys, runs[1:2], form=cli_look.Format.csv)))) == expected
     lines = printed(capsys, runs[1:2], form=cli_look.Format.markdown).splitlines()
@@ -421,7 +420,7 @@ def test_the_list_of_sentences_is_the_documented_one(capsys: pytest.CaptureFixtu
     documented = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
     assert printed(capsys, form=cli_look.Format.markdown) in documented
     text = printed(capsys)
-    assert all(sentence in text and threshold in text for sentence, threshold in claims_runs.catalogue().values())
+    assert all(sentence in text and threshold in text for sentence, threshold in claims.catalogue().values())
 
 
 # --- the embedded runs and the README ------------------------------------------------------------
