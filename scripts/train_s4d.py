@@ -14,7 +14,7 @@ import argparse
 import json
 from pathlib import Path
 
-from lscollapse.cli.terminal import paper as console
+from lscollapse.cli.terminal.paper import Bar
 from lscollapse.core import allocation, config
 from lscollapse.experiments import retrain
 
@@ -33,7 +33,7 @@ def main() -> None:
         return
     allocation.keep_freed_memory()
     training = config.load(args.config, None, args.settings, config.S4DTraining)
-    with console.Bar("training") as bar:
+    with Bar("training") as bar:
         retrain.train_net(training, args.out, bar, args.device, args.compile)
 
 

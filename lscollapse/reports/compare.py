@@ -188,8 +188,9 @@ def _differences(a: pd.DataFrame, b: pd.DataFrame, paired: set[str]) -> pd.DataF
     cells = cells.merge(pairs, on=CELL, how="left")
     step = cells["step"].fillna(cells["mean_b"] - cells["mean_a"])
     independent = np.sqrt(cells["var_a"] / cells["n_a"] + cells["var_b"] / cells["n_b"])
+    # Of the same excerpts the standard error of the paired differences, else that of two independent means.
     error = (cells["deviation"] / np.sqrt(cells["n"])).where(cells["step"].notna(), independent)
-    spread = np.sqrt((cells["var_a"].fillna(0.0) + cells["var_b"].fillna(0.0)) / 2)
+    spread = np.sqrt((cells["var_a"].fillna(0.0) + cells["var_b"].fillna(0.0)) / 2)  # pooled over both runs
     spread = np.maximum(spread, cells[["doubt_a", "doubt_b"]].max(axis=1))
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = step.abs() / np.fmax(spread, RESOLVED * error)

@@ -77,18 +77,14 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     lines = []
     for (task, mixer, lam), part in test.groupby(["task", "mixer", "lam"], sort=False):
         lr, accuracy = part["lr"].iloc[0], part["value"]
-        paper = _papers(str(task), str(mixer), str(lam))
+        stated = is_learnt(str(lam)) or lam == FIXED  # the paper has lambda = 1 and learnt
+        paper = PAPER[(str(task), str(mixer))][is_learnt(str(lam))] if stated else None
         lines.append({
             "task": task, "mixer": mixer, "lam": lam, "lr": lr, "seeds": len(part), "test_mean": 100 * accuracy.mean(),
             "test_sd": 100 * accuracy.std(), "validation": 100 * seen[(task, mixer, lam, lr)], "paper": paper,
         })  # fmt: skip
     found = pd.DataFrame(lines)
     return found.sort_values(["task", "mixer", "lam"], ascending=[False, True, True], ignore_index=True)
-
-
-def _papers(task: str, mixer: str, lam: str) -> float | None:
-    fixed, learnt = PAPER[(task, mixer)]
-    return learnt if is_learnt(lam) else fixed if lam == FIXED else None
 
 
 def welch_bounds(pairs: Sequence[Pair], level: float) -> tuple[float, float]:
@@ -102,9 +98,10 @@ def welch_bounds(pairs: Sequence[Pair], level: float) -> tuple[float, float]:
     if min(map(len, arms)) < 2:
         return -math.inf, math.inf
     d = difference(pairs)
-    parts = [variance(arm) / len(arm) / len(pairs) ** 2 for arm in arms]
+    parts = [variance(arm) / len(arm) / len(pairs) ** 2 for arm in arms]  # of each mean in the mean over pairs
     if not sum(parts):  # no spread at all: the difference itself
         return d, d
+    # Welch-Satterthwaite: (sum of the variances of the means)^2 / sum of (each)^2 / (n - 1)
     freedom = sum(parts) ** 2 / sum(part**2 / (len(arm) - 1) for part, arm in zip(parts, arms, strict=True))
     half = float(t.ppf(1 - level, freedom)) * math.sqrt(sum(parts))
     return d - half, d + half

@@ -84,8 +84,7 @@ def judged(runs: Sequence[Path], theory: bool = False) -> pd.DataFrame:
               for name, (sentence, _) in order.items() if name not in spoken]  # fmt: skip
     lines = [{"run": run, "reading": reading, **asdict(finding)} for run, reading, finding in found]
     rows = pd.DataFrame(lines, columns=list(COLUMNS))
-    places = {name: place for place, name in enumerate(order)}
-    rows = rows.sort_values("claim", key=lambda names: names.map(places), kind="stable")
+    rows = rows.sort_values("claim", key=lambda names: names.map(list(order).index), kind="stable")
     return _folded(rows).reset_index(drop=True)
 
 

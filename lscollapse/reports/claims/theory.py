@@ -118,7 +118,7 @@ def _conservative(bounds: list[dict[str, str]], model: str) -> Finding:
         missing = "the last layer of some lambda is missing, where values leave the range of floating point"
         return Finding(CONSERVATIVE, CLAIMS[CONSERVATIVE].sentence, model, NOT_MEASURED, missing)
     found = [(math.isfinite(to), lam, to) for lam, to in measured if math.isfinite(lam)]
-    _, needed, to = min(found, default=(True, math.inf, math.inf))  # a stretch without an end, if there is one
+    _, needed, to = min(found, default=(True, math.inf, math.inf))  # one without an end, if there is one: False < True
     kept = f"|lambda| from {needed:.3g} {'on' if math.isinf(to) else f'to {to:.3g}'} keeps the target"
     numbers = "no measured lambda keeps the target" if math.isinf(needed) else kept
     verdict = AGREE if needed <= MUCH * condition else DISAGREE

@@ -33,6 +33,7 @@ def limits(ax: Axes, parts: Sequence[pd.DataFrame], yscale: str, ylabel: str) ->
         positive = seen["mean"][seen["mean"] > 0]
         least = positive.min() if len(positive) else 0.1
         decade = 10.0 ** np.floor(np.log10(least * 0.8))
+        # The largest of 1, 2 and 5 times the decade that leaves a fifth of the least value below it.
         bottom = decade * max(step for step in (1, 2, 5) if step * decade <= least * 0.8 or step == 1)
         ax.set_yscale("log")
         ax.set_ylim(bottom, 1.4)
@@ -61,7 +62,7 @@ def _curve(
     if at_floor.any():  # an empty unclipped line would upset the layout
         ax.plot(points[x][at_floor], y[at_floor], "v", ms=3, mfc="white", mec=colour, mew=0.6, clip_on=False)
     if band:
-        least = np.minimum(y, np.maximum(y - points["std"], low))
+        least = np.minimum(y, np.maximum(y - points["std"], low))  # no band under the floor, none above its curve
         ax.fill_between(points[x], least, y + points["std"], color=colour, alpha=0.13, lw=0)
     return points.assign(y=y)[shown]
 
@@ -110,9 +111,8 @@ def layer_curve(ax: Axes, points: pd.DataFrame, colour: str, dash: Any = "-") ->
 
 
 def against_layer(
-    curves: Sequence[Curve], panels: Sequence[tuple[str, str]], heading: str,
-    words: Sequence[str], header: str = "",
-) -> Figure:  # fmt: skip
+    curves: Sequence[Curve], panels: Sequence[tuple[str, str]], heading: str, words: Sequence[str], header: str = ""
+) -> Figure:
     """Panels (measure, yscale) of the curves against layer."""
     lines = sum(1 + bool(ends_with(points)) for _, _, _, points in curves)
     figure, axes = canvas(len(panels), panel_height(lines), words)

@@ -170,8 +170,8 @@ def figure_readings(rows: pd.DataFrame, model: str, note: str = "") -> tuple[Fig
     words = wording.caption(rows, data)
     if (data["drawn"] == "masked").any():
         words.append("A cross: at that λ, or in the next layer, an excerpt overflowed or is NaN.")
-    columns = (1.3, *(1.0 for _ in norm_sites))
-    figure, axes = canvas(len(skip_sites), style.SMALL_PANEL, [*words, note], columns, style.PAGE)
+    widths = (1.3, *[1.0] * len(norm_sites))
+    figure, axes = canvas(len(skip_sites), style.SMALL_PANEL, [*words, note], widths, style.PAGE)
     for row, skip_site in zip(axes, skip_sites, strict=True):
         here = data[data["skip_site"] == skip_site]
         line = here[here["layernorm"] & ~is_gated(here) & (here["layer"] == data["layer"].max())]

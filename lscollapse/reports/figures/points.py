@@ -22,13 +22,12 @@ def summarise(rows: pd.DataFrame, measures: Sequence[str]) -> pd.DataFrame:
     rows = rows[rows["measure"].isin(measures)]
     if rows.empty:
         raise FigureError(f"no rows of {' or '.join(measures)} for this figure: measure them, or choose another model")
-    keys = list(KEYS)
-    if rows.duplicated([*keys, "excerpt"]).any():
+    if rows.duplicated([*KEYS, "excerpt"]).any():
         settings = ("revision", "dtype", "backend", "seed", "tokenizer", "text")
         varied = ", ".join(c for c in settings if c in rows and rows[c].nunique() > 1) or "unknown"
         raise FigureError(f"several measurements of one excerpt ({varied} vary): keep the rows of one setting")
     counts = {status: rows["status"].eq(status) for status in STATUSES}
-    groups = rows.assign(number=numbers(rows), **counts).groupby(keys, dropna=False)
+    groups = rows.assign(number=numbers(rows), **counts).groupby(list(KEYS), dropna=False)
     data = groups.agg(
         mean=("number", "mean"), std=("number", "std"), n=("number", "count"),
         **{status: (status, "sum") for status in STATUSES}, floor=("floor", "max"),

@@ -34,24 +34,21 @@ def figure_quality(rows: pd.DataFrame, note: str = "") -> tuple[Figure, pd.DataF
     if not (rows["measure"] == "lm_loss").any():
         raise FigureError("no rows of lm_loss: measure them with --quality")
     rows = rows[rows["model"].isin(rows.loc[rows["measure"] == "lm_loss", "model"]) & (rows["init"] == "trained")]
-    rows = rows[rows["layernorm"].astype(bool) & rows["lam"].notna()]
-    rows = last_layer(rows)
+    rows = last_layer(rows[rows["layernorm"].astype(bool) & rows["lam"].notna()])
     data = _points(rows)
     parts = [data[data["model"] == model] for model in dict.fromkeys(rows["model"])]
     data = pd.concat([part.sort_values("gating", ascending=False, kind="stable") for part in parts], ignore_index=True)
     panels = groups_of(data, ["model", "gating"])
-    lines = max(len(part) for _, part in panels)
-    lost = [
-        f"{panel_name(*key)}: {', '.join(map(wording.number, part.loc[~part['drawn'], 'lam']))}" for key, part in panels
-    ]
+    lost = {panel_name(*key): part.loc[~part["drawn"], "lam"] for key, part in panels}
+    why = "No point, because an excerpt overflowed"
     words = [
         wording.describe(rows),
         "Crosses: mean and one standard deviation over excerpts.",
         "Dashed: the untouched model's loss, and the relative μ under which a layer counts as collapsed.",
-        *(f"No point, because an excerpt overflowed: {text}." for text in lost if not text.endswith(": ")),
+        *(f"{why}: {name}: {', '.join(map(wording.number, lams))}." for name, lams in lost.items() if len(lams)),
         note,
     ]
-    figure, axes = canvas(len(panels), style.panel_height(lines), words)
+    figure, axes = canvas(len(panels), style.panel_height(max(len(part) for _, part in panels)), words)
     labels: dict[Axes, list[Label]] = {}
     for letter, ax, (key, part) in zip("abcdefgh", axes[:, 0], panels, strict=False):
         style.title(ax, letter, panel_name(*key))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,7 @@ def canvas(
     Sizes in inches. Returns the figure and its axes, (n_rows, len(columns)); rows of several panels share y.
     """
     caption = _wrap(" ".join(filter(None, words)), 0.94 * 72 * (width - 0.16))  # hinting widens text at low dpi
+    # Each row has a title and the last one an x label; a line of caption is 1.25 of its font, in inches.
     height = n_rows * (panel + 0.3) + 0.3 + (caption.count("\n") + 1) * 1.25 * (SMALL - 0.5) / 72
     figure = Figure(figsize=(width, height), layout="constrained")
     share: dict[str, Any] = {"sharex": "col", "sharey": "row", "squeeze": False}
@@ -107,7 +109,7 @@ def canvas(
 
 
 def title(ax: Axes, letter: str, words: str) -> None:
-    ax.set_title(f"$\\bf{{{letter}}}$  {words}")
+    ax.set_title(f"$\\bf{{{letter}}}$  {words}".rstrip())
 
 
 def log_ticks(ax: Axes, few_decades: bool) -> None:
@@ -122,22 +124,23 @@ def name_panels(
     figure: Figure, axes: np.ndarray, titles: Sequence[str], xlabels: Sequence[str], lines: Sequence[Key]
 ) -> None:
     """Letters on all panels, titles over and x labels under their columns, and what the lines mean above them all."""
-    for letter, ax in zip("abcdefghijklmnopqrstuvwxyz", axes.flat, strict=False):
-        ax.set_title(f"$\\bf{{{letter}}}$")
-    for ax, title in zip(axes[0], titles, strict=True):
-        ax.set_title(f"{ax.get_title('left')}  {title}")
+    letters = "abcdefghijklmnopqrstuvwxyz"[: axes.size]
+    for letter, ax, words in itertools.zip_longest(letters, axes.flat, titles):  # titles end with the first row
+        title(ax, letter, words or "")
     for ax, xlabel in zip(axes[-1], xlabels, strict=True):
         ax.set_xlabel(xlabel)
+    figure.legend(handles=_handles(lines), loc="outside upper left", ncols=len(lines), handlelength=2.4, borderpad=0.2)
+
+
+def _handles(lines: Sequence[Key]) -> list[Line2D]:
     looks: list[Key] = [(name, {"color": "0.3"} | kind) for name, kind in lines]
-    handles = [Line2D([], [], label=name, **look) for name, look in looks]
-    figure.legend(handles=handles, loc="outside upper left", ncols=len(lines), handlelength=2.4, borderpad=0.2)
+    return [Line2D([], [], label=name, **look) for name, look in looks]
 
 
 def line_key(ax: Axes, entries: Sequence[Key]) -> None:
     """What solid and dashed mean, in a row of its own between the title and the axes."""
-    handles = [Line2D([], [], color="0.3", label=name, **kind) for name, kind in entries]
     place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 0.99), "ncols": len(entries)}
-    ax.legend(handles=handles, borderpad=0.2, handlelength=2.4, **place)
+    ax.legend(handles=_handles(entries), borderpad=0.2, handlelength=2.4, **place)
     ax.set_title(ax.get_title("left"), pad=18)
 
 

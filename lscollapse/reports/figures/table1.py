@@ -126,10 +126,9 @@ def _layer_ticks(ax: Axes, part: pd.DataFrame) -> list[int]:
 
 
 def _origin(rows: pd.DataFrame, tasks: list[str]) -> str:
-    parts = [rows[rows["task"] == task] for task in tasks]
-    data = [origin(part["data"].iloc[0], task) for task, part in zip(tasks, parts, strict=True)]
-    seeds = [f"n = {part['seed'].nunique()} seeds, {part['dtype'].iloc[0]}" for part in parts]
-    return " ".join(f"{read}; {n}." for read, n in zip(data, seeds, strict=True))
+    firsts = {task: rows[rows["task"] == task].iloc[0] for task in tasks}
+    seeds = rows.groupby("task")["seed"].nunique()
+    return " ".join(f"{origin(r['data'], t)}; n = {seeds[t]} seeds, {r['dtype']}." for t, r in firsts.items())
 
 
 def _name(figure: Figure, axes: np.ndarray, data: pd.DataFrame, label: str, lines: list[Key]) -> None:

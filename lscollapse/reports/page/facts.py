@@ -192,9 +192,9 @@ def other_table(run: Run) -> dict[str, Any]:
 
 def bounds_tables(folders: Iterable[Bounds]) -> list[dict[str, Any]]:
     """For each folder its bounds as (bound, sign, |lambda| in words, note), in the order of its file."""
-
-    def lines(bounds: pd.DataFrame) -> list[tuple[str, ...]]:
-        rows = bounds.to_dict("records")
-        return [(row["bound"], wording.SIGNS.get(row["sign"], ""), row["reads"], row["note"]) for row in rows]
-
-    return [{"name": folder.name, "lines": lines(folder.bounds)} for folder in folders]
+    tables = []
+    for folder in folders:
+        signs = folder.bounds["sign"].map(wording.SIGNS).fillna("")
+        lines = folder.bounds.assign(sign=signs)[["bound", "sign", "reads", "note"]].itertuples(index=False, name=None)
+        tables.append({"name": folder.name, "lines": list(lines)})
+    return tables

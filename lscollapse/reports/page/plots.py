@@ -64,6 +64,7 @@ class Pack:
     def text(self) -> str:
         """The planes, deflated, in base64."""
         values = np.concatenate([np.zeros(0), *self.values])
+        # Bit 39, the first that is cut off, is added: rounded to nearest, not down.
         upper = (values.view(np.uint64) >> np.uint64(40)) + (values.view(np.uint64) >> np.uint64(39) & np.uint64(1))
         planes = np.stack([upper >> np.uint64(16), upper >> np.uint64(8), upper]).astype(np.uint8)  # (3, n), low bytes
         return base64.b64encode(zlib.compress(planes.tobytes(), 9)).decode()
