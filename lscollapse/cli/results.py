@@ -18,10 +18,10 @@ def claims(
 ) -> None:  # fmt: skip
     """The paper's sentences one by one: agrees, disagrees or not measured, with the numbers. Without a run: the list of them."""
     from lscollapse.cli.terminal.results import show_claims, show_sentences
-    from lscollapse.reports.claims.runs import sentences, table
+    from lscollapse.reports.claims.sentences import judged, sentences
 
     if runs or theory:
-        show_claims(table(runs or [], theory), form)
+        show_claims(judged(runs or [], theory), form)
     else:
         show_sentences(sentences(), form)
 

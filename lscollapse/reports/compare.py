@@ -71,13 +71,12 @@ def compare(run_a: Path, run_b: Path) -> Comparison:
     only_a, only_b = (_arms(rows[~rows["name"].isin(common)]) for rows in (a, b))
     a, b = (rows[rows["name"].isin(common)] for rows in (a, b))
     paired = _paired(*manifests, renamed)
-    others = [model for model in _models(a) if model not in paired and _subjects(manifests[0])]
+    others = [model for model in dict.fromkeys(a["model"]) if model not in paired and _loaded(manifests[0])]
     notes += [f"{model}: not the same excerpts, so only their means are compared" for model in others]
     table, lost = _differences(a, b, paired), _lost(a, b)
     apart = table.loc[table["ratio"] > 1.0, "name"].nunique()
     sentence, alike = _verdict(a, b, len(common), apart, len(lost))
-    configuration = _configuration(*manifests, renamed)
-    return Comparison(configuration, only_a, only_b, lost, table, notes, sentence, alike)
+    return Comparison(_configuration(*manifests, renamed), only_a, only_b, lost, table, notes, sentence, alike)
 
 
 def _rows(run: Path) -> pd.DataFrame:
@@ -107,9 +106,9 @@ def _lambda(lam: float) -> str:
 
 def _configuration(a: dict[str, Any], b: dict[str, Any], renamed: dict[str, str]) -> list[str]:
     """What differs between the manifests, of the models those that are compared."""
-    theirs = {(s["model"], s["init"]): s for s in _subjects(b)}
+    theirs = {(s["model"], s["init"]): s for s in _loaded(b)}
     old, new = ({**m["identity"], "subjects": {}, **{key: m.get(key) for key in RECORDED}} for m in (a, b))
-    for ours in _subjects(a):
+    for ours in _loaded(a):
         partner = theirs.get((renamed.get(ours["model"], ours["model"]), ours["init"]))
         if partner:
             name = ours["model"] + _init(ours["init"])
@@ -117,8 +116,10 @@ def _configuration(a: dict[str, Any], b: dict[str, Any], renamed: dict[str, str]
     return changes(old, new)
 
 
-def _subjects(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    return manifest["identity"].get("subjects", [])
+def _loaded(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a manifest says of every model that was loaded; "subjects" is what run folders have always called them."""
+    loaded: list[dict[str, Any]] = manifest["identity"].get("subjects", [])
+    return loaded
 
 
 def _init(init: str) -> str:
@@ -127,7 +128,7 @@ def _init(init: str) -> str:
 
 def _paired(a: dict[str, Any], b: dict[str, Any], renamed: dict[str, str]) -> set[str]:
     """The models of A that read in B what they read in A."""
-    read = [{s["model"]: s.get("excerpts_sha256") for s in _subjects(m)} for m in (a, b)]
+    read = [{s["model"]: s.get("excerpts_sha256") for s in _loaded(m)} for m in (a, b)]
     return {model for model, digest in read[0].items() if digest and digest == read[1].get(renamed.get(model, model))}
 
 
@@ -161,10 +162,6 @@ def _named(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.merge(arms.assign(name=names), on=ARM, how="left")
 
 
-def _models(rows: pd.DataFrame) -> list[str]:
-    return list(dict.fromkeys(rows["model"]))
-
-
 def _arms(rows: pd.DataFrame) -> list[str]:
     """One line for every model and arm, with its lambdas."""
     arms = rows[ARM].drop_duplicates().groupby(["model", "init", "arm"], sort=False)["lam"]
@@ -174,10 +171,8 @@ def _arms(rows: pd.DataFrame) -> list[str]:
 def _moments(rows: pd.DataFrame) -> pd.DataFrame:
     """Per cell mean, variance and number of the excerpts, and what its numbers are uncertain by."""
     doubt = rows[["floor", "bound"]].max(axis=1).fillna(0.0)
-    by = rows.assign(doubt=doubt).groupby(CELL, sort=False)
-    return by.agg(
-        mean=("number", "mean"), var=("number", "var"), n=("number", "count"), doubt=("doubt", "max")
-    ).reset_index()
+    what = {"mean": ("number", "mean"), "var": ("number", "var"), "n": ("number", "count"), "doubt": ("doubt", "max")}
+    return rows.assign(doubt=doubt).groupby(CELL, sort=False).agg(**what).reset_index()
 
 
 def _differences(a: pd.DataFrame, b: pd.DataFrame, paired: set[str]) -> pd.DataFrame:
@@ -193,8 +188,9 @@ def _differences(a: pd.DataFrame, b: pd.DataFrame, paired: set[str]) -> pd.DataF
     cells = cells.merge(pairs, on=CELL, how="left")
     step = cells["step"].fillna(cells["mean_b"] - cells["mean_a"])
     independent = np.sqrt(cells["var_a"] / cells["n_a"] + cells["var_b"] / cells["n_b"])
+    # Of the same excerpts the standard error of the paired differences, else that of two independent means.
     error = (cells["deviation"] / np.sqrt(cells["n"])).where(cells["step"].notna(), independent)
-    spread = np.sqrt((cells["var_a"].fillna(0.0) + cells["var_b"].fillna(0.0)) / 2)
+    spread = np.sqrt((cells["var_a"].fillna(0.0) + cells["var_b"].fillna(0.0)) / 2)  # pooled over both runs
     spread = np.maximum(spread, cells[["doubt_a", "doubt_b"]].max(axis=1))
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = step.abs() / np.fmax(spread, RESOLVED * error)
@@ -213,15 +209,9 @@ def _lost(a: pd.DataFrame, b: pd.DataFrame) -> list[str]:
         lost = rows[(rows["measure"] == "relative_mu") & rows["status"].isin(LOST)]
         first.append(lost.groupby("name", sort=False)["layer"].min().to_dict())
     ours, theirs = first
-    return [
-        f"{name}: A {_from(ours.get(name))}, B {_from(theirs.get(name))}"
-        for name in dict.fromkeys([*ours, *theirs])
-        if ours.get(name) != theirs.get(name)
-    ]
-
-
-def _from(layer: int | None) -> str:
-    return "nowhere" if layer is None else f"from layer {layer}"
+    differing = [name for name in dict.fromkeys([*ours, *theirs]) if ours.get(name) != theirs.get(name)]
+    where = [{name: f"from layer {layer}" for name, layer in side.items()} for side in first]
+    return [f"{name}: A {where[0].get(name, 'nowhere')}, B {where[1].get(name, 'nowhere')}" for name in differing]
 
 
 def _verdict(a: pd.DataFrame, b: pd.DataFrame, arms: int, apart: int, lost: int) -> tuple[str, bool]:

@@ -44,7 +44,7 @@ Pair = tuple[list[float], list[float]]  # test accuracies of the seeds: learnt, 
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Contrast:
     """A learnt lambda against lambda = 1 on one task with one mixer; accuracies and bounds of their difference, of 1.
 
     `low` is the one-sided 95 % bound; `corrected_low` and `corrected_high` are at 5 % over the number of comparisons.
@@ -76,27 +76,15 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     seen = validation.to_dict()
     lines = []
     for (task, mixer, lam), part in test.groupby(["task", "mixer", "lam"], sort=False):
-        lr = part["lr"].iloc[0]
-        lines.append(
-            {
-                "task": task,
-                "mixer": mixer,
-                "lam": lam,
-                "lr": lr,
-                "seeds": len(part),
-                "test_mean": 100 * part["value"].mean(),
-                "test_sd": 100 * part["value"].std(),
-                "validation": 100 * seen[(task, mixer, lam, lr)],
-                "paper": _papers(str(task), str(mixer), str(lam)),
-            }
-        )
+        lr, accuracy = part["lr"].iloc[0], part["value"]
+        stated = is_learnt(str(lam)) or lam == FIXED  # the paper has lambda = 1 and learnt
+        paper = PAPER[(str(task), str(mixer))][is_learnt(str(lam))] if stated else None
+        lines.append({
+            "task": task, "mixer": mixer, "lam": lam, "lr": lr, "seeds": len(part), "test_mean": 100 * accuracy.mean(),
+            "test_sd": 100 * accuracy.std(), "validation": 100 * seen[(task, mixer, lam, lr)], "paper": paper,
+        })  # fmt: skip
     found = pd.DataFrame(lines)
     return found.sort_values(["task", "mixer", "lam"], ascending=[False, True, True], ignore_index=True)
-
-
-def _papers(task: str, mixer: str, lam: str) -> float | None:
-    fixed, learnt = PAPER[(task, mixer)]
-    return learnt if is_learnt(lam) else fixed if lam == FIXED else None
 
 
 def welch_bounds(pairs: Sequence[Pair], level: float) -> tuple[float, float]:
@@ -110,9 +98,10 @@ def welch_bounds(pairs: Sequence[Pair], level: float) -> tuple[float, float]:
     if min(map(len, arms)) < 2:
         return -math.inf, math.inf
     d = difference(pairs)
-    parts = [variance(arm) / len(arm) / len(pairs) ** 2 for arm in arms]
+    parts = [variance(arm) / len(arm) / len(pairs) ** 2 for arm in arms]  # of each mean in the mean over pairs
     if not sum(parts):  # no spread at all: the difference itself
         return d, d
+    # Welch-Satterthwaite: (sum of the variances of the means)^2 / sum of (each)^2 / (n - 1)
     freedom = sum(parts) ** 2 / sum(part**2 / (len(arm) - 1) for part, arm in zip(parts, arms, strict=True))
     half = float(t.ppf(1 - level, freedom)) * math.sqrt(sum(parts))
     return d - half, d + half
@@ -122,37 +111,35 @@ def difference(pairs: Sequence[Pair]) -> float:
     return mean(mean(learnt) - mean(fixed) for learnt, fixed in pairs)
 
 
-def comparisons(rows: pd.DataFrame, margin: float) -> list[Comparison]:
+def contrasts(rows: pd.DataFrame, margin: float) -> list[Contrast]:
     """Every learnt mode against lambda = 1, where both have a test accuracy; then each mode over all tasks and mixers."""
     test = rows[rows["measure"] == "test_accuracy"]
     arms = {
         (str(task), str(mixer), str(lam)): part.sort_values("seed")["value"].tolist()
         for (task, mixer, lam), part in test.groupby(["task", "mixer", "lam"], sort=False)
     }
-    pairs = {
-        arm: (arms[arm], arms[(*arm[:2], FIXED)]) for arm in arms if is_learnt(arm[2]) and (*arm[:2], FIXED) in arms
-    }
-    found = [
-        compare(arm, [pairs[arm]], margin, len(pairs)) for arm in sorted(pairs, key=lambda arm: (arm[0] != "mqar", arm))
-    ]
+    learnt = [arm for arm in arms if is_learnt(arm[2]) and (*arm[:2], FIXED) in arms]
+    pairs = {arm: (arms[arm], arms[(*arm[:2], FIXED)]) for arm in learnt}
+    in_order = sorted(pairs, key=lambda arm: (arm[0] != "mqar", arm))
+    found = [contrast(arm, [pairs[arm]], margin, len(pairs)) for arm in in_order]
     for lam in sorted({arm[2] for arm in pairs}):
         own = [pair for arm, pair in pairs.items() if arm[2] == lam]
         if len(own) > 1:
-            found.append(compare((ALL, ALL, lam), own, margin, 1))
+            found.append(contrast((ALL, ALL, lam), own, margin, 1))
     return found
 
 
-def compare(arm: tuple[str, str, str], pairs: Sequence[Pair], margin: float, n_comparisons: int) -> Comparison:
+def contrast(arm: tuple[str, str, str], pairs: Sequence[Pair], margin: float, n_comparisons: int) -> Contrast:
     """The verdict on one pair of arms, or on the average over several; see the head of this file."""
     low, _ = welch_bounds(pairs, LEVEL)
     corrected_low, corrected_high = welch_bounds(pairs, LEVEL / n_comparisons)
     verdict = NO_WORSE if low > -margin else WORSE if corrected_high < 0 else UNDECIDED
     seeds = min(len(values) for pair in pairs for values in pair)
     learnt, fixed = (mean(mean(pair[k]) for pair in pairs) for k in (0, 1))
-    return Comparison(*arm, seeds, fixed, learnt, difference(pairs), low, corrected_low, corrected_high, verdict)
+    return Contrast(*arm, seeds, fixed, learnt, difference(pairs), low, corrected_low, corrected_high, verdict)
 
 
-def verdicts(found: list[Comparison]) -> dict[str, tuple[str, str]]:
+def verdicts(found: list[Contrast]) -> dict[str, tuple[str, str]]:
     """The paper's statements -> verdict and its numbers."""
     each, average = [c for c in found if c.task != ALL], [c for c in found if c.task == ALL]
     better = [c for c in each if c.corrected_low > 0]
@@ -163,13 +150,11 @@ def verdicts(found: list[Comparison]) -> dict[str, tuple[str, str]]:
     return {**said, "and even outperforms fixed λ in some cases": (AGREE if better else UNDECIDED, names or "in none")}
 
 
-def _joint(found: list[Comparison]) -> tuple[str, str]:
+def _joint(found: list[Contrast]) -> tuple[str, str]:
     count = {verdict: sum(c.verdict == verdict for c in found) for verdict in (NO_WORSE, WORSE, UNDECIDED)}
     verdict = DISAGREE if count[WORSE] else AGREE if found and count[NO_WORSE] == len(found) else UNDECIDED
     return verdict, f"of {len(found)}: " + ", ".join(f"{n} {name}" for name, n in count.items())
 
-
-# --- as text ---
 
 TITLE = "Table 1: test accuracy in percent"
 NOTE = "Mean ± sample standard deviation over seeds. The paper's figures are of its own sizes and data, one run each."
@@ -197,16 +182,15 @@ def table(rows: pd.DataFrame) -> list[list[str]]:
 def markdown(rows: pd.DataFrame, margin: float) -> str:
     """The table, what it was made from, and the verdicts."""
     head, *body = table(rows)
-    lines = [f"# {TITLE}", "", *(f"- {line}" for line in made_from(rows)), "", _line(head), _line(["---"] * len(head))]
-    found = comparisons(rows, margin)
-    lines += [*map(_line, body), "", f"{NOTE} Learnt λ against λ = 1, in points; Welch's t, margin {100 * margin:g} points,"
+    found = contrasts(rows, margin)
+    lines = [f"# {TITLE}", "", *(f"- {line}" for line in made_from(rows)), "", *_grid(head, body)]
+    lines += ["", f"{NOTE} Learnt λ against λ = 1, in points; Welch's t, margin {100 * margin:g} points,"
               f" level {100 * LEVEL:g} %:", ""]  # fmt: skip
-    head = ["task", "mixer", "mode", "difference", "lower bound", "verdict"]
-    lines += [_line(head), _line(["---"] * len(head))]
+    head, body = ["task", "mixer", "mode", "difference", "lower bound", "verdict"], []
     for c in found:
         points = (f"{100 * value:+.1f}" for value in (c.difference, c.low))
-        lines.append(_line([TASKS.get(c.task, ALL), MIXERS.get(c.mixer, ALL), mode_name(c.lam), *points, c.verdict]))
-    lines.append("")
+        body.append([TASKS.get(c.task, ALL), MIXERS.get(c.mixer, ALL), mode_name(c.lam), *points, c.verdict])
+    lines += [*_grid(head, body), ""]
     lines += [f'- "{sentence}": **{verdict}** ({numbers})' for sentence, (verdict, numbers) in verdicts(found).items()]
     return "\n".join(lines) + "\n"
 
@@ -228,7 +212,7 @@ def write(rows: pd.DataFrame, margin: float, folder: Path) -> list[Path]:
     import pandas as pd
 
     folder.mkdir(parents=True, exist_ok=True)
-    test = pd.DataFrame([asdict(comparison) for comparison in comparisons(rows, margin)])
+    test = pd.DataFrame([asdict(each) for each in contrasts(rows, margin)])
     texts = {
         "table1.md": markdown(rows, margin),
         "table1.tex": latex(rows),
@@ -266,5 +250,6 @@ def _cells(rows: pd.DataFrame) -> tuple[list[str], dict[tuple[str, str, str], st
     return sorted({lam for _, _, lam in cells}), cells
 
 
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def _grid(head: list[str], body: list[list[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body)]

@@ -11,8 +11,7 @@ from lscollapse.core.table import COLLAPSED
 if TYPE_CHECKING:
     import pandas as pd
 
-
-AGREE, DISAGREE, NOT_MEASURED = "agrees", "disagrees", "not measured"
+VERDICTS = AGREE, DISAGREE, NOT_MEASURED = "agrees", "disagrees", "not measured"
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Lost(NamedTuple):
     why: str
 
 
-class Arm(NamedTuple):
+class ArmCurves(NamedTuple):
     """One variant of one model: a curve over layers 0..K, mean over excerpts, for each measure of WORST.
 
     `lost` is None where every excerpt has every layer; curves end before it.
@@ -63,15 +62,15 @@ class Arm(NamedTuple):
         return float(values[at]), int(curve.index[at])
 
 
-def arms(rows: pd.DataFrame) -> Iterator[Arm]:
+def arms(rows: pd.DataFrame) -> Iterator[ArmCurves]:
     """Every variant of a table."""
     keys = ["model", "init", "arm", "lam", "dtype"]
     for key, part in rows.groupby(keys, sort=False, dropna=False):
-        model, init, arm, lam, dtype = cast("tuple[str, str, str, float, str]", key)
+        model, init, arm, lam, dtype = cast("tuple[str, str, str, float, str]", key)  # the stubs know one key only
         lost = _lost(part[part["measure"] == "relative_mu"], dtype)
         held = part if lost is None else part[part["layer"] < lost.layer]
         curves = {name: held[held["measure"] == name].groupby("layer")["value"].mean() for name in WORST}
-        yield Arm(model, init, arm, lam, dtype, int(part["layer"].max()), curves, lost)
+        yield ArmCurves(model, init, arm, lam, dtype, int(part["layer"].max()), curves, lost)
 
 
 def _lost(relative: pd.DataFrame, dtype: str) -> Lost | None:
@@ -82,8 +81,8 @@ def _lost(relative: pd.DataFrame, dtype: str) -> Lost | None:
     return Lost(int(gone["layer"].min()), gone["excerpt"].nunique(), relative["excerpt"].nunique(), why)
 
 
-def verdict(arm: Arm) -> str:
-    """Whether it collapses, by the threshold of claims.py on relative mu, with the numbers; none where layers are missing."""
+def verdict(arm: ArmCurves) -> str:
+    """Whether it collapses, by the threshold COLLAPSED on relative mu, with the numbers; none where layers are missing."""
     if arm.lost is not None:
         return _no_verdict(arm, arm.lost)
     curve = arm.curves["relative_mu"].iloc[1:]
@@ -95,11 +94,8 @@ def verdict(arm: Arm) -> str:
         text = f"falls under {COLLAPSED:g} and recovers: relative mu is lowest in layer {at} ({lowest:.3f}), last {last:.3f}"
     else:
         over = curve.index[curve >= COLLAPSED]
-        since = int(over[-1]) + 1 if len(over) else 1
-        text = (
-            f"collapses: relative mu is under {COLLAPSED:g} from layer {since} on; lowest {lowest:.3f} (layer {at}),"
-            f" last {last:.3f}"
-        )
+        since, least = int(over[-1]) + 1 if len(over) else 1, f"lowest {lowest:.3f} (layer {at})"
+        text = f"collapses: relative mu is under {COLLAPSED:g} from layer {since} on; {least}, last {last:.3f}"
     rank1 = float(arm.curves["rank1_residual"].iloc[-1])
     if last >= COLLAPSED and rank1 < last / 2:
         text += (
@@ -109,12 +105,10 @@ def verdict(arm: Arm) -> str:
     return text
 
 
-def _no_verdict(arm: Arm, lost: Lost) -> str:
-    which = f"layers {lost.layer} to {arm.n_layers}" if lost.layer < arm.n_layers else f"layer {lost.layer}"
-    verb = "are" if lost.layer < arm.n_layers else "is"
-    text = (
-        f"no verdict: {which} of {arm.n_layers} {verb} missing, where the values of {lost.excerpts} of {lost.total} excerpts"
-        f" {lost.why}"
-    )
+def _no_verdict(arm: ArmCurves, lost: Lost) -> str:
+    several = lost.layer < arm.n_layers
+    which = f"layers {lost.layer} to {arm.n_layers}" if several else f"layer {lost.layer}"
+    where = f"where the values of {lost.excerpts} of {lost.total} excerpts {lost.why}"
+    text = f"no verdict: {which} of {arm.n_layers} {'are' if several else 'is'} missing, {where}"
     worst = arm.worst("relative_mu")
     return text if worst is None else f"{text}; before that relative mu is lowest in layer {worst[1]} ({worst[0]:.3f})"

@@ -76,7 +76,7 @@ def section_stream(args: argparse.Namespace) -> dict[str, Any]:
 
 
 class Said:
-    """An experiments.Progress that prints the notes."""
+    """A core.progress.Progress that prints the notes."""
 
     def note(self, message: str) -> None:
         print(message, flush=True)
@@ -92,7 +92,7 @@ def side_streamed(args: argparse.Namespace) -> dict[str, Any]:
     """The sweep as the command line runs it, without its tables and figures."""
     from lscollapse.core import allocation
     from lscollapse.core.config import Experiment
-    from lscollapse.experiments import paper as experiments
+    from lscollapse.experiments.paper import sweep_lambda
 
     allocation.keep_freed_memory()
     config = Experiment(
@@ -107,7 +107,7 @@ def side_streamed(args: argparse.Namespace) -> dict[str, Any]:
         tokens=args.tokens,
         cache_dir=args.folder,
     )
-    experiments.sweep_lambda(config, args.folder / "run", Said())
+    sweep_lambda(config, args.folder / "run", Said())
     return {}
 
 

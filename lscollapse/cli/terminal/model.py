@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from lscollapse.cli.terminal.printing import lambda_word, model_word, plain_console, plain_table
 from lscollapse.core.table import reads_pixels
 from lscollapse.models.adapters.generic import BACKEND
-from lscollapse.reports.figures.points import describe
-from lscollapse.reports.verdict import Arm, arms, verdict
+from lscollapse.reports.figures.wording import describe
+from lscollapse.reports.verdict import ArmCurves, arms, verdict
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,7 +34,7 @@ def show(rows: pd.DataFrame, own_tokens: bool) -> None:
         console.print(f"{_title(arm)}, lambda {lambda_word(arm.lam)}: {verdict(arm)}", markup=False)
 
 
-def _table(title: str, arms: Iterable[Arm]) -> Table:
+def _table(title: str, arms: Iterable[ArmCurves]) -> Table:
     headings = ("lambda", "measure", "embedding", "worst", "layer", "last")
     table = plain_table(f"{title}: mean over excerpts", *headings, left=("measure",))
     for arm in arms:
@@ -49,5 +49,5 @@ def _table(title: str, arms: Iterable[Arm]) -> Table:
     return table
 
 
-def _title(arm: Arm) -> str:
+def _title(arm: ArmCurves) -> str:
     return f"{model_word(arm.model, arm.init)}, {arm.arm}"

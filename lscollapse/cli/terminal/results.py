@@ -23,7 +23,7 @@ WIDEST_VERDICT = max(map(len, VERDICTS))
 
 
 def show_claims(rows: pd.DataFrame, form: str) -> None:
-    """Print the table of `claims.runs.table`: as text sentence by sentence, then how often each model agrees."""
+    """Print the table of `claims.sentences.judged`: as text sentence by sentence, then how often each model agrees."""
     if form != "text":
         _export(rows, form)
         return

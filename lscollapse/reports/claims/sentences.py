@@ -1,109 +1,27 @@
-"""Sentences of the paper as predicates on the table: each agrees, disagrees, or was not measured, with the numbers.
+"""Tables and run folders -> the verdict on every sentence of the paper that they can judge, with the numbers.
 
-The predicates on Figures 1-4 and the thresholds are in claims_curves.py; claims_table1.py judges Table 1,
-claims_theory.py the theorems, claims_runs.py whole run folders. docs/claims.md lists every sentence with its threshold.
+The sentences on Figures 1-4 and their predicates are in `figures`; `table1` judges Table 1 and `theory` the theorems.
+docs/claims.md lists every sentence with its threshold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lscollapse.core.table import COLLAPSED, RISE
-from lscollapse.reports.claims import curves as on
-from lscollapse.reports.claims.curves import MUCH, PAPER_A, PAPER_BOUND, SMALL, Curves, Judgement
+from lscollapse.core.run_folder import RunFolderError, read_manifest, read_rows
+from lscollapse.reports.claims import table1 as on_table1
+from lscollapse.reports.claims import theory as on_theory
+from lscollapse.reports.claims.curves import Curves, NotMeasured
+from lscollapse.reports.claims.figures import CLAIMS
 from lscollapse.reports.verdict import AGREE, DISAGREE, NOT_MEASURED, Finding
 
 if TYPE_CHECKING:
     import pandas as pd
 
-
-class Claim(NamedTuple):
-    """A sentence of the paper, the predicate that judges it, and in words what the predicate asks for."""
-
-    sentence: str
-    predicate: Callable[[Curves], Judgement]
-    threshold: str
-
-
-_UNGATED, _FULL, _AT_1 = "gate removed, with LayerNorm", "the whole model", "lambda = 1"
-CLAIMS: dict[str, Claim] = {
-    "figure 1a": Claim(
-        "When |lambda| is small, the model suffers from rank collapse.", on.small_lambda_collapses,
-        f"{_UNGATED}: last layer under {COLLAPSED} at every measured |lambda| up to {SMALL}",
-    ),
-    "figure 1b": Claim(
-        "This happens even when lambda = 1.", on.lambda_one_collapses,
-        f"{_UNGATED}, {_AT_1}: last layer under {COLLAPSED}",
-    ),
-    "figure 1c": Claim(
-        "Sufficiently increasing or decreasing lambda avoids rank collapse.", on.large_lambda_avoids,
-        f"{_UNGATED}: at the least and the greatest measured lambda, beyond -1 and 1, last layer at least {COLLAPSED} and"
-        " above that at 1",
-    ),
-    "figure 1d": Claim(
-        "Eliminating the skip can cause rank collapse where A_t depends on the input too (lambda = 0).",
-        on.without_skip_collapses, f"{_UNGATED}, lambda = 0: last layer under {COLLAPSED}",
-    ),
-    "figure 2a": Claim(
-        "Lambda very close to 0 causes a very low mu, even with LayerNorm.", on.deep_minimum_near_zero,
-        f"{_FULL}, three lambdas or more and 0 among them: the lowest last layer is at |lambda| up to {SMALL} and under"
-        f" {COLLAPSED}",
-    ),
-    "figure 2b": Claim(
-        "A negative lambda leads to a higher mu.", on.negative_is_higher,
-        f"{_FULL}: last layer higher at -lambda than at lambda, for every lambda measured with both signs",
-    ),
-    "figure 2c": Claim(
-        "The correct value of lambda is important to avoid rank collapse.", on.choice_of_lambda_decides,
-        f"{_FULL}, lambdas as for 2a: the lowest last layer is under {COLLAPSED}, the highest is not",
-    ),
-    "figure 2d": Claim(
-        "Condition (7) is too conservative: much lower values of lambda prevent rank collapse.",
-        on.much_lower_lambda_suffices,
-        f"{_FULL}, lambdas as for 2a: the least |lambda| > 0 that ends at {COLLAPSED} or more is at most {MUCH} of condition (7) at a ="
-        f" {PAPER_A}: {PAPER_BOUND} for Mamba-2 as printed, with C_M = sqrt(N) for attention",
-    ),
-    "figure 3a": Claim(
-        "With gating and LayerNorm there is no rank collapse.", on.full_model_does_not_collapse,
-        f"{_FULL}, {_AT_1}: every layer at least {COLLAPSED}",
-    ),
-    "figure 3b": Claim(
-        "Without gating, with LayerNorm, mu approaches zero in later layers.", on.ungated_falls,
-        f"{_AT_1}: last layer under {COLLAPSED}, and the mean of the later half no higher than that of the early half",
-    ),
-    "figure 3c": Claim(
-        "Without either, an initial drop, then a dramatic increase.", on.ungated_unnormed_drops_then_rises,
-        f"{_AT_1}: from the first layer down by at least {RISE}, and from there up by at least {RISE}",
-    ),
-    "figure 3d": Claim(
-        "With gating, without LayerNorm, a sudden increase.", on.gated_unnormed_rises,
-        f"{_AT_1}: some layer at least {RISE} above the lowest before it",
-    ),
-    "figure 3e": Claim(
-        "With gating, without LayerNorm, rank collapse is prevented.", on.gated_unnormed_does_not_collapse,
-        f"{_AT_1}: every layer at least {COLLAPSED}",
-    ),
-    "figure 3f": Claim(
-        "LayerNorm keeps the model stable.", on.layernorm_keeps_stable,
-        f"{_AT_1}: both arms without LayerNorm leave the range of floating point or rise by at least {RISE}, neither arm with"
-        " it does",
-    ),
-    "figure 3g": Claim(
-        "Gating mechanisms play a crucial role in preventing rank collapse.", on.gate_prevents_collapse,
-        f"{_AT_1}, with LayerNorm: last layer at least {COLLAPSED} with the gate, under it without",
-    ),
-    "figure 4": Claim(
-        "In S4D no rank collapse, even without skip connection and LayerNorm.", on.s4d_does_not_collapse,
-        f"skip x LayerNorm: in all four arms every layer from the first block on at least {COLLAPSED}",
-    ),
-    "figure 4b": Claim(
-        "In S4D rank collapse depends on the weights only, not on the input.", on.s4d_collapse_is_the_weights,
-        f"skip x LayerNorm: in each arm the last layer of all images is under {COLLAPSED}, or of none. Only of the images at"
-        " hand: adversarial ones are not searched for",
-    ),
-}  # fmt: skip
+COLUMNS = ("run", "reading", "claim", "sentence", "model", "verdict", "numbers")
 NEEDS_GATE = ("figure 1", "figure 3")
 
 
@@ -119,14 +37,11 @@ def judge(rows: pd.DataFrame) -> Iterator[Finding]:
             if curves.images != claim.startswith("figure 4") or (not curves.gated and claim.startswith(NEEDS_GATE)):
                 continue
             try:
-                result = predicate(curves)
-            except on.MissingLayers as missing:
+                holds, numbers = predicate(curves)
+            except NotMeasured as missing:
                 yield Finding(claim, sentence, model, NOT_MEASURED, str(missing))
-                continue
-            if result is None:
-                yield Finding(claim, sentence, model, NOT_MEASURED, "")
             else:
-                yield Finding(claim, sentence, model, AGREE if result[0] else DISAGREE, result[1])
+                yield Finding(claim, sentence, model, AGREE if holds else DISAGREE, numbers)
 
 
 def judge_readings(rows: pd.DataFrame) -> pd.DataFrame:
@@ -144,3 +59,92 @@ def judge_readings(rows: pd.DataFrame) -> pd.DataFrame:
             if finding.claim.startswith(NEEDS_GATE):
                 found.append({"skip_site": skip_site, "norm_site": norm_site, **asdict(finding)})
     return pd.DataFrame(found)
+
+
+def judged(runs: Sequence[Path], theory: bool = False) -> pd.DataFrame:
+    """One row for each sentence and model: columns COLUMNS, in the order of the paper.
+
+    A sentence that one run measures is not listed as not measured for another run of the same model; one that no run is
+    about is listed once, with no model. `reading` is empty but for runs of --all-readings.
+
+    Args:
+        runs: folders that the verbs wrote: sweeps, ablations, readings, measurements, Table 1, `theory verify`, `theory
+            bound`.
+        theory: put the theory's statements to the test now.
+
+    Raises:
+        RunFolderError: a folder that holds none of these.
+    """
+    import pandas as pd
+
+    found = [(str(run), reading, finding) for run in runs for reading, finding in findings(run)]
+    found += [("", "", finding) for finding in (on_theory.statements_now() if theory else ())]
+    spoken, order = {finding.claim for _, _, finding in found}, catalogue()
+    found += [("", "", Finding(name, sentence, "", NOT_MEASURED, ""))
+              for name, (sentence, _) in order.items() if name not in spoken]  # fmt: skip
+    lines = [{"run": run, "reading": reading, **asdict(finding)} for run, reading, finding in found]
+    rows = pd.DataFrame(lines, columns=list(COLUMNS))
+    rows = rows.sort_values("claim", key=lambda names: names.map(list(order).index), kind="stable")
+    return _folded(rows).reset_index(drop=True)
+
+
+def catalogue() -> dict[str, tuple[str, str]]:
+    """Name -> (sentence, threshold) of all claims, in the order of the paper; the theory's statements are one entry."""
+    figures = {name: (claim.sentence, claim.threshold) for name, claim in CLAIMS.items()}
+    norms = {on_theory.NORMS: on_theory.SENTENCES[on_theory.NORMS]}  # beside the other sentences on Figure 4
+    return figures | norms | on_table1.SENTENCES | on_theory.SENTENCES
+
+
+def sentences() -> pd.DataFrame:
+    """The catalogue as a table: columns claim, sentence, threshold."""
+    import pandas as pd
+
+    lines = [(name, *words) for name, words in catalogue().items()]
+    return pd.DataFrame(lines, columns=["claim", "sentence", "threshold"])
+
+
+def findings(run: Path) -> Iterator[tuple[str, Finding]]:
+    """(reading, finding) of one folder."""
+    if (run / "manifest.json").exists():
+        experiment, rows = read_manifest(run).get("identity", {}).get("experiment"), read_rows(run)
+        if experiment == "all-readings":
+            yield from _of_readings(rows)
+            return
+        found = on_table1.findings(rows) if experiment == "table1" else judge(rows)
+    elif (run / on_theory.VERIFY).exists():
+        found = on_theory.verified(run)
+    elif (run / on_theory.BOUNDS).exists():
+        found = on_theory.bounded(run)
+    else:
+        raise RunFolderError(
+            f"{run} holds no manifest.json, {on_theory.VERIFY} or {on_theory.BOUNDS}: give the folder of a finished"
+            " run, of `theory verify --out` or of `theory bound --out`"
+        )
+    yield from (("", finding) for finding in found)
+
+
+def _of_readings(rows: pd.DataFrame) -> Iterator[tuple[str, Finding]]:
+    """Readings that differ in the removed norm only and come to the same are one."""
+    verdicts = judge_readings(rows)
+    norms = verdicts.groupby("skip_site")["norm_site"].unique()
+    words = [field.name for field in fields(Finding)]
+    for _, part in verdicts.groupby(["skip_site", *words], sort=False):
+        row, removed = part.iloc[0], list(part["norm_site"])
+        every = len(removed) == len(norms[row["skip_site"]])
+        without = "" if every else f", LN=False removes {' or '.join(removed)}"
+        yield f"{row['skip_site']} skip{without}", Finding(*(str(row[word]) for word in words))
+
+
+def _folded(rows: pd.DataFrame) -> pd.DataFrame:
+    """Without what another run says in the same words, and without "not measured" where another run measured it.
+
+    A reading that says what the default reading says is the default one.
+    """
+    about = ["claim", "sentence", "model"]
+    words = [*about, "verdict", "numbers"]
+    rows = rows.drop_duplicates(["reading", *words])
+    default, said = rows["reading"] == "", rows[words].apply(tuple, axis=1)
+    rows = rows[default | ~said.isin(said[default])]
+    measured = rows["verdict"] != NOT_MEASURED
+    known = measured.groupby([rows[name] for name in ["reading", *about]]).transform("any")
+    return rows[measured | ~known]

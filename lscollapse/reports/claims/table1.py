@@ -1,4 +1,4 @@
-"""The sentence on Table 1 as two findings; the test behind them is that of the `table1` verb (table1_report.py)."""
+"""The sentence on Table 1 as two findings; the test behind them is that of the `table1` verb, in `reports.table1`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from lscollapse.core.table import MARGIN
+from lscollapse.reports.table1 import ALL, MIXERS, TASKS, contrasts, verdicts
 from lscollapse.reports.verdict import AGREE, DISAGREE, NOT_MEASURED, Finding
 
 if TYPE_CHECKING:
     import pandas as pd
 
-CLAIMS = {  # name -> (sentence, threshold)
+SENTENCES = {  # name -> (sentence, threshold)
     "table 1a": (
         "Learning lambda does not affect the performance.",
         "test accuracy of every task and mixer, a learnt lambda against lambda = 1, Welch's t over seeds: agrees where each"
@@ -26,17 +27,15 @@ CLAIMS = {  # name -> (sentence, threshold)
 }  # fmt: skip
 
 
-def judge(rows: pd.DataFrame) -> Iterator[Finding]:
+def findings(rows: pd.DataFrame) -> Iterator[Finding]:
     """Findings on the rows of a `table1` run; `model` names its tasks."""
-    from lscollapse.reports import table1 as report
-
-    found = [c for c in report.comparisons(rows, MARGIN) if c.task != report.ALL]
-    tasks = ", ".join(report.TASKS[task] for task in dict.fromkeys(c.task for c in found))
+    found = [c for c in contrasts(rows, MARGIN) if c.task != ALL]
+    tasks = ", ".join(TASKS[task] for task in dict.fromkeys(c.task for c in found))
     points = "; ".join(
-        f"{report.TASKS[c.task]} {report.MIXERS[c.mixer]}, {c.lam}: {100 * c.difference:+.1f} (at least {100 * c.low:+.1f})"
+        f"{TASKS[c.task]} {MIXERS[c.mixer]}, {c.lam}: {100 * c.difference:+.1f} (at least {100 * c.low:+.1f})"
         for c in found
     )
-    for (name, (sentence, _)), (verdict, numbers) in zip(CLAIMS.items(), report.verdicts(found).values(), strict=True):
+    for (name, (sentence, _)), (verdict, numbers) in zip(SENTENCES.items(), verdicts(found).values(), strict=True):
         decided = verdict in (AGREE, DISAGREE)
         words = numbers if decided else f"{verdict}: {numbers}"
         detail = f"; points: {points}" if found and name == "table 1a" else ""

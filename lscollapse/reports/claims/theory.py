@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from lscollapse.core.run_folder import RunFolderError
-from lscollapse.reports.claims import sentences as claims
-from lscollapse.reports.claims.curves import MUCH
+from lscollapse.reports.claims.figures import CLAIMS, MUCH
 from lscollapse.reports.verdict import AGREE, DISAGREE, NOT_MEASURED, Finding
 
 VERIFY, BOUNDS, CHANNELS = "verify.json", "bounds.csv", "channels.csv"
-VERDICTS = {"holds": AGREE, "fails": DISAGREE, "void": NOT_MEASURED, "existence only": NOT_MEASURED}
+PRINTED = {"holds": AGREE, "fails": DISAGREE, "void": NOT_MEASURED, "existence only": NOT_MEASURED}
 CONSERVATIVE = "figure 2d"
 ADVERSARIAL = "appendix A.12"
 NORMS = "figure 4c"
-CLAIMS = {  # name -> (sentence, threshold)
+SENTENCES = {  # name -> (sentence, threshold)
     NORMS: (
         "The condition on the Frobenius norm of the weight matrix being smaller than 1 is not met by the model.",
         "the mixing matrices of `theory bound` on an S4D: agrees where some layer has a channel with ||M||_F of 1 or more. That"
@@ -50,33 +49,30 @@ def verified(folder: Path) -> Iterator[Finding]:
     """
     file = folder / VERIFY
     try:
-        yield from judge(json.loads(file.read_text(encoding="utf-8")))
-        yield adversarial_input()
+        yield from statements(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunFolderError(
             f"{file} cannot be read ({type(error).__name__}): run `lscollapse theory verify --out {folder}` again"
         ) from None
 
 
-def check() -> Iterator[Finding]:
+def statements_now() -> Iterator[Finding]:
     """The same, put to the test now with the instances of `theory verify`."""
     from lscollapse.theory import verify
 
-    yield from judge([vars(verdict) for verdict in verify.run()])
-    yield adversarial_input()
+    yield from statements([vars(verdict) for verdict in verify.run()])
 
 
-def judge(verdicts: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
-    """Findings on the paper's own statements among `verdicts` (theory.checking.Verdict as dictionaries)."""
+def statements(verdicts: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+    """Findings on the paper's own statements among `verdicts` (theory.checking.Verdict as dictionaries), then A.12."""
     for v in verdicts:
-        if v["printed"] not in VERDICTS:  # a definition, or new
+        if v["printed"] not in PRINTED:  # a definition, or new
             continue
-        numbers = f"{v['printed_evidence']}; {v['informative']} instances tested"
-        if v["correction"]:
-            numbers = (
-                f"{v['printed_evidence']}; instead: {v['correction']} ({v['corrected']}, {v['informative']} instances)"
-            )
-        yield Finding("theory", v["statement"], "as printed", VERDICTS[v["printed"]], numbers)
+        tested = f"{v['informative']} instances"
+        detail = f"instead: {v['correction']} ({v['corrected']}, {tested})" if v["correction"] else f"{tested} tested"
+        numbers = f"{v['printed_evidence']}; {detail}"
+        yield Finding("theory", v["statement"], "as printed", PRINTED[v["printed"]], numbers)
+    yield adversarial_input()
 
 
 def bounded(folder: Path) -> Iterator[Finding]:
@@ -109,31 +105,25 @@ def _norms(channels: list[dict[str, str]], model: str) -> Finding:
         sizes.setdefault(row["layer"], []).append(float(row["C_M"]))
     largest = [max(layer) for layer in sizes.values()]
     met = sum(size < 1.0 for size in largest)
-    numbers = (
-        f"{met} of {len(largest)} layers meet it; largest ||M||_F of a layer {min(largest):.3g} to {max(largest):.3g}"
-    )
-    return Finding(NORMS, CLAIMS[NORMS][0], model, AGREE if met < len(largest) else DISAGREE, numbers)
+    norms = f"largest ||M||_F of a layer {min(largest):.3g} to {max(largest):.3g}"
+    numbers = f"{met} of {len(largest)} layers meet it; {norms}"
+    return Finding(NORMS, SENTENCES[NORMS][0], model, AGREE if met < len(largest) else DISAGREE, numbers)
 
 
 def _conservative(bounds: list[dict[str, str]], model: str) -> Finding:
     condition = next(float(row["lam"]) for row in bounds if "condition (7)" in row["bound"])
-    measured = [
-        (float(row["lam"] or "nan"), float(row.get("to") or "inf"))
-        for row in bounds
-        if row["bound"] == "measured, relative mu"
-    ]
+    own = [row for row in bounds if row["bound"] == "measured, relative mu"]
+    measured = [(float(row["lam"] or "nan"), float(row.get("to") or "inf")) for row in own]
     if any(math.isnan(lam) for lam, _ in measured):
         missing = "the last layer of some lambda is missing, where values leave the range of floating point"
-        return Finding(CONSERVATIVE, claims.CLAIMS[CONSERVATIVE].sentence, model, NOT_MEASURED, missing)
+        return Finding(CONSERVATIVE, CLAIMS[CONSERVATIVE].sentence, model, NOT_MEASURED, missing)
     found = [(math.isfinite(to), lam, to) for lam, to in measured if math.isfinite(lam)]
-    _, needed, to = min(found, default=(True, math.inf, math.inf))  # a stretch without an end, if there is one
-    if math.isinf(needed):
-        numbers = "no measured lambda keeps the target"
-    else:
-        numbers = f"|lambda| from {needed:.3g} {'on' if math.isinf(to) else f'to {to:.3g}'} keeps the target"
+    _, needed, to = min(found, default=(True, math.inf, math.inf))  # one without an end, if there is one: False < True
+    kept = f"|lambda| from {needed:.3g} {'on' if math.isinf(to) else f'to {to:.3g}'} keeps the target"
+    numbers = "no measured lambda keeps the target" if math.isinf(needed) else kept
     verdict = AGREE if needed <= MUCH * condition else DISAGREE
     numbers += f"; condition (7), own constants: > {condition:g}"
-    return Finding(CONSERVATIVE, claims.CLAIMS[CONSERVATIVE].sentence, model, verdict, numbers)
+    return Finding(CONSERVATIVE, CLAIMS[CONSERVATIVE].sentence, model, verdict, numbers)
 
 
 def adversarial_input() -> Finding:
@@ -150,4 +140,6 @@ def adversarial_input() -> Finding:
     first = np.array([[1.0], [1.0 - 2.0 * DEPTH]])
     last = np.linalg.matrix_power(M, DEPTH) @ first
     text = f"M = [[1,0],[2,1]], {DEPTH} layers, Y0 = M^-{DEPTH} 1: mu {mu(first):.3f} -> {mu(last):.3f}"
-    return Finding(ADVERSARIAL, CLAIMS[ADVERSARIAL][0], "counterexample", DISAGREE if mu(last) == 0.0 else AGREE, text)
+    return Finding(
+        ADVERSARIAL, SENTENCES[ADVERSARIAL][0], "counterexample", DISAGREE if mu(last) == 0.0 else AGREE, text
+    )

@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 
 from lscollapse.reports.figures import style
 from lscollapse.reports.figures.paper import figure1, figure2, figure3, figure4, figure_readings
-from lscollapse.reports.figures.points import FigureError, embedded_note
+from lscollapse.reports.figures.points import FigureError
 from lscollapse.reports.figures.quality import figure_quality
+from lscollapse.reports.figures.wording import embedded_note
 
 
 class Drawing(NamedTuple):

@@ -1,4 +1,4 @@
-"""Table -> figure: one function per figure, each a pure function of the rows. How they look is in drawing.py.
+"""Table -> figure: one function per figure, each a pure function of the rows. How they look is in `style`.
 
 Every function takes the long table (one measurement a row; columns in docs/table.md) and returns the figure and the
 numbers it plots, one point a row: KEYS, then `mean`, `std` (sample standard deviation over excerpts), `n` (excerpts
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import textwrap
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,26 +23,29 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lscollapse.core.table import reads_pixels
-from lscollapse.reports.figures import style
+from lscollapse.reports.figures import style, wording
+from lscollapse.reports.figures.lines import Curve, against_lambda, against_layer, lambda_axis, layer_curve, limits
 from lscollapse.reports.figures.points import (
-    NORMS,
-    arm_look,
-    caption,
     checked,
     default_reading,
-    first_of,
-    gate_word,
     groups_of,
     is_gated,
-    kind_of_text,
-    nets_note,
+    last_layer,
     of_model,
     summarise,
+    trained,
 )
-from lscollapse.reports.figures.style import PALETTE, THIN, Curve, Label, canvas, limits, styled
+from lscollapse.reports.figures.style import PALETTE, THIN, Label, canvas, styled
 
 ARMS = ((True, True), (False, True), (True, False), (False, False))  # gating, layernorm
 DASHED = (0, (3, 1.5))  # random weights
+
+
+def arm_look(gating: Any, layernorm: bool) -> tuple[str, str]:
+    """Name and colour of one of the four arms."""
+    gate = () if pd.isna(gating) else ("gate" if gating else "no gate",)
+    name = " + ".join((*gate, "LN")) if layernorm else ", ".join((*gate, "no LN"))
+    return name, PALETTE[2 * (not layernorm) + (not pd.isna(gating) and not gating)]
 
 
 @styled
@@ -53,18 +57,17 @@ def figure1(rows: pd.DataFrame, model: str, yscale: str = "linear", note: str = 
     """
     rows = default_reading(of_model(rows, model))
     rows = rows[rows["layernorm"].astype(bool)]
-    rows = rows if is_gated(rows).all() else rows[~is_gated(rows)]
-    rows = rows[rows["init"] == first_of(rows["init"], "trained")]
-    data = summarise(rows, ("relative_mu", "rank1_residual"))
+    rows = trained(rows if is_gated(rows).all() else rows[~is_gated(rows)])
+    data = summarise(rows, tuple(wording.NAMES))
     lams = list(data["lam"].unique())  # NaN for a schedule of lambdas
     curves = [
-        ("per layer" if np.isnan(lam) else style.number(lam), style.lambda_colour(lam, lams), "-", points)
+        ("per layer" if np.isnan(lam) else wording.number(lam), style.lambda_colour(lam, lams), "-", points)
         for (lam, _), points in groups_of(data, ["lam", "arm"])
     ]
     gating = data["gating"].iloc[0]
-    title = ", ".join((model, *(() if pd.isna(gating) else (gate_word(gating),)), "LayerNorm on"))
+    title = ", ".join((model, *(() if pd.isna(gating) else (wording.gate_word(gating),)), "LayerNorm on"))
     panels = [(measure, yscale) for measure in data["measure"].unique()]
-    return style.against_layer(curves, panels, title, [*caption(rows, data), note], header="λ"), data
+    return against_layer(curves, panels, title, [*wording.caption(rows, data), note], header="λ"), data
 
 
 @styled
@@ -75,15 +78,14 @@ def figure2(rows: pd.DataFrame, yscale: str = "linear", note: str = "") -> tuple
     """
     rows = checked(rows)
     rows = rows[rows["layernorm"].astype(bool) & rows["lam"].notna()]
-    rows = rows[rows["layer"] == rows.groupby("model")["layer"].transform("max")]
-    rows = default_reading(rows[rows["init"] == first_of(rows["init"], "trained")])
-    data = summarise(rows, ("relative_mu", "rank1_residual"))
+    rows = default_reading(trained(last_layer(rows)))
+    data = summarise(rows, tuple(wording.NAMES))
     texts = rows.drop_duplicates("model").set_index("model")["text"]
     gated = data["gating"].notna()
     pixels = data["model"].isin([model for (model,), part in groups_of(rows, ["model"]) if reads_pixels(part)])
     panels = {"transformers": data[~gated & ~pixels], "Mamba": data[gated], "images": data[pixels]}
     panels = {title: part for title, part in panels.items() if len(part)}
-    words = caption(rows, data)
+    words = wording.caption(rows, data)
     if (data["drawn"] == "masked").any():
         words.append("A cross at the top: an excerpt overflowed or is NaN at that λ.")
     most_lines = max(len(part[["model", "gating"]].drop_duplicates()) for part in panels.values())
@@ -91,14 +93,15 @@ def figure2(rows: pd.DataFrame, yscale: str = "linear", note: str = "") -> tuple
     axes = axes[:, 0]
     colours = itertools.cycle(PALETTE)
     labels: dict[Axes, list[Label]] = {ax: [] for ax in axes}
-    for letter, ax, (title, part) in zip("abc", axes, panels.items(), strict=False):
-        ax.set_title(f"$\\bf{{{letter}}}$  {title}")
+    for letter, ax, (heading, part) in zip("abc", axes, panels.items(), strict=False):
+        style.title(ax, letter, heading)
         limits(ax, [part], yscale, "last-layer relative μ")
         for i, ((name, gating), line) in enumerate(groups_of(part, ["model", "gating"])):
-            what = f"reads {kind_of_text(texts[name])}" if pd.isna(gating) else gate_word(gating)
+            reads = "SMILES" if "smiles" in texts[name].lower() else texts[name].split(" (")[0]
+            what = f"reads {reads}" if pd.isna(gating) else wording.gate_word(gating)
             label = "\n".join((name, *textwrap.wrap(what, 18)))
-            labels[ax] += style.against_lambda(ax, line, label, next(colours), 0.98 - 0.04 * i)
-        style.lambda_axis(ax, data["lam"])
+            labels[ax] += against_lambda(ax, line, label, next(colours), 0.98 - 0.04 * i)
+        lambda_axis(ax, data["lam"])
     style.line_key(axes[0], [("relative μ", {"lw": 1.2}), ("rank-1 residual", THIN)])
     axes[-1].set_xlabel("λ (linear between −1 and 1)")
     style.label_ends(figure, labels)
@@ -106,24 +109,23 @@ def figure2(rows: pd.DataFrame, yscale: str = "linear", note: str = "") -> tuple
 
 
 @styled
-def figure3(rows: pd.DataFrame, model: str, note: str = "", lam: float = 1.0) -> tuple[Figure, pd.DataFrame]:
-    """Figure 3: gating x LayerNorm, relative mu against layer at one lambda, on a linear and on a log axis.
+def figure3(rows: pd.DataFrame, model: str, note: str = "") -> tuple[Figure, pd.DataFrame]:
+    """Figure 3: gating x LayerNorm, relative mu against layer at lambda = 1, on a linear and on a log axis.
 
-    Random-init controls are dashed; a negative lambda adds the rank-1 residual. Raises FigureError without such rows.
+    Random-init controls are dashed. Raises FigureError without such rows.
     """
     rows = default_reading(of_model(rows, model))
-    rows = rows[rows["lam"] == lam]
-    measures = ("relative_mu", "rank1_residual") if lam < 0 else ("relative_mu",)
-    data = summarise(rows, measures)
+    rows = rows[rows["lam"] == 1]
+    data = summarise(rows, ("relative_mu",))
     curves: list[Curve] = []
     for (gating, layernorm, init), points in groups_of(data, ["gating", "layernorm", "init"]):
         name, colour = arm_look(gating, layernorm)
         if init == "trained":
             curves.append((name, colour, "-", points))
         else:  # named by its colour; only its overflow needs a label
-            curves.append(("random weights," if style.ends_with(points) else "", colour, DASHED, points))
-    panels = [("relative_mu", "linear"), ("relative_mu", "log"), *[(m, "linear") for m in measures[1:]]]
-    figure = style.against_layer(curves, panels, f"{model}, λ = {style.number(lam)}", [*caption(rows, data), note])
+            curves.append(("random weights," if wording.ends_with(points) else "", colour, DASHED, points))
+    panels = [("relative_mu", "linear"), ("relative_mu", "log")]
+    figure = against_layer(curves, panels, f"{model}, λ = 1", [*wording.caption(rows, data), note])
     if data["init"].nunique() > 1:
         style.line_key(figure.axes[0], [("trained", {"lw": 1.2}), ("random weights", {"lw": 1.0, "ls": DASHED})])
     return figure, data
@@ -136,15 +138,16 @@ def figure4(rows: pd.DataFrame, model: str, note: str = "") -> tuple[Figure, pd.
     Raises FigureError without such rows.
     """
     rows = of_model(rows, model)
-    rows = rows[(rows["init"] == first_of(rows["init"], "trained")) & rows["lam"].isin((0, 1))]
-    data = summarise(rows, ("relative_mu", "rank1_residual"))
+    rows = trained(rows)
+    rows = rows[rows["lam"].isin((0, 1))]
+    data = summarise(rows, tuple(wording.NAMES))
     curves: list[Curve] = []
     for (lam, layernorm), points in groups_of(data, ["lam", "layernorm"]):
         name = ("skip" if lam else "no skip") + (" + LN" if layernorm else ", no LN")
         curves.append((name, PALETTE[2 * (not layernorm) + (lam == 0)], "-", points))
     panels = [("relative_mu", "linear"), ("relative_mu", "log"), ("rank1_residual", "linear")]
-    words = [*caption(rows, data), nets_note(rows)]
-    return style.against_layer(curves, panels, model, [*words, note]), data
+    words = [*wording.caption(rows, data), wording.nets_note(rows)]
+    return against_layer(curves, panels, model, [*words, note]), data
 
 
 @styled
@@ -156,33 +159,33 @@ def figure_readings(rows: pd.DataFrame, model: str, note: str = "") -> tuple[Fig
     FigureError without such rows.
     """
     rows = of_model(rows, model)
-    rows = rows[rows["init"] == first_of(rows["init"], "trained")]
+    rows = trained(rows)
     norm, last = rows["layernorm"].astype(bool), rows["layer"] == rows["layer"].max()
     swept = norm & last & ~is_gated(rows) & rows["lam"].notna()
     arms = (rows["lam"] == 1) & (rows["measure"] == "relative_mu")
     skip_sites = list(rows["skip_site"].unique())
     norm_sites = sorted(rows["norm_site"][arms & ~norm].unique(), key=lambda site: site == "both")  # both last
     rows = rows[swept | arms]
-    data = summarise(rows, ("relative_mu", "rank1_residual"))
-    words = caption(rows, data)
+    data = summarise(rows, tuple(wording.NAMES))
+    words = wording.caption(rows, data)
     if (data["drawn"] == "masked").any():
         words.append("A cross: at that λ, or in the next layer, an excerpt overflowed or is NaN.")
-    columns = (1.3, *(1.0 for _ in norm_sites))
-    figure, axes = canvas(len(skip_sites), style.SMALL_PANEL, [*words, note], columns, style.PAGE)
+    widths = (1.3, *[1.0] * len(norm_sites))
+    figure, axes = canvas(len(skip_sites), style.SMALL_PANEL, [*words, note], widths, style.PAGE)
     for row, skip_site in zip(axes, skip_sites, strict=True):
         here = data[data["skip_site"] == skip_site]
         line = here[here["layernorm"] & ~is_gated(here) & (here["layer"] == data["layer"].max())]
         limits(row[0], [line], "linear", f"λ on the {skip_site} skip\nrelative μ")
-        style.against_lambda(row[0], line, "", arm_look(False, True)[1], 0.97)
-        style.lambda_axis(row[0], data["lam"], room=0.08)
+        against_lambda(row[0], line, "", arm_look(False, True)[1], 0.97)
+        lambda_axis(row[0], data["lam"], room=0.08)
         here = here[(here["lam"] == 1) & (here["measure"] == "relative_mu")]
         for ax, norm_site in zip(row[1:], norm_sites, strict=True):
             part = here[here["layernorm"] | (here["norm_site"] == norm_site)]
             limits(ax, [part], "linear", "")
             ax.set_xlim(0, max(1, data["layer"].max()))
             for (gating, layernorm), points in groups_of(part, ["gating", "layernorm"]):
-                style.layer_curve(ax, points, arm_look(gating, layernorm)[1])
-    titles = [f"{model}, last layer", *(f"LN: {NORMS.get(site, site)}" for site in norm_sites)]
+                layer_curve(ax, points, arm_look(gating, layernorm)[1])
+    titles = [f"{model}, last layer", *(f"LN: {wording.NORMS.get(site, site)}" for site in norm_sites)]
     xlabels = ["λ (linear between −1 and 1)", *["layer at λ = 1"] * len(norm_sites)]
     lines = [(name, {"color": colour}) for name, colour in itertools.starmap(arm_look, ARMS)]
     style.name_panels(figure, axes, titles, xlabels, [*lines, ("rank-1 residual", THIN)])

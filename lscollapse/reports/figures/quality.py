@@ -7,11 +7,10 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 
-from lscollapse.reports.claims.sentences import COLLAPSED
-from lscollapse.reports.figures import style
-from lscollapse.reports.figures.points import KEYS, FigureError, describe, gate_word, summarise
+from lscollapse.core.table import COLLAPSED
+from lscollapse.reports.figures import style, wording
+from lscollapse.reports.figures.points import KEYS, FigureError, groups_of, is_gated, last_layer, summarise
 from lscollapse.reports.figures.style import Label, canvas, styled
 
 WIDE = 3.0  # a loss axis that spans more than this factor is logarithmic
@@ -35,48 +34,41 @@ def figure_quality(rows: pd.DataFrame, note: str = "") -> tuple[Figure, pd.DataF
     if not (rows["measure"] == "lm_loss").any():
         raise FigureError("no rows of lm_loss: measure them with --quality")
     rows = rows[rows["model"].isin(rows.loc[rows["measure"] == "lm_loss", "model"]) & (rows["init"] == "trained")]
-    rows = rows[rows["layernorm"].astype(bool) & rows["lam"].notna()]
-    rows = rows[rows["layer"] == rows.groupby("model")["layer"].transform("max")]
+    rows = last_layer(rows[rows["layernorm"].astype(bool) & rows["lam"].notna()])
     data = _points(rows)
     parts = [data[data["model"] == model] for model in dict.fromkeys(rows["model"])]
     data = pd.concat([part.sort_values("gating", ascending=False, kind="stable") for part in parts], ignore_index=True)
-    panels = [(key, part) for key, part in data.groupby(["model", "gating"], dropna=False, sort=False)]
-    lines = max(len(part) for _, part in panels)
-    lost = [f"{name(key)}: {', '.join(map(style.number, part.loc[~part['drawn'], 'lam']))}" for key, part in panels]
+    panels = groups_of(data, ["model", "gating"])
+    lost = {panel_name(*key): part.loc[~part["drawn"], "lam"] for key, part in panels}
+    why = "No point, because an excerpt overflowed"
     words = [
-        describe(rows),
+        wording.describe(rows),
         "Crosses: mean and one standard deviation over excerpts.",
         "Dashed: the untouched model's loss, and the relative μ under which a layer counts as collapsed.",
-        *(f"No point, because an excerpt overflowed: {text}." for text in lost if not text.endswith(": ")),
+        *(f"{why}: {name}: {', '.join(map(wording.number, lams))}." for name, lams in lost.items() if len(lams)),
         note,
     ]
-    figure, axes = canvas(len(panels), style.panel_height(lines), words)
+    figure, axes = canvas(len(panels), style.panel_height(max(len(part) for _, part in panels)), words)
     labels: dict[Axes, list[Label]] = {}
     for letter, ax, (key, part) in zip("abcdefgh", axes[:, 0], panels, strict=False):
-        ax.set_title(f"$\\bf{{{letter}}}$  {name(key)}")
+        style.title(ax, letter, panel_name(*key))
         labels[ax] = _panel(ax, part[part["drawn"]], data[data["model"] == key[0]])
     axes[-1, 0].set_xlabel("last-layer relative μ")
     style.label_ends(figure, labels, header="λ")
     return figure, data
 
 
-def name(key: tuple) -> str:
-    """Of a panel, from (model, gating)."""
-    model, gating = key
-    return model if pd.isna(gating) else f"{model}, {gate_word(gating)}"
+def panel_name(model: str, gating: Any) -> str:
+    return model if pd.isna(gating) else f"{model}, {wording.gate_word(gating)}"
 
 
 def _points(rows: pd.DataFrame) -> pd.DataFrame:
     """Relative mu and loss of every arm side by side."""
-    columns = {"mean": "", "std": "_std", "n": "_n", "drawn": "_drawn"}
-    sides = []
-    for measure in ("relative_mu", "lm_loss"):
-        side = summarise(rows, (measure,)).set_index(list(POINT))[list(columns)]
-        sides.append(side.rename(columns={column: measure + ending for column, ending in columns.items()}))
-    data = sides[0].join(sides[1]).reset_index()
-    data["n"] = data["lm_loss_n"]
-    data["drawn"] = (data["relative_mu_drawn"] != "masked") & (data["lm_loss_drawn"] == "point")
-    return data.drop(columns=["relative_mu_n", "lm_loss_n", "relative_mu_drawn", "lm_loss_drawn"])
+    mu, loss = (summarise(rows, (measure,)).set_index(list(POINT)) for measure in ("relative_mu", "lm_loss"))
+    loss = loss.reindex(mu.index)
+    drawn = (mu["drawn"] != "masked") & (loss["drawn"] == "point")
+    data = mu[["mean", "std"]].set_axis(["relative_mu", "relative_mu_std"], axis=1)
+    return data.assign(lm_loss=loss["mean"], lm_loss_std=loss["std"], n=loss["n"], drawn=drawn).reset_index()
 
 
 def _panel(ax: Axes, part: pd.DataFrame, whole: pd.DataFrame) -> list[Label]:
@@ -87,11 +79,9 @@ def _panel(ax: Axes, part: pd.DataFrame, whole: pd.DataFrame) -> list[Label]:
     ax.set(xlim=(0, 1.03), ylabel="loss, nats per token")
     if high > WIDE * low:
         ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_formatter(NullFormatter())
+        style.log_ticks(ax, few_decades=True)
     ax.set_ylim(0.9 * low, 1.05 * high)
-    untouched = shown[(shown["lam"] == 1) & (shown["gating"].isna() | shown["gating"].fillna(False).astype(bool))]
+    untouched = shown[(shown["lam"] == 1) & (shown["gating"].isna() | is_gated(shown))]
     rule: dict[str, Any] = {"color": "0.45", "lw": 0.7, "ls": (0, (4, 3)), "zorder": 1}
     ax.axvline(COLLAPSED, **rule)
     for loss in untouched["lm_loss"]:
@@ -101,5 +91,5 @@ def _panel(ax: Axes, part: pd.DataFrame, whole: pd.DataFrame) -> list[Label]:
         x, y, colour = point["relative_mu"], point["lm_loss"], style.lambda_colour(point["lam"], lams)
         spread: dict[str, Any] = {"xerr": point["relative_mu_std"], "yerr": point["lm_loss_std"], "elinewidth": 0.6}
         ax.errorbar(x, y, fmt="o", ms=3, color=colour, **spread)
-        labels.append((x, y, style.number(point["lam"]), colour))
+        labels.append((x, y, wording.number(point["lam"]), colour))
     return labels

@@ -1,10 +1,8 @@
-"""How the figures look: style, canvas, curves, marks, labels and files. What is plotted is in figures.py.
-
-`points` is always the data of `figures.summarise`: one point a row, with its mean, spread, status counts and fate.
-"""
+"""How every figure looks: style, colours, canvas, captions, keys, labels beside the curves, and its files."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +19,6 @@ from matplotlib.textpath import TextToPath
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from lscollapse.core.files import atomic, write_text
-
-STATUSES = ("ok", "certified", "below_floor", "overflow", "nan")
-NAMES = {"relative_mu": "relative μ", "rank1_residual": "rank-1 residual"}
 
 WIDTH, PAGE = 120 / 25.4, 180 / 25.4  # of a figure of one column of panels, and of one of several, in inches
 PANEL, SMALL_PANEL = 46 / 25.4, 34 / 25.4  # least height of a panel in them, in inches
@@ -44,26 +39,9 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#56B4E9", "#882255", "#9
 NEGATIVE = LinearSegmentedColormap.from_list("negative", ["#8CC5EE", "#2F86C9", "#0B2A63"])
 POSITIVE = LinearSegmentedColormap.from_list("positive", ["#F7B267", "#DD5A25", "#6B0F0F"])
 THIN = {"lw": 0.7, "ls": (0, (4, 2))}  # the rank-1 residual beside relative mu
-Curve = tuple[str, str, Any, pd.DataFrame]  # name, colour, line style, points
+Key = tuple[str, dict[str, Any]]  # what a line means, and how it looks
 Label = tuple[float, float, str, str]  # x and y of the curve's end, text, colour
 styled = style.context(["default", STYLE])  # whatever the user's matplotlibrc says
-
-
-def number(lam: float) -> str:
-    """As short as it can be, with a true minus sign."""
-    return f"{lam:g}".replace("-", "\N{MINUS SIGN}")
-
-
-def ends_with(points: pd.DataFrame) -> str:
-    """Why and where a curve against layer stops, and for how many excerpts if not for all; "" if it does not."""
-    bad = points[points["drawn"] == "masked"]
-    if bad.empty:
-        return ""
-    first = bad.sort_values("layer").iloc[0]
-    status = "overflow" if first["overflow"] else "nan"
-    total = int(sum(first[s] for s in STATUSES))
-    some = f" ({first[status]} of {total})" if 0 < first[status] < total else ""
-    return f"{'overflow' if first['overflow'] else 'NaN'} at layer {first['layer']}{some}"
 
 
 def lambda_colour(lam: float, lams: Sequence[float]) -> str:
@@ -121,6 +99,7 @@ def canvas(
     Sizes in inches. Returns the figure and its axes, (n_rows, len(columns)); rows of several panels share y.
     """
     caption = _wrap(" ".join(filter(None, words)), 0.94 * 72 * (width - 0.16))  # hinting widens text at low dpi
+    # Each row has a title and the last one an x label; a line of caption is 1.25 of its font, in inches.
     height = n_rows * (panel + 0.3) + 0.3 + (caption.count("\n") + 1) * 1.25 * (SMALL - 0.5) / 72
     figure = Figure(figsize=(width, height), layout="constrained")
     share: dict[str, Any] = {"sharex": "col", "sharey": "row", "squeeze": False}
@@ -129,145 +108,40 @@ def canvas(
     return figure, axes
 
 
+def title(ax: Axes, letter: str, words: str) -> None:
+    ax.set_title(f"$\\bf{{{letter}}}$  {words}".rstrip())
+
+
+def log_ticks(ax: Axes, few_decades: bool) -> None:
+    """Of a logarithmic y axis: over few decades 0.2 0.5 1 rather than powers of ten; no names between."""
+    if few_decades:
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter(NullFormatter())
+
+
 def name_panels(
-    figure: Figure, axes: np.ndarray, titles: Sequence[str], xlabels: Sequence[str], lines: Sequence[tuple[str, dict]]
+    figure: Figure, axes: np.ndarray, titles: Sequence[str], xlabels: Sequence[str], lines: Sequence[Key]
 ) -> None:
     """Letters on all panels, titles over and x labels under their columns, and what the lines mean above them all."""
-    for letter, ax in zip("abcdefghijklmnopqrstuvwxyz", axes.flat, strict=False):
-        ax.set_title(f"$\\bf{{{letter}}}$")
-    for ax, title in zip(axes[0], titles, strict=True):
-        ax.set_title(f"{ax.get_title('left')}  {title}")
+    letters = "abcdefghijklmnopqrstuvwxyz"[: axes.size]
+    for letter, ax, words in itertools.zip_longest(letters, axes.flat, titles):  # titles end with the first row
+        title(ax, letter, words or "")
     for ax, xlabel in zip(axes[-1], xlabels, strict=True):
         ax.set_xlabel(xlabel)
-    handles = [Line2D([], [], **{"color": "0.3"} | kind, label=name) for name, kind in lines]
-    figure.legend(handles=handles, loc="outside upper left", ncols=len(lines), handlelength=2.4, borderpad=0.2)
+    figure.legend(handles=_handles(lines), loc="outside upper left", ncols=len(lines), handlelength=2.4, borderpad=0.2)
 
 
-def line_key(ax: Axes, entries: Sequence[tuple[str, dict]]) -> None:
+def _handles(lines: Sequence[Key]) -> list[Line2D]:
+    looks: list[Key] = [(name, {"color": "0.3"} | kind) for name, kind in lines]
+    return [Line2D([], [], label=name, **look) for name, look in looks]
+
+
+def line_key(ax: Axes, entries: Sequence[Key]) -> None:
     """What solid and dashed mean, in a row of its own between the title and the axes."""
-    handles = [Line2D([], [], color="0.3", label=name, **kind) for name, kind in entries]
     place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 0.99), "ncols": len(entries)}
-    ax.legend(handles=handles, borderpad=0.2, handlelength=2.4, **place)
+    ax.legend(handles=_handles(entries), borderpad=0.2, handlelength=2.4, **place)
     ax.set_title(ax.get_title("left"), pad=18)
-
-
-def limits(ax: Axes, parts: Sequence[pd.DataFrame], yscale: str, ylabel: str) -> None:
-    """Axis from 0 to 1, or down to the decade of the least value; the floor as a dashed line where it is in sight."""
-    ax.set_ylabel(ylabel)
-    points = pd.concat(parts)
-    seen = points[points["drawn"] != "masked"]
-    if seen.empty:
-        ax.text(0.5, 0.5, "no finite value", transform=ax.transAxes, ha="center", va="center", color="0.4")
-    floors = [f for f in points["floor"].dropna().unique() if f > 0]
-    if yscale == "linear":
-        ax.set_ylim(0, 1.03)
-        bottom = 0.01
-    else:
-        positive = seen["mean"][seen["mean"] > 0]
-        least = positive.min() if len(positive) else 0.1
-        decade = 10.0 ** np.floor(np.log10(least * 0.8))
-        bottom = decade * max(step for step in (1, 2, 5) if step * decade <= least * 0.8 or step == 1)
-        ax.set_yscale("log")
-        ax.set_ylim(bottom, 1.4)
-        if bottom > 0.005:  # few decades: 0.2 0.5 1 rather than powers of ten
-            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_formatter(NullFormatter())
-    for floor in floors:
-        if floor > bottom:
-            ax.axhline(floor, color="0.45", lw=0.7, ls=(0, (4, 3)), zorder=1)
-            small: dict[str, Any] = {"fontsize": SMALL - 1, "color": "0.45"}
-            ax.annotate("floor", (0, floor), (2, 3), ax.get_yaxis_transform(), "offset points", **small)
-
-
-def _curve(
-    ax: Axes, points: pd.DataFrame, x: str, colour: str, marker: str = "", band: bool = True, **line: Any
-) -> pd.DataFrame:
-    """One curve with its band and marks; returns the points that are drawn, with their height `y`."""
-    points = points.sort_values(x)
-    shown = points["drawn"] != "masked"
-    log, bottom = ax.get_yscale() == "log", ax.get_ylim()[0]
-    low = points["floor"].where(points["floor"] > 0, bottom) if log else 0.0
-    y = points["mean"].where(shown)
-    at_floor = (points["drawn"] == "at_floor") | (log & (y <= 0))
-    y = y.clip(lower=bottom) if log else y
-    marker = marker or ("o" if shown.sum() == 1 else "")
-    ax.plot(points[x], y, color=colour, **line)
-    ax.plot(points[x][~at_floor], y[~at_floor], ls="", marker=marker, ms=3, color=colour)
-    if at_floor.any():  # an empty unclipped line would upset the layout
-        ax.plot(points[x][at_floor], y[at_floor], "v", ms=3, mfc="white", mec=colour, mew=0.6, clip_on=False)
-    if band:
-        least = np.minimum(y, np.maximum(y - points["std"], low))
-        ax.fill_between(points[x], least, y + points["std"], color=colour, alpha=0.13, lw=0)
-    return points.assign(y=y)[shown]
-
-
-def against_lambda(ax: Axes, line: pd.DataFrame, label: str, colour: str, top: float) -> list[Label]:
-    """Relative mu with marks and band, the rank-1 residual thin and dashed, crosses at height `top` where masked."""
-    thin = THIN | {"band": False, "marker": "_" if line["lam"].nunique() == 1 else ""}
-    ends: list[Label] = []
-    for measure, points in line.groupby("measure", sort=False):
-        main = measure == "relative_mu"
-        shown = _curve(ax, points, "lam", colour, **({"marker": "o"} if main else thin))
-        bad = points["lam"][points["drawn"] == "masked"]
-        if main:
-            ax.plot(bad, np.full(len(bad), top), "x", color=colour, transform=ax.get_xaxis_transform())
-            at = (shown["lam"].iloc[-1], shown["y"].iloc[-1]) if len(shown) else (line["lam"].max(), np.nan)
-            ends.append((*at, label, colour))
-    return ends
-
-
-def lambda_axis(ax: Axes, lams: pd.Series, room: float = 0.0) -> None:
-    """Ticks at every lambda, all named if under 14, else the integers.
-
-    In a narrow panel `room` is the share of the axis that a name takes: the integers are named where it is free.
-    """
-    ax.set_xscale("symlog", linthresh=1, linscale=0.6)
-    ticks = np.sort(lams.unique())
-    place = dict(zip(ticks, ax.xaxis.get_transform().transform(ticks), strict=True))
-    apart = room * (max(place.values()) - min(place.values()))
-    named: list[float] = []
-    for lam in sorted(ticks, key=lambda lam: (lam != 0, -abs(lam))):  # the first ones are kept
-        nameable = lam == int(lam) or (len(ticks) < 14 and not room)
-        if nameable and all(abs(place[lam] - place[other]) >= apart for other in named):
-            named.append(lam)
-    ax.set_xticks(ticks, [number(lam) if lam in named else "" for lam in ticks])
-
-
-def layer_curve(ax: Axes, points: pd.DataFrame, colour: str, dash: Any = "-") -> tuple[float, float]:
-    """A curve against layer, a cross where it stops early; returns its end, (0, NaN) if it has none."""
-    shown = _curve(ax, points, "layer", colour, ls=dash)
-    if shown.empty:
-        return 0.0, np.nan
-    x, y = shown["layer"].iloc[-1], shown["y"].iloc[-1]
-    if ends_with(points):
-        ax.plot(x, y, "x", color=colour, ms=5, mew=1.2, clip_on=False, zorder=4)
-    return x, y
-
-
-def against_layer(
-    curves: Sequence[Curve], panels: Sequence[tuple[str, str]], title: str,
-    words: Sequence[str], header: str = "",
-) -> Figure:  # fmt: skip
-    """Panels (measure, yscale) of the curves against layer."""
-    lines = sum(1 + bool(ends_with(points)) for _, _, _, points in curves)
-    figure, axes = canvas(len(panels), panel_height(lines), words)
-    axes = axes[:, 0]
-    labels: dict[Axes, list[Label]] = {ax: [] for ax in axes}
-    for letter, ax, (measure, yscale) in zip("abc", axes, panels, strict=False):
-        parts = [points[points["measure"] == measure] for *_, points in curves]
-        again = "log scale" if measure == panels[0][0] else NAMES[measure]
-        ax.set_title(f"$\\bf{{{letter}}}$  {title if letter == 'a' else again}")
-        limits(ax, parts, yscale, NAMES[measure])
-        ax.set_xlim(0, max(1, max(part["layer"].max() for part in parts)))
-        for (name, colour, dash, _), part in zip(curves, parts, strict=True):
-            x, y = layer_curve(ax, part, colour, dash)
-            end = ends_with(part)
-            if name or end:
-                labels[ax].append((x, y, "\n".join(filter(None, (name, end))), colour))
-    axes[-1].set_xlabel("layer")
-    label_ends(figure, labels, header)
-    return figure
 
 
 def label_ends(figure: Figure, panels: dict[Axes, list[Label]], header: str = "") -> None:

@@ -1,9 +1,9 @@
-"""Figures of Table 1: rows of `table1.run` -> figure and the numbers that it plots."""
+"""Figures of Table 1: rows of a `table1` run -> figure and the numbers that it plots."""
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from lscollapse.reports.figures import style
 from lscollapse.reports.figures.points import FigureError
-from lscollapse.reports.figures.style import PAGE, PALETTE, PANEL, canvas, name_panels, styled
+from lscollapse.reports.figures.style import PAGE, PALETTE, PANEL, Key, canvas, name_panels, styled
 from lscollapse.reports.table1 import FIXED, MIXERS, TASKS, is_learnt, mode_name, origin
 
 OFFSET = 0.07  # between the modes of a layer, in layers
@@ -32,11 +32,9 @@ def lambda_figure(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     data = data[["task", "mixer", "lam", "lr", "seed", "layer", "value"]].reset_index(drop=True)
     modes = _modes(rows)
     learnt = [(number, mode) for number, mode in enumerate(modes) if is_learnt(mode)]
-    figure, axes, panels = _grid(
-        rows, data, "Learnt λ of the mixer's skip, of the nets whose learning rate was chosen."
-    )
-    for (task, mixer), ax in panels.items():
-        part = data[(data["task"] == task) & (data["mixer"] == mixer)]
+    words = "Learnt λ of the mixer's skip, of the nets whose learning rate was chosen."
+    figure, axes, panels = _grid(rows, data, words)
+    for ax, part in panels:
         for number, mode in learnt:
             own, colour = part[part["lam"] == mode], PALETTE[number]
             x = own["layer"].astype(float) + OFFSET * (2 * number - len(modes))
@@ -44,11 +42,9 @@ def lambda_figure(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
             ax.plot(x, own["value"], "o", color=colour, ms=3, alpha=0.7)
             means = own.groupby(x)["value"].mean()
             ax.plot(means.index, means, "_", color=colour, ms=11)
-        layers = sorted(map(int, part["layer"].unique()))
-        ax.set_xticks(layers, [str(layer) for layer in layers])
-        ax.set_xlim(0.5, max(layers, default=1) + 0.5)
+        ax.set_xlim(0.5, max(_layer_ticks(ax, part), default=1) + 0.5)
     kinds = [(mode_name(mode), {"color": PALETTE[i], "marker": "o", "ls": ""}) for i, mode in learnt]
-    _name(figure, axes, panels, "learnt λ", kinds)
+    _name(figure, axes, data, "learnt λ", kinds)
     return figure, data
 
 
@@ -69,8 +65,7 @@ def mu_figure(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     n_inputs = int(kept["excerpt"].max()) + 1
     words = f"Means over seeds and {n_inputs} held-out inputs, band: one standard deviation over seeds."
     figure, axes, panels = _grid(rows, data, words)
-    for (task, mixer), ax in panels.items():
-        part = data[(data["task"] == task) & (data["mixer"] == mixer)]
+    for ax, part in panels:
         for number, mode in enumerate(modes):
             for when, dash in WHEN.items():
                 curve = part[(part["lam"] == mode) & (part["when"] == when)].sort_values("layer")
@@ -79,12 +74,11 @@ def mu_figure(rows: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
                 if when == "after":
                     spread = curve["std"].fillna(0)
                     ax.fill_between(x, curve["mean"] - spread, curve["mean"] + spread, color=colour, alpha=0.13, lw=0)
-        layers = sorted(map(int, part["layer"].unique()))
-        ax.set_xticks(layers, [str(layer) for layer in layers])
+        _layer_ticks(ax, part)
         ax.set_ylim(0, 1.03)
-    lines: list[tuple[str, dict]] = [(mode_name(mode), {"color": PALETTE[i]}) for i, mode in enumerate(modes)]
+    lines: list[Key] = [(mode_name(mode), {"color": PALETTE[i]}) for i, mode in enumerate(modes)]
     lines += [(f"{when} training", {"ls": dash}) for when, dash in WHEN.items()]
-    _name(figure, axes, panels, "relative μ", lines)
+    _name(figure, axes, data, "relative μ", lines)
     return figure, data
 
 
@@ -108,26 +102,37 @@ def _chosen(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.merge(tested, on=keys)
 
 
-def _grid(rows: pd.DataFrame, data: pd.DataFrame, words: str) -> tuple[Figure, np.ndarray, dict[tuple[str, str], Axes]]:
+Panels = list[tuple[Axes, pd.DataFrame]]  # each with its part of the data
+
+
+def _shown(data: pd.DataFrame) -> tuple[list[str], list[str]]:
+    """Tasks and mixers of the data, in the order of the table."""
+    return [task for task in TASKS if task in set(data["task"])], [m for m in MIXERS if m in set(data["mixer"])]
+
+
+def _grid(rows: pd.DataFrame, data: pd.DataFrame, words: str) -> tuple[Figure, np.ndarray, Panels]:
     """A row of panels a task, a column a mixer, and the caption."""
-    tasks = [task for task in TASKS if task in set(data["task"])]
-    mixers = [mixer for mixer in MIXERS if mixer in set(data["mixer"])]
+    tasks, mixers = _shown(data)
     figure, axes = canvas(len(tasks), PANEL, [_origin(rows, tasks), words], [1.0] * len(mixers), PAGE)
-    panels = {(task, mixer): axes[i, j] for i, task in enumerate(tasks) for j, mixer in enumerate(mixers)}
-    return figure, axes, panels
+    pairs = itertools.product(tasks, mixers)
+    parts = [data[(data["task"] == task) & (data["mixer"] == mixer)] for task, mixer in pairs]
+    return figure, axes, list(zip(axes.flat, parts, strict=True))
+
+
+def _layer_ticks(ax: Axes, part: pd.DataFrame) -> list[int]:
+    layers = sorted(map(int, part["layer"].unique()))
+    ax.set_xticks(layers, [str(layer) for layer in layers])
+    return layers
 
 
 def _origin(rows: pd.DataFrame, tasks: list[str]) -> str:
-    parts = []
-    for task in tasks:
-        part = rows[rows["task"] == task]
-        words = origin(part["data"].iloc[0], task)
-        parts.append(f"{words}; n = {part['seed'].nunique()} seeds, {part['dtype'].iloc[0]}.")
-    return " ".join(parts)
+    firsts = {task: rows[rows["task"] == task].iloc[0] for task in tasks}
+    seeds = rows.groupby("task")["seed"].nunique()
+    return " ".join(f"{origin(r['data'], t)}; n = {seeds[t]} seeds, {r['dtype']}." for t, r in firsts.items())
 
 
-def _name(figure: Figure, axes: np.ndarray, panels: dict[tuple[str, str], Axes], label: str, lines: list[Any]) -> None:
-    for row, task in zip(axes, dict.fromkeys(task for task, _ in panels), strict=True):
+def _name(figure: Figure, axes: np.ndarray, data: pd.DataFrame, label: str, lines: list[Key]) -> None:
+    tasks, mixers = _shown(data)
+    for row, task in zip(axes, tasks, strict=True):
         row[0].set_ylabel(f"{TASKS[task]}\n{label}")
-    mixers = list(dict.fromkeys(mixer for _, mixer in panels))
     name_panels(figure, axes, [MIXERS[mixer] for mixer in mixers], ["layer"] * len(mixers), lines)

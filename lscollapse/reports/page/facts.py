@@ -11,27 +11,21 @@ import pandas as pd
 
 from lscollapse.core.table import reads_pixels
 from lscollapse.reports import table1 as table1_report
-from lscollapse.reports.claims import runs as claims_runs
-from lscollapse.reports.figures.points import disagreement, embedded_note, groups_of, summarise
-from lscollapse.reports.figures.style import ends_with, number
-from lscollapse.reports.verdict import AGREE, DISAGREE, NOT_MEASURED
+from lscollapse.reports.claims.sentences import catalogue, judged
+from lscollapse.reports.figures import wording
+from lscollapse.reports.figures.points import groups_of, summarise
+from lscollapse.reports.verdict import DISAGREE, VERDICTS
 
 if TYPE_CHECKING:
     from lscollapse.reports.page.folders import Bounds, Run
 
 PRIVATE = ("contact", "cache_dir")  # settings that say who ran it and where, not what
-SIGNS = {1: "λ > 0", -1: "λ < 0", 0: "either sign"}
 MANY = 5  # names that are counted, not listed
 ROWS = 200  # of a table that is none of measurements
-MEASURED = ("relative_mu", "rank1_residual")
-KINDS = (AGREE, DISAGREE, NOT_MEASURED)
 
 
 def models(runs: Iterable[Run]) -> list[str]:
     return list(dict.fromkeys(model for run in runs for model in run.rows["model"]))
-
-
-# --- verdicts ---
 
 
 def verdicts(folders: Mapping[Path, str]) -> list[dict[str, Any]]:
@@ -40,8 +34,8 @@ def verdicts(folders: Mapping[Path, str]) -> list[dict[str, Any]]:
     `who` is a model; where a claim stands for several sentences, as the theory's statements do, it is the sentence.
     """
     found = []
-    table, names = claims_runs.table(list(folders)), {str(path): name for path, name in folders.items()}
-    for claim, (sentence, threshold) in claims_runs.catalogue().items():
+    table, names = judged(list(folders)), {str(path): name for path, name in folders.items()}
+    for claim, (sentence, threshold) in catalogue().items():
         part = table[table["claim"] == claim]
         several = part["sentence"].nunique() > 1
         again = part.duplicated(["sentence", "model", "reading"], keep=False)  # two runs that differ
@@ -58,16 +52,13 @@ def verdicts(folders: Mapping[Path, str]) -> list[dict[str, Any]]:
 def tally(found: Iterable[dict[str, Any]]) -> dict[str, int]:
     """How many verdicts of each kind."""
     counts = Counter(verdict["verdict"] for finding in found for verdict in finding["verdicts"])
-    return {verdict: counts[verdict] for verdict in KINDS}
-
-
-# --- warnings ---
+    return {verdict: counts[verdict] for verdict in VERDICTS}
 
 
 def warnings(measured: Sequence[Run], others: Sequence[Run], found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """What a reader has to know before the figures, as {text, runs}, the gravest first."""
     runs = [*measured, *others]
-    said = [("", embedded_note(models(measured)))]
+    said = [("", wording.embedded_note(models(measured)))]
     wrong = "; ".join(filter(None, map(_disproved, found)))
     said.append(("", f"The paper's statements that do not hold here: {wrong}." if wrong else ""))
     said += [(run.name, text) for run in measured for text in _of_rows(run)]
@@ -95,11 +86,11 @@ def _of_rows(run: Run) -> Iterator[str]:
             yield f"{model}: one {unit} only, so nothing is known of the spread."
         if set(part["init"]) == {"random"}:
             yield f"{model}: random weights, not trained."
-    present = [measure for measure in MEASURED if (rows["measure"] == measure).any()]
+    present = [measure for measure in wording.NAMES if (rows["measure"] == measure).any()]
     if not present:
         return
     points = summarise(rows, present)
-    yield disagreement(points)
+    yield wording.disagreement(points)
     yield from _lost(points[points["measure"] == present[0]])
     certified = rows["status"].eq("certified").mean()
     if certified:
@@ -114,13 +105,11 @@ def _lost(points: pd.DataFrame) -> Iterator[str]:
     floors: dict[str, list[str]] = {}
     for (model, init, arm, lam), part in groups_of(points, ["model", "init", "arm", "lam"]):
         name = f"{model}, {arm}{', random weights' if init == 'random' else ''}"
-        lam = "λ per layer" if pd.isna(lam) else f"λ = {number(lam)}"
-        end = ends_with(part)
+        end, below = wording.ends_with(part), part.loc[part["below_floor"] > 0, "layer"]
         if end:
-            yield f"{name}, {lam}: {end}. The curve stops there."
-        below = part.loc[part["below_floor"] > 0, "layer"]
+            yield f"{name}, {wording.lam_word(lam)}: {end}. The curve stops there."
         if len(below):
-            floors.setdefault(name, []).append(f"{lam} from layer {below.min()}")
+            floors.setdefault(name, []).append(f"{wording.lam_word(lam)} from layer {below.min()}")
     for name, where in floors.items():
         yield f"{name}: not resolved by the dtype (below the floor) at {', '.join(where)}."
 
@@ -131,9 +120,6 @@ def _of_code(manifest: dict[str, Any]) -> Iterator[str]:
         yield "The state of the code is not recorded: it was not run from a git checkout."
     elif git.get("dirty"):
         yield f"Made with uncommitted changes on top of commit {str(git.get('commit'))[:12]}."
-
-
-# --- provenance ---
 
 
 def provenance(run: Run) -> dict[str, Any]:
@@ -151,19 +137,16 @@ def provenance(run: Run) -> dict[str, Any]:
         "peak memory": None if peak is None else f"{peak / 2**30:.2f} GiB",
         "rows": f"{len(run.rows):,}",
     }
-    subjects = [
-        (
-            subject.get("model", ""),
-            [(name, _words(value)) for name, value in subject.items() if name != "model" and value],
-        )
-        for subject in identity.get("subjects", [])
+    loaded = [
+        (known.get("model", ""), [(name, _words(value)) for name, value in known.items() if name != "model" and value])
+        for known in identity.get("subjects", [])
     ]
     return {
         "name": run.name,
         "experiment": run.experiment,
         "config": [(key, _words(value)) for key, value in _flat(identity.get("config", {})) if value not in (None, "")],
         "computed": [(key, str(value)) for key, value in computed.items() if value],
-        "subjects": subjects,
+        "loaded": loaded,
         "titles": {model: ", ".join(titles) for model, titles in excerpt_titles(run).items()},
     }
 
@@ -211,7 +194,7 @@ def bounds_tables(folders: Iterable[Bounds]) -> list[dict[str, Any]]:
     """For each folder its bounds as (bound, sign, |lambda| in words, note), in the order of its file."""
     tables = []
     for folder in folders:
-        rows = folder.bounds.to_dict("records")
-        lines = [(row["bound"], SIGNS.get(row["sign"], ""), row["reads"], row["note"]) for row in rows]
-        tables.append({"name": folder.name.removeprefix("bound-"), "lines": lines})
+        signs = folder.bounds["sign"].map(wording.SIGNS).fillna("")
+        lines = folder.bounds.assign(sign=signs)[["bound", "sign", "reads", "note"]].itertuples(index=False, name=None)
+        tables.append({"name": folder.name, "lines": list(lines)})
     return tables

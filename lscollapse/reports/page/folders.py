@@ -10,7 +10,6 @@ from typing import Any
 
 import pandas as pd
 
-from lscollapse.core import run_folder
 from lscollapse.core.files import first_line
 
 
@@ -50,17 +49,11 @@ def named(folders: Sequence[Path]) -> dict[Path, str]:
     return names
 
 
-def read_run(path: Path, name: str) -> Run:
-    return Run(name, run_folder.read_rows(path), run_folder.read_manifest(path))
-
-
 def read_bounds(path: Path, name: str) -> Bounds:
-    import pandas as pd
-
     try:
         bounds, curve = pd.read_csv(path / "bounds.csv", keep_default_na=False), pd.read_csv(path / "curve.csv")
     except (OSError, ValueError) as error:
         raise ReportError(f"{path} has no readable bounds.csv and curve.csv: {first_line(error)}") from None
     if "to" not in bounds:  # a file of before there were intervals with an end
         bounds["to"] = math.inf
-    return Bounds(name, bounds, curve)
+    return Bounds(name.removeprefix("bound-"), bounds, curve)

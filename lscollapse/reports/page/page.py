@@ -13,7 +13,8 @@ from importlib import metadata, resources
 from pathlib import Path
 
 from lscollapse.core.files import write_text
-from lscollapse.reports.page.folders import ReportError, named, read_bounds, read_run
+from lscollapse.core.run_folder import read_manifest, read_rows
+from lscollapse.reports.page.folders import ReportError, Run, named, read_bounds
 
 SCRIPTS = ("scales.js", "plot.js", "page.js")
 
@@ -43,16 +44,16 @@ def page(folders: Sequence[Path]) -> str:
     """The page as text; arguments and errors as `write`."""
     import jinja2
 
-    from lscollapse.reports.claims import runs as claims_runs
     from lscollapse.reports.page import facts, plots
 
     names = named(folders)
-    runs = {path: read_run(path, name) for path, name in names.items() if (path / "manifest.json").exists()}
+    finished = {path: name for path, name in names.items() if (path / "manifest.json").exists()}
+    runs = {path: Run(name, read_rows(path), read_manifest(path)) for path, name in finished.items()}
     bounds = [read_bounds(path, name) for path, name in names.items() if (path / "bounds.csv").exists()]
     pack = plots.Pack()
     shown = [run for run in runs.values() if plots.drawable(run.rows)]
     others = [run for run in runs.values() if run not in shown]
-    strange = {path for path, run in runs.items() if run in others and run.experiment not in claims_runs.READERS}
+    strange = {path for path, run in runs.items() if run in others and run.experiment != "table1"}
     verdicts = facts.verdicts({path: name for path, name in names.items() if path not in strange})
     figures = [figure for run in shown for figure in plots.figures(run, pack)]
     theory = plots.theory_figure(bounds) if bounds else None

@@ -17,20 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from lscollapse.core.table import reads_pixels
-from lscollapse.reports.claims import sentences as claims
-from lscollapse.reports.figures import style
-from lscollapse.reports.figures.points import (
-    KEYS,
-    NEEDED,
-    NORMS,
-    SITES,
-    describe,
-    gate_word,
-    groups_of,
-    nets_note,
-    summarise,
-)
+from lscollapse.core.table import COLLAPSED, reads_pixels
+from lscollapse.reports.figures import wording
+from lscollapse.reports.figures.points import KEYS, NEEDED, STATUSES, groups_of, numbers, summarise
+from lscollapse.reports.figures.style import PALETTE, lambda_colour
+from lscollapse.reports.figures.theory import CURVES
 
 if TYPE_CHECKING:
     from lscollapse.reports.page.folders import Bounds, Run
@@ -38,13 +29,11 @@ if TYPE_CHECKING:
 ARM = ("model", "init", "arm", "gating", "layernorm", "skip_site", "norm_site")  # one curve over lambda
 SWEPT = 3  # lambdas from which an arm is a sweep
 UNIT = ("relative_mu", "rank1_residual", "dong_residual")  # between 0 and 1
-NAMES = style.NAMES | {
+MEASURES = wording.NAMES | {
     "mu": "μ", "stable_rank": "stable rank", "mean_cosine": "mean cosine", "dong_residual": "Dong residual",
     "lm_loss": "language-model loss (nats)", "grad_norm": "gradient norm",
 }  # fmt: skip
-STATUS = {
-    "overflow": "overflow", "nan": "NaN", "below_floor": "below the floor", "certified": "certified"
-}  # fmt: skip
+STATUS = {"overflow": "overflow", "nan": "NaN", "below_floor": "below the floor", "certified": "certified"}
 TITLES = {
     "sweep-lambda": ("Figure 1. Every λ, layer by layer", "Figure 2. The last layer against λ", "Arms, layer by layer"),
     "ablate-gating": ("λ, layer by layer", "The last layer against λ", "Figure 3. Gate and LayerNorm"),
@@ -75,6 +64,7 @@ class Pack:
     def text(self) -> str:
         """The planes, deflated, in base64."""
         values = np.concatenate([np.zeros(0), *self.values])
+        # Bit 39, the first that is cut off, is added: rounded to nearest, not down.
         upper = (values.view(np.uint64) >> np.uint64(40)) + (values.view(np.uint64) >> np.uint64(39) & np.uint64(1))
         planes = np.stack([upper >> np.uint64(16), upper >> np.uint64(8), upper]).astype(np.uint8)  # (3, n), low bytes
         return base64.b64encode(zlib.compress(planes.tobytes(), 9)).decode()
@@ -101,7 +91,8 @@ def figures(run: Run, pack: Pack) -> list[Json]:
         made.append(("lambda", last, "lambda", [_lambda_tab(points[swept])]))
     if len(rest):
         made.append(("arms", ablation, "layer", _arm_tabs(arms, run.experiment)))
-    caption = " ".join([describe(run.rows), *([nets_note(run.rows)] if run.experiment == "ablate-s4d" else [])])
+    notes = [wording.nets_note(run.rows)] if run.experiment == "ablate-s4d" else []
+    caption = " ".join([wording.describe(run.rows), *notes])
     return [
         {"id": f"{run.name}-{name}", "run": run.name, "title": title, "caption": caption, "x": x, "tabs": tabs,
          "unit": "image" if reads_pixels(run.rows) else "excerpt"}
@@ -111,10 +102,10 @@ def figures(run: Run, pack: Pack) -> list[Json]:
 
 def measure_facts(runs: Iterable[Run]) -> Json:
     """Name, range and threshold of every measure that occurs, in the order in which they are offered."""
-    present = {*style.NAMES, *(measure for run in runs for measure in run.rows["measure"].unique())}
-    order = [measure for measure in dict.fromkeys([*NAMES, *sorted(present)]) if measure in present]
-    line = {"relative_mu": claims.COLLAPSED}
-    return {m: {"name": NAMES.get(m, m), "unit": m in UNIT, "line": line.get(m)} for m in order}
+    present = {*wording.NAMES, *(measure for run in runs for measure in run.rows["measure"].unique())}
+    order = [measure for measure in dict.fromkeys([*MEASURES, *sorted(present)]) if measure in present]
+    line = {"relative_mu": COLLAPSED}
+    return {m: {"name": MEASURES.get(m, m), "unit": m in UNIT, "line": line.get(m)} for m in order}
 
 
 def theory_figure(folders: Sequence[Bounds]) -> Json:
@@ -124,19 +115,11 @@ def theory_figure(folders: Sequence[Bounds]) -> Json:
         curve = folder.curve.assign(size=folder.curve["lam"].abs())
         sizes = sorted(set(curve["size"][curve["size"] > 0]))
         series = []
-        for sign, words, colour in ((1, "λ > 0", style.PALETTE[1]), (-1, "λ < 0", style.PALETTE[0])):
+        for sign, colour in CURVES.items():
             half = curve[curve["lam"] * sign > 0].sort_values("size")
-            of = {m: {"x": half["size"].tolist(), "y": _short(half[m], 6)} for m in style.NAMES if m in half}
-            series.append({"name": words, "colour": both_themes(colour), "dash": False, "of": of})
-        tabs.append(
-            {
-                "name": folder.name.removeprefix("bound-"),
-                "run": "",
-                "x": sizes,
-                "series": series,
-                "marks": _marks(folder.bounds),
-            }
-        )
+            of = {m: {"x": half["size"].tolist(), "y": _short(half[m], 6)} for m in wording.NAMES if m in half}
+            series.append({"name": wording.SIGNS[sign], "colour": both_themes(colour), "dash": False, "of": of})
+        tabs.append({"name": folder.name, "run": "", "x": sizes, "series": series, "marks": _marks(folder.bounds)})
     return {"id": "theory-plot", "title": "What the theorems ask for, and what is needed", "x": "size", "tabs": tabs,
             "unit": "", "run": "", "caption": ""}  # fmt: skip
 
@@ -147,22 +130,16 @@ def _marks(bounds: pd.DataFrame) -> list[Json]:
     for number, line in enumerate(bounds.to_dict("records"), 1):
         for end in dict.fromkeys((float(line["lam"]), float(line["to"]))):
             if math.isfinite(end) and end > 0:
-                mark = at.setdefault(
-                    f"{end:.3g}", {"x": end, "names": [], "measured": str(line["bound"]).startswith("measured")}
-                )
+                measured = str(line["bound"]).startswith("measured")
+                mark = at.setdefault(f"{end:.3g}", {"x": end, "names": [], "measured": measured})
                 mark["names"].append(str(number))
     return list(at.values())
 
 
-# --- points ---
-
-
 def _points(rows: pd.DataFrame, pack: Pack) -> pd.DataFrame:
-    """`figures.summarise` for every measure, and in `at` where each point's excerpts are in the pack."""
-    known = rows["status"].isin(("ok", "certified"))
-    number = rows["value"].where(known).mask(rows["status"].eq("below_floor"), rows["floor"].fillna(rows["value"]))
+    """`summarise` for every measure, and in `at` where each point's excerpts are in the pack."""
     last = rows.groupby("model")["layer"].transform("max")
-    rows = rows.assign(number=number.astype(float), layer=rows["layer"].fillna(last))
+    rows = rows.assign(number=numbers(rows).astype(float), layer=rows["layer"].fillna(last))
     parts = []
     for _, part in rows.groupby(["model", "measure"], sort=False):
         data = summarise(part, list(part["measure"].unique()))
@@ -181,7 +158,7 @@ def _record(points: pd.DataFrame, x: str, of_tab: list[float]) -> Json:
         "y": _short(points["mean"].where(shown), 6), "s": _short(points["std"].where(shown), 3),
         "n": int(points["excerpts"].max()), "at": at, "notes": _notes(points), "floor": _short(points["floor"][:1], 3)[0],
         "open": np.flatnonzero(points["drawn"] == "at_floor").tolist(),
-        "end": style.ends_with(points) if x == "layer" else "",
+        "end": wording.ends_with(points) if x == "layer" else "",
     }  # fmt: skip
     if points[x].tolist() != of_tab:
         record["x"] = points[x].tolist()
@@ -195,7 +172,7 @@ def _notes(points: pd.DataFrame) -> list[list[Any]]:
     notes: list[list[Any]] = []
     if not points[list(STATUS)].to_numpy().any():
         return notes
-    for i, row in enumerate(points[list(style.STATUSES)].to_dict("records")):
+    for i, row in enumerate(points[list(STATUSES)].to_dict("records")):
         total = sum(row.values())
         words = ", ".join(f"{text} ({row[status]} of {total})" for status, text in STATUS.items() if row[status])
         if notes and notes[-1][2] == words and notes[-1][1] == i - 1:
@@ -207,9 +184,6 @@ def _notes(points: pd.DataFrame) -> list[list[Any]]:
 
 def _short(values: Iterable[float], digits: int) -> list[float | None]:
     return [float(f"{value:.{digits}g}") if math.isfinite(value) else None for value in values]
-
-
-# --- tabs and series ---
 
 
 def _series(points: pd.DataFrame, x: str, of_tab: list[float], name: str, colour: str, dash: bool = False) -> Json:
@@ -227,8 +201,7 @@ def _sweep_tabs(points: pd.DataFrame) -> list[Json]:
         series = []
         for lam in sorted(lams, key=lambda lam: (math.isnan(lam), -lam)):
             own = part[part["lam"].eq(lam) | (math.isnan(lam) & part["lam"].isna())]
-            name = "λ per layer" if math.isnan(lam) else f"λ = {style.number(lam)}"
-            series.append(_series(own, "layer", layers, name, style.lambda_colour(lam, lams)))
+            series.append(_series(own, "layer", layers, wording.lam_word(lam), lambda_colour(lam, lams)))
         name = ", ".join((model, *_facets(part, points[points["model"] == model])))
         tabs.append({"name": name, "model": model, "x": layers, "series": series})
     return tabs
@@ -242,7 +215,7 @@ def _lambda_tab(points: pd.DataFrame) -> Json:
     series = []
     for i, ((model, init, *_), part) in enumerate(groups_of(points, list(ARM))):
         name = ", ".join((model, *_facets(part, points[points["model"] == model])))
-        series.append(_series(part, "lam", lams, name, style.PALETTE[i % len(style.PALETTE)], init == "random"))
+        series.append(_series(part, "lam", lams, name, PALETTE[i % len(PALETTE)], init == "random"))
         series[-1]["model"] = model
     return {"name": "", "x": lams, "series": series}
 
@@ -262,10 +235,10 @@ def _arm_tabs(points: pd.DataFrame, experiment: str) -> list[Json]:
             series = []
             for (init, layernorm, gating, lam), own in groups_of(order, ["init", "layernorm", "gating", "lam"]):
                 arm = (layernorm, str(gating), str(lam))
-                colour = arms.setdefault(arm, style.PALETTE[len(arms) % len(style.PALETTE)])
+                colour = arms.setdefault(arm, PALETTE[len(arms) % len(PALETTE)])
                 name = _arm_name(own.iloc[0], part["lam"].nunique(dropna=False) > 1, experiment)
                 series.append(_series(own, "layer", layers, name, colour, init == "random"))
-            where = (SITES.get(skip_site, skip_site), f"without {NORMS.get(norm_site, norm_site)}")
+            where = (wording.SITES.get(skip_site, skip_site), f"without {wording.NORMS.get(norm_site, norm_site)}")
             name = model if len(readings) == 1 else f"{model}, λ on {', '.join(where)}"
             tabs.append({"name": name, "model": model, "x": layers, "series": series})
     return tabs
@@ -276,7 +249,7 @@ def _arm_name(point: pd.Series, names_lam: bool, experiment: str) -> str:
     if experiment == "ablate-s4d":
         words.append("skip" if point["lam"] else "no skip")
     elif names_lam:
-        words.append("λ per layer" if pd.isna(point["lam"]) else f"λ = {style.number(point['lam'])}")
+        words.append(wording.lam_word(point["lam"]))
     words.append("LN" if point["layernorm"] else "no LN")
     return ", ".join([*words, *(["random weights"] if point["init"] == "random" else [])])
 
@@ -285,9 +258,9 @@ def _facets(part: pd.DataFrame, of_model: pd.DataFrame) -> list[str]:
     """In words, what tells this arm from the others of its model."""
     first = part.iloc[0]
     words = {
-        "gating": gate_word(first["gating"]),
+        "gating": wording.gate_word(first["gating"]),
         "layernorm": "LN" if first["layernorm"] else "no LN",
-        "skip_site": f"λ on {SITES.get(first['skip_site'], first['skip_site'])}",
+        "skip_site": f"λ on {wording.SITES.get(first['skip_site'], first['skip_site'])}",
         "norm_site": f"norm site {first['norm_site']}",
         "init": "random weights" if first["init"] == "random" else "trained",
     }

@@ -30,7 +30,7 @@ from lscollapse.experiments import own_model
 from lscollapse.models.checkpoints import checkpoint
 from lscollapse.models.checkpoints.tensors import CheckpointError
 from lscollapse.reports import verdict
-from lscollapse.reports.figures.points import describe
+from lscollapse.reports.figures.wording import describe
 from tests.equivalence import plain_models
 
 WORDS = [f"word{i}" for i in range(50)]

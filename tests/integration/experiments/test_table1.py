@@ -284,7 +284,7 @@ def test_a_loss_of_the_margin_passes_as_no_worse_no_more_often_than_the_level() 
     rng = np.random.default_rng(0)
     arm = ("mqar", "mamba", "learnt from -1")
     draws = rng.normal(0.9, 0.01, (2000, 2, 5)) - np.array([[0.02], [0.0]])
-    passed = [table1_report.compare(arm, [(list(a), list(b))], 0.02, 1).verdict == "no worse" for a, b in draws]
+    passed = [table1_report.contrast(arm, [(list(a), list(b))], 0.02, 1).verdict == "no worse" for a, b in draws]
     assert 0.03 < np.mean(passed) < 0.07
 
 
@@ -300,7 +300,7 @@ def test_a_loss_of_the_margin_passes_as_no_worse_no_more_often_than_the_level() 
     ],
 )
 def test_verdicts(learnt: list[float], fixed: list[float], verdict: str) -> None:
-    found = table1_report.compare(("mqar", "mamba", "learnt from -1"), [(learnt, fixed)], 0.02, 8)
+    found = table1_report.contrast(("mqar", "mamba", "learnt from -1"), [(learnt, fixed)], 0.02, 8)
     assert found.verdict == verdict
     assert found.difference == pytest.approx(np.mean(learnt) - np.mean(fixed))
 
@@ -314,7 +314,7 @@ def test_the_sentence_needs_every_comparison() -> None:
             ("mqar", mixer, "learnt from -1"): values
             for mixer, values in zip(("attention", "mamba"), learnt, strict=True)
         }
-        return [v for v, _ in table1_report.verdicts(table1_report.comparisons(rows_of(arms), 0.02)).values()]
+        return [v for v, _ in table1_report.verdicts(table1_report.contrasts(rows_of(arms), 0.02)).values()]
 
     assert verdict(same, same) == ["agrees", "agrees", "undecided"]  # each, on average, outperforms
     assert verdict(same, wide) == ["undecided", "undecided", "undecided"]

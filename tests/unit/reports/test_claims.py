@@ -19,10 +19,10 @@ from lscollapse.cli import results as cli_look
 from lscollapse.core.config import Experiment
 from lscollapse.core.run_folder import RunFolderError
 from lscollapse.experiments import paper as experiments
-from lscollapse.reports.claims import runs as claims_runs
 from lscollapse.reports.claims import sentences as claims
 from lscollapse.reports.claims import table1 as claims_table1
 from lscollapse.reports.claims import theory as claims_theory
+from lscollapse.reports.claims.figures import CLAIMS
 from lscollapse.reports.verdict import AGREE, DISAGREE, NOT_MEASURED
 from lscollapse.theory import verify
 from tests import ROOT
@@ -210,7 +210,7 @@ def trained(learnt: Sequence[float], fixed: Sequence[float]) -> pd.DataFrame:
     ],
 )
 def test_table1(learnt: Sequence[float], fixed: Sequence[float], first: str, second: str) -> None:
-    found = {finding.claim: finding for finding in claims_table1.judge(trained(learnt, fixed))}
+    found = {finding.claim: finding for finding in claims_table1.findings(trained(learnt, fixed))}
     assert (found["table 1a"].verdict, found["table 1b"].verdict) == (first, second)
     points = 100 * (sum(learnt) / len(learnt) - sum(fixed) / len(fixed))
     assert f"MQAR Mamba, learnt from -1: {points:+.1f}" in found["table 1a"].numbers
@@ -219,14 +219,14 @@ def test_table1(learnt: Sequence[float], fixed: Sequence[float], first: str, sec
 def test_table1_of_several_mixers_is_judged_mixer_by_mixer() -> None:
     """Their average, which the `table1` verb adds, is no case of its own."""
     one = trained([0.9, 0.91, 0.9], [0.9, 0.91, 0.9])
-    found = list(claims_table1.judge(pd.concat([one, one.assign(mixer="attention")])))
+    found = list(claims_table1.findings(pd.concat([one, one.assign(mixer="attention")])))
     assert [finding.claim for finding in found] == ["table 1a", "table 1b"]
     assert found[0].model == "MQAR" and found[0].numbers.startswith("of 2: 2 no worse")
 
 
 def test_table1_without_a_pair_of_arms() -> None:
     rows = trained([0.9, 0.9], [])
-    assert [finding.verdict for finding in claims_table1.judge(rows)] == [NOT_MEASURED, NOT_MEASURED]
+    assert [finding.verdict for finding in claims_table1.findings(rows)] == [NOT_MEASURED, NOT_MEASURED]
 
 
 # --- theory ------------------------------------------------------------------------------------
@@ -307,7 +307,7 @@ def test_norms_of_an_s4d(tmp_path: Path, sizes: list[float], expected: str, numb
 def test_damaged_files_of_the_theory(tmp_path: Path, file: str, text: str) -> None:
     (tmp_path / file).write_text(text, encoding="utf-8")
     with pytest.raises(RunFolderError, match=r"theory (verify|bound)") as caught:
-        claims_runs.table([tmp_path])
+        claims.judged([tmp_path])
     assert "\n" not in str(caught.value)
 
 
@@ -343,23 +343,23 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def test_every_sentence_gets_a_line(runs: list[Path]) -> None:
-    found = claims_runs.table(runs[:2])
-    assert list(dict.fromkeys(found["claim"])) == list(claims_runs.catalogue())
+    found = claims.judged(runs[:2])
+    assert list(dict.fromkeys(found["claim"])) == list(claims.catalogue())
     about = found[found["model"] == "mamba"]
-    assert set(about["claim"]) == {name for name in claims.CLAIMS if not name.startswith("figure 4")}
+    assert set(about["claim"]) == {name for name in CLAIMS if not name.startswith("figure 4")}
     assert not (about["verdict"] == NOT_MEASURED).any()  # what one run lacks the other has
     rest = found[found["model"] != "mamba"]
     assert set(rest["verdict"]) == {NOT_MEASURED} and set(rest["model"]) == {""}
 
 
 def test_findings_are_those_of_the_tables(runs: list[Path]) -> None:
-    for run, part in claims_runs.table(runs[:1]).query("run != ''").groupby("run"):
+    for run, part in claims.judged(runs[:1]).query("run != ''").groupby("run"):
         own = {f.claim: (f.verdict, f.numbers) for f in claims.judge(pd.read_parquet(Path(str(run)) / "rows.parquet"))}
         assert {row.claim: (row.verdict, row.numbers) for row in part.itertuples()} == own
 
 
 def test_the_default_reading_is_not_told_twice(runs: list[Path]) -> None:
-    found = claims_runs.table([runs[0], runs[2]])
+    found = claims.judged([runs[0], runs[2]])
     said = found[found["model"] == "mamba"]
     assert not said.duplicated(["claim", "verdict", "numbers", "reading"]).any()
     of_1b = said[said["claim"] == "figure 1b"]
@@ -369,7 +369,7 @@ def test_the_default_reading_is_not_told_twice(runs: list[Path]) -> None:
 
 
 def test_a_transformer_is_judged_on_figure_2_only(runs: list[Path]) -> None:
-    found = claims_runs.table(runs[3:])
+    found = claims.judged(runs[3:])
     assert set(found.loc[found["model"] == "bert", "claim"]) == {"figure 2a", "figure 2b", "figure 2c", "figure 2d"}
 
 
@@ -392,7 +392,7 @@ def test_the_verdicts_on_readings_are_a_file_of_their_own(runs: list[Path], tmp_
 
 def test_a_folder_of_something_else(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="finished run"):
-        claims_runs.table([tmp_path])
+        claims.judged([tmp_path])
 
 
 # --- the verb ----------------------------------------------------------------------------------
@@ -405,7 +405,7 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: Any, **options: Any)
 
 
 def test_all_formats_say_the_same(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
-    expected = claims_runs.table(runs[1:2]).to_dict("records")
+    expected = claims.judged(runs[1:2]).to_dict("records")
     assert json.loads(printed(capsys, runs[1:2], form="json")) == expected
     assert list(csv.DictReader(io.StringIO(printed(capsys, runs[1:2], form="csv")))) == expected
     lines = printed(capsys, runs[1:2], form="markdown").splitlines()
@@ -420,7 +420,7 @@ def test_the_list_of_sentences_is_the_documented_one(capsys: pytest.CaptureFixtu
     documented = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
     assert printed(capsys, form="markdown") in documented
     text = printed(capsys)
-    assert all(sentence in text and threshold in text for sentence, threshold in claims_runs.catalogue().values())
+    assert all(sentence in text and threshold in text for sentence, threshold in claims.catalogue().values())
 
 
 # --- the embedded runs and the README ------------------------------------------------------------

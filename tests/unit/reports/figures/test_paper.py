@@ -325,7 +325,7 @@ DRAWN = {  # each edge by the figures that it could upset; figure 1 has a log ax
 def test_every_edge_gives_a_figure(edge, number):
     rows = EDGES[edge]()
     if number == "3":
-        figure, data = figure3(rows, "mamba2-tiny", lam=rows["lam"].iloc[0])
+        figure, data = figure3(rows[rows["lam"] == rows["lam"].iloc[0]].assign(lam=1.0), "mamba2-tiny")
     else:
         figure, data = figure1(rows, "mamba2-tiny", "log") if number == "1" else figure2(rows)
     figure.draw_without_rendering()
@@ -433,7 +433,7 @@ def test_readings_fit_the_page_and_name_only_what_fits_on_the_lambda_axis(drawn_
     [
         (lambda rows: figure1(rows, "mamba3"), "no rows of model 'mamba3'"),
         (lambda rows: figure1(rows.drop(columns="floor"), "mamba2-tiny"), "no column floor"),
-        (lambda rows: figure3(rows, "mamba2-tiny", lam=3.0), "no rows of relative_mu"),
+        (lambda rows: figure3(rows.assign(lam=3.0), "mamba2-tiny"), "no rows of relative_mu"),
         (lambda rows: figure_readings(rows.assign(lam=np.nan), "mamba2-tiny"), "no rows of relative_mu"),
         (lambda rows: figure1(pd.concat([rows, rows.assign(dtype="bfloat16")]), "mamba2-tiny"), "dtype vary"),
         (lambda rows: draw("check-identity", rows, "nowhere"), "no figure is drawn of 'check-identity'"),

@@ -9,13 +9,15 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from lscollapse.reports.figures.style import against_layer, ends_with, lambda_axis, lambda_colour, number, save, spread
+from lscollapse.reports.figures.lines import against_layer, lambda_axis
+from lscollapse.reports.figures.style import lambda_colour, save, spread
+from lscollapse.reports.figures.wording import ends_with, number
 
 LAMBDAS = (-8.0, -4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 
 
 def points(mean, **counts) -> pd.DataFrame:
-    """Points of a curve against layer as `figures.summarise` makes them, four excerpts behind each."""
+    """Points of a curve against layer as `points.summarise` makes them, four excerpts behind each."""
     data = pd.DataFrame({
         "layer": np.arange(len(mean)), "measure": "relative_mu", "mean": mean, "std": 0.1 / 3, "floor": 1e-6,
         "ok": 4, "certified": 0, "below_floor": 0, "overflow": 0, "nan": 0,
