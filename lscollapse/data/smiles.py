@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+
+from lscollapse.data.texts import Text
 
 MIN_TOKENS = 128
 
@@ -21,13 +22,6 @@ HEAD = re.compile(r"(\[[^\[\]]+\]|Br|Cl|[A-Za-z])((?:\d|%\d\d)*)")
 def tokens(smiles: str) -> list[str]:
     """The atoms, bonds, brackets, ring numbers, dots and arrows of a SMILES string; nothing but white space is lost."""
     return TOKEN.findall(smiles)
-
-
-class Reaction(NamedTuple):
-    """A generated reaction: `title` is its kind and number, `smiles` is `reactants.reagents.solvent>>product`."""
-
-    title: str
-    smiles: str
 
 
 SMALL = ["F", "Cl", "C", "OC", "C(F)(F)F", "C#N", "OC(F)(F)F", "C(C)(C)C", "S(C)(=O)=O", "C(=O)OC", "OCC", "C(C)C"]
@@ -181,24 +175,27 @@ KINDS: dict[str, Callable[[Draw], list[str]]] = {
 }
 
 
-def reaction(number: int, seed: int) -> Reaction:
-    """Reaction `number` of a seed: at least `MIN_TOKENS` tokens, the same on every machine whatever else is drawn."""
+def reaction(number: int, seed: int) -> Text:
+    """Reaction `number` of a seed: at least `MIN_TOKENS` tokens, the same on every machine whatever else is drawn.
+
+    The title is its kind and number, the text `reactants.reagents.solvent>>product`.
+    """
     draw = Draw(f"{seed}:{number}")
     while True:
         kind = draw.one(list(KINDS))
         *mixture, product = KINDS[kind](draw)
         smiles = f"{'.'.join(mixture)}>>{product}"
         if len(tokens(smiles)) >= MIN_TOKENS:
-            return Reaction(f"{kind} {number}", smiles)
+            return Text(f"{kind} {number}", smiles)
 
 
-def reactions(count: int, seed: int = 0) -> Iterator[Reaction]:
+def reactions(count: int, seed: int) -> Iterator[Text]:
     """`count` reactions of a seed, all different."""
     seen: set[str] = set()
     number = 0
     while len(seen) < count:
         number += 1
         drawn = reaction(number, seed)
-        if drawn.smiles not in seen:
-            seen.add(drawn.smiles)
+        if drawn.text not in seen:
+            seen.add(drawn.text)
             yield drawn

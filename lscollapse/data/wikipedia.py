@@ -168,5 +168,3 @@ def _check(settings: WikipediaSection) -> None:
         raise CorpusError(
             f"wikipedia.endpoint {settings.endpoint!r} must be the URL of an api.php: https://HOST/w/api.php"
         )
-    if settings.max_retries < 0 or settings.retry_wait < 0:
-        raise CorpusError("wikipedia.max_retries and wikipedia.retry_wait must not be negative")

@@ -282,11 +282,11 @@ def _drawn(info: ModelInfo, adapter: Adapter, config: Experiment, progress: Prog
 
     if info.architecture == "s4d":
         source = adapter.config.data if config.source in corpora.SOURCES else config.source
-        return images.excerpts(source, adapter.config, config.excerpts, config.seed)
+        return images.image_excerpts(source, adapter.config, config.excerpts, config.seed)
     if info.text == "smiles":
-        return corpora.load("smiles", config.excerpts, config.tokens, config.seed)
+        return corpora.draw_excerpts("smiles", config.excerpts, config.tokens, config.seed)
     if isinstance(adapter, VitAdapter):
-        return pictures.excerpts(config.source, adapter.size, config.excerpts, config.seed)
+        return pictures.picture_excerpts(config.source, adapter.size, config.excerpts, config.seed)
     native = native_tokenizer(info)
     where: Any = {"cache_dir": config.cache_dir, "offline": config.offline}
     tokenizer = (
@@ -313,7 +313,9 @@ def load_corpus(config: Experiment, tokenizer: Tokenizer | None) -> Corpus:
         titles = [title.strip() for title in read_text(wiki.titles, CorpusError).split("\n") if title.strip()]
     kept = wiki.cache_dir or cache_folder(config.cache_dir) / "wikipedia"
     settings = wiki.model_copy(update={"cache_dir": kept})
-    return corpora.load(config.source, config.excerpts, config.tokens, config.seed, tokenizer, titles, settings)
+    return corpora.draw_excerpts(
+        config.source, config.excerpts, config.tokens, config.seed, tokenizer, titles, settings
+    )
 
 
 def native_tokenizer(info: ModelInfo) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from lscollapse.core.files import atomic, changes, write_json, write_text
 from lscollapse.core.progress import SILENT, Progress
+from lscollapse.data.examples import Data, Examples
 
 STATE, LOG, RECORD = "state.pt", "log.csv", "diverged.json"
 EVALUATED_AT_ONCE = 256  # examples
@@ -68,43 +68,6 @@ class Settings:
     evaluate_every: int | None = None
     save_every: int = 1000
     save_seconds: float = 60.0
-
-
-@dataclass(frozen=True)
-class Examples:
-    """One split.
-
-    Attributes:
-        ids: (n, N) integers, what the net reads.
-        labels: (n,) classes, or (n, P) one for each position of `at`.
-        at: (n, P) the positions that are asked for, or None where the net gives one output a sequence.
-    """
-
-    ids: np.ndarray
-    labels: np.ndarray
-    at: np.ndarray | None = None
-
-    def batch(self, rows: Any, device: str) -> tuple[Tensor, Tensor, Tensor | None]:
-        """ids, labels and at of some rows as int64 on the device."""
-
-        def take(values: np.ndarray) -> Tensor:
-            return torch.from_numpy(values[rows].astype(np.int64)).to(device)
-
-        return take(self.ids), take(self.labels), None if self.at is None else take(self.at)
-
-
-@dataclass(frozen=True)
-class Data:
-    """What is trained on, and what the accuracy is reported on meanwhile; `source` names both, with their seed.
-
-    Attributes:
-        augment: (ids, seed) -> ids, changes the examples of a step anew each time they are seen.
-    """
-
-    train: Examples
-    held_out: Examples
-    source: str
-    augment: Callable[[Tensor, Any], Tensor] | None = None
 
 
 @dataclass
@@ -236,8 +199,9 @@ def _train(
         if state.step % settings.save_every == 0 or last or time.monotonic() - saved >= settings.save_seconds:
             state.seconds = time.monotonic() - began
             write_text(folder / LOG, "\n".join(state.log) + "\n")
-            _save({"identity": identity, "net": net.state_dict(), "optimizer": optimizer.state_dict(), **asdict(state)},
-                  folder / STATE)  # fmt: skip
+            parts = {"identity": identity, "net": net.state_dict(), "optimizer": optimizer.state_dict()}
+            with atomic(folder / STATE) as temporary:
+                torch.save({**parts, **asdict(state)}, temporary)
             saved = time.monotonic()
     *_, train_loss, loss, accuracy = map(float, state.log[-1].split(","))
     return Outcome(state.step, state.seconds, accuracy, loss, train_loss)
@@ -256,7 +220,7 @@ def _step(
         logits = net(ids) if at is None else net(ids, at)
     loss = loss_of(logits, labels, settings.loss)
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    torch.autograd.backward(loss)  # what loss.backward() calls, with types
     norm = float(nn.utils.clip_grad_norm_(net.parameters(), settings.clip))
     if math.isfinite(norm):
         optimizer.step()
@@ -308,11 +272,6 @@ def _continued(
     net.load_state_dict(held.pop("net"))
     optimizer.load_state_dict(held.pop("optimizer"))
     return _State(**held)
-
-
-def _save(state: dict[str, Any], path: Path) -> None:
-    with atomic(path) as temporary:
-        torch.save(state, temporary)
 
 
 def _diverged(record: dict[str, Any], folder: Path) -> str:

@@ -18,9 +18,10 @@ from lscollapse import measures
 from lscollapse.core.config import ConfigError
 from lscollapse.core.progress import SILENT, Progress
 from lscollapse.data import images, mqar
+from lscollapse.data.examples import Data, Examples
 from lscollapse.experiments.table1.schema import Table1
 from lscollapse.models.nets.lambda_net import LEARNABLE, Net, NetConfig
-from lscollapse.runs.training import Data, Diverged, Examples, Settings, evaluate, fit
+from lscollapse.runs.training import Diverged, Settings, evaluate, fit
 
 MEASURED = ("relative_mu", "rank1_residual")
 BEFORE, AFTER = "before", "after"
@@ -187,8 +188,7 @@ def _mqar(values: dict[str, Any]) -> mqar.MqarConfig:
 
 
 def _recall(values: dict[str, Any], split: str) -> Examples:
-    found = mqar.load(_mqar(values), split, values[split], values["seed"])
-    return Examples(found.ids, found.labels, found.at)
+    return mqar.sequences(_mqar(values), split, values[split], values["seed"])
 
 
 def _labelled(found: images.Images) -> Examples:

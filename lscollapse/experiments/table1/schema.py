@@ -47,7 +47,7 @@ SECTIONS = {"net": NetSection, "training": TrainingSection}
 
 
 class ImageData(Section):
-    """`source` is digits, cifar10 or a folder, as `tasks.images.grey` takes it."""
+    """`source` is digits, cifar10 or a folder, as `data.images.grey` takes it."""
 
     source: str = "digits"
     seed: int = Field(default=0, ge=0)

@@ -37,7 +37,7 @@ registry.ENTRIES["a-mamba2"] = registry.Entry("a-mamba2", "mamba2", "folder", fo
 """
 RUN = """
 from pathlib import Path
-from lscollapse import experiments
+from lscollapse.experiments import paper as experiments
 from lscollapse.core.config import Experiment
 
 class Killed:

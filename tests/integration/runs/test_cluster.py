@@ -249,7 +249,7 @@ def test_a_driver_that_is_killed_is_continued(
     settings: dict[str, Any], address: str, connected: None, local: Path, tmp_path: Path
 ) -> None:
     program = (
-        "import json, os, sys; from pathlib import Path; from lscollapse import experiments;"
+        "import json, os, sys; from pathlib import Path; from lscollapse.experiments import paper as experiments;"
         "from tests.integration.runs.test_cluster import Advances, on_ray;"
         "settings, address, out = json.loads(sys.argv[1]);"
         "experiments.sweep_lambda(on_ray(settings, address), Path(out), Advances(lambda: os.kill(os.getpid(), 9)))"

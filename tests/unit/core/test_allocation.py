@@ -10,7 +10,7 @@ import pytest
 
 SCRIPT = """
 import resource, sys
-from lscollapse import allocation
+from lscollapse.core import allocation
 if sys.argv[1] == "keep":
     assert allocation.keep_freed_memory() is True
 def once():

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lscollapse.core.files import changes
+from lscollapse.core.files import PARTIAL, changes
 from lscollapse.core.run_folder import RunFolder, RunFolderError, read_manifest, read_rows
 from lscollapse.core.table import COLUMNS
 
@@ -102,7 +102,7 @@ def test_a_half_written_part_is_not_a_part(tmp_path: Path) -> None:
 
 def test_killed_while_the_first_manifest_is_written(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "manifest.json.tmp").write_text('{"compl', encoding="utf-8")
+    (tmp_path / "run" / f".manifest.json.1{PARTIAL}").write_text('{"compl', encoding="utf-8")
     assert not RunFolder(tmp_path / "run", IDENTITY).complete
 
 

@@ -40,12 +40,12 @@ def titles(file: Path, wiki: MediaWikiServer) -> Any:
 
 KINDS: dict[str, tuple[str, str, Callable[[Path, MediaWikiServer], Any], Any]] = {
     "titles": ("titles.txt", "Café\r\nLamp\r\n", titles, ["Café", "Lamp"]),
-    "text": ("a.txt", "Café by the sea", lambda file, _: corpus.load(str(file), 1, 4, tokenizer=WORDS).excerpts[0].ids,
+    "text": ("a.txt", "Café by the sea", lambda file, _: corpus.draw_excerpts(str(file), 1, 4, tokenizer=WORDS).excerpts[0].ids,
              (4, 2, 3, 3)),
     "jsonl": ("a.jsonl", '{"text": "Café by the sea", "title": "é"}',
-              lambda file, _: corpus.load(str(file), 1, 4, tokenizer=WORDS).excerpts[0].title, "é"),
+              lambda file, _: corpus.draw_excerpts(str(file), 1, 4, tokenizer=WORDS).excerpts[0].title, "é"),
     "frozen": ("a.jsonl", json.dumps(FROZEN, ensure_ascii=False),
-               lambda file, _: (corpus.load(str(file), 1, 3).excerpts[0].ids,
+               lambda file, _: (corpus.draw_excerpts(str(file), 1, 3).excerpts[0].ids,
                                 own_model.reads_own_tokens(Experiment(source=str(file)))), ((3, 4, 5), False)),
     "lambdas": ("a.csv", "layer,lam,é\n1,0.5,\n2,-2,\n", lambda file, _: experiments.read_lambdas(file, 2), (0.5, -2.0)),
     "configuration": ("a.yaml", "models: [é]\n", lambda file, _: config.load(file).models, ["é"]),
@@ -77,4 +77,4 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(OverflowError, match="gone cannot be read: there is no such file"):
         read_text(tmp_path / "gone", OverflowError)  # type: ignore[arg-type]
     with pytest.raises(CorpusError, match="cannot be read: it is no file"):
-        read_text(tmp_path)
+        read_text(tmp_path, CorpusError)
