@@ -128,18 +128,19 @@ def draw_excerpts(
     if path and is_frozen(source):
         return _thaw(path, n_excerpts, n_tokens, tokenizer)
     tokenizer = tokenizer or tokenizers.bert()
-    if source == "packaged":
-        return _take(texts.packaged(seed), n_excerpts, n_tokens, tokenizer, PACKAGED_SOURCE)
     if source == "wikipedia":
         with wikipedia.Articles(settings, seed, titles, limit=wikipedia.DRAWN_PER_EXCERPT * n_excerpts) as articles:
             corpus = _take(articles, n_excerpts, n_tokens, tokenizer, articles.source, articles.counts)
         return replace(corpus, titles=tuple(articles.titles))
-    if path is None:
-        stream = texts.parquet_stream(None, seed, settings.language)
+    if path is not None:
+        reader = {".txt": texts.plain_file, ".jsonl": texts.jsonl_file, ".parquet": texts.parquet_stream}[path.suffix]
+        found, name = reader(path, seed), path.name
+    elif source == "packaged":
+        found, name = texts.packaged(seed), PACKAGED_SOURCE
+    else:
+        found = texts.parquet_stream(None, seed, settings.language)
         name = f"wikimedia/wikipedia {texts.DUMP}.{settings.language}"
-        return _take(stream, n_excerpts, n_tokens, tokenizer, name)
-    reader = {".txt": texts.plain_file, ".jsonl": texts.jsonl_file, ".parquet": texts.parquet_stream}[path.suffix]
-    return _take(reader(path, seed), n_excerpts, n_tokens, tokenizer, path.name)
+    return _take(found, n_excerpts, n_tokens, tokenizer, name)
 
 
 def _take(
@@ -158,7 +159,6 @@ def _take(
     Raises:
         CorpusError: the source ran out first.
     """
-    _check_size(n_excerpts, n_tokens)
     excerpts: list[Excerpt] = []
     skipped = 0
     for text in texts:
@@ -183,11 +183,6 @@ def _take(
             f" {n_excerpts} were asked: lower {fewer}--tokens, or give more text"
         )
     return Corpus(tuple(excerpts), skipped, source, dict(counts or {}), (), tokenizer.unknown, tokenizer.mask)
-
-
-def _check_size(n_excerpts: int, n_tokens: int) -> None:
-    if n_excerpts < 1 or n_tokens < 1:
-        raise CorpusError(f"{n_excerpts} excerpts of {n_tokens} tokens were asked: both must be at least 1")
 
 
 def freeze(corpus: Corpus, path: str | Path) -> None:
@@ -226,7 +221,6 @@ def is_frozen(source: str) -> bool:
 
 def _thaw(path: Path, n_excerpts: int, n_tokens: int, tokenizer: Tokenizer | None) -> Corpus:
     """The first excerpts of a frozen file, cut to `n_tokens`."""
-    _check_size(n_excerpts, n_tokens)
     rows = list(texts.json_lines(path))
     held = [_excerpt(row, f"{path}, line {number}") for number, row in rows]
     names = sorted({excerpt.tokenizer for excerpt in held})

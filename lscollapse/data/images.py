@@ -17,7 +17,9 @@ import numpy as np
 
 from lscollapse.core.files import first_line
 from lscollapse.core.table import PIXELS
-from lscollapse.data.corpus import Corpus, CorpusError, Excerpt
+from lscollapse.data.corpus import Corpus, Excerpt
+from lscollapse.data.examples import Split
+from lscollapse.data.texts import CorpusError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -30,7 +32,6 @@ SIDE = 32  # to which the pictures of a folder are resized
 SHIFT = 4  # pixels by which `cropped` moves an image
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 COLOUR = {"levels": 256, "channels": 3}
-GREY_SPLITS = ("train", "validation", "test")
 # Of CIFAR-10's training and test images: what the paper's counts leave room for.
 TAKEN = {50_000: 40_000, 10_000: 7_850}
 VALIDATION = 0.12  # of the training images taken: 4,800 of 40,000
@@ -86,7 +87,7 @@ def read_images(source: str, split: str) -> Images:
     return _from_rows(_pictures(path, split), path.resolve().name)
 
 
-def grey(source: str, split: str, seed: int = 0) -> Images:
+def grey(source: str, split: Split, seed: int = 0) -> Images:
     """The `train`, `validation` or `test` images of a source in grey, ids 0..255 (`digits`: 0..16), uint8.
 
     With `cifar10`, or a folder of its Parquet files, this is the image task of the Long Range Arena with the counts of
@@ -99,14 +100,12 @@ def grey(source: str, split: str, seed: int = 0) -> Images:
             nothing.
 
     Raises:
-        CorpusError: as `read_images`, or no such split, or too few images to divide.
+        CorpusError: as `read_images`, or too few images to divide.
     """
-    if split not in GREY_SPLITS:
-        raise CorpusError(f"no split {split!r}: it is one of {', '.join(GREY_SPLITS)}")
     return part_in_grey(read_images(source, "test" if split == "test" else "train"), split, seed)
 
 
-def part_in_grey(found: Images, split: str, seed: int = 0) -> Images:
+def part_in_grey(found: Images, split: Split, seed: int = 0) -> Images:
     """What `grey` gives for `split`, from the source's test images or, for the other two, its training images."""
     n_images, test = len(found.ids), split == "test"
     order = np.random.default_rng(0 if test else seed).permutation(n_images)[: TAKEN.get(n_images, n_images)]
@@ -124,7 +123,8 @@ def part_in_grey(found: Images, split: str, seed: int = 0) -> Images:
 def luma(ids: np.ndarray) -> np.ndarray:
     """24-bit colours -> grey 0..255: 0.299 red + 0.587 green + 0.114 blue, in 16-bit fixed point and rounded, as PIL."""
     red, green, blue = ids >> 16, ids >> 8 & 255, ids & 255
-    return (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
+    grey: np.ndarray = (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
+    return grey
 
 
 def image_excerpts(source: str, model: Any, n_images: int, seed: int) -> Corpus:
@@ -173,7 +173,8 @@ def digits(split: str) -> Images:
 def pixel_ids(picture: Any) -> np.ndarray:
     """A PIL picture as (height * width,) ids of 24-bit colour."""
     red, green, blue = np.moveaxis(np.asarray(picture.convert("RGB"), dtype=np.int32), -1, 0)
-    return ((red * 256 + green) * 256 + blue).reshape(-1)
+    ids: np.ndarray = ((red * 256 + green) * 256 + blue).reshape(-1)  # (height * width,)
+    return ids
 
 
 def cropped(ids: Tensor, seed: Any) -> Tensor:

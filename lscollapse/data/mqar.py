@@ -12,14 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lscollapse.data.examples import Examples
+from lscollapse.data.examples import SPLITS, Examples, Split
 
 CHUNK = 512  # sequences that are drawn together: their pools of tokens stay in cache
-SPLITS = ("train", "validation", "test")
 
 
 class TaskError(ValueError):
-    """A task that cannot be posed, or an unknown part of its data."""
+    """A task that cannot be posed."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class MqarConfig:
         return (self.seq_len - 2 * self.pairs) // 2
 
 
-def sequences(config: MqarConfig, split: str, n: int, seed: int) -> Examples:
+def sequences(config: MqarConfig, split: Split, n: int, seed: int) -> Examples:
     """The first `n` sequences of `train`, `validation` or `test`, three independent streams of one seed.
 
     A larger `n` only adds to them. Integers are in the smallest type that holds them.
@@ -77,14 +76,7 @@ def sequences(config: MqarConfig, split: str, n: int, seed: int) -> Examples:
     Returns:
         ids (n, L), tokens 0..V-1; at (n, P), the positions of the queries, 0..L-1, column j that of pair j; labels (n, P),
         the values to be said there.
-
-    Raises:
-        TaskError: no such split, or `n` is not positive.
     """
-    if split not in SPLITS:
-        raise TaskError(f"no split {split!r}: it is one of {', '.join(SPLITS)}")
-    if n < 1:
-        raise TaskError(f"the number of sequences must be positive, got {n}")
     P, L = config.pairs, config.seq_len
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(SPLITS.index(split),)))
     tokens = np.int16 if config.vocab_size <= 2**15 else np.int32
@@ -100,7 +92,7 @@ def sequences(config: MqarConfig, split: str, n: int, seed: int) -> Examples:
         keys, values = _drawn(key_pool, P, rng)[:size], _drawn(value_pool, P, rng)[:size]
         # Exponential times of rates w, in the order in which they end, are draws by w without replacement.
         ends = rng.standard_exponential((CHUNK, config.slots)) / weights
-        at[part] = 2 * P + 2 * np.argsort(ends, axis=1)[:size, :P]
+        at[part] = 2 * P + 2 * np.argsort(ends, axis=1)[:size, :P]  # (size, P)
         if config.random_fillers:
             ids[part] = rng.integers(config.vocab_size, size=(CHUNK, L), dtype=tokens)[:size]
         ids[part, 0 : 2 * P : 2], ids[part, 1 : 2 * P : 2], labels[part] = keys, values, values

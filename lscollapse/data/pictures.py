@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 
 from lscollapse.data import images
-from lscollapse.data.corpus import SOURCES, Corpus, CorpusError
+from lscollapse.data.corpus import SOURCES, Corpus
+from lscollapse.data.texts import CorpusError
 
 Opened = tuple[str, list[str], Callable[[int], Image.Image]]  # the source's name, its pictures' names, and each of them
 

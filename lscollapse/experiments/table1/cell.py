@@ -18,7 +18,7 @@ from lscollapse import measures
 from lscollapse.core.config import ConfigError
 from lscollapse.core.progress import SILENT, Progress
 from lscollapse.data import images, mqar
-from lscollapse.data.examples import Data, Examples
+from lscollapse.data.examples import Data, Examples, Split
 from lscollapse.experiments.table1.schema import Table1
 from lscollapse.models.nets.lambda_net import LEARNABLE, Net, NetConfig
 from lscollapse.runs.training import Diverged, Settings, evaluate, fit
@@ -165,7 +165,7 @@ def _task(name: str, data: str) -> Task:
     values = json.loads(data)
     if name == "mqar":
         config = _mqar(values)
-        train, held_out = (_recall(values, split) for split in ("train", "validation"))
+        train, held_out = _recall(values, "train"), _recall(values, "validation")
         V, L = config.vocab_size, config.seq_len
         source = f"MQAR, L = {L}, {config.pairs} pairs, vocabulary {V}, data seed {values['seed']}"
         net = {"reads": "tokens", "output": "each", "vocab_size": V, "n_labels": V, "max_positions": L}
@@ -187,7 +187,7 @@ def _mqar(values: dict[str, Any]) -> mqar.MqarConfig:
     return mqar.MqarConfig(**{field.name: values[field.name] for field in fields(mqar.MqarConfig)})
 
 
-def _recall(values: dict[str, Any], split: str) -> Examples:
+def _recall(values: dict[str, Any], split: Split) -> Examples:
     return mqar.sequences(_mqar(values), split, values[split], values["seed"])
 
 

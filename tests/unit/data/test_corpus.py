@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lscollapse.core import assets
+from lscollapse.core import assets, config
+from lscollapse.core.config import ConfigError
 from lscollapse.data import corpus, tokenizers
 from lscollapse.data.corpus import Corpus, CorpusError
 from lscollapse.data.tokenizers import Tokenizer
@@ -178,14 +179,18 @@ def test_the_hub_out_of_reach_is_one_line() -> None:
     [
         ("wikpedia", {}, "unknown source 'wikpedia': give one of packaged, wikipedia, datasets, smiles, or a file"),
         ("gone.jsonl", {}, "the source file 'gone.jsonl' does not exist"),
-        ("packaged", {"n_excerpts": 0}, "both must be at least 1"),
-        ("packaged", {"n_tokens": 0}, "both must be at least 1"),
         ("packaged", {"titles": ["A"]}, "titles choose articles of the source 'wikipedia'"),
     ],
 )
 def test_requests_that_make_no_sense(source: str, options: dict[str, object], line: str) -> None:
     with pytest.raises(CorpusError, match=line):
         corpus.draw_excerpts(source, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("name", "least"), [("excerpts", 1), ("tokens", 2)])
+def test_too_few_are_refused_by_the_configuration(name: str, least: int) -> None:
+    with pytest.raises(ConfigError, match=f"{name}: input should be greater than or equal to {least}, got 0"):
+        config.load(settings=[f"{name}=0"])
 
 
 # Frozen files

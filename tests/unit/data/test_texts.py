@@ -16,7 +16,7 @@ from lscollapse.data import corpus, tokenizers
 from lscollapse.data.texts import CorpusError
 from lscollapse.experiments import own_model
 from lscollapse.experiments import paper as experiments
-from lscollapse.runs import loading
+from lscollapse.runs.excerpts import load_corpus
 from tests.servers.mediawiki import MediaWikiServer, Page
 
 BOM = b"\xef\xbb\xbf"
@@ -35,7 +35,7 @@ def wiki() -> Iterator[MediaWikiServer]:
 def titles(file: Path, wiki: MediaWikiServer) -> Any:
     settings = {"endpoint": wiki.endpoint, "contact": "a@example.org", "titles": file, "cache_dir": file.parent / "c"}
     experiment = Experiment.model_validate({"source": "wikipedia", "excerpts": 2, "tokens": 3, "wikipedia": settings})
-    return [e.title for e in loading.load_corpus(experiment, WORDS).excerpts]
+    return [e.title for e in load_corpus(experiment, WORDS).excerpts]
 
 
 KINDS: dict[str, tuple[str, str, Callable[[Path, MediaWikiServer], Any], Any]] = {
