@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lscollapse.core.config import Experiment
+from lscollapse.core.progress import SILENT, Progress
 from lscollapse.data.corpus import is_frozen
 from lscollapse.experiments.paper import sweep_variants
-from lscollapse.runs.run import SILENT, Progress, run
+from lscollapse.runs.run import run
 
 if TYPE_CHECKING:
     import pandas as pd

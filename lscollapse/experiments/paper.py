@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING
 from lscollapse.core import registry
 from lscollapse.core.config import ConfigError, Experiment
 from lscollapse.core.files import read_text
+from lscollapse.core.progress import SILENT, Progress
 from lscollapse.instrument.surgery import Variant, without_gate
-from lscollapse.runs.run import SILENT, Progress, load_corpus, load_subjects, run
+from lscollapse.runs.excerpts import load_corpus
+from lscollapse.runs.loading import load_subjects
+from lscollapse.runs.run import run
 
 if TYPE_CHECKING:
     import pandas as pd

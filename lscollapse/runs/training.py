@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -114,7 +114,7 @@ def _order(seed: int, epoch: int, n_examples: int) -> np.ndarray:
 
 def loss_of(logits: Tensor, labels: Tensor, kind: str) -> Tensor:
     """Mean loss; logits (..., classes), labels (...)."""
-    logits = logits.float().flatten(0, -2)
+    logits = logits.float().flatten(0, -2)  # (labels, classes)
     return F.cross_entropy(logits.softmax(-1) if kind == "paper_code" else logits, labels.flatten())
 
 
@@ -125,8 +125,7 @@ def evaluate(net: nn.Module, examples: Examples, device: str, kind: str = "cross
     right, total, count = 0, 0.0, 0
     for first in range(0, len(examples.ids), EVALUATED_AT_ONCE):
         ids, labels, at = examples.batch(slice(first, first + EVALUATED_AT_ONCE), device)
-        with autocast(device):
-            logits = net(ids) if at is None else net(ids, at)
+        logits = _logits(net, ids, at, device)
         right += int((logits.argmax(-1) == labels).sum())
         total += float(loss_of(logits, labels, kind)) * labels.numel()
         count += labels.numel()
@@ -134,9 +133,11 @@ def evaluate(net: nn.Module, examples: Examples, device: str, kind: str = "cross
     return right / count, total / count
 
 
-def autocast(device: str) -> AbstractContextManager[Any]:
-    """bfloat16 products on a GPU, float32 on a CPU."""
-    return torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") else nullcontext()
+def _logits(net: nn.Module, ids: Tensor, at: Tensor | None, device: str) -> Tensor:
+    """(B, N) ids -> (B, classes), or (B, P, classes) at the positions asked for; bfloat16 products on a GPU, else float32."""
+    with torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") else nullcontext():
+        logits: Tensor = net(ids) if at is None else net(ids, at)
+    return logits
 
 
 def fit(
@@ -216,8 +217,7 @@ def _step(
     for group in optimizer.param_groups:
         group["lr"] = min(settings.lr, group.get("highest_lr", math.inf)) * rate(step, settings)
     torch.manual_seed(settings.seed * 1_000_003 + step)  # dropout of this step, the same in a continued run
-    with autocast(device):
-        logits = net(ids) if at is None else net(ids, at)
+    logits = _logits(net, ids, at, device)
     loss = loss_of(logits, labels, settings.loss)
     optimizer.zero_grad(set_to_none=True)
     torch.autograd.backward(loss)  # what loss.backward() calls, with types
