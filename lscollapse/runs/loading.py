@@ -71,7 +71,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Subject(Task):
+class LoadedTask(Task):
     """A task with its model loaded."""
 
     adapter: Adapter
@@ -85,7 +85,7 @@ class Subject(Task):
 Variants = Callable[["Adapter", Experiment], list[Variant]]
 
 
-def load_subjects(config: Experiment, variants: Variants, progress: Progress) -> Iterator[Subject]:
+def load_tasks(config: Experiment, variants: Variants, progress: Progress) -> Iterator[LoadedTask]:
     """Every model of `config`, trained and, if asked for, freshly initialised, with its excerpts and variants."""
     from lscollapse.instrument import early_exit
     from lscollapse.instrument.forward import checked_ids
@@ -107,7 +107,7 @@ def load_subjects(config: Experiment, variants: Variants, progress: Progress) ->
         tiles = plan_run(adapter, info, corpus, arms, config, progress)
         gains = early_exit.gains(adapter, info.sha256, config.cache_dir) if config.certified_exit else None
         width = adapter.config.hidden_size
-        yield Subject(name, init, info, width, corpus, arms, tiles, gains, config.dtype, adapter)
+        yield LoadedTask(name, init, info, width, corpus, arms, tiles, gains, config.dtype, adapter)
     if not scored:
         raise ConfigError(f"nothing to score: {'; '.join(dict.fromkeys(unscored.values()))}")
     for name, why in unscored.items():

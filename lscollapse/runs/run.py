@@ -11,7 +11,7 @@ from lscollapse.core.run_folder import RunFolder, read_rows
 from lscollapse.runs import cluster, processes
 from lscollapse.runs.devices import device, worker_devices
 from lscollapse.runs.excerpts import record
-from lscollapse.runs.loading import Variants, load_subjects
+from lscollapse.runs.loading import Variants, load_tasks
 from lscollapse.runs.memory import release
 from lscollapse.runs.work import Item, items, measure_item
 
@@ -42,7 +42,7 @@ def _run(name: str, config: Experiment, out: Path, variants: Variants, progress:
     on_ray = config.engine == "ray"  # then the nodes have devices and kernels, and this process only plans
     here = config.model_copy(update={"device": "cpu", "kernels": "auto"}) if on_ray else config
     devices = worker_devices(here)
-    loaded = list(load_subjects(here, variants, progress))
+    loaded = list(load_tasks(here, variants, progress))
     tasks = [task.alone for task in loaded]
     decisive = config.model_dump(mode="json", exclude=UNDECISIVE)
     identity = {"experiment": name, "config": decisive, "subjects": [task.identity for task in tasks]}

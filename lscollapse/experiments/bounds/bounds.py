@@ -33,7 +33,7 @@ from lscollapse.models.adapters.albert import AlbertAdapter
 from lscollapse.models.adapters.bert import BertAdapter
 from lscollapse.models.adapters.mamba2 import Mamba2Adapter
 from lscollapse.models.adapters.s4d import S4DAdapter
-from lscollapse.runs.loading import Subject
+from lscollapse.runs.loading import LoadedTask
 from lscollapse.theory import certificates, theorem41
 from lscollapse.theory.arrays import Array
 from lscollapse.theory.stretches import MEASURES, NOTHING, SIGNS, Found, Kept, Line, Report
@@ -43,7 +43,7 @@ LIMIT = 2.0**24  # of the search for a certified |lambda|
 
 
 def report(
-    subject: Subject, target: float = 0.5, a: float = 0.9, tol: float = 0.02, progress: Progress = SILENT
+    subject: LoadedTask, target: float = 0.5, a: float = 0.9, tol: float = 0.02, progress: Progress = SILENT
 ) -> Report:
     """Bounds and the measured critical lambda of one loaded model (search.load).
 
@@ -126,7 +126,7 @@ def _remark(C_M: float, K: int, first: float) -> str:
     )
 
 
-def _prenorm(subject: Subject, target: float) -> list[Line]:
+def _prenorm(subject: LoadedTask, target: float) -> list[Line]:
     if not subject.adapter.bounded_mixer:
         return []
     adapter, N = subject.adapter, subject.ids.shape[1]
@@ -162,7 +162,7 @@ def _lower(first: Array, ratios: Array, beyond: Array | float) -> Array:
     return np.sin(np.maximum(0.0, np.arcsin(ends) - beyond))
 
 
-def _angles(subject: Subject, target: float, first: float, layers: list[dict[str, Any]]) -> list[Line]:
+def _angles(subject: LoadedTask, target: float, first: float, layers: list[dict[str, Any]]) -> list[Line]:
     def bounds(run: Pass) -> Array:
         return _lower(run.first, run.row / abs(run.lam), 0.0)
 
@@ -184,7 +184,7 @@ def _angles(subject: Subject, target: float, first: float, layers: list[dict[str
 
 
 def _smallest_certified(
-    subject: Subject, target: float, sign: int, bounds: Callable[[Pass], Array]
+    subject: LoadedTask, target: float, sign: int, bounds: Callable[[Pass], Array]
 ) -> tuple[float, str]:
     """Smallest |lambda| whose own pass certifies the target on every excerpt, to 5 %, and what is certified there."""
     certified: dict[float, float] = {}

@@ -18,7 +18,7 @@ from lscollapse.instrument.surgery import Variant
 from lscollapse.models.adapters.bert import BertAdapter
 from lscollapse.models.adapters.mamba2 import Mamba2Adapter
 from lscollapse.models.kernels import ssd
-from lscollapse.runs.loading import Subject
+from lscollapse.runs.loading import LoadedTask
 from lscollapse.theory import constants
 from lscollapse.theory.arrays import Array
 
@@ -63,7 +63,7 @@ class Pass:
     final_norm: Array
 
 
-def measure(subject: Subject, lam: float) -> Pass:
+def measure(subject: LoadedTask, lam: float) -> Pass:
     """Gains of every layer under `lam`, on all excerpts of the subject."""
     tile = subject.plan.excerpts
     parts = [_measure(subject, subject.ids[i : i + tile], lam) for i in range(0, len(subject.ids), tile)]
@@ -72,7 +72,7 @@ def measure(subject: Subject, lam: float) -> Pass:
     return Pass(lam, first, row, frobenius, second if len(second) else None, final)
 
 
-def _measure(subject: Subject, ids: Any, lam: float) -> tuple[Array, ...]:
+def _measure(subject: LoadedTask, ids: Any, lam: float) -> tuple[Array, ...]:
     adapter = subject.adapter
     centre = not adapter.pre_norm
     rows, frobenius, second, final = [], [], [], np.empty(0)
@@ -129,7 +129,7 @@ def trace(
         yield Step(stream.X, [], stream.carried.exponent)
 
 
-def head_rows(subject: Subject) -> Iterator[dict[str, Any]]:
+def head_rows(subject: LoadedTask) -> Iterator[dict[str, Any]]:
     """One row a layer and head: C_M = max over the excerpts of ||M||_F at lambda = 1; for attention S and c too."""
     gating = subject.variants[0].gating
     ids = subject.ids[: subject.plan.excerpts]

@@ -46,7 +46,7 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def drawn(model: str, **settings: Any) -> tuple[Corpus, list[str]]:
     """The excerpts of a model, as every verb draws them, and what was said meanwhile."""
     notes, options = Notes(), {"excerpts": 2, "tokens": 8, "offline": True} | settings
-    (subject,) = loading.load_subjects(
+    (subject,) = loading.load_tasks(
         Experiment(models=[model], lambdas=[1.0], **options), experiments.sweep_variants, notes
     )
     return subject.corpus, notes.said  # type: ignore[attr-defined]

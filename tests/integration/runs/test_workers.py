@@ -28,7 +28,7 @@ from lscollapse.models.kernels import backends
 from lscollapse.models.kernels.cpu_block import Mamba2Shape, NativeBlock
 from lscollapse.models.kernels.gpu_block import GpuBlock
 from lscollapse.runs import devices, memory, processes, work
-from lscollapse.runs.loading import load_subjects
+from lscollapse.runs.loading import load_tasks
 from tests.equivalence import plain_models, tiny
 from tests.equivalence.compare import assert_rows_match
 
@@ -138,7 +138,7 @@ def in_order(rows: pd.DataFrame) -> pd.DataFrame:
 
 @pytest.mark.parametrize("room", [1, 3, 7])
 def test_out_of_memory_halves_the_tile(config: Experiment, room: int) -> None:
-    subject = next(load_subjects(config, experiments.sweep_variants, SILENT))
+    subject = next(load_tasks(config, experiments.sweep_variants, SILENT))
     item = work.Item(0, subject.alone, 0, 8, 0, len(subject.variants))
     cramped = Cramped(subject.adapter.model, room)
     found = work.measure_item(item, cramped, config, SILENT)
