@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from lscollapse.core import allocation, assets, files, registry, run_folder
 from lscollapse.core.config import ConfigError, Experiment, WikipediaSection
-from lscollapse.core.registry import Entry
 from lscollapse.data import corpus, texts, wikipedia
 from lscollapse.data.texts import CorpusError
 from lscollapse.runs import devices
@@ -120,6 +119,7 @@ def _allocator() -> Finding:
 
 
 def _embedded(config: Experiment) -> Finding:
+    """Whether the files of the data packages are as pinned, and above all those that the configuration needs."""
     missing = []
     for asset in PINNED:
         try:
@@ -127,32 +127,18 @@ def _embedded(config: Experiment) -> Finding:
         except assets.AssetError:
             missing.append(asset)
     found = f"{len(PINNED) - len(missing)} of {len(PINNED)} files, sha256 as pinned"
+    needed = [assets.SUMMARIES] if config.source == "packaged" else []
+    needed += [assets.BERT_VOCAB] if config.tokenizer in (None, "bert") else []
     try:
-        needed = [asset for asset in _texts(config) if asset in missing]
-        for entry in _entries(config):
-            if entry.embedded:
+        for name in config.models:
+            entry = registry.ENTRIES.get(registry.ALIASES.get(name, name))  # None: no short name, so not embedded
+            if entry is not None and entry.embedded:
                 registry.embedded_files(entry)
         for asset in needed:
             assets.locate(asset)
     except assets.AssetError as error:
         return Finding("embedded data", found, str(error))
     return Finding("embedded data", found, good=not missing)
-
-
-def _texts(config: Experiment) -> list[assets.Asset]:
-    """The embedded files that the excerpts and their tokenizer need."""
-    packaged = [assets.SUMMARIES] if config.source == "packaged" else []
-    bert = [assets.BERT_VOCAB] if config.tokenizer in (None, "bert") else []
-    return packaged + bert
-
-
-def _entries(config: Experiment) -> Iterator[Entry]:
-    """The models that can be named; those that cannot are told by `model_findings`."""
-    for name in config.models:
-        try:
-            yield registry.resolve(name)
-        except registry.ModelNameError:
-            continue
 
 
 def _source(config: Experiment) -> Iterator[Finding]:
