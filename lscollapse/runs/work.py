@@ -26,32 +26,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Item:
-    """One task on excerpts [first, last) and variants [low, high)."""
+    """One task, the `number`-th of its run, on a range of its excerpts and one of its variants."""
 
     number: int
     task: Task
-    first: int
-    last: int
-    low: int
-    high: int
+    excerpts: range
+    variants: range
 
     @property
     def key(self) -> str:
-        return f"{self.number:02d}-{self.first:05d}-{self.last:05d}-{self.low:03d}-{self.high:03d}"
+        """What its rows are filed under."""
+        e, v = self.excerpts, self.variants
+        return f"{self.number:02d}-{e.start:05d}-{e.stop:05d}-{v.start:03d}-{v.stop:03d}"
 
     @property
     def cost(self) -> float:
-        passes = (self.last - self.first) * (self.high - self.low) * self.task.info.n_layers
+        """Passes through a block, each as dear as its weight matrices are large."""
+        passes = len(self.excerpts) * len(self.variants) * self.task.info.n_layers
         return passes * float(self.task.width) ** 2
 
 
 def items(number: int, task: Task) -> Iterator[Item]:
     """The items of a task, in order."""
-    tiles = range(0, len(task.corpus.excerpts), task.plan.excerpts)
-    groups = range(0, len(task.variants), task.plan.variants)
-    for first, low in itertools.product(tiles, groups):
-        last = min(first + task.plan.excerpts, len(task.corpus.excerpts))
-        yield Item(number, task, first, last, low, min(low + task.plan.variants, len(task.variants)))
+    excerpts, variants, tile = range(len(task.corpus.excerpts)), range(len(task.variants)), task.plan
+    for i, j in itertools.product(excerpts[:: tile.excerpts], variants[:: tile.variants]):
+        yield Item(number, task, excerpts[i : i + tile.excerpts], variants[j : j + tile.variants])
 
 
 def measure_item(item: Item, adapter: Adapter, config: Experiment, progress: Progress) -> pd.DataFrame:
@@ -65,7 +64,7 @@ def measure_item(item: Item, adapter: Adapter, config: Experiment, progress: Pro
     def tile(excerpts: range, variants: range) -> pd.DataFrame:
         return _measure(item, excerpts, variants, adapter, config, progress)
 
-    parts = in_halves(tile, range(item.first, item.last), range(item.low, item.high))
+    parts = in_halves(tile, item.excerpts, item.variants)
     return pd.concat(parts, ignore_index=True) if len(parts) > 1 else parts[0]
 
 

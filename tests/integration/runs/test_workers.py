@@ -139,7 +139,7 @@ def in_order(rows: pd.DataFrame) -> pd.DataFrame:
 @pytest.mark.parametrize("room", [1, 3, 7])
 def test_out_of_memory_halves_the_tile(config: Experiment, room: int) -> None:
     subject = next(load_tasks(config, experiments.sweep_variants, SILENT))
-    item = work.Item(0, subject.alone, 0, 8, 0, len(subject.variants))
+    item = work.Item(0, subject.alone, range(8), range(len(subject.variants)))
     cramped = Cramped(subject.adapter.model, room)
     found = work.measure_item(item, cramped, config, SILENT)
     whole = work.measure_item(item, subject.adapter, config, SILENT)
