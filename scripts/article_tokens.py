@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("sources", nargs="+", type=Path)
     parser.add_argument("--to", type=Path, required=True)
     args = parser.parse_args()
-    excerpts = corpus.packaged_excerpts(n_excerpts=32, n_tokens=SEQ_LEN, seed=0).excerpts
+    excerpts = corpus.draw_excerpts(n_excerpts=32, n_tokens=SEQ_LEN, seed=0).excerpts
     held_out = np.array([excerpt.ids for excerpt in excerpts], dtype=np.uint16)
     titles = {excerpt.title.casefold() for excerpt in excerpts}
     known = np.unique(np.concatenate([fingerprints(row) for row in held_out]))

@@ -31,8 +31,7 @@ from tiny_mamba2 import SEQ_LEN, SHAPE, TinyMamba2, initial_embedding
 from torch import Tensor, nn
 
 from lscollapse.core import allocation
-from lscollapse.data import corpus, tokenizers
-from lscollapse.data.texts import packaged_articles
+from lscollapse.data import corpus, texts, tokenizers
 
 SEP = 102  # BERT's [SEP] between articles
 LAMBDA_RATE = 0.01  # of the learning rate: one lambda turns a whole layer, and jumps about at the rate of the matrices
@@ -43,10 +42,10 @@ def article_ids(file: Path | None) -> tuple[list[np.ndarray], np.ndarray]:
     if file is not None:
         held = np.load(file)
         return np.split(held["tokens"], held["starts"][1:]), held["held_out"].astype(np.int64)
-    held_out = corpus.packaged_excerpts(n_excerpts=32, n_tokens=SEQ_LEN, seed=0).excerpts
+    held_out = corpus.draw_excerpts(n_excerpts=32, n_tokens=SEQ_LEN, seed=0).excerpts
     titles = {excerpt.title for excerpt in held_out}
-    texts = [text for title, text in packaged_articles() if title not in titles]
-    ids = [np.array(article, dtype=np.uint16) for article in tokenizers.bert().encode_batch(texts)]
+    articles = [text for title, text in texts.packaged_articles() if title not in titles]
+    ids = [np.array(article, dtype=np.uint16) for article in tokenizers.bert().encode_batch(articles)]
     return ids, np.array([excerpt.ids for excerpt in held_out])
 
 

@@ -26,7 +26,7 @@ def check_identity(experiment: Experiment) -> None:
 def excerpts(experiment: Experiment, out: Annotated[Path, typer.Argument(help="The JSONL file to write.")]) -> None:
     """Freeze the excerpts to a file that every command takes as --source, so that somebody else runs on the same ids."""
     from lscollapse.data import corpus, tokenizers
-    from lscollapse.runs.loading import load_corpus
+    from lscollapse.runs.excerpts import load_corpus
 
     chosen = tokenizers.named(experiment.tokenizer) if experiment.tokenizer else None
     drawn = load_corpus(experiment, chosen)

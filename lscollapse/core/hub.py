@@ -11,11 +11,12 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from lscollapse.core.files import sha256_file
+from lscollapse.core.files import first_line, sha256_file
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
@@ -71,16 +72,13 @@ def fetch(
         HubError: no such repository, revision or file; no access; no connection; a file that is not what the hub says.
     """
     from huggingface_hub import constants
-    from huggingface_hub.errors import HFValidationError, HTTPError
 
     revision = revision or "main"
     cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
-    try:
+    with _explained(repo_id, revision):
         if offline or constants.HF_HUB_OFFLINE:
             return _cached(repo_id, revision, files, cache)
         return _fetch(repo_id, revision, files, cache, TOKENIZER_FILES if tokenizer else ())
-    except (HTTPError, OSError, HFValidationError) as error:
-        raise HubError(_explain(error, repo_id, revision)) from error
 
 
 def sizes(repo_id: str, *, revision: str | None = None, timeout: float = 10.0) -> dict[str, int]:
@@ -90,13 +88,10 @@ def sizes(repo_id: str, *, revision: str | None = None, timeout: float = 10.0) -
         HubError: as for `fetch`.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, HTTPError
 
     revision = revision or "main"
-    try:
+    with _explained(repo_id, revision):
         info = HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=timeout)
-    except (HTTPError, OSError, HFValidationError) as error:
-        raise HubError(_explain(error, repo_id, revision)) from error
     known = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
     return {name: known[name] for name in _default_files(repo_id, known)}
 
@@ -145,7 +140,7 @@ def _fetch_large(repo_id: str, commit: str, sibling: RepoSibling, blobs: Path) -
     """Bring one LFS file into the cache under its sha256, going on from where an earlier run stopped."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import WeakFileLock, build_hf_headers
+    from huggingface_hub.utils import WeakFileLock, build_hf_headers  # type: ignore[attr-defined]  # made public untyped
 
     assert sibling.lfs is not None
     size, sha256, name = sibling.lfs.size, sibling.lfs.sha256, sibling.rfilename
@@ -211,7 +206,7 @@ def _cached(repo_id: str, revision: str, files: Sequence[str] | None, cache: Pat
 
 def _patiently(call: Callable[[], T]) -> T:
     """`call()`, tried again on 429, 5xx and broken connections after a pause: Retry-After, else WAITS."""
-    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of httpx or httpx2, by its version
 
     for wait in WAITS:
         try:
@@ -225,8 +220,18 @@ def _patiently(call: Callable[[], T]) -> T:
     return call()
 
 
-def _explain(error: Exception, repo_id: str, revision: str) -> str:
-    """One line on what went wrong and what helps."""
+@contextmanager
+def _explained(repo_id: str, revision: str) -> Iterator[None]:
+    """Where the client fails in the block, a HubError that says in one line why and what helps."""
+    from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]  # as in _patiently
+
+    try:
+        yield
+    except (HTTPError, OSError, HFValidationError) as error:
+        raise HubError(_explanation(error, repo_id, revision)) from error
+
+
+def _explanation(error: Exception, repo_id: str, revision: str) -> str:
     from huggingface_hub import constants
     from huggingface_hub import errors as hub_errors
 
@@ -245,7 +250,7 @@ def _explain(error: Exception, repo_id: str, revision: str) -> str:
         return f"{constants.ENDPOINT} limits the rate of calls (429): wait some minutes, or set HF_TOKEN"
     if status is not None:
         return f"{constants.ENDPOINT} answers {status} for {repo_id}: try again later; what has arrived is kept"
-    line = next(iter(str(cause).strip().splitlines()), "") or type(cause).__name__
-    if isinstance(cause, hub_errors.HTTPError):
+    line = first_line(cause)
+    if isinstance(cause, hub_errors.HTTPError):  # type: ignore[attr-defined]  # as in _patiently
         return f"no connection to {constants.ENDPOINT} ({line}): run it again to go on, or --offline to use the cache"
     return f"{repo_id} could not be fetched: {line}"

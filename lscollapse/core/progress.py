@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 
 class Progress(Protocol):
-    """What `run` tells while it works; the CLI draws it."""
-
-    def note(self, message: str) -> None: ...
-
-    def start(self, total: float) -> None: ...
-
-    def advance(self, amount: float) -> None: ...
-
-
-@dataclass(frozen=True)
-class Silent:
-    """A Progress that says nothing."""
+    """What `run` tells while it works; the CLI draws it. As they are here, the methods say nothing."""
 
     def note(self, message: str) -> None:
         return None
@@ -28,6 +16,10 @@ class Silent:
 
     def advance(self, amount: float) -> None:
         return None
+
+
+class Silent(Progress):
+    """A Progress that says nothing."""
 
 
 SILENT = Silent()

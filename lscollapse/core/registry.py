@@ -37,7 +37,6 @@ class Entry:
     location: str
     revision: str = ""
     text: Literal["english", "smiles", "images"] = "english"
-    description: str = ""
     n_parameters: int | None = None
     config: Mapping[str, Any] | None = None
 
@@ -48,6 +47,7 @@ class Entry:
 
 
 def _mamba2(size: str, d_model: int, n_layer: int, n_parameters: int, revision: str = "main") -> Entry:
+    """Mamba-2 as released (Dao and Gu, 2024)."""
     config = {
         "d_model": d_model,
         "d_intermediate": 0,
@@ -66,67 +66,62 @@ def _mamba2(size: str, d_model: int, n_layer: int, n_parameters: int, revision: 
         source="hub",
         location=f"state-spaces/mamba2-{size}",
         revision=revision,
-        description=f"Mamba-2, {n_layer} layers, hidden {d_model} (Dao and Gu, 2024)",
         n_parameters=n_parameters,
         config=config,
     )
 
 
-def _albert(size: str, version: str, shape: str, n_parameters: int, revision: str = "main") -> Entry:
+def _albert(size: str, version: str, n_parameters: int, revision: str = "main") -> Entry:
+    """ALBERT, one shared layer (Lan et al., 2020)."""
     return Entry(
         name=f"albert-{size}-{version}",
         architecture="albert",
         source="hub",
         location=f"albert/albert-{size}-{version}",
         revision=revision,
-        description=f"ALBERT {version}, {shape}, one shared layer (Lan et al., 2020)",
         n_parameters=n_parameters,
     )
 
 
 _ALBERT_SIZES = {
-    "base": ("12 layers, hidden 768", 11_092_992),
-    "large": ("24 layers, hidden 1024", 16_634_368),
-    "xlarge": ("24 layers, hidden 2048", 54_528_512),
-    "xxlarge": ("12 layers, hidden 4096", 205_814_272),
+    "base": 11_092_992,  # 12 layers, hidden 768
+    "large": 16_634_368,  # 24 layers, hidden 1024
+    "xlarge": 54_528_512,  # 24 layers, hidden 2048
+    "xxlarge": 205_814_272,  # 12 layers, hidden 4096
 }
 _ALBERT_REVISIONS = {("base", "v2"): "8e2f239c5f8a2c0f253781ca60135db913e5c80c"}
 
 _ALL = (
-    Entry(
+    Entry(  # Mamba-2 with the BERT vocabulary, trained by scripts/train_tiny_mamba2.py on Wikipedia summaries
         name="mamba2-tiny",
         architecture="mamba2",
         source="package",
         location="lscollapse",
-        description="Mamba-2 with the BERT vocabulary, trained by scripts/train_tiny_mamba2.py on Wikipedia summaries",
         n_parameters=9_547_712,
     ),
-    Entry(
+    Entry(  # S4D, 32 layers, hidden 128, trained by scripts/train_s4d.py on 8x8 digits, not on CIFAR-10
         name="s4d-digits",
         architecture="s4d",
         source="package",
         location="lscollapse",
         text="images",
-        description="S4D, 32 layers, hidden 128, trained by scripts/train_s4d.py on 8x8 digits, not on CIFAR-10",
         n_parameters=1_598_986,
     ),
-    Entry(
+    Entry(  # BERT, 6 layers, hidden 384: all-MiniLM-L6-v2
         name="minilm-l6",
         architecture="bert",
         source="package",
         location=assets.MINILM,
         revision="0.1.0",
-        description="BERT, 6 layers, hidden 384: all-MiniLM-L6-v2",
         n_parameters=22_565_376,
     ),
-    Entry(
+    Entry(  # ALBERT, 12 layers, hidden 256, trained on chemical reactions (SMILES), not English: rxnmapper
         name="albert-smiles",
         architecture="albert",
         source="package",
         location=assets.SMILES_WEIGHTS.package,
         revision="0.4.3",
         text="smiles",
-        description="ALBERT, 12 layers, hidden 256, trained on chemical reactions (SMILES), not English: rxnmapper",
         n_parameters=701_824,
     ),
     _mamba2("130m", 768, 24, 128_989_632),
@@ -135,17 +130,16 @@ _ALL = (
     _mamba2("1.3b", 2048, 48, 1_343_757_312),
     _mamba2("2.7b", 2560, 64, 2_702_599_680, "99b226cc377d131cccc610ed4346db564f381f1e"),
     *(
-        _albert(size, version, *_ALBERT_SIZES[size], _ALBERT_REVISIONS.get((size, version), "main"))
+        _albert(size, version, _ALBERT_SIZES[size], _ALBERT_REVISIONS.get((size, version), "main"))
         for version in ("v1", "v2")
         for size in _ALBERT_SIZES
     ),
-    Entry(
+    Entry(  # BERT, 12 layers, hidden 768 (Devlin et al., 2019)
         name="bert-base-uncased",
         architecture="bert",
         source="hub",
         location="google-bert/bert-base-uncased",
         revision="86b5e0934494bd15c9632b12f734a8a67f723594",
-        description="BERT, 12 layers, hidden 768 (Devlin et al., 2019)",
         n_parameters=108_891_648,
     ),
 )

@@ -132,8 +132,14 @@ def read_rows(path: Path) -> pd.DataFrame:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
+    """What a run folder says of itself.
+
+    Raises:
+        RunFolderError: it is none, or its manifest was cut off.
+    """
     try:
-        return json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        return manifest
     except (OSError, json.JSONDecodeError):
         raise RunFolderError(f"{path}/manifest.json is missing or unreadable: not a run folder") from None
 

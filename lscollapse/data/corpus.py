@@ -96,7 +96,7 @@ class Corpus:
         return said
 
 
-def load(
+def draw_excerpts(
     source: str = "packaged",
     n_excerpts: int = 32,
     n_tokens: int = 128,
@@ -122,35 +122,28 @@ def load(
         raise CorpusError(f"titles choose articles of the source 'wikipedia', not of {source!r}: drop one of the two")
     settings = wiki or WikipediaSection()
     if source == "smiles":
-        drawn = smiles.reactions(n_excerpts * REACTIONS_PER_EXCERPT, seed)
-        reactions = (Text(reaction.title, reaction.smiles) for reaction in drawn)
-        return take(reactions, n_excerpts, n_tokens, tokenizer or tokenizers.smiles(), SMILES_SOURCE)
+        reactions = smiles.reactions(n_excerpts * REACTIONS_PER_EXCERPT, seed)
+        return _take(reactions, n_excerpts, n_tokens, tokenizer or tokenizers.smiles(), SMILES_SOURCE)
     path = None if source in SOURCES else _file(source)
     if path and is_frozen(source):
         return _thaw(path, n_excerpts, n_tokens, tokenizer)
     tokenizer = tokenizer or tokenizers.bert()
-    if source == "packaged":
-        return packaged_excerpts(n_excerpts, n_tokens, seed, tokenizer)
     if source == "wikipedia":
         with wikipedia.Articles(settings, seed, titles, limit=wikipedia.DRAWN_PER_EXCERPT * n_excerpts) as articles:
-            corpus = take(articles, n_excerpts, n_tokens, tokenizer, articles.source, articles.counts)
+            corpus = _take(articles, n_excerpts, n_tokens, tokenizer, articles.source, articles.counts)
         return replace(corpus, titles=tuple(articles.titles))
-    if path is None:
-        stream = texts.parquet_stream(None, seed, settings.language)
+    if path is not None:
+        reader = {".txt": texts.plain_file, ".jsonl": texts.jsonl_file, ".parquet": texts.parquet_stream}[path.suffix]
+        found, name = reader(path, seed), path.name
+    elif source == "packaged":
+        found, name = texts.packaged(seed), PACKAGED_SOURCE
+    else:
+        found = texts.parquet_stream(None, seed, settings.language)
         name = f"wikimedia/wikipedia {texts.DUMP}.{settings.language}"
-        return take(stream, n_excerpts, n_tokens, tokenizer, name)
-    reader = {".txt": texts.plain_file, ".jsonl": texts.jsonl_file, ".parquet": texts.parquet_stream}[path.suffix]
-    return take(reader(path, seed), n_excerpts, n_tokens, tokenizer, path.name)
+    return _take(found, n_excerpts, n_tokens, tokenizer, name)
 
 
-def packaged_excerpts(
-    n_excerpts: int = 32, n_tokens: int = 128, seed: int = 0, tokenizer: Tokenizer | None = None
-) -> Corpus:
-    """`n_excerpts` of the packaged summaries that hold at least `n_tokens` tokens, drawn by `seed`."""
-    return take(texts.packaged(seed), n_excerpts, n_tokens, tokenizer or tokenizers.bert(), PACKAGED_SOURCE)
-
-
-def take(
+def _take(
     texts: Iterable[Text],
     n_excerpts: int,
     n_tokens: int,
@@ -166,7 +159,6 @@ def take(
     Raises:
         CorpusError: the source ran out first.
     """
-    _check_size(n_excerpts, n_tokens)
     excerpts: list[Excerpt] = []
     skipped = 0
     for text in texts:
@@ -193,13 +185,8 @@ def take(
     return Corpus(tuple(excerpts), skipped, source, dict(counts or {}), (), tokenizer.unknown, tokenizer.mask)
 
 
-def _check_size(n_excerpts: int, n_tokens: int) -> None:
-    if n_excerpts < 1 or n_tokens < 1:
-        raise CorpusError(f"{n_excerpts} excerpts of {n_tokens} tokens were asked: both must be at least 1")
-
-
 def freeze(corpus: Corpus, path: str | Path) -> None:
-    """Writes one excerpt a line as JSON, atomically. `load` of that file gives the same excerpts on any machine."""
+    """Writes one excerpt a line as JSON, atomically. `draw_excerpts` of that file gives the same excerpts on any machine."""
     path = Path(path)
     special = {"unknown_id": corpus.unknown, "mask_id": corpus.mask}
     known = {name: number for name, number in special.items() if number is not None}
@@ -234,7 +221,6 @@ def is_frozen(source: str) -> bool:
 
 def _thaw(path: Path, n_excerpts: int, n_tokens: int, tokenizer: Tokenizer | None) -> Corpus:
     """The first excerpts of a frozen file, cut to `n_tokens`."""
-    _check_size(n_excerpts, n_tokens)
     rows = list(texts.json_lines(path))
     held = [_excerpt(row, f"{path}, line {number}") for number, row in rows]
     names = sorted({excerpt.tokenizer for excerpt in held})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +17,12 @@ import numpy as np
 
 from lscollapse.core.files import first_line
 from lscollapse.core.table import PIXELS
-from lscollapse.data.corpus import Corpus, CorpusError, Excerpt
+from lscollapse.data.corpus import Corpus, Excerpt
+from lscollapse.data.examples import Split
+from lscollapse.data.texts import CorpusError
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
 
 DIGITS_SOURCE = "handwritten digits (scikit-learn load_digits)"
@@ -29,11 +32,8 @@ SIDE = 32  # to which the pictures of a folder are resized
 SHIFT = 4  # pixels by which `cropped` moves an image
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 COLOUR = {"levels": 256, "channels": 3}
-GREY_SPLITS = ("train", "validation", "test")
-TAKEN = {
-    50_000: 40_000,
-    10_000: 7_850,
-}  # of CIFAR-10's training and test images: what the paper's counts leave room for
+# Of CIFAR-10's training and test images: what the paper's counts leave room for.
+TAKEN = {50_000: 40_000, 10_000: 7_850}
 VALIDATION = 0.12  # of the training images taken: 4,800 of 40,000
 
 
@@ -64,7 +64,7 @@ class Images:
         return digest.hexdigest()
 
 
-def load(source: str, split: str) -> Images:
+def read_images(source: str, split: str) -> Images:
     """The `train` or `test` images of a source.
 
     Args:
@@ -87,7 +87,7 @@ def load(source: str, split: str) -> Images:
     return _from_rows(_pictures(path, split), path.resolve().name)
 
 
-def grey(source: str, split: str, seed: int = 0) -> Images:
+def grey(source: str, split: Split, seed: int = 0) -> Images:
     """The `train`, `validation` or `test` images of a source in grey, ids 0..255 (`digits`: 0..16), uint8.
 
     With `cifar10`, or a folder of its Parquet files, this is the image task of the Long Range Arena with the counts of
@@ -100,14 +100,12 @@ def grey(source: str, split: str, seed: int = 0) -> Images:
             nothing.
 
     Raises:
-        CorpusError: as `load`, or no such split, or too few images to divide.
+        CorpusError: as `read_images`, or too few images to divide.
     """
-    if split not in GREY_SPLITS:
-        raise CorpusError(f"no split {split!r}: it is one of {', '.join(GREY_SPLITS)}")
-    return part_in_grey(load(source, "test" if split == "test" else "train"), split, seed)
+    return part_in_grey(read_images(source, "test" if split == "test" else "train"), split, seed)
 
 
-def part_in_grey(found: Images, split: str, seed: int = 0) -> Images:
+def part_in_grey(found: Images, split: Split, seed: int = 0) -> Images:
     """What `grey` gives for `split`, from the source's test images or, for the other two, its training images."""
     n_images, test = len(found.ids), split == "test"
     order = np.random.default_rng(0 if test else seed).permutation(n_images)[: TAKEN.get(n_images, n_images)]
@@ -125,19 +123,20 @@ def part_in_grey(found: Images, split: str, seed: int = 0) -> Images:
 def luma(ids: np.ndarray) -> np.ndarray:
     """24-bit colours -> grey 0..255: 0.299 red + 0.587 green + 0.114 blue, in 16-bit fixed point and rounded, as PIL."""
     red, green, blue = ids >> 16, ids >> 8 & 255, ids & 255
-    return (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
+    grey: np.ndarray = (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
+    return grey
 
 
-def excerpts(source: str, model: Any, n_images: int, seed: int) -> Corpus:
+def image_excerpts(source: str, model: Any, n_images: int, seed: int) -> Corpus:
     """`n_images` held-out images, drawn by `seed`, each whole: what a model of pixels reads in place of text.
 
     Args:
         model: the net's config, whose `levels` and `channels` the images must have.
 
     Raises:
-        CorpusError: as `load`, or images of another kind, or too few.
+        CorpusError: as `read_images`, or images of another kind, or too few.
     """
-    found = load(source, "test")
+    found = read_images(source, "test")
     if (found.levels, found.channels) != (model.levels, model.channels):
         raise CorpusError(
             f"{found.source} has {found.channels} channels of {found.levels} levels, the model reads {model.channels} of"
@@ -147,17 +146,17 @@ def excerpts(source: str, model: Any, n_images: int, seed: int) -> Corpus:
         raise CorpusError(
             f"{found.source} has {len(found.ids)} held-out images, {n_images} were asked: lower --excerpts"
         )
-    chosen = np.random.default_rng(seed).permutation(len(found.ids))[:n_images]
-    source = f"{found.source}, held out"
-    digests = [hashlib.sha256(found.ids[i].astype("<i8").tobytes()).hexdigest() for i in chosen]
-    return Corpus(
-        tuple(
-            Excerpt(found.names[i], tuple(found.ids[i].tolist()), digest, PIXELS, source)
-            for i, digest in zip(chosen, digests, strict=True)
-        ),
-        0,
-        source,
-    )
+    return corpus_of(f"{found.source}, held out", found.names, found.ids.__getitem__, n_images, seed)
+
+
+def corpus_of(source: str, names: Sequence[str], read: Callable[[int], np.ndarray], n_images: int, seed: int) -> Corpus:
+    """`n_images` of those that have `names`, drawn by `seed`; `read` gives the ids of one by its number."""
+    excerpts = []
+    for i in np.random.default_rng(seed).permutation(len(names))[:n_images]:
+        ids = read(i)
+        digest = hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()
+        excerpts.append(Excerpt(names[i], tuple(ids.tolist()), digest, PIXELS, source))
+    return Corpus(tuple(excerpts), 0, source)
 
 
 def digits(split: str) -> Images:
@@ -174,7 +173,8 @@ def digits(split: str) -> Images:
 def pixel_ids(picture: Any) -> np.ndarray:
     """A PIL picture as (height * width,) ids of 24-bit colour."""
     red, green, blue = np.moveaxis(np.asarray(picture.convert("RGB"), dtype=np.int32), -1, 0)
-    return ((red * 256 + green) * 256 + blue).reshape(-1)
+    ids: np.ndarray = ((red * 256 + green) * 256 + blue).reshape(-1)  # (height * width,)
+    return ids
 
 
 def cropped(ids: Tensor, seed: Any) -> Tensor:
@@ -251,7 +251,7 @@ def _pictures(folder: Path, split: str) -> Iterator[tuple[np.ndarray, int, str]]
     """Every picture at SIDE x SIDE; of a folder without train/ and test/ a fifth is held out."""
     from PIL import Image
 
-    names = sorted(file.relative_to(folder) for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+    names = sorted(pictures_in(folder))
     divided = (folder / "train").is_dir() and (folder / "test").is_dir()
     kinds = {name: "/".join(name.parts[divided:-1]) for name in names}
     classes = sorted(set(kinds.values()))
@@ -260,9 +260,25 @@ def _pictures(folder: Path, split: str) -> Iterator[tuple[np.ndarray, int, str]]
     else:
         names = [names[i] for i in _division(len(names), -(-len(names) // 5), split)]
     for name in names:
-        try:
-            with Image.open(folder / name) as picture:
-                ids = pixel_ids(picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR))
-        except OSError as error:
-            raise CorpusError(f"{folder / name} is not a readable picture: {first_line(error)}") from error
-        yield ids, classes.index(kinds[name]), str(name)
+        picture = open_picture(folder / name).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+        yield pixel_ids(picture), classes.index(kinds[name]), str(name)
+
+
+def pictures_in(folder: Path) -> Iterator[Path]:
+    """Every picture in and below a folder, relative to it, in no order."""
+    return (file.relative_to(folder) for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+
+
+def open_picture(file: Path) -> Image.Image:
+    """A picture in RGB.
+
+    Raises:
+        CorpusError: it cannot be read.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(file) as picture:
+            return picture.convert("RGB")
+    except OSError as error:
+        raise CorpusError(f"{file} is not a readable picture: {first_line(error)}") from error

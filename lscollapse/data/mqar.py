@@ -8,15 +8,13 @@ in the order of their pairs, each among the slots that are left.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from pydantic import Field, model_validator
 
 from lscollapse.core.config import Section
+from lscollapse.data.examples import SPLITS, Examples, Split
 
 CHUNK = 512  # sequences that are drawn together: their pools of tokens stay in cache
-SPLITS = ("train", "validation", "test")
 
 
 class TaskError(ValueError):
@@ -66,42 +64,17 @@ class MqarConfig(Section):
         return (self.seq_len - 2 * self.pairs) // 2
 
 
-@dataclass(frozen=True)
-class Recall:
-    """Sequences and what is asked of them; integers in the smallest type that holds them.
-
-    Attributes:
-        ids: (n, L) tokens, 0..V-1.
-        at: (n, P) positions of the queries, 0..L-1; column j is that of pair j.
-        labels: (n, P) the values to be said there.
-    """
-
-    ids: np.ndarray
-    at: np.ndarray
-    labels: np.ndarray
-
-
-def load(config: MqarConfig, split: str, n: int, seed: int) -> Recall:
+def sequences(config: MqarConfig, split: Split, n: int, seed: int) -> Examples:
     """The first `n` sequences of `train`, `validation` or `test`, three independent streams of one seed.
 
-    Raises:
-        TaskError: no such split.
+    A larger `n` only adds to them. Integers are in the smallest type that holds them.
+
+    Returns:
+        ids (n, L), tokens 0..V-1; at (n, P), the positions of the queries, 0..L-1, column j that of pair j; labels (n, P),
+        the values to be said there.
     """
-    if split not in SPLITS:
-        raise TaskError(f"no split {split!r}: it is one of {', '.join(SPLITS)}")
-    return generate(config, n, np.random.SeedSequence(seed, spawn_key=(SPLITS.index(split),)))
-
-
-def generate(config: MqarConfig, n: int, stream: np.random.SeedSequence) -> Recall:
-    """The first `n` sequences of a stream; a larger `n` only adds to them.
-
-    Raises:
-        TaskError: `n` is not positive.
-    """
-    if n < 1:
-        raise TaskError(f"the number of sequences must be positive, got {n}")
     P, L = config.pairs, config.seq_len
-    rng = np.random.default_rng(stream)
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(SPLITS.index(split),)))
     tokens = np.int16 if config.vocab_size <= 2**15 else np.int32
     ids = np.zeros((n, L), tokens)
     labels = np.empty((n, P), tokens)
@@ -115,12 +88,12 @@ def generate(config: MqarConfig, n: int, stream: np.random.SeedSequence) -> Reca
         keys, values = _drawn(key_pool, P, rng)[:size], _drawn(value_pool, P, rng)[:size]
         # Exponential times of rates w, in the order in which they end, are draws by w without replacement.
         ends = rng.standard_exponential((CHUNK, config.slots)) / weights
-        at[part] = 2 * P + 2 * np.argsort(ends, axis=1)[:size, :P]
+        at[part] = 2 * P + 2 * np.argsort(ends, axis=1)[:size, :P]  # (size, P)
         if config.random_fillers:
             ids[part] = rng.integers(config.vocab_size, size=(CHUNK, L), dtype=tokens)[:size]
         ids[part, 0 : 2 * P : 2], ids[part, 1 : 2 * P : 2], labels[part] = keys, values, values
         np.put_along_axis(ids[part], at[part].astype(np.intp), keys, axis=1)
-    return Recall(ids, at, labels)
+    return Examples(ids, labels, at)
 
 
 def _drawn(pool: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:

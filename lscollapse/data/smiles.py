@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+
+from lscollapse.data.texts import Text
 
 MIN_TOKENS = 128
 
@@ -21,13 +22,6 @@ HEAD = re.compile(r"(\[[^\[\]]+\]|Br|Cl|[A-Za-z])((?:\d|%\d\d)*)")
 def tokens(smiles: str) -> list[str]:
     """The atoms, bonds, brackets, ring numbers, dots and arrows of a SMILES string; nothing but white space is lost."""
     return TOKEN.findall(smiles)
-
-
-class Reaction(NamedTuple):
-    """A generated reaction: `title` is its kind and number, `smiles` is `reactants.reagents.solvent>>product`."""
-
-    title: str
-    smiles: str
 
 
 SMALL = ["F", "Cl", "C", "OC", "C(F)(F)F", "C#N", "OC(F)(F)F", "C(C)(C)C", "S(C)(=O)=O", "C(=O)OC", "OCC", "C(C)C"]
@@ -126,79 +120,52 @@ def bond(first: str, second: str) -> str:
     return f"{head[0]}({renumber(second, highest_ring(head[2]))}){first[head.end() :]}"
 
 
-def _amide(draw: Draw) -> list[str]:
-    acyl, amine = "C(=O)" + draw.fragment(ACYL), draw.fragment(AMINE)
-    return [f"O{acyl}", amine, draw.one(COUPLING), draw.one(POLAR), bond(amine, acyl)]
+One = Callable[[Sequence[str]], str]  # draws one of its options
+
+# How a kind of reaction is put together: from which lists its two fragments a and b come, and what is in the pot, with the
+# product last. Reagents and solvent are drawn in the order in which they are written.
+KINDS: dict[str, tuple[list[str], list[str], Callable[[str, str, One], list[str]]]] = {
+    "amide coupling": (ACYL, AMINE, lambda a, b, one: [
+        f"OC(=O){a}", b, one(COUPLING), one(POLAR), bond(b, f"C(=O){a}")]),
+    "esterification": (ACYL, ALKYL, lambda a, b, one: [
+        f"OC(=O){a}", f"O{b}", "C(=NC1CCCCC1)=NC1CCCCC1.CN(C)c1ccncc1", one(APROTIC), bond(f"O{b}", f"C(=O){a}")]),
+    "Suzuki coupling": (ARYL, ARYL, lambda a, b, one: [
+        f"Br{a}", one([f"CC1(C)OB({renumber(b, 1)})OC1(C)C", f"OB(O){b}"]), one(PALLADIUM), one(BASE), one(ETHER), bond(a, b)]),
+    "reductive amination": (ARYL, AMINE, lambda a, b, one: [
+        f"O=C{a}", b, one(HYDRIDE), one(APROTIC), bond(b, f"C{a}")]),
+    "nucleophilic aromatic substitution": (DEFICIENT, AMINE, lambda a, b, one: [
+        one(["F", "Cl"]) + a, b, one(BASE), one(POLAR), bond(b, a)]),
+    "Buchwald-Hartwig amination": (ARYL, AMINE, lambda a, b, one: [
+        f"Br{a}", b, one(AMINATION), one(BASE), one(ETHER), bond(b, a)]),
+    "sulfonamide formation": (ARYL, AMINE, lambda a, b, one: [
+        f"ClS(=O)(=O){a}", b, one(AMINE_BASE), one(APROTIC), bond(b, f"S(=O)(=O){a}")]),
+    "Mitsunobu reaction": (ARYL, ALKYL, lambda a, b, one: [
+        f"O{a}", f"O{b}", f"{PHOSPHINE}.CC(C)OC(=O)N=NC(=O)OC(C)C", one(APROTIC), bond(f"O{a}", b)]),
+}  # fmt: skip
 
 
-def _ester(draw: Draw) -> list[str]:
-    acyl, alkyl = "C(=O)" + draw.fragment(ACYL), draw.fragment(ALKYL)
-    reagents = "C(=NC1CCCCC1)=NC1CCCCC1.CN(C)c1ccncc1"
-    return [f"O{acyl}", f"O{alkyl}", reagents, draw.one(APROTIC), bond(f"O{alkyl}", acyl)]
+def reaction(number: int, seed: int) -> Text:
+    """Reaction `number` of a seed: at least `MIN_TOKENS` tokens, the same on every machine whatever else is drawn.
 
-
-def _suzuki(draw: Draw) -> list[str]:
-    left, right = draw.fragment(ARYL), draw.fragment(ARYL)
-    boronate = draw.one([f"CC1(C)OB({renumber(right, 1)})OC1(C)C", f"OB(O){right}"])
-    return [f"Br{left}", boronate, draw.one(PALLADIUM), draw.one(BASE), draw.one(ETHER), bond(left, right)]
-
-
-def _reductive_amination(draw: Draw) -> list[str]:
-    aryl, amine = draw.fragment(ARYL), draw.fragment(AMINE)
-    return [f"O=C{aryl}", amine, draw.one(HYDRIDE), draw.one(APROTIC), bond(amine, f"C{aryl}")]
-
-
-def _snar(draw: Draw) -> list[str]:
-    aryl, amine = draw.fragment(DEFICIENT), draw.fragment(AMINE)
-    return [draw.one(["F", "Cl"]) + aryl, amine, draw.one(BASE), draw.one(POLAR), bond(amine, aryl)]
-
-
-def _buchwald(draw: Draw) -> list[str]:
-    aryl, amine = draw.fragment(ARYL), draw.fragment(AMINE)
-    return [f"Br{aryl}", amine, draw.one(AMINATION), draw.one(BASE), draw.one(ETHER), bond(amine, aryl)]
-
-
-def _sulfonamide(draw: Draw) -> list[str]:
-    sulfonyl, amine = "S(=O)(=O)" + draw.fragment(ARYL), draw.fragment(AMINE)
-    return [f"Cl{sulfonyl}", amine, draw.one(AMINE_BASE), draw.one(APROTIC), bond(amine, sulfonyl)]
-
-
-def _mitsunobu(draw: Draw) -> list[str]:
-    aryl, alkyl = draw.fragment(ARYL), draw.fragment(ALKYL)
-    reagents = f"{PHOSPHINE}.CC(C)OC(=O)N=NC(=O)OC(C)C"
-    return [f"O{aryl}", f"O{alkyl}", reagents, draw.one(APROTIC), bond(f"O{aryl}", alkyl)]
-
-
-KINDS: dict[str, Callable[[Draw], list[str]]] = {
-    "amide coupling": _amide,
-    "esterification": _ester,
-    "Suzuki coupling": _suzuki,
-    "reductive amination": _reductive_amination,
-    "nucleophilic aromatic substitution": _snar,
-    "Buchwald-Hartwig amination": _buchwald,
-    "sulfonamide formation": _sulfonamide,
-    "Mitsunobu reaction": _mitsunobu,
-}
-
-
-def reaction(number: int, seed: int) -> Reaction:
-    """Reaction `number` of a seed: at least `MIN_TOKENS` tokens, the same on every machine whatever else is drawn."""
+    The title is its kind and number, the text `reactants.reagents.solvent>>product`.
+    """
     draw = Draw(f"{seed}:{number}")
     while True:
         kind = draw.one(list(KINDS))
-        *mixture, product = KINDS[kind](draw)
+        left, right, pot = KINDS[kind]
+        *mixture, product = pot(draw.fragment(left), draw.fragment(right), draw.one)
         smiles = f"{'.'.join(mixture)}>>{product}"
         if len(tokens(smiles)) >= MIN_TOKENS:
-            return Reaction(f"{kind} {number}", smiles)
+            return Text(f"{kind} {number}", smiles)
 
 
-def reactions(count: int, seed: int = 0) -> Iterator[Reaction]:
+def reactions(count: int, seed: int) -> Iterator[Text]:
     """`count` reactions of a seed, all different."""
     seen: set[str] = set()
     number = 0
     while len(seen) < count:
         number += 1
         drawn = reaction(number, seed)
-        if drawn.smiles not in seen:
-            seen.add(drawn.smiles)
+        if drawn.text not in seen:
+            seen.add(drawn.text)
             yield drawn

@@ -37,7 +37,7 @@ def named(spec: str, native: str | None = None, *, cache_dir: Path | None = None
     Args:
         spec: a hub name may end in @REVISION; the commit that it stood for becomes part of the tokenizer's name.
         native: what `native` stands for: the model's own tokenizer, as a spec.
-        cache_dir, offline: as for `models.checkpoint.load`.
+        cache_dir, offline: as for `checkpoint.load`.
 
     Raises:
         CorpusError: there is no such tokenizer, or it needs code from the hub (which is never run).
@@ -90,7 +90,7 @@ def _files(spec: str, cache_dir: Path | None, offline: bool) -> Path:
 
 def bert() -> Tokenizer:
     """bert-base-uncased's WordPiece tokenizer from the embedded vocab.txt; no network, no truncation, no padding."""
-    from tokenizers.implementations import BertWordPieceTokenizer
+    from tokenizers.implementations.bert_wordpiece import BertWordPieceTokenizer
 
     inner = BertWordPieceTokenizer(str(assets.locate(assets.BERT_VOCAB)), lowercase=True)
     return Tokenizer(

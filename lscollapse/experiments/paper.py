@@ -12,7 +12,7 @@ from lscollapse.core.config import ConfigError, Experiment
 from lscollapse.core.files import read_text
 from lscollapse.core.progress import SILENT, Progress
 from lscollapse.instrument.surgery import Variant, without_gate
-from lscollapse.runs.loading import load_subjects
+from lscollapse.runs.loading import load_tasks
 from lscollapse.runs.run import run
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def check_identity(config: Experiment, progress: Progress = SILENT) -> list[Laye
     """How far the instrumented model (lambda = 1) is from the untouched one, layer by layer, for every model."""
     from lscollapse.instrument.identity import differences
 
-    subjects = load_subjects(config, lambda adapter, config: [Variant()], progress)
+    subjects = load_tasks(config, lambda adapter, config: [Variant()], progress)
     return [difference for subject in subjects for difference in differences(subject.adapter, subject.ids)]
 
 

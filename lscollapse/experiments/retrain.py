@@ -15,12 +15,13 @@ from lscollapse.core.config import Experiment, S4DTraining
 from lscollapse.core.files import write_json, write_text
 from lscollapse.core.progress import SILENT, Progress
 from lscollapse.data import images
+from lscollapse.data.examples import Data, Examples
 from lscollapse.instrument.surgery import Variant
 from lscollapse.models.nets.s4d import S4D, S4DConfig
 from lscollapse.runs import processes
 from lscollapse.runs.devices import device, training_workers
 from lscollapse.runs.run import run
-from lscollapse.runs.training import LOG, STATE, Data, Diverged, Examples, Outcome, Settings, evaluate, fit
+from lscollapse.runs.training import LOG, STATE, Diverged, Outcome, Settings, evaluate, fit
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -99,7 +100,7 @@ def train_net(
         compiled: compile the layers; needs a C++ compiler.
         arm: `lam` and `layernorm` of the net.
     """
-    train, test = images.load(training.data, "train"), images.load(training.data, "test")
+    train, test = images.read_images(training.data, "train"), images.read_images(training.data, "test")
     given = {"levels": train.levels, "channels": train.channels, "num_labels": train.n_labels, "data": training.data}
     net = untrained(S4DConfig.from_dict({**training.model, **given, **arm}), training.seed)
     if compiled:
@@ -125,7 +126,7 @@ def export(state_folder: Path, folder: Path) -> dict[str, Any]:
     state = torch.load(state_folder / STATE, map_location="cpu", weights_only=True)
     settings = state["identity"]["settings"]
     net = untrained(S4DConfig.from_dict(state["identity"]["net"]), settings["seed"])
-    train, test = images.load(net.config.data, "train"), images.load(net.config.data, "test")
+    train, test = images.read_images(net.config.data, "train"), images.read_images(net.config.data, "test")
     examples = Examples(test.ids, test.labels)
     before, _ = evaluate(net, examples, "cpu")
     tensors = {

@@ -21,9 +21,7 @@ from lscollapse import __version__
 from lscollapse.core.config import ConfigError, Experiment
 from lscollapse.core.files import first_line
 from lscollapse.core.progress import Progress
-from lscollapse.core.run_folder import RunFolder
-from lscollapse.runs.work import Item
-from lscollapse.runs.workers import Worker
+from lscollapse.runs.work import Item, worker_for
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -120,19 +118,23 @@ def connection(address: str | None) -> Iterator[Any]:
         ray.shutdown()
 
 
-def measure_items(items: Sequence[Item], config: Experiment, folder: RunFolder, progress: Progress) -> dict[str, Any]:
-    """Measure every item into `folder`; returns what the manifest keeps: devices, and the items that each node measured.
+def measure_on_nodes(
+    items: Sequence[Item], config: Experiment, keep: Callable[[Item, pd.DataFrame], None], progress: Progress
+) -> dict[str, Any]:
+    """Measure every item and call `keep(item, rows)` here as they finish.
+
+    Returns:
+        what the manifest keeps: devices, and the number of items that each node measured.
 
     Raises:
         ConfigError, ClusterError: the items and the cluster do not fit. Errors of the measuring come through as they are.
     """
     measured: Counter[str] = Counter()
 
-    def keep(item: Item, result: tuple[pd.DataFrame, str]) -> None:
+    def count(item: Item, result: tuple[pd.DataFrame, str]) -> None:
         rows, node = result
-        folder.add(item.key, rows)
+        keep(item, rows)
         measured[node] += 1
-        progress.advance(item.cost)
 
     with connection(config.address) as ray:
         has = ray.cluster_resources()
@@ -142,7 +144,7 @@ def measure_items(items: Sequence[Item], config: Experiment, folder: RunFolder, 
             f"{len(items)} work items on {sum(node['Alive'] for node in ray.nodes())} nodes with {has.get('CPU', 0):g} CPUs"
             f" and {has.get('GPU', 0):g} GPUs in all; an item takes 1 CPU and {gpus:g} GPU"
         )
-        map_items(partial(_measure, on), items, on_result=keep, address=config.address, num_gpus=gpus)
+        map_items(partial(_measure, on), items, on_result=count, address=config.address, num_gpus=gpus)
     return {"device": on.device, "engine": "ray", "items_of_node": dict(sorted(measured.items()))}
 
 
@@ -156,20 +158,11 @@ def _gpus_per_item(config: Experiment, in_cluster: float) -> float:
     return config.gpus_per_item or (1 if in_cluster else 0)
 
 
-_worker: Worker | None = None
-
-
 def _measure(config: Experiment, item: Item) -> tuple[pd.DataFrame, str]:
-    """The rows of `item` and the id of the node that this is; the model stays loaded in this process."""
+    """The rows of `item` and the id of the node that this is."""
     import ray
 
-    from lscollapse.core import allocation
-
-    global _worker
-    if _worker is None or _worker.config != config:
-        allocation.keep_freed_memory()
-        _worker = Worker(config)
-    return _worker.rows(item), ray.get_runtime_context().get_node_id()[:8]
+    return worker_for(config).rows(item), ray.get_runtime_context().get_node_id()[:8]
 
 
 def _check_reachable(address: str) -> None:

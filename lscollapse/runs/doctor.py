@@ -13,16 +13,13 @@ from typing import TYPE_CHECKING
 
 from lscollapse.core import allocation, assets, files, registry, run_folder
 from lscollapse.core.config import ConfigError, Experiment, WikipediaSection
-from lscollapse.core.registry import Entry
 from lscollapse.data import corpus, texts, wikipedia
 from lscollapse.data.texts import CorpusError
 from lscollapse.runs import devices
-from lscollapse.runs.doctor_models import Check, asked, models
+from lscollapse.runs.model_checks import Finding, asked, model_findings
 
 if TYPE_CHECKING:
     from lscollapse.models.kernels.backends import Kernels
-
-__all__ = ["Check", "examine"]
 
 BLOCK = 64 * 2**20  # bytes, to see whether freed memory is kept
 PINNED = (
@@ -31,16 +28,16 @@ PINNED = (
 )  # fmt: skip
 
 
-def examine(config: Experiment) -> list[Check]:
+def examine(config: Experiment) -> list[Finding]:
     """Everything that decides whether `config` runs here, in the order in which a run would meet it."""
     return [
-        Check("versions", _versions()),
+        Finding("versions", _versions()),
         *_devices(config),
         *_engine(config),
         _allocator(),
         _embedded(config),
         *_source(config),
-        *models(config),
+        *model_findings(config),
     ]
 
 
@@ -52,7 +49,7 @@ def _versions() -> str:
     )
 
 
-def _devices(config: Experiment) -> Iterator[Check]:
+def _devices(config: Experiment) -> Iterator[Finding]:
     import torch
 
     from lscollapse.models.kernels.backends import KernelError, resolve
@@ -60,21 +57,21 @@ def _devices(config: Experiment) -> Iterator[Check]:
     try:
         on = devices.worker_devices(config)
     except ConfigError as error:
-        yield Check("device", "not there", str(error))
+        yield Finding("device", "not there", str(error))
         return
     gpus = [torch.cuda.get_device_name(name) for name in on if name != "cpu"]
     cpu = f"cpu ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
-    yield Check("device", ", ".join(gpus) or cpu + (f", {len(on)} processes" if len(on) > 1 else ""))
+    yield Finding("device", ", ".join(gpus) or cpu + (f", {len(on)} processes" if len(on) > 1 else ""))
     try:
         kernels = resolve(config.kernels, on[0])
     except KernelError as error:
-        yield Check("kernels", f"{config.kernels} cannot run", str(error))
+        yield Finding("kernels", f"{config.kernels} cannot run", str(error))
     else:
         paths = ", ".join(f"{what} {_path(getattr(kernels, what))}" for what in ("scan", "conv", "gated_norm"))
-        yield Check("kernels", f"{paths} ({kernels.backend}): {_why(kernels, config)}", good=not kernels.note)
+        yield Finding("kernels", f"{paths} ({kernels.backend}): {_why(kernels, config)}", good=not kernels.note)
     bf16 = _bf16(on[0])
     slow = "" if bf16 or config.dtype != "bfloat16" else ": bfloat16 runs here, but slower than float32"
-    yield Check("bfloat16", ("in hardware" if bf16 else "no instructions for it") + slow, good=not slow)
+    yield Finding("bfloat16", ("in hardware" if bf16 else "no instructions for it") + slow, good=not slow)
 
 
 def _why(kernels: Kernels, config: Experiment) -> str:
@@ -92,21 +89,21 @@ def _bf16(device: str) -> bool:
     import torch
 
     if device != "cpu":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     listed = Path("/proc/cpuinfo")
     words = set(listed.read_text(encoding="utf-8").split()) if listed.is_file() else set()
     return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
-def _engine(config: Experiment) -> Iterator[Check]:
+def _engine(config: Experiment) -> Iterator[Finding]:
     if config.engine == "ray":
         there = util.find_spec("ray") is not None
-        yield Check(
+        yield Finding(
             "ray", "installed" if there else "not installed", "" if there else 'pip install "lscollapse[cluster]"'
         )
 
 
-def _allocator() -> Check:
+def _allocator() -> Finding:
     """Whether the setting took effect: a large block that is taken again and again soon brings no new pages."""
     import torch
 
@@ -116,10 +113,13 @@ def _allocator() -> Check:
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
     kept = allocation.keep_freed_memory() and min(faults() for _ in range(5)) < BLOCK // resource.getpagesize() // 10
-    return Check("malloc", "keeps freed memory" if kept else "returns freed memory: a CPU pass runs slower", good=kept)
+    return Finding(
+        "malloc", "keeps freed memory" if kept else "returns freed memory: a CPU pass runs slower", good=kept
+    )
 
 
-def _embedded(config: Experiment) -> Check:
+def _embedded(config: Experiment) -> Finding:
+    """Whether the files of the data packages are as pinned, and above all those that the configuration needs."""
     missing = []
     for asset in PINNED:
         try:
@@ -127,35 +127,21 @@ def _embedded(config: Experiment) -> Check:
         except assets.AssetError:
             missing.append(asset)
     found = f"{len(PINNED) - len(missing)} of {len(PINNED)} files, sha256 as pinned"
+    needed = [assets.SUMMARIES] if config.source == "packaged" else []
+    needed += [assets.BERT_VOCAB] if config.tokenizer in (None, "bert") else []
     try:
-        needed = [asset for asset in _texts(config) if asset in missing]
-        for entry in _entries(config):
-            if entry.embedded:
+        for name in config.models:
+            entry = registry.ENTRIES.get(registry.ALIASES.get(name, name))  # None: no short name, so not embedded
+            if entry is not None and entry.embedded:
                 registry.embedded_files(entry)
         for asset in needed:
             assets.locate(asset)
     except assets.AssetError as error:
-        return Check("embedded data", found, str(error))
-    return Check("embedded data", found, good=not missing)
+        return Finding("embedded data", found, str(error))
+    return Finding("embedded data", found, good=not missing)
 
 
-def _texts(config: Experiment) -> list[assets.Asset]:
-    """The embedded files that the excerpts and their tokenizer need."""
-    packaged = [assets.SUMMARIES] if config.source == "packaged" else []
-    bert = [assets.BERT_VOCAB] if config.tokenizer in (None, "bert") else []
-    return packaged + bert
-
-
-def _entries(config: Experiment) -> Iterator[Entry]:
-    """The models that can be named; those that cannot are told by `models`."""
-    for name in config.models:
-        try:
-            yield registry.resolve(name)
-        except registry.ModelNameError:
-            continue
-
-
-def _source(config: Experiment) -> Iterator[Check]:
+def _source(config: Experiment) -> Iterator[Finding]:
     source = None if config.source in corpus.SOURCES else Path(config.source)
     for name, file in (("titles", config.wikipedia.titles), ("lambdas", config.lambdas_file), ("source", source)):
         if file is not None:
@@ -163,20 +149,20 @@ def _source(config: Experiment) -> Iterator[Check]:
     yield _wikipedia(config.wikipedia, config.source == "wikipedia", config.offline)
 
 
-def _file(name: str, file: Path) -> Check:
+def _file(name: str, file: Path) -> Finding:
     """A file that a person gave; text is read, pictures and Parquet are left to their readers."""
     if not file.exists():
         instead = f", or a source of {', '.join(corpus.SOURCES)}" if name == "source" else ""
-        return Check(name, f"no {file}", f"give a file{instead}")
+        return Finding(name, f"no {file}", f"give a file{instead}")
     try:
         if file.is_file() and file.suffix != ".parquet":
             files.read_text(file, texts.CorpusError)
     except CorpusError as error:
-        return Check(name, "cannot be read", str(error))
-    return Check(name, f"{file} is there")
+        return Finding(name, "cannot be read", str(error))
+    return Finding(name, f"{file} is there")
 
 
-def _wikipedia(wiki: WikipediaSection, needed: bool, offline: bool) -> Check:
+def _wikipedia(wiki: WikipediaSection, needed: bool, offline: bool) -> Finding:
     name, agent, mend = "Wikipedia", "", ""
     try:
         settings = wiki.model_copy(update={"cache_dir": None})
@@ -190,4 +176,4 @@ def _wikipedia(wiki: WikipediaSection, needed: bool, offline: bool) -> Check:
     fault = "not asked (offline)" if offline else asked(url, query, {"User-Agent": wikipedia.user_agent(agent)})
     if needed and fault and not offline and not mend:
         mend = "use --source packaged or a frozen file, or run where it can be reached"
-    return Check("Wikipedia", f"{name}: {fault or 'answers'}", mend, good=offline or not fault)
+    return Finding("Wikipedia", f"{name}: {fault or 'answers'}", mend, good=offline or not fault)

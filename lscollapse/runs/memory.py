@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
+from lscollapse.core.config import Experiment
+from lscollapse.core.progress import Progress
 from lscollapse.models.kernels.cpu_block import Mamba2Shape
+from lscollapse.runs.devices import allowed_memory, worker_devices
+
+if TYPE_CHECKING:
+    from lscollapse.data.corpus import Corpus
+    from lscollapse.instrument.surgery import Variant
+    from lscollapse.models.adapters.adapter import Adapter
+    from lscollapse.models.checkpoints.checkpoint import ModelInfo
 
 T = TypeVar("T")
 
@@ -28,7 +37,60 @@ class Plan:
     bytes: int
 
 
-def streamed(shape: Mamba2Shape, n_tokens: int, n_excerpts: int, n_variants: int, itemsize: int, limit: int) -> Plan:
+def is_streamed(architecture: str, n_parameters: int, config: Experiment) -> bool:
+    """Whether trained weights are read layer by layer in every pass: asked for, or their float32 do not fit; Mamba-2 only."""
+    if architecture != "mamba2":
+        return False
+    return config.stream == "always" or (config.stream == "auto" and 4 * n_parameters > allowed_memory(config))
+
+
+def bytes_of_a_weight(config: Experiment) -> int:
+    """While it is computed with."""
+    return {"float64": 8, "bfloat16": 2}.get(config.dtype, 4)
+
+
+def plan_run(
+    adapter: Adapter,
+    info: ModelInfo,
+    corpus: Corpus,
+    arms: tuple[Variant, ...],
+    config: Experiment,
+    progress: Progress,
+) -> Plan:
+    """The tiles of a model's run on the configured device; where memory limits them, the progress says how.
+
+    Raises:
+        MemoryPlanError: as `plan_streamed`.
+    """
+    from lscollapse.models.adapters.mamba2 import Mamba2Adapter
+    from lscollapse.models.adapters.streamed import StreamedMamba2
+
+    itemsize = bytes_of_a_weight(config)
+    if config.dtype == "auto" and any(arm.removes_block_norm for arm in arms):
+        itemsize += 8  # those arms compute in float64, beside the float32 ones
+    size = len(corpus.excerpts[0].ids), len(corpus.excerpts)
+    limit, how = allowed_memory(config), "streamed" if isinstance(adapter, StreamedMamba2) else "resident"
+    if adapter.device.type == "cuda":
+        shape = adapter.shape if isinstance(adapter, Mamba2Adapter) else None
+        weights = layer_bytes(adapter.shape, itemsize) if isinstance(adapter, StreamedMamba2) else 0
+        share = -(-size[1] // len(worker_devices(config)))  # so that every GPU has some
+        width, room = adapter.config.hidden_size, limit - weights
+        tiles = plan_on_gpu(width, shape, size[0], share, len(arms), itemsize, room)
+    elif isinstance(adapter, StreamedMamba2):
+        tiles = plan_streamed(adapter.shape, *size, len(arms), itemsize, limit)
+    else:
+        return Plan(LARGEST_TILE, len(arms), 0)
+    progress.note(
+        f"{info.name} is {how} on {adapter.device}: {info.n_layers} layers,"
+        f" {tiles.excerpts} excerpts x {tiles.variants} variants at a time, predicted peak {tiles.bytes / 2**30:.2f} GiB"
+        f" of {limit / 2**30:.2f}"
+    )
+    return tiles
+
+
+def plan_streamed(
+    shape: Mamba2Shape, n_tokens: int, n_excerpts: int, n_variants: int, itemsize: int, limit: int
+) -> Plan:
     """The largest tile of a streamed Mamba-2 within `limit` bytes.
 
     Args:
@@ -40,9 +102,9 @@ def streamed(shape: Mamba2Shape, n_tokens: int, n_excerpts: int, n_variants: int
     layers = layer_bytes(shape, itemsize)
 
     def peak(excerpts: int, variants: int) -> int:
-        streams = 4 * n_tokens * shape.hidden * (variants + 2)
+        streams = 4 * n_tokens * shape.hidden * (variants + 2)  # float32: X of every variant, and two in the making
         buffers = itemsize * n_tokens * (2 * shape.inner + shape.conv_dim + shape.heads + shape.hidden)
-        measures = 8 * n_tokens * shape.hidden * 5
+        measures = 8 * n_tokens * shape.hidden * 5  # float64 copies of one X
         scan = 4 * n_tokens * (4 * shape.inner + 2 * shape.conv_dim) * 2
         return BASE + layers + scan + KEPT * excerpts * (streams + buffers + measures)
 
@@ -63,7 +125,7 @@ def layer_bytes(shape: Mamba2Shape, itemsize: int) -> int:
     return weights * (2 * itemsize + 2 * 4)
 
 
-def on_gpu(
+def plan_on_gpu(
     hidden: int, shape: Mamba2Shape | None, n_tokens: int, n_excerpts: int, n_variants: int, itemsize: int, limit: int
 ) -> Plan:
     """The largest tile within `limit` bytes of device memory beside the weights; one of everything if none is.

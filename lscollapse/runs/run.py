@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lscollapse.core.config import Experiment
-from lscollapse.core.progress import SILENT, Progress
+from lscollapse.core.progress import Progress
 from lscollapse.core.run_folder import RunFolder, read_rows
-from lscollapse.runs import memory as plan
+from lscollapse.runs import cluster, processes
 from lscollapse.runs.devices import device, worker_devices
-from lscollapse.runs.loading import Subject, Task, Variants, load_corpus, load_subjects
+from lscollapse.runs.excerpts import record
+from lscollapse.runs.loading import Variants, load_tasks
+from lscollapse.runs.memory import release
 from lscollapse.runs.work import Item, items, measure_item
 
 if TYPE_CHECKING:
     import pandas as pd
-
-__all__ = ["SILENT", "Item", "Progress", "Subject", "Task", "Variants", "load_corpus", "load_subjects", "run"]
 
 # Settings that do not decide the rows. What `wikipedia` led to is in the tasks' identities; the rest of it, a contact and
 # perhaps a private endpoint, is nobody's business.
@@ -34,8 +34,6 @@ def run(name: str, config: Experiment, out: Path, variants: Variants, progress: 
     """
     if config.engine == "local":
         return _run(name, config, out, variants, progress)
-    from lscollapse.runs import cluster
-
     with cluster.connection(config.address):  # before the models are loaded, so that what is amiss is said at once
         return _run(name, config, out, variants, progress)
 
@@ -44,8 +42,8 @@ def _run(name: str, config: Experiment, out: Path, variants: Variants, progress:
     on_ray = config.engine == "ray"  # then the nodes have devices and kernels, and this process only plans
     here = config.model_copy(update={"device": "cpu", "kernels": "auto"}) if on_ray else config
     devices = worker_devices(here)
-    subjects = list(load_subjects(here, variants, progress))
-    tasks = [subject.task for subject in subjects]
+    loaded = list(load_tasks(here, variants, progress))
+    tasks = [task.alone for task in loaded]
     decisive = config.model_dump(mode="json", exclude=UNDECISIVE)
     identity = {"experiment": name, "config": decisive, "subjects": [task.identity for task in tasks]}
     folder = RunFolder(out, identity)
@@ -57,19 +55,20 @@ def _run(name: str, config: Experiment, out: Path, variants: Variants, progress:
     if len(missing) < len(all_items):
         progress.note(f"{out} is continued: {len(all_items) - len(missing)} of {len(all_items)} work items are there")
     progress.start(sum(item.cost for item in missing))
-    facts = {"excerpts": {task.info.name: task.record for task in tasks}, "device": device(here)}
+    facts = {"excerpts": {task.info.name: record(task.corpus) for task in tasks}, "device": device(here)}
+
+    def keep(item: Item, rows: pd.DataFrame) -> None:
+        folder.add(item.key, rows)
+        progress.advance(item.cost)
+
     if on_ray and missing:
-        from lscollapse.runs import cluster
-
-        subjects.clear()  # the workers load the models themselves
-        facts |= cluster.measure_items(missing, config, folder, progress)
+        loaded.clear()  # the workers load the models themselves
+        facts |= cluster.measure_on_nodes(missing, config, keep, progress)
     elif len(devices) > 1 and len(missing) > 1:
-        from lscollapse.runs import workers
-
-        subjects.clear()
-        plan.release()
-        workers.measure_items(missing, devices[: len(missing)], config, folder, progress)
+        loaded.clear()
+        release()
+        processes.measure_on(devices[: len(missing)], missing, config, keep)
     else:
         for item in missing:
-            folder.add(item.key, measure_item(item, subjects[item.number].adapter, config, progress))
+            folder.add(item.key, measure_item(item, loaded[item.number].adapter, config, progress))
     return folder.finish([item.key for item in all_items], facts)

@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from lscollapse.core.config import Section
 from lscollapse.core.files import atomic, changes, write_json, write_text
 from lscollapse.core.progress import SILENT, Progress
+from lscollapse.data.examples import Data, Examples
 
 STATE, LOG, RECORD = "state.pt", "log.csv", "diverged.json"
 EVALUATED_AT_ONCE = 256  # examples
@@ -79,43 +79,6 @@ class Settings(Optimisation):
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class Examples:
-    """One split.
-
-    Attributes:
-        ids: (n, N) integers, what the net reads.
-        labels: (n,) classes, or (n, P) one for each position of `at`.
-        at: (n, P) the positions that are asked for, or None where the net gives one output a sequence.
-    """
-
-    ids: np.ndarray
-    labels: np.ndarray
-    at: np.ndarray | None = None
-
-    def batch(self, rows: Any, device: str) -> tuple[Tensor, Tensor, Tensor | None]:
-        """ids, labels and at of some rows as int64 on the device."""
-
-        def take(values: np.ndarray) -> Tensor:
-            return torch.from_numpy(values[rows].astype(np.int64)).to(device)
-
-        return take(self.ids), take(self.labels), None if self.at is None else take(self.at)
-
-
-@dataclass(frozen=True)
-class Data:
-    """What is trained on, and what the accuracy is reported on meanwhile; `source` names both, with their seed.
-
-    Attributes:
-        augment: (ids, seed) -> ids, changes the examples of a step anew each time they are seen.
-    """
-
-    train: Examples
-    held_out: Examples
-    source: str
-    augment: Callable[[Tensor, Any], Tensor] | None = None
-
-
 @dataclass
 class Outcome:
     """A finished training: seconds over all its starts, the accuracy and loss on the held-out examples at the end."""
@@ -160,7 +123,7 @@ def _order(seed: int, epoch: int, n_examples: int) -> np.ndarray:
 
 def loss_of(logits: Tensor, labels: Tensor, kind: str) -> Tensor:
     """Mean loss; logits (..., classes), labels (...)."""
-    logits = logits.float().flatten(0, -2)
+    logits = logits.float().flatten(0, -2)  # (labels, classes)
     return F.cross_entropy(logits.softmax(-1) if kind == "paper_code" else logits, labels.flatten())
 
 
@@ -171,8 +134,7 @@ def evaluate(net: nn.Module, examples: Examples, device: str, kind: str = "cross
     right, total, count = 0, 0.0, 0
     for first in range(0, len(examples.ids), EVALUATED_AT_ONCE):
         ids, labels, at = examples.batch(slice(first, first + EVALUATED_AT_ONCE), device)
-        with autocast(device):
-            logits = net(ids) if at is None else net(ids, at)
+        logits = _logits(net, ids, at, device)
         right += int((logits.argmax(-1) == labels).sum())
         total += float(loss_of(logits, labels, kind)) * labels.numel()
         count += labels.numel()
@@ -180,9 +142,11 @@ def evaluate(net: nn.Module, examples: Examples, device: str, kind: str = "cross
     return right / count, total / count
 
 
-def autocast(device: str) -> AbstractContextManager[Any]:
-    """bfloat16 products on a GPU, float32 on a CPU."""
-    return torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") else nullcontext()
+def _logits(net: nn.Module, ids: Tensor, at: Tensor | None, device: str) -> Tensor:
+    """(B, N) ids -> (B, classes), or (B, P, classes) at the positions asked for; bfloat16 products on a GPU, else float32."""
+    with torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") else nullcontext():
+        logits: Tensor = net(ids) if at is None else net(ids, at)
+    return logits
 
 
 def fit(
@@ -245,8 +209,9 @@ def _train(
         if state.step % settings.save_every == 0 or last or time.monotonic() - saved >= settings.save_seconds:
             state.seconds = time.monotonic() - began
             write_text(folder / LOG, "\n".join(state.log) + "\n")
-            _save({"identity": identity, "net": net.state_dict(), "optimizer": optimizer.state_dict(), **asdict(state)},
-                  folder / STATE)  # fmt: skip
+            parts = {"identity": identity, "net": net.state_dict(), "optimizer": optimizer.state_dict()}
+            with atomic(folder / STATE) as temporary:
+                torch.save({**parts, **asdict(state)}, temporary)
             saved = time.monotonic()
     *_, train_loss, loss, accuracy = map(float, state.log[-1].split(","))
     return Outcome(state.step, state.seconds, accuracy, loss, train_loss)
@@ -261,11 +226,10 @@ def _step(
     for group in optimizer.param_groups:
         group["lr"] = min(settings.lr, group.get("highest_lr", math.inf)) * rate(step, settings)
     torch.manual_seed(settings.seed * 1_000_003 + step)  # dropout of this step, the same in a continued run
-    with autocast(device):
-        logits = net(ids) if at is None else net(ids, at)
+    logits = _logits(net, ids, at, device)
     loss = loss_of(logits, labels, settings.loss)
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
+    torch.autograd.backward(loss)  # what loss.backward() calls, with types
     norm = float(nn.utils.clip_grad_norm_(net.parameters(), settings.clip))
     if math.isfinite(norm):
         optimizer.step()
@@ -317,11 +281,6 @@ def _continued(
     net.load_state_dict(held.pop("net"))
     optimizer.load_state_dict(held.pop("optimizer"))
     return _State(**held)
-
-
-def _save(state: dict[str, Any], path: Path) -> None:
-    with atomic(path) as temporary:
-        torch.save(state, temporary)
 
 
 def _diverged(record: dict[str, Any], folder: Path) -> str:

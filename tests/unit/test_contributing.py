@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import re
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 import lscollapse
-from lscollapse import Variant, measures
+from lscollapse import Variant
 from lscollapse.models import adapt
-from lscollapse.reports.figures import draw
 from tests import ROOT
 
 WIDTH, LAYERS, VOCABULARY = 8, 3, 20

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lscollapse.reports.compare import Comparison
-    from lscollapse.runs.doctor import Check
+    from lscollapse.runs.model_checks import Finding
 
 VERDICTS = (AGREE, DISAGREE, NOT_MEASURED)
 WIDEST_VERDICT = max(map(len, VERDICTS))
@@ -98,7 +98,7 @@ def _listed(console: Console, title: str, lines: Sequence[str]) -> None:
         console.print(f"  {line}", markup=False)
 
 
-def show_checks(checks: Sequence[Check]) -> None:
+def show_checks(checks: Sequence[Finding]) -> None:
     """Print what was found, one line each, with the mend under what does not work, and the verdict."""
     console = plain_console()
     width = max(len(check.name) for check in checks)

@@ -33,7 +33,7 @@ from lscollapse.models.adapters.albert import AlbertAdapter
 from lscollapse.models.adapters.bert import BertAdapter
 from lscollapse.models.adapters.mamba2 import Mamba2Adapter
 from lscollapse.models.adapters.s4d import S4DAdapter
-from lscollapse.runs.loading import Subject
+from lscollapse.runs.loading import LoadedTask
 from lscollapse.theory import certificates, theorem41
 from lscollapse.theory.arrays import Array
 from lscollapse.theory.stretches import MEASURES, NOTHING, SIGNS, Found, Kept, Line, Report
@@ -44,7 +44,7 @@ LIMIT = 2.0**24  # of the search for a certified |lambda|
 
 
 def report(
-    subject: Subject, target: float = 0.5, a: float = 0.9, tol: float = 0.02, progress: Progress = SILENT
+    subject: LoadedTask, target: float = 0.5, a: float = 0.9, tol: float = 0.02, progress: Progress = SILENT
 ) -> Report:
     """Bounds and the measured critical lambda of one loaded model (find_lambda.load_with_grid).
 
@@ -123,7 +123,7 @@ def _remark(C_M: float, K: int, first: float) -> str:
     )
 
 
-def _prenorm(subject: Subject, target: float) -> list[Line]:
+def _prenorm(subject: LoadedTask, target: float) -> list[Line]:
     if not subject.adapter.bounded_mixer:
         return []
     adapter, N = subject.adapter, subject.ids.shape[1]
@@ -154,7 +154,7 @@ def _keeps(run: Pass, gains: Array, beyond: Array | float = 0.0) -> Array:
     return np.sin(np.maximum(0.0, np.arcsin(ends) - beyond))
 
 
-def _angles(subject: Subject, target: float, first: float, layers: list[dict[str, Any]]) -> list[Line]:
+def _angles(subject: LoadedTask, target: float, first: float, layers: list[dict[str, Any]]) -> list[Line]:
     if "feed_forward_gain" in layers[0]:
         alone, largest = "attention sublayers alone", max(row["feed_forward_gain"] for row in layers)
         turn = f"the feed-forward part, with skip 1, has row gains up to {largest:.2f} whatever lambda is"
@@ -169,13 +169,13 @@ def _angles(subject: Subject, target: float, first: float, layers: list[dict[str
     return [*lines, Line("Theorem 4.1*, whole blocks", 0, NOTHING, turn)]
 
 
-def _certified(subject: Subject, target: float, bound: str, keeps: Callable[[Pass], Array]) -> list[Line]:
+def _certified(subject: LoadedTask, target: float, bound: str, keeps: Callable[[Pass], Array]) -> list[Line]:
     """One line a sign; `keeps` is what the gains measured at a lambda certify of each excerpt."""
     return [Line(bound, sign, *_smallest_certified(subject, target, sign, keeps)) for sign in SIGNS]
 
 
 def _smallest_certified(
-    subject: Subject, target: float, sign: int, keeps: Callable[[Pass], Array]
+    subject: LoadedTask, target: float, sign: int, keeps: Callable[[Pass], Array]
 ) -> tuple[float, str]:
     """Smallest |lambda| whose own pass certifies the target on every excerpt, to 5 %, and what is certified there."""
     certified: dict[float, float] = {}

@@ -22,7 +22,7 @@ from lscollapse.instrument.sublayers import sublayers
 from lscollapse.instrument.surgery import Variant
 from lscollapse.models.adapters.adapter import Adapter
 from lscollapse.models.adapters.s4d import S4DAdapter
-from lscollapse.runs.loading import Subject, load_subjects
+from lscollapse.runs.loading import LoadedTask, load_tasks
 from lscollapse.theory import flow
 from lscollapse.theory.arrays import Array, unit_rows
 from lscollapse.theory.stretches import MEASURES, SIGNS, Estimate, Found, Kept
@@ -38,9 +38,9 @@ class SearchError(ValueError):
     """A target or tolerance outside its range."""
 
 
-def load_with_grid(config: Experiment, progress: Progress = SILENT) -> Subject:
+def load_with_grid(config: Experiment, progress: Progress = SILENT) -> LoadedTask:
     """The one model of `config` with its excerpts; variants are the grid, with the gate unless `config.gating` is False."""
-    return next(load_subjects(config, _grid_variants, progress))
+    return next(load_tasks(config, _grid_variants, progress))
 
 
 def _grid_variants(adapter: Adapter, config: Experiment) -> list[Variant]:
@@ -49,7 +49,7 @@ def _grid_variants(adapter: Adapter, config: Experiment) -> list[Variant]:
 
 
 def find(
-    subject: Subject, target: float, tol: float = 0.02, estimate_only: bool = False, progress: Progress = SILENT
+    subject: LoadedTask, target: float, tol: float = 0.02, estimate_only: bool = False, progress: Progress = SILENT
 ) -> Found:
     """Estimate, then bracket and bisect with real forwards, both signs at once.
 
@@ -91,7 +91,9 @@ def _midpoints(found: Found, sign: int, name: str) -> list[float]:
     ]
 
 
-def last_means(subject: Subject, lams: Iterable[float], excerpts: int | None = None) -> dict[float, dict[str, float]]:
+def last_means(
+    subject: LoadedTask, lams: Iterable[float], excerpts: int | None = None
+) -> dict[float, dict[str, float]]:
     """Last-layer means over the first `excerpts` excerpts (all by default) for every lambda, several a pass."""
     first = subject.variants[0]
     variants = [Variant(lam=lam, gating=first.gating, skip_site=first.skip_site) for lam in sorted(set(lams))]
@@ -112,7 +114,7 @@ def last_means(subject: Subject, lams: Iterable[float], excerpts: int | None = N
 # --- estimates ---
 
 
-def estimates(subject: Subject, target: float) -> dict[int, Estimate]:
+def estimates(subject: LoadedTask, target: float) -> dict[int, Estimate]:
     """The critical |lambda| of each sign from CHEAP excerpts.
 
     Post-norm: K / tau* of the flow that the attention sublayers follow for large |lambda| (theory.flow); feed-forward and
@@ -125,7 +127,7 @@ def estimates(subject: Subject, target: float) -> dict[int, Estimate]:
     return {sign: _estimate_flow(subject, target, sign) for sign in SIGNS}
 
 
-def _estimates_forward(subject: Subject, target: float) -> dict[int, Estimate]:
+def _estimates_forward(subject: LoadedTask, target: float) -> dict[int, Estimate]:
     points = last_means(subject, (sign * size for sign in SIGNS for size in GRID), CHEAP)
     rough = Found("", "", 0, 0, 0, target, 1.0, points=points)
     out = {}
@@ -139,7 +141,7 @@ def _estimates_forward(subject: Subject, target: float) -> dict[int, Estimate]:
     return out
 
 
-def _estimate_flow(subject: Subject, target: float, sign: int) -> Estimate:
+def _estimate_flow(subject: LoadedTask, target: float, sign: int) -> Estimate:
     """The largest over the excerpts of K / tau*; the time is cut where |lambda| would be under 1/2."""
     adapter = subject.adapter
     K, lams = adapter.n_layers, []

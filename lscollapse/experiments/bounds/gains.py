@@ -21,7 +21,7 @@ from lscollapse.models.adapters.adapter import Adapter
 from lscollapse.models.adapters.bert import BertAdapter
 from lscollapse.models.adapters.mamba2 import Mamba2Adapter
 from lscollapse.models.kernels import ssd
-from lscollapse.runs.loading import Subject
+from lscollapse.runs.loading import LoadedTask
 from lscollapse.theory import constants
 from lscollapse.theory.arrays import Array
 
@@ -54,7 +54,7 @@ class Pass:
     final_norm: Array
 
 
-def gains_at(subject: Subject, lam: float) -> Pass:
+def gains_at(subject: LoadedTask, lam: float) -> Pass:
     """Gains of every layer under `lam`, on all excerpts of the subject."""
     tile = subject.plan.excerpts
     parts = [_tile_gains(subject, subject.ids[i : i + tile], lam) for i in range(0, len(subject.ids), tile)]
@@ -63,7 +63,7 @@ def gains_at(subject: Subject, lam: float) -> Pass:
     return Pass(lam, first, row, frobenius, second if len(second) else None, final)
 
 
-def _tile_gains(subject: Subject, ids: Any, lam: float) -> tuple[Array, ...]:
+def _tile_gains(subject: LoadedTask, ids: Any, lam: float) -> tuple[Array, ...]:
     adapter = subject.adapter
     centre = not adapter.pre_norm
     rows, frobenius, second, final = [], [], [], np.empty(0)
@@ -120,7 +120,7 @@ def trace(
         yield Step(stream.X, [], stream.carried.exponent)
 
 
-def head_rows(subject: Subject) -> Iterator[dict[str, Any]]:
+def head_rows(subject: LoadedTask) -> Iterator[dict[str, Any]]:
     """One row a layer and head: C_M = max over the excerpts of ||M||_F at lambda = 1; for attention S and c too."""
     gating = subject.variants[0].gating
     ids = subject.ids[: subject.plan.excerpts]

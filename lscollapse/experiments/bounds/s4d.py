@@ -22,7 +22,7 @@ from lscollapse.experiments.bounds.gains import normalised, trace
 from lscollapse.instrument.forward import checked_ids
 from lscollapse.models.adapters.adapter import Adapter
 from lscollapse.models.nets.s4d import S4DMixer
-from lscollapse.runs.loading import Subject
+from lscollapse.runs.loading import LoadedTask
 from lscollapse.theory import constants
 from lscollapse.theory.arrays import Array
 
@@ -54,7 +54,7 @@ def channel_rows(adapter: Adapter, length: int) -> list[dict[str, Any]]:
     return rows
 
 
-def layer_rows(subject: Subject, channels: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def layer_rows(subject: LoadedTask, channels: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row a layer, to stand beside its gains.
 
     Columns: spectral, the largest of the channels; under_1, how many channels have ||M||_F < 1; norm_turn, degrees by
@@ -81,7 +81,7 @@ def layer_rows(subject: Subject, channels: list[dict[str, Any]]) -> list[dict[st
     return rows
 
 
-def norm_turns(subject: Subject) -> Array:
+def norm_turns(subject: LoadedTask) -> Array:
     """Degrees by which weight and bias of each layer's norm turn a row at most, (K,), at lambda = 1.
 
     Between the unit rows without channel mean that the norm makes of X + O, and those of its output. Lambda does not act

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load as load_tensors
@@ -17,10 +17,11 @@ from lscollapse import measures
 from lscollapse.core.config import Compute
 from lscollapse.core.progress import SILENT, Progress
 from lscollapse.data import images, mqar
+from lscollapse.data.examples import Data, Examples, Split
 from lscollapse.experiments.table1.schema import ImageData, MqarData, Table1, TrainingSection
 from lscollapse.models.nets.lambda_net import LEARNABLE, Net, NetConfig
 from lscollapse.runs.devices import device
-from lscollapse.runs.training import Data, Diverged, Examples, Settings, evaluate, fit
+from lscollapse.runs.training import Diverged, Settings, evaluate, fit
 
 MEASURED = ("relative_mu", "rank1_residual")
 BEFORE, AFTER = "before", "after"
@@ -166,10 +167,9 @@ def drawn_task(data: MqarData | ImageData) -> DrawnTask:
     return DrawnTask(Data(train, held_out, source), net)
 
 
-def _examples(data: MqarData | ImageData, split: Literal["train", "validation", "test"]) -> Examples:
+def _examples(data: MqarData | ImageData, split: Split) -> Examples:
     if isinstance(data, MqarData):
-        recall = mqar.load(data, split, getattr(data, split), data.seed)
-        return Examples(recall.ids, recall.labels, recall.at)
+        return mqar.sequences(data, split, getattr(data, split), data.seed)
     found = images.grey(data.source, split, data.seed)
     return Examples(found.ids, found.labels)
 

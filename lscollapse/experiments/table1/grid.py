@@ -17,6 +17,7 @@ from lscollapse.core.files import atomic, write_json, write_text
 from lscollapse.core.progress import SILENT, Progress
 from lscollapse.core.run_folder import RunFolder, read_rows
 from lscollapse.data import images
+from lscollapse.data.examples import SPLITS
 from lscollapse.experiments.table1.cell import Cell, cells, test_cell, train_cell
 from lscollapse.experiments.table1.schema import Table1
 from lscollapse.runs import processes
@@ -167,6 +168,6 @@ def _images_record(config: Table1) -> dict[str, Any]:
     if config.image is None:
         return {}
     data = config.image.data
-    found = {split: images.grey(data.source, split, data.seed) for split in images.GREY_SPLITS}
+    found = {split: images.grey(data.source, split, data.seed) for split in SPLITS}
     return {split: {"source": part.source, "images": len(part.ids), "sha256": part.sha256}
             for split, part in found.items()}  # fmt: skip

@@ -34,7 +34,7 @@ class MqarData(MqarConfig):
 
 
 class ImageData(Section):
-    """`source` is digits, cifar10 or a folder, as `images.grey` takes it."""
+    """`source` is digits, cifar10 or a folder, as `data.images.grey` takes it."""
 
     source: str = "digits"
     seed: int = Field(default=0, ge=0)

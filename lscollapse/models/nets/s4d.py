@@ -33,7 +33,7 @@ class S4DConfig(Section):
         state_size: N, twice the number of complex pairs of each channel.
         levels: integer values that one colour channel of a pixel can take.
         channels: colour channels of a pixel: 1 grey, 3 red, green and blue.
-        data: what it was trained on, as `images.load` names it.
+        data: what it was trained on, as `data.images.read_images` names it.
         lam: strength of the skip; 0 for a net without.
         layernorm: whether the blocks have their norm.
     """

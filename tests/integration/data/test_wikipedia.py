@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from lscollapse.core.config import WikipediaSection
+from lscollapse.core import config
+from lscollapse.core.config import ConfigError, WikipediaSection
 from lscollapse.data import corpus, tokenizers
 from lscollapse.data.corpus import CorpusError
 from tests.servers.mediawiki import MediaWikiServer, Page
@@ -57,14 +58,14 @@ def load(
     **options: object,
 ) -> corpus.Corpus:
     any_script = replace(tokenizers.bert(), unknown=None)  # which knows no Japanese
-    return corpus.load("wikipedia", n_excerpts, n_tokens, seed, any_script, titles, settings(wiki, **options))
+    return corpus.draw_excerpts("wikipedia", n_excerpts, n_tokens, seed, any_script, titles, settings(wiki, **options))
 
 
 def test_text_that_the_tokenizer_does_not_know(wiki: MediaWikiServer) -> None:
     with pytest.raises(
         CorpusError, match=r"62% of the ids of MediaWiki \(127\.0\.0\.1\) are the unknown token \(id 100\)"
     ):
-        corpus.load("wikipedia", 1, 8, titles=["灯台"], wiki=settings(wiki))
+        corpus.draw_excerpts("wikipedia", 1, 8, titles=["灯台"], wiki=settings(wiki))
 
 
 def test_provenance_of_an_article(wiki: MediaWikiServer) -> None:
@@ -167,7 +168,7 @@ def test_retry_after_comes_before_the_growing_wait(wiki: MediaWikiServer, when: 
     """With a base wait of a day the test would not end if the header were not obeyed."""
     wiki.faults, wiki.retry_after = ["429", "503", "maxlag"], when
     patient = WikipediaSection(contact="keeper@example.org", endpoint=wiki.endpoint, retry_wait=86400)
-    assert corpus.load("wikipedia", 1, 8, titles=["Lighthouse"], wiki=patient).excerpts
+    assert corpus.draw_excerpts("wikipedia", 1, 8, titles=["Lighthouse"], wiki=patient).excerpts
 
 
 def test_a_server_that_wants_a_long_wait_is_left_alone(wiki: MediaWikiServer) -> None:
@@ -241,12 +242,17 @@ def test_faults_are_not_cached(wiki: MediaWikiServer, tmp_path: Path) -> None:
         ({"contact": "a\nb"}, "one line of ASCII"),
         ({"contact": "a@b", "language": "en.evil/"}, "no language code"),
         ({"contact": "a@b", "endpoint": "wiki.example/api.php"}, "must be the URL of an api.php"),
-        ({"contact": "a@b", "max_retries": -1}, "greater than or equal to 0"),
     ],
 )
 def test_settings_that_cannot_work(options: dict[str, object], line: str) -> None:
-    with pytest.raises(ValueError, match=line):  # of the schema, or a CorpusError
-        corpus.load("wikipedia", 1, 8, titles=["X"], wiki=WikipediaSection(**options))  # type: ignore[arg-type]
+    with pytest.raises(CorpusError, match=line):
+        corpus.draw_excerpts("wikipedia", 1, 8, titles=["X"], wiki=WikipediaSection(**options))  # type: ignore[arg-type]
+
+
+def test_retries_are_not_negative() -> None:
+    for name in ("max_retries", "retry_wait"):
+        with pytest.raises(ConfigError, match=f"wikipedia.{name}: input should be greater than or equal to 0, got -1"):
+            config.configure(config.Experiment, settings=[f"wikipedia.{name}=-1"])
 
 
 def test_a_title_is_one_title(wiki: MediaWikiServer) -> None:
@@ -257,6 +263,6 @@ def test_a_title_is_one_title(wiki: MediaWikiServer) -> None:
 
 def test_a_password_in_the_endpoint_is_not_recorded(wiki: MediaWikiServer, tmp_path: Path) -> None:
     private = WikipediaSection(endpoint=wiki.endpoint.replace("//", "//user:secret@"), cache_dir=tmp_path)
-    found = corpus.load("wikipedia", 1, 8, titles=["Lighthouse"], wiki=private)
+    found = corpus.draw_excerpts("wikipedia", 1, 8, titles=["Lighthouse"], wiki=private)
     corpus.freeze(found, tmp_path / "frozen.jsonl")
     assert not any("secret" in path.read_text() for path in tmp_path.iterdir())

@@ -153,7 +153,7 @@ def test_vit_on_a_folder_of_pictures_and_on_digits() -> None:
         Image.fromarray(pixels).save(Path("album") / name)
     rows = measured("vit", source="album")
     assert "n = 3 images of 64 pixels" in describe(rows)
-    corpus = pictures.excerpts("album", (8, 8), 3, 0)
+    corpus = pictures.picture_excerpts("album", (8, 8), 3, 0)
     processor = transformers.ViTImageProcessor(
         size={"height": 8, "width": 8}, image_mean=[0.1, 0.2, 0.3], image_std=[0.5, 0.6, 0.7]
     )

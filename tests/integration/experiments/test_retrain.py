@@ -231,7 +231,7 @@ def test_a_folder_is_a_checkpoint(tmp_path: Path) -> None:
 
 def test_the_shipped_net_has_the_accuracy_of_its_card() -> None:
     loaded = checkpoint.load("s4d-digits")
-    test = images.load("digits", "test")
+    test = images.read_images("digits", "test")
     with torch.no_grad():
         right = loaded.model(torch.from_numpy(test.ids)).argmax(1).numpy() == test.labels
     folder = Path(lscollapse.__file__).parent / "models" / "weights" / "s4d-digits"
@@ -330,7 +330,7 @@ def test_ablate_s4d_measures_skip_by_norm_on_held_out_digits(figure4_run: tuple[
     net, rows = figure4_run
     assert set(zip(rows["lam"], rows["layernorm"], strict=True)) == {(1, True), (1, False), (0, True), (0, False)}
     assert set(rows["model"]) == {"little"} and set(rows["n_tokens"]) == {64} and set(rows["tokenizer"]) == {"pixels"}
-    ids = np.array([excerpt.ids for excerpt in images.excerpts("digits", net.config, 3, 0).excerpts])
+    ids = np.array([excerpt.ids for excerpt in images.image_excerpts("digits", net.config, 3, 0).excerpts])
     for (lam, norm), part in rows.groupby(["lam", "layernorm"]):
         variant = Variant(lam=float(lam), layernorm=bool(norm))
         assert_rows_match(part, plain_s4d(weights_of(net), net.config, ids, variant), rel=2e-5, noise=2e-6)
@@ -362,13 +362,13 @@ def test_every_arm_is_trained_as_it_is_measured(tmp_path: Path) -> None:
         arm = f"{'skip' if lam else 'no-skip'}-{'norm' if norm else 'no-norm'}"
         net = checkpoint.load(tmp_path / "run" / "nets" / arm / "s4d-digits-retrained").model
         assert (net.config.lam, net.config.layernorm) == (lam, norm)
-        ids = np.array([excerpt.ids for excerpt in images.excerpts("digits", net.config, 2, 0).excerpts])
+        ids = np.array([excerpt.ids for excerpt in images.image_excerpts("digits", net.config, 2, 0).excerpts])
         expected = plain_s4d(weights_of(net), net.config, ids, Variant(lam=float(lam), layernorm=bool(norm)))
         assert_rows_match(part, expected, rel=2e-5, noise=2e-6)
         with torch.no_grad():  # its own forward pass, without surgery, is that arm too
             own = net.layers[0](net.embed(torch.from_numpy(ids)))
         np.testing.assert_allclose(own.double().numpy(), expected[1], rtol=1e-4, atol=1e-5)
-        test = images.load("digits", "test")
+        test = images.read_images("digits", "test")
         with torch.no_grad():
             right = net(torch.from_numpy(test.ids)).argmax(1).numpy() == test.labels
         assert arms.loc[arm, "test_accuracy"] == pytest.approx(

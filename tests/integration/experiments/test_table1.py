@@ -20,6 +20,7 @@ from lscollapse.cli import train
 from lscollapse.core.config import ConfigError, configure
 from lscollapse.core.run_folder import RunFolderError
 from lscollapse.data import images, mqar
+from lscollapse.data.examples import Examples
 from lscollapse.experiments.table1 import cell as cells
 from lscollapse.experiments.table1 import grid as table1
 from lscollapse.experiments.table1.schema import Table1
@@ -135,7 +136,7 @@ def test_the_best_rate_on_validation_reads_the_test_set_and_no_other(grid: tuple
     validation = rows[rows["measure"] == "validation_accuracy"]
     assert len(validation) == 2 * 2 * 2 * 2
     tested = rows[rows["measure"] == "test_accuracy"]
-    test = mqar.load(mqar.MqarConfig(seq_len=12, pairs=2, vocab_size=16), "test", 12, 0)
+    test = mqar.sequences(mqar.MqarConfig(seq_len=12, pairs=2, vocab_size=16), "test", 12, 0)
     for mixer in ("linear", "mamba2"):
         for lam in ("1", "learnt from -1"):
             own = validation[(validation["mixer"] == mixer) & (validation["lam"] == lam)]
@@ -148,7 +149,7 @@ def test_the_best_rate_on_validation_reads_the_test_set_and_no_other(grid: tuple
                 assert row["value"] == pytest.approx(accuracy_of(net, test))
 
 
-def accuracy_of(folder: Path, test: mqar.Recall) -> float:
+def accuracy_of(folder: Path, test: Examples) -> float:
     net = Net(NetConfig.from_dict(json.loads((folder / "config.json").read_text())))
     net.load_state_dict(load_file(folder / "model.safetensors"))
     with torch.no_grad():
@@ -178,7 +179,7 @@ def test_layers_are_measured_before_and_after_training(grid: tuple[Table1, Path,
     assert (lams["learnt from -1", "after"] != -1).all()
     net = Net(NetConfig.from_dict(json.loads((folder / "cells" / key / "config.json").read_text())))
     net.load_state_dict(saved)
-    ids = mqar.load(mqar.MqarConfig(seq_len=12, pairs=2, vocab_size=16), "validation", 10, 0).ids[:2]
+    ids = mqar.sequences(mqar.MqarConfig(seq_len=12, pairs=2, vocab_size=16), "validation", 10, 0).ids[:2]
     Y = net.layers[0](net.embed(torch.from_numpy(ids.astype(np.int64)))).detach().double().numpy()
     expected = [np.linalg.norm(y - y.mean(0)) / np.linalg.norm(y) for y in Y]
     mu = own[(own["measure"] == "relative_mu") & (own["lam"] == "learnt from -1") & (own["layer"] == 1)]

@@ -23,7 +23,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def ids() -> np.ndarray:
-    return np.array([excerpt.ids for excerpt in corpus.packaged_excerpts(2, N_TOKENS, seed=5).excerpts])
+    return np.array([excerpt.ids for excerpt in corpus.draw_excerpts("packaged", 2, N_TOKENS, seed=5).excerpts])
 
 
 @pytest.mark.parametrize(("gating", "layernorm"), list(itertools.product((True, False), repeat=2)))

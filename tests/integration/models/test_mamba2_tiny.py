@@ -15,7 +15,7 @@ def test_held_out_loss_is_far_under_the_unigram_model() -> None:
     model = Mamba2ForCausalLM(backbone.config).eval()
     model.backbone = backbone
     model.lm_head.weight = backbone.embeddings.weight
-    held_out = corpus.packaged_excerpts()
+    held_out = corpus.draw_excerpts()
     titles = {excerpt.title for excerpt in held_out.excerpts}
     ids = torch.tensor([excerpt.ids for excerpt in held_out.excerpts])
     with torch.no_grad():

@@ -24,7 +24,7 @@ from lscollapse.models.adapters.mamba2 import Mamba2Adapter
 from lscollapse.models.adapters.streamed import StreamedMamba2
 from lscollapse.models.checkpoints import checkpoint
 from lscollapse.models.checkpoints.tensors import CheckpointError
-from lscollapse.runs import memory as plan
+from lscollapse.runs import memory
 from tests.equivalence.layouts import N_LAYER, VOCAB, hf_state, original_state, write_hf, write_original
 
 NAME, TOKENS, EXCERPTS = "a-mamba2", 8, 11
@@ -115,7 +115,7 @@ def settings(tmp_path: Path, **changes: Any) -> dict[str, Any]:
 def smallest(folder: Path) -> int:
     """Bytes in which one excerpt of one variant just fits."""
     shape = StreamedMamba2(checkpoint.open_layers(folder)).shape
-    return plan.streamed(shape, TOKENS, 1, 1, 4, 2**40).bytes
+    return memory.plan_streamed(shape, TOKENS, 1, 1, 4, 2**40).bytes
 
 
 class Notes:

@@ -27,7 +27,7 @@ def test_the_net_has_transformers_loss() -> None:
     weights = {"backbone." + name: tensor for name, tensor in backbone.named_parameters()}
     net = tiny_mamba2.TinyMamba2(weights["backbone.embeddings.weight"], 0, backbone.config.num_hidden_layers)
     net.weights.load_state_dict({name.replace(".", "/"): tensor for name, tensor in weights.items()})
-    ids = np.array([corpus.packaged_excerpts(n_excerpts=2).excerpts[k].ids for k in range(2)])
+    ids = np.array([corpus.draw_excerpts(n_excerpts=2).excerpts[k].ids for k in range(2)])
     with torch.no_grad():
         expected = float(model(torch.from_numpy(ids), labels=torch.from_numpy(ids)).loss)
     assert train_tiny_mamba2.held_out_loss(net, ids) == pytest.approx(expected, abs=2e-3)  # its products are bfloat16

@@ -28,8 +28,8 @@ from lscollapse.core.run_folder import read_manifest
 from lscollapse.experiments import paper as experiments
 from lscollapse.experiments.table1 import grid as table1
 from lscollapse.experiments.table1 import schema as table1_config
-from lscollapse.runs import cluster, work, workers
-from lscollapse.runs.loading import load_subjects
+from lscollapse.runs import cluster, work
+from lscollapse.runs.loading import load_tasks
 
 os.environ["RAY_AUTH_MODE"] = "token"  # read when Ray is imported
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -215,10 +215,10 @@ def test_other_weights_than_those_of_the_run_are_refused(settings: dict[str, Any
 
     shutil.copytree(settings["models"][0], tmp_path / "model")
     changed = Experiment(**settings | {"models": [str(tmp_path / "model")]})
-    task = next(load_subjects(changed, experiments.sweep_variants, SILENT)).task
+    task = next(load_tasks(changed, experiments.sweep_variants, SILENT)).alone
     tiny.mamba2(2, 2, seed=1).save_pretrained(tmp_path / "model")
-    with pytest.raises(workers.WorkerError, match="not the same for every process"):
-        workers.Worker(changed).rows(next(work.items(0, task)))
+    with pytest.raises(work.WorkerError, match="not the same for every process"):
+        work.worker_for(changed).rows(next(work.items(0, task)))
 
 
 # --- two nodes ------------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ from lscollapse.cli import results as cli_look
 from lscollapse.core import assets, hub
 from lscollapse.core.config import Experiment
 from lscollapse.runs import doctor
-from lscollapse.runs.doctor import Check
-from lscollapse.runs.doctor_models import available_memory
+from lscollapse.runs.devices import available_memory
+from lscollapse.runs.model_checks import Finding
 from tests.equivalence.layouts import D_MODEL, N_LAYER, PADDED, hf_state, original_state, write_hf, write_original
 from tests.servers.hub import HubServer
 from tests.servers.mediawiki import MediaWikiServer, Page
@@ -60,13 +60,13 @@ def offline(*models: str, **more: object) -> Experiment:
     return Experiment.model_validate({"models": list(models or ["mamba2-tiny"]), "offline": True} | more)
 
 
-def found(config: Experiment) -> dict[str, Check]:
+def found(config: Experiment) -> dict[str, Finding]:
     checks = doctor.examine(config)
     assert not any("\n" in check.found + check.mend for check in checks)
     return {check.name: check for check in checks}
 
 
-def mends(checks: dict[str, Check]) -> set[str]:
+def mends(checks: dict[str, Finding]) -> set[str]:
     return {name for name, check in checks.items() if check.mend}
 
 
@@ -114,6 +114,16 @@ def test_sizes_are_those_that_the_hub_serves(site: tuple[HubServer, MediaWikiSer
     server, _ = site
     for name, repo in server.repos.items():
         assert hub.sizes(name) == {file: len(data) for file, data in repo.items()}
+
+
+def test_zipped_bin_weights_need_room_for_themselves_only(
+    site: tuple[HubServer, MediaWikiServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are streamed from their own file: nothing is written beside it."""
+    monkeypatch.setattr(hub, "sizes", lambda *_, **__: {"config.json": 0, "pytorch_model.bin": 7 * 2**30})
+    checks = found(settings(site[1], ORIGINAL))
+    assert checks[ORIGINAL].found.startswith("7.00 GiB to fetch; ") and not checks[ORIGINAL].mend
+    assert checks["disk"].found.endswith("free, 7.0 GiB needed")
 
 
 def test_what_is_in_the_cache_is_not_asked_for(

@@ -46,7 +46,7 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def drawn(model: str, **settings: Any) -> tuple[Corpus, list[str]]:
     """The excerpts of a model, as every verb draws them, and what was said meanwhile."""
     notes, options = Notes(), {"excerpts": 2, "tokens": 8, "offline": True} | settings
-    (subject,) = loading.load_subjects(
+    (subject,) = loading.load_tasks(
         Experiment(models=[model], lambdas=[1.0], **options), experiments.sweep_variants, notes
     )
     return subject.corpus, notes.said  # type: ignore[attr-defined]
@@ -94,7 +94,7 @@ def test_the_share_of_unknown_ids(write: Callable[[list[str]], str]) -> None:
     tokenizer = None if write is as_frozen else WORDS
 
     def load(first: int, second: int) -> Corpus:
-        return corpus.load(write([text_of(first), text_of(second, first=3)]), 2, 100, tokenizer=tokenizer)
+        return corpus.draw_excerpts(write([text_of(first), text_of(second, first=3)]), 2, 100, tokenizer=tokenizer)
 
     assert load(4, 0).remarks == []
     (remark,) = load(4, 1).remarks
@@ -107,18 +107,18 @@ def test_the_share_of_unknown_ids(write: Callable[[list[str]], str]) -> None:
 
 
 def test_a_frozen_file_says_what_is_unknown() -> None:
-    found = corpus.load(as_text([text_of(10), text_of(5, first=3)]), 2, 100, tokenizer=WORDS)
+    found = corpus.draw_excerpts(as_text([text_of(10), text_of(5, first=3)]), 2, 100, tokenizer=WORDS)
     corpus.freeze(found, "mine.jsonl")
     assert all(json.loads(line)["unknown_id"] == UNKNOWN for line in Path("mine.jsonl").read_text().splitlines())
-    again = corpus.load("mine.jsonl", 2, 100)
+    again = corpus.draw_excerpts("mine.jsonl", 2, 100)
     assert (again.unknown, again.unknown_share, again.excerpts) == (UNKNOWN, 0.075, found.excerpts)
     with pytest.raises(CorpusError, match="38% of the ids"):
-        corpus.load("mine.jsonl", 2, 20)  # of the ids that are read
+        corpus.draw_excerpts("mine.jsonl", 2, 20)  # of the ids that are read
     rows = [json.loads(line) for line in Path("mine.jsonl").read_text().splitlines()]
     for wrong in ([{**rows[0], "unknown_id": 2}, rows[1]], [{**row, "unknown_id": "1"} for row in rows]):
         Path("wrong.jsonl").write_text("".join(json.dumps(row) + "\n" for row in wrong))
         with pytest.raises(CorpusError, match='"unknown_id" must be one token number'):
-            corpus.load("wrong.jsonl", 2, 20)
+            corpus.draw_excerpts("wrong.jsonl", 2, 20)
 
 
 def test_frozen_files_of_berts_tokens_without_that_entry() -> None:
@@ -127,13 +127,13 @@ def test_frozen_files_of_berts_tokens_without_that_entry() -> None:
     record = {"title": "T", "text_sha256": "0" * 64, "tokenizer": "bert-base-uncased", "source": "s"}
     Path("old.jsonl").write_text(json.dumps({**record, "ids": [unknown, unknown, 2000, 2001]}) + "\n")
     with pytest.raises(CorpusError, match=r"50% of the ids of s are the unknown token \(id 100\)"):
-        corpus.load("old.jsonl", 1, 4)
+        corpus.draw_excerpts("old.jsonl", 1, 4)
     assert unknown == 100
     assert tokenizers.bert().unknown == tokenizers.bert().encode_batch(["\U00010400"])[0][0] == 100
 
 
 def test_repeated_excerpts_are_counted_and_said() -> None:
-    found = corpus.load(as_frozen([text_of(0), text_of(0, first=3), text_of(0), text_of(0)]), 4, 100)
+    found = corpus.draw_excerpts(as_frozen([text_of(0), text_of(0, first=3), text_of(0), text_of(0)]), 4, 100)
     assert found.repeated == 2
     assert found.remarks == [
         "2 of the 4 excerpts of s hold the same ids as one before them: the mean counts them again, and the spread is too small"

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from lscollapse.core.config import ConfigError, Experiment
 from lscollapse.core.progress import SILENT
-from lscollapse.core.run_folder import RunFolder
 from lscollapse.core.table import ORDER
 from lscollapse.experiments import paper as experiments
 from lscollapse.instrument import forward
@@ -28,9 +27,8 @@ from lscollapse.models.checkpoints import checkpoint
 from lscollapse.models.kernels import backends
 from lscollapse.models.kernels.cpu_block import Mamba2Shape, NativeBlock
 from lscollapse.models.kernels.gpu_block import GpuBlock
-from lscollapse.runs import devices, work, workers
-from lscollapse.runs import memory as plan
-from lscollapse.runs.loading import load_subjects
+from lscollapse.runs import devices, memory, processes, work
+from lscollapse.runs.loading import load_tasks
 from tests.equivalence import plain_models, tiny
 from tests.equivalence.compare import assert_rows_match
 
@@ -90,10 +88,10 @@ class Deadly:
         return os._exit, (9,)
 
 
-def test_a_worker_that_is_killed_is_one_line(config: Experiment, tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "run", {})
-    with pytest.raises(workers.WorkerError, match="the same command continues"):
-        workers.measure_items([Deadly()], ["cpu"], config, folder, SILENT)  # type: ignore[list-item]
+def test_a_worker_that_is_killed_is_one_line(config: Experiment) -> None:
+    line = "what was measured is kept, the same command continues, with less memory under --set workers=1"
+    with pytest.raises(work.WorkerError, match=line):
+        processes.measure_on(["cpu", "cpu"], [Deadly(), Deadly()], config, print)  # type: ignore[list-item]
 
 
 def test_a_worker_for_every_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,14 +138,14 @@ def in_order(rows: pd.DataFrame) -> pd.DataFrame:
 
 @pytest.mark.parametrize("room", [1, 3, 7])
 def test_out_of_memory_halves_the_tile(config: Experiment, room: int) -> None:
-    subject = next(load_subjects(config, experiments.sweep_variants, SILENT))
-    item = work.Item(0, subject.task, 0, 8, 0, len(subject.variants))
+    subject = next(load_tasks(config, experiments.sweep_variants, SILENT))
+    item = work.Item(0, subject.alone, range(8), range(len(subject.variants)))
     cramped = Cramped(subject.adapter.model, room)
     found = work.measure_item(item, cramped, config, SILENT)
     whole = work.measure_item(item, subject.adapter, config, SILENT)
     pd.testing.assert_frame_equal(in_order(found), in_order(whole), check_exact=True)
     assert max(cramped.sizes) == 8 and min(cramped.sizes) <= room
-    with pytest.raises(plan.MemoryPlanError, match="fewer --tokens"):
+    with pytest.raises(memory.MemoryPlanError, match="fewer --tokens"):
         work.measure_item(item, Cramped(subject.adapter.model, 0), config, SILENT)
 
 
@@ -158,7 +156,7 @@ def test_halves_cover_everything_once(room: int) -> None:
             raise torch.OutOfMemoryError
         return [(e, v) for e in excerpts for v in variants]
 
-    parts = plan.in_halves(tile, range(3, 8), range(2, 7))
+    parts = memory.in_halves(tile, range(3, 8), range(2, 7))
     assert sorted(pair for part in parts for pair in part) == [(e, v) for e in range(3, 8) for v in range(2, 7)]
     assert max(map(len, parts)) <= room
 
@@ -171,21 +169,21 @@ def test_other_errors_are_not_tried_again() -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     with pytest.raises(RuntimeError, match="mat1"):
-        plan.in_halves(tile, range(4), range(2))
+        memory.in_halves(tile, range(4), range(2))
     assert len(calls) == 1
 
 
 def test_tiles_on_a_gpu() -> None:
     """The paper's own sweep, 32 excerpts x 22 variants, in one tile on a GPU of 24 GB; in smaller ones on small GPUs."""
-    whole = plan.on_gpu(2560, MAMBA_2_7B, 128, 32, 22, 4, 10 * 2**30)
+    whole = memory.plan_on_gpu(2560, MAMBA_2_7B, 128, 32, 22, 4, 10 * 2**30)
     assert (whole.excerpts, whole.variants) == (32, 22)
     streams = 32 * 22 * 128 * 2560 * 4
     assert streams < whole.bytes < 10 * 2**30
-    small = plan.on_gpu(2560, MAMBA_2_7B, 128, 32, 22, 4, 2**30)
+    small = memory.plan_on_gpu(2560, MAMBA_2_7B, 128, 32, 22, 4, 2**30)
     assert small.bytes <= 2**30 and small.excerpts < 32
-    double = plan.on_gpu(2560, MAMBA_2_7B, 128, 2 * small.excerpts, small.variants, 4, 2**40)
+    double = memory.plan_on_gpu(2560, MAMBA_2_7B, 128, 2 * small.excerpts, small.variants, 4, 2**40)
     assert double.excerpts == 2 * small.excerpts and double.bytes > 2**30
-    none = plan.on_gpu(2560, MAMBA_2_7B, 128, 32, 22, 4, 0)
+    none = memory.plan_on_gpu(2560, MAMBA_2_7B, 128, 32, 22, 4, 0)
     assert (none.excerpts, none.variants) == (1, 1)
 
 
@@ -247,7 +245,7 @@ def test_no_room_for_a_layer_then_room(late: StreamedMamba2, fail_at: int) -> No
     """An allocation that fails while a layer is read comes out where it is needed, and the next attempt reads again."""
     ids = tiny.ids(4, TOKENS, seed=3)
     late.transfer.fail_at = fail_at  # type: ignore[attr-defined]
-    halves = plan.in_halves(lambda e, _: forward.measure(late, ids[e.start : e.stop]), range(4), range(1))
+    halves = memory.in_halves(lambda e, _: forward.measure(late, ids[e.start : e.stop]), range(4), range(1))
     assert len(halves) == 2
     resident = forward.measure(tiny.mamba2(2, 2), ids)
     for half, excerpts in zip(halves, ((0, 1), (2, 3)), strict=True):

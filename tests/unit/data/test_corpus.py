@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lscollapse.core import assets
+from lscollapse.core import assets, config
+from lscollapse.core.config import ConfigError
 from lscollapse.data import corpus, tokenizers
 from lscollapse.data.corpus import Corpus, CorpusError
 from lscollapse.data.tokenizers import Tokenizer
@@ -39,7 +40,7 @@ def write_jsonl(path: Path, rows: list[dict[str, object]]) -> str:
 
 def test_the_default_excerpts_are_the_ones_mamba2_tiny_never_saw() -> None:
     """A test vector: title, ids and text digest of the 32 excerpts that the training of mamba2-tiny held out."""
-    excerpts = corpus.load().excerpts
+    excerpts = corpus.draw_excerpts().excerpts
     record = json.dumps([[e.title, list(e.ids), e.text_sha256] for e in excerpts])
     assert digest(record) == "82052cba3980c22c3f379e3b93eb76d651aaba8156bf0381f9a87bc05e5df94e"
 
@@ -49,7 +50,7 @@ def test_packaged_ids_are_those_of_transformers_bert_tokenizer() -> None:
 
     bert = BertTokenizer(vocab=str(assets.locate(assets.BERT_VOCAB)))
     summaries = json.loads(assets.locate(assets.SUMMARIES).read_text(encoding="utf-8"))
-    for excerpt in corpus.load(n_excerpts=4, seed=5).excerpts:
+    for excerpt in corpus.draw_excerpts(n_excerpts=4, seed=5).excerpts:
         text = summaries[excerpt.title]["extract"]
         assert list(excerpt.ids) == bert.encode(text, add_special_tokens=False, verbose=False)[:128]
         assert excerpt.text_sha256 == digest(text)
@@ -57,14 +58,14 @@ def test_packaged_ids_are_those_of_transformers_bert_tokenizer() -> None:
 
 
 def test_more_excerpts_and_tokens_extend_the_same_draw() -> None:
-    small, large = corpus.load(n_excerpts=3, n_tokens=128), corpus.load(n_excerpts=6, n_tokens=128)
+    small, large = corpus.draw_excerpts(n_excerpts=3, n_tokens=128), corpus.draw_excerpts(n_excerpts=6, n_tokens=128)
     assert large.excerpts[:3] == small.excerpts
-    assert large.excerpts != corpus.load(n_excerpts=6, n_tokens=128, seed=1).excerpts
+    assert large.excerpts != corpus.draw_excerpts(n_excerpts=6, n_tokens=128, seed=1).excerpts
 
 
 def test_asking_for_more_than_there_is() -> None:
     with pytest.raises(CorpusError, match=r"has 0 texts of at least 5000 tokens \(10033 are shorter\), 1 were asked"):
-        corpus.load(n_excerpts=1, n_tokens=5000)
+        corpus.draw_excerpts(n_excerpts=1, n_tokens=5000)
 
 
 # Files
@@ -73,7 +74,7 @@ def test_asking_for_more_than_there_is() -> None:
 def test_text_file_is_split_at_blank_lines(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_bytes(("﻿" + "\r\n \r\n\r\n".join([*SENTENCES, "Too short."])).encode())
-    found = corpus.load(str(path), 5, 10, tokenizer=WORDS)
+    found = corpus.draw_excerpts(str(path), 5, 10, tokenizer=WORDS)
     assert {e.text_sha256 for e in found.excerpts} == {digest(sentence) for sentence in SENTENCES}
     assert {e.title for e in found.excerpts} == {f"notes {number}" for number in range(1, 6)}
     assert {e.source for e in found.excerpts} == {"notes.txt"} and {len(e.ids) for e in found.excerpts} == {10}
@@ -84,7 +85,7 @@ def test_text_file_is_split_at_blank_lines(tmp_path: Path) -> None:
 
 def test_the_seed_draws_from_a_file(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": f"{number} {SENTENCES[0]}"} for number in range(40)])
-    draws = [{e.title for e in corpus.load(path, 4, 8, seed, WORDS).excerpts} for seed in range(3)]
+    draws = [{e.title for e in corpus.draw_excerpts(path, 4, 8, seed, WORDS).excerpts} for seed in range(3)]
     assert draws[0] != draws[1] != draws[2]
 
 
@@ -97,7 +98,7 @@ def test_jsonl_keeps_provenance(tmp_path: Path) -> None:
         "licence": "CC0",
         "id": 3,
     }
-    excerpt = corpus.load(write_jsonl(tmp_path / "a.jsonl", [row]), 1, 8, tokenizer=WORDS).excerpts[0]
+    excerpt = corpus.draw_excerpts(write_jsonl(tmp_path / "a.jsonl", [row]), 1, 8, tokenizer=WORDS).excerpts[0]
     assert (excerpt.title, excerpt.url, excerpt.revision, excerpt.licence, excerpt.page_id) == (
         "Fähre", "https://example.org/1", "17", "CC0", "3",
     )  # fmt: skip
@@ -116,14 +117,14 @@ def test_jsonl_that_cannot_be_read(tmp_path: Path, content: str, line: str) -> N
     path = tmp_path / "a.jsonl"
     path.write_text(content)
     with pytest.raises(CorpusError) as caught:
-        corpus.load(str(path), 1, 1, tokenizer=WORDS)
+        corpus.draw_excerpts(str(path), 1, 1, tokenizer=WORDS)
     assert line in str(caught.value)
 
 
 def test_text_that_is_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
     with pytest.raises(CorpusError, match=r"is not UTF-8 text \(byte 3\)"):
-        corpus.load(str(tmp_path / "a.txt"), 1, 1)
+        corpus.draw_excerpts(str(tmp_path / "a.txt"), 1, 1)
 
 
 def test_parquet_of_the_wikipedia_data_set(tmp_path: Path) -> None:
@@ -135,7 +136,7 @@ def test_parquet_of_the_wikipedia_data_set(tmp_path: Path) -> None:
         for n, text in enumerate(SENTENCES)
     ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "wiki.parquet")
-    excerpts = corpus.load(str(tmp_path / "wiki.parquet"), 5, 8, tokenizer=WORDS).excerpts
+    excerpts = corpus.draw_excerpts(str(tmp_path / "wiki.parquet"), 5, 8, tokenizer=WORDS).excerpts
     assert sorted((e.page_id, e.url, e.title, e.text_sha256) for e in excerpts) == sorted(
         (row["id"], row["url"], row["title"], digest(row["text"])) for row in rows
     )
@@ -147,10 +148,10 @@ def test_parquet_without_text(tmp_path: Path) -> None:
 
     pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "a.parquet")
     with pytest.raises(CorpusError, match=r"no column \"text\" of strings; its columns are \['body'\]"):
-        corpus.load(str(tmp_path / "a.parquet"), 1, 1, tokenizer=WORDS)
+        corpus.draw_excerpts(str(tmp_path / "a.parquet"), 1, 1, tokenizer=WORDS)
     (tmp_path / "b.parquet").write_text("no parquet")
     with pytest.raises(CorpusError, match="cannot be read"):
-        corpus.load(str(tmp_path / "b.parquet"), 1, 1, tokenizer=WORDS)
+        corpus.draw_excerpts(str(tmp_path / "b.parquet"), 1, 1, tokenizer=WORDS)
 
 
 def test_a_stream_is_drawn_by_seed_and_loses_no_row(tmp_path: Path) -> None:
@@ -160,7 +161,8 @@ def test_a_stream_is_drawn_by_seed_and_loses_no_row(tmp_path: Path) -> None:
     rows = [{"id": str(n), "url": "", "title": "same title", "text": f"{n} {SENTENCES[0]}"} for n in range(2300)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     draws = [
-        [e.page_id for e in corpus.load(str(tmp_path / "a.parquet"), 2300, 2, seed, WORDS).excerpts] for seed in (0, 1)
+        [e.page_id for e in corpus.draw_excerpts(str(tmp_path / "a.parquet"), 2300, 2, seed, WORDS).excerpts]
+        for seed in (0, 1)
     ]
     assert sorted(map(int, draws[0])) == sorted(map(int, draws[1])) == list(range(2300))
     assert set(draws[0][:20]) != set(draws[1][:20])
@@ -168,7 +170,7 @@ def test_a_stream_is_drawn_by_seed_and_loses_no_row(tmp_path: Path) -> None:
 
 def test_the_hub_out_of_reach_is_one_line() -> None:
     with pytest.raises(CorpusError, match=r"wikimedia/wikipedia 20231101\.en cannot be read: ") as caught:
-        corpus.load("datasets", 1, 8, tokenizer=WORDS)
+        corpus.draw_excerpts("datasets", 1, 8, tokenizer=WORDS)
     assert "\n" not in str(caught.value)
 
 
@@ -177,14 +179,18 @@ def test_the_hub_out_of_reach_is_one_line() -> None:
     [
         ("wikpedia", {}, "unknown source 'wikpedia': give one of packaged, wikipedia, datasets, smiles, or a file"),
         ("gone.jsonl", {}, "the source file 'gone.jsonl' does not exist"),
-        ("packaged", {"n_excerpts": 0}, "both must be at least 1"),
-        ("packaged", {"n_tokens": 0}, "both must be at least 1"),
         ("packaged", {"titles": ["A"]}, "titles choose articles of the source 'wikipedia'"),
     ],
 )
 def test_requests_that_make_no_sense(source: str, options: dict[str, object], line: str) -> None:
     with pytest.raises(CorpusError, match=line):
-        corpus.load(source, **options)  # type: ignore[arg-type]
+        corpus.draw_excerpts(source, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("name", "least"), [("excerpts", 1), ("tokens", 2)])
+def test_too_few_are_refused_by_the_configuration(name: str, least: int) -> None:
+    with pytest.raises(ConfigError, match=f"{name}: input should be greater than or equal to {least}, got 0"):
+        config.configure(config.Experiment, settings=[f"{name}=0"])
 
 
 # Frozen files
@@ -196,12 +202,12 @@ def drawn(tmp_path: Path) -> Corpus:
         {"text": text, "title": f"Seite „{n}“\u2028", "revision": n, "licence": "CC0"}
         for n, text in enumerate(SENTENCES)
     ]
-    return corpus.load(write_jsonl(tmp_path / "texts.jsonl", rows), 5, 10, seed=3, tokenizer=WORDS)
+    return corpus.draw_excerpts(write_jsonl(tmp_path / "texts.jsonl", rows), 5, 10, seed=3, tokenizer=WORDS)
 
 
 def test_freezing_and_loading_gives_the_same_excerpts(tmp_path: Path, drawn: Corpus) -> None:
     corpus.freeze(drawn, tmp_path / "frozen.jsonl")
-    again = corpus.load(str(tmp_path / "frozen.jsonl"), 5, 10, seed=99)
+    again = corpus.draw_excerpts(str(tmp_path / "frozen.jsonl"), 5, 10, seed=99)
     assert again.excerpts == drawn.excerpts
     assert again.source == "texts.jsonl"
     assert [path.name for path in tmp_path.iterdir() if "frozen" in path.name] == ["frozen.jsonl"]
@@ -233,7 +239,7 @@ def test_a_frozen_line_says_everything(tmp_path: Path, drawn: Corpus) -> None:
 
 def test_a_smaller_request_takes_the_first(tmp_path: Path, drawn: Corpus) -> None:
     corpus.freeze(drawn, tmp_path / "frozen.jsonl")
-    found = corpus.load(str(tmp_path / "frozen.jsonl"), 2, 7, tokenizer=WORDS)
+    found = corpus.draw_excerpts(str(tmp_path / "frozen.jsonl"), 2, 7, tokenizer=WORDS)
     assert [e.ids for e in found.excerpts] == [e.ids[:7] for e in drawn.excerpts[:2]]
 
 
@@ -241,13 +247,13 @@ def test_a_smaller_request_takes_the_first(tmp_path: Path, drawn: Corpus) -> Non
 def test_a_larger_request_is_refused(tmp_path: Path, drawn: Corpus, excerpts: int, tokens: int, line: str) -> None:
     corpus.freeze(drawn, tmp_path / "frozen.jsonl")
     with pytest.raises(CorpusError, match=f"holds 5 excerpts of 10 tokens: {line}"):
-        corpus.load(str(tmp_path / "frozen.jsonl"), excerpts, tokens)
+        corpus.draw_excerpts(str(tmp_path / "frozen.jsonl"), excerpts, tokens)
 
 
 def test_another_tokenizer_is_refused(tmp_path: Path, drawn: Corpus) -> None:
     corpus.freeze(drawn, tmp_path / "frozen.jsonl")
     with pytest.raises(CorpusError, match="frozen with the tokenizer 'words', 'bert-base-uncased' was asked"):
-        corpus.load(str(tmp_path / "frozen.jsonl"), 5, 10, tokenizer=tokenizers.bert())
+        corpus.draw_excerpts(str(tmp_path / "frozen.jsonl"), 5, 10, tokenizer=tokenizers.bert())
 
 
 @pytest.mark.parametrize(
@@ -265,7 +271,7 @@ def test_a_spoilt_frozen_file(tmp_path: Path, drawn: Corpus, change: dict[str, o
     rows[1] |= change
     rows[1] = {name: value for name, value in rows[1].items() if value is not None}
     with pytest.raises(CorpusError, match=line):
-        corpus.load(write_jsonl(tmp_path / "spoilt.jsonl", rows), 5, 10)
+        corpus.draw_excerpts(write_jsonl(tmp_path / "spoilt.jsonl", rows), 5, 10)
 
 
 def test_a_freeze_that_fails_leaves_the_old_file(tmp_path: Path, drawn: Corpus) -> None:

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare, kstest
 
+from lscollapse.core import config
 from lscollapse.core.config import ConfigError, checked
 from lscollapse.data import mqar
-from lscollapse.data.mqar import MqarConfig, TaskError
+from lscollapse.data.examples import SPLITS
+from lscollapse.data.mqar import MqarConfig
+from lscollapse.experiments.table1.schema import Table1
 
 SHAPES = [
     MqarConfig(),
@@ -29,7 +32,7 @@ def answered(ids: list[int], n_pairs: int) -> dict[int, int]:
 
 @pytest.mark.parametrize("config", SHAPES, ids=str)
 def test_every_answer_by_brute_force(config: MqarConfig) -> None:
-    data, L, P, V = mqar.load(config, "train", 700, 3), config.seq_len, config.pairs, config.vocab_size
+    data, L, P, V = mqar.sequences(config, "train", 700, 3), config.seq_len, config.pairs, config.vocab_size
     assert (data.ids.shape, data.at.shape, data.labels.shape) == ((700, L), (700, P), (700, P))
     for ids, at, labels in zip(data.ids.tolist(), data.at.tolist(), data.labels.tolist(), strict=True):
         keys, values = ids[0 : 2 * P : 2], ids[1 : 2 * P : 2]
@@ -48,7 +51,7 @@ def test_every_answer_by_brute_force(config: MqarConfig) -> None:
 
 def test_gaps_follow_the_power_law() -> None:
     """The slot of the first key has exactly the weights of the law: chi-square, 191 degrees of freedom."""
-    data = mqar.load(MqarConfig(), "train", 60_000, 0)
+    data = mqar.sequences(MqarConfig(), "train", 60_000, 0)
     weights = np.array([g ** (0.01 - 1.0) for g in range(1, 193)])
     counts = np.bincount((data.at[:, 0] - 128) // 2, minlength=192)
     assert chisquare(counts, 60_000 * weights / weights.sum()).pvalue > 0.01
@@ -57,7 +60,7 @@ def test_gaps_follow_the_power_law() -> None:
 @pytest.mark.parametrize("power_a", [0.01, 0.5, 1.0])
 def test_slots_are_drawn_one_after_the_other_among_those_left(power_a: float) -> None:
     """Three keys into five slots: the 60 ordered outcomes against the product of the weights among what is left."""
-    data = mqar.load(MqarConfig(seq_len=16, pairs=3, vocab_size=64, power_a=power_a), "test", 30_000, 1)
+    data = mqar.sequences(MqarConfig(seq_len=16, pairs=3, vocab_size=64, power_a=power_a), "test", 30_000, 1)
     weights = [(g + 1.0) ** (power_a - 1.0) for g in range(5)]
     outcomes = list(permutations(range(5), 3))
     expected = []
@@ -73,7 +76,7 @@ def test_slots_are_drawn_one_after_the_other_among_those_left(power_a: float) ->
 
 def test_keys_and_values_are_uniform_ordered_draws() -> None:
     config = MqarConfig(seq_len=12, pairs=3, vocab_size=12)  # keys 1..5, values 6..11
-    ids = mqar.load(config, "train", 30_000, 2).ids.tolist()
+    ids = mqar.sequences(config, "train", 30_000, 2).ids.tolist()
     for column, tokens in ((0, range(1, 6)), (1, range(6, 12))):
         outcomes = list(permutations(tokens, 3))
         seen = [tuple(row[column:6:2]) for row in ids]
@@ -81,18 +84,18 @@ def test_keys_and_values_are_uniform_ordered_draws() -> None:
 
 
 def test_fillers_are_zero_or_any_token() -> None:
-    data = mqar.load(MqarConfig(seq_len=64, pairs=4, vocab_size=50, random_fillers=True), "train", 3_000, 0)
+    data = mqar.sequences(MqarConfig(seq_len=64, pairs=4, vocab_size=50, random_fillers=True), "train", 3_000, 0)
     fillers = np.concatenate([np.delete(row[8:], at - 8) for row, at in zip(data.ids, data.at, strict=True)])
     assert chisquare(np.bincount(fillers, minlength=50)).pvalue > 0.01
 
 
 def test_splits_are_independent_and_repeatable() -> None:
     config = MqarConfig(seq_len=64, pairs=8)
-    splits = {name: mqar.load(config, name, 2_000, 7) for name in mqar.SPLITS}
-    again = mqar.load(config, "validation", 2_000, 7)
+    splits = {name: mqar.sequences(config, name, 2_000, 7) for name in SPLITS}
+    again = mqar.sequences(config, "validation", 2_000, 7)
     for name in ("ids", "at", "labels"):
         np.testing.assert_array_equal(getattr(splits["validation"], name), getattr(again, name))
-    for one, other in [*pairwise(splits.values()), (splits["train"], mqar.load(config, "train", 2_000, 8))]:
+    for one, other in [*pairwise(splits.values()), (splits["train"], mqar.sequences(config, "train", 2_000, 8))]:
         assert not {row.tobytes() for row in one.ids} & {row.tobytes() for row in other.ids}
         correlation = np.corrcoef(one.ids[:, 0], other.ids[:, 0])[0, 1]
         assert abs(correlation) < 4.0 / np.sqrt(2_000)
@@ -101,7 +104,7 @@ def test_splits_are_independent_and_repeatable() -> None:
 
 def test_more_sequences_only_add() -> None:
     config = MqarConfig(seq_len=64, pairs=8, random_fillers=True)
-    few, many = mqar.load(config, "train", 100, 0), mqar.load(config, "train", 1_500, 0)
+    few, many = mqar.sequences(config, "train", 100, 0), mqar.sequences(config, "train", 1_500, 0)
     np.testing.assert_array_equal(few.ids, many.ids[:100])
     np.testing.assert_array_equal(few.labels, many.labels[:100])
     assert few.ids.dtype == np.int16
@@ -125,7 +128,9 @@ def test_impossible_sizes_are_one_line(values: dict[str, float], message: str) -
 
 
 def test_no_such_split_or_size() -> None:
-    with pytest.raises(TaskError, match="no split 'dev': it is one of train, validation, test"):
-        mqar.load(MqarConfig(), "dev", 1, 0)
-    with pytest.raises(TaskError, match="must be positive, got 0"):
-        mqar.load(MqarConfig(), "train", 0, 0)
+    """A split is one of SPLITS by its type; sizes are refused where they are configured."""
+    with pytest.raises(ValueError, match="not in tuple"):
+        mqar.sequences(MqarConfig(), "dev", 1, 0)  # type: ignore[arg-type]
+    for split in SPLITS:
+        with pytest.raises(ConfigError, match=f"mqar.data.{split}: input should be greater than or equal to 1, got 0"):
+            config.configure(Table1, None, {"mqar": {"lrs": [1e-2]}}, [f"mqar.data.{split}=0"])

@@ -61,14 +61,14 @@ def test_ids_are_lines_of_the_vocabulary_file() -> None:
 
 def test_every_token_is_known_and_there_are_enough() -> None:
     unknown = vocabulary().index("[UNK]")
-    for ids in tokenizers.smiles().encode_batch([reaction.smiles for reaction in SAMPLE]):
+    for ids in tokenizers.smiles().encode_batch([reaction.text for reaction in SAMPLE]):
         assert unknown not in ids
         assert 128 <= len(ids) <= 512
 
 
 def test_parentheses_and_rings_close() -> None:
     for reaction in SAMPLE:
-        for molecule in molecules(reaction.smiles):
+        for molecule in molecules(reaction.text):
             depth = 0
             rings: set[int] = set()
             for match in re.finditer(r"\[[^\]]*\]|%\d\d|.", molecule):
@@ -82,7 +82,7 @@ def test_parentheses_and_rings_close() -> None:
 
 def test_product_is_one_molecule_made_of_reactant_atoms() -> None:
     for reaction in SAMPLE:
-        mixture, product = reaction.smiles.split(">>")
+        mixture, product = reaction.text.split(">>")
         assert "." not in product
         assert elements(product) <= elements(mixture), reaction
         assert mixture.count(".") >= 3  # two reactants, a reagent, a solvent
@@ -91,7 +91,7 @@ def test_product_is_one_molecule_made_of_reactant_atoms() -> None:
 def test_valences_of_carbon() -> None:
     """No carbon outside brackets has more than four bonds (aromatic ones count one and a half)."""
     for reaction in SAMPLE:
-        for molecule in molecules(reaction.smiles):
+        for molecule in molecules(reaction.text):
             assert max(carbon_bonds(molecule), default=0) <= 4.5, molecule
 
 
@@ -136,7 +136,7 @@ def carbon_bonds(molecule: str) -> list[float]:
 
 
 def test_reactions_differ_and_do_not_depend_on_how_many_are_drawn() -> None:
-    assert len({reaction.smiles for reaction in SAMPLE}) == len(SAMPLE)
+    assert len({reaction.text for reaction in SAMPLE}) == len(SAMPLE)
     assert list(smiles.reactions(5, seed=11)) == SAMPLE[:5]
     assert list(smiles.reactions(5, seed=12)) != SAMPLE[:5]
     assert {reaction.title.rsplit(" ", 1)[0] for reaction in SAMPLE} == set(smiles.KINDS)
@@ -144,7 +144,7 @@ def test_reactions_differ_and_do_not_depend_on_how_many_are_drawn() -> None:
 
 def test_the_same_on_every_machine() -> None:
     """A test vector: the default excerpts."""
-    found = corpus.load("smiles")
+    found = corpus.draw_excerpts("smiles")
     record = "\n".join(excerpt.text_sha256 for excerpt in found.excerpts)
     assert (
         hashlib.sha256(record.encode()).hexdigest()
@@ -156,4 +156,4 @@ def test_the_same_on_every_machine() -> None:
 
 def test_no_reaction_is_endlessly_long() -> None:
     with pytest.raises(CorpusError, match="has 0 texts of at least 2000 tokens"):
-        corpus.load("smiles", 1, 2000)
+        corpus.draw_excerpts("smiles", 1, 2000)

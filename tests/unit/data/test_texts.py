@@ -16,7 +16,7 @@ from lscollapse.data import corpus, tokenizers
 from lscollapse.data.texts import CorpusError
 from lscollapse.experiments import own_model
 from lscollapse.experiments import paper as experiments
-from lscollapse.runs import loading
+from lscollapse.runs.excerpts import load_corpus
 from tests.servers.mediawiki import MediaWikiServer, Page
 
 BOM = b"\xef\xbb\xbf"
@@ -35,17 +35,17 @@ def wiki() -> Iterator[MediaWikiServer]:
 def titles(file: Path, wiki: MediaWikiServer) -> Any:
     settings = {"endpoint": wiki.endpoint, "contact": "a@example.org", "titles": file, "cache_dir": file.parent / "c"}
     experiment = Experiment.model_validate({"source": "wikipedia", "excerpts": 2, "tokens": 3, "wikipedia": settings})
-    return [e.title for e in loading.load_corpus(experiment, WORDS).excerpts]
+    return [e.title for e in load_corpus(experiment, WORDS).excerpts]
 
 
 KINDS: dict[str, tuple[str, str, Callable[[Path, MediaWikiServer], Any], Any]] = {
     "titles": ("titles.txt", "Café\r\nLamp\r\n", titles, ["Café", "Lamp"]),
-    "text": ("a.txt", "Café by the sea", lambda file, _: corpus.load(str(file), 1, 4, tokenizer=WORDS).excerpts[0].ids,
+    "text": ("a.txt", "Café by the sea", lambda file, _: corpus.draw_excerpts(str(file), 1, 4, tokenizer=WORDS).excerpts[0].ids,
              (4, 2, 3, 3)),
     "jsonl": ("a.jsonl", '{"text": "Café by the sea", "title": "é"}',
-              lambda file, _: corpus.load(str(file), 1, 4, tokenizer=WORDS).excerpts[0].title, "é"),
+              lambda file, _: corpus.draw_excerpts(str(file), 1, 4, tokenizer=WORDS).excerpts[0].title, "é"),
     "frozen": ("a.jsonl", json.dumps(FROZEN, ensure_ascii=False),
-               lambda file, _: (corpus.load(str(file), 1, 3).excerpts[0].ids,
+               lambda file, _: (corpus.draw_excerpts(str(file), 1, 3).excerpts[0].ids,
                                 own_model.reads_own_tokens(Experiment(source=str(file)))), ((3, 4, 5), False)),
     "lambdas": ("a.csv", "layer,lam,é\n1,0.5,\n2,-2,\n", lambda file, _: experiments.read_lambdas(file, 2), (0.5, -2.0)),
     "configuration": ("a.yaml", "models: [é]\n", lambda file, _: config.configure(Experiment, file).models, ["é"]),

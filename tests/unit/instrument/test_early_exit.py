@@ -207,7 +207,7 @@ def check_certified_rows(model: Any, ids: np.ndarray, dtype: torch.dtype) -> Non
 
 def test_certified_rows_of_the_embedded_mamba2() -> None:
     model = checkpoint.load("mamba2-tiny").model
-    excerpts = corpus.packaged_excerpts(2, 16).excerpts
+    excerpts = corpus.draw_excerpts("packaged", 2, 16).excerpts
     ids = np.array([excerpt.ids for excerpt in excerpts])
     lams = (-8.0, 0.0, 1.0, 4.0)
     variants = [Variant(lam, gating) for gating in (False, True) for lam in lams]

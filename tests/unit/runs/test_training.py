@@ -17,12 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from lscollapse.data import mqar
+from lscollapse.data.examples import Data, Examples
 from lscollapse.models.nets.lambda_net import LEARNABLE, Net, NetConfig
 from lscollapse.runs import training
 from lscollapse.runs.training import (
-    Data,
     Diverged,
-    Examples,
     Settings,
     TrainingError,
     evaluate,
@@ -37,8 +36,7 @@ TASK = mqar.MqarConfig(seq_len=16, pairs=3, vocab_size=20)
 
 
 def recall(split: str, n: int) -> Examples:
-    found = mqar.load(TASK, split, n, 0)
-    return Examples(found.ids, found.labels, found.at)
+    return mqar.sequences(TASK, split, n, 0)
 
 
 def data() -> Data:

@@ -19,7 +19,7 @@ from lscollapse.core.config import Experiment
 from lscollapse.experiments.bounds import find_lambda, gains
 from lscollapse.instrument.sublayers import sublayers
 from lscollapse.models.adapt import adapt
-from lscollapse.runs.loading import Subject
+from lscollapse.runs.loading import LoadedTask
 from lscollapse.theory.stretches import MEASURES, SIGNS, Found, in_words
 from tests.equivalence import plain_models, tiny
 from tests.unit.instrument.test_lm_loss import PREDICTING, of_class
@@ -29,7 +29,7 @@ TARGET, TOL = 0.6, 0.05
 NETS = ("mamba2", "bert", "albert")
 
 
-def subject_of(model: Any, folder: Path, **settings: Any) -> Subject:
+def subject_of(model: Any, folder: Path, **settings: Any) -> LoadedTask:
     """A tiny model saved to a folder, with random ids frozen beside it, loaded the way the verbs do."""
     model.save_pretrained(folder / "model")
     ids = tiny.ids(EXCERPTS, TOKENS, seed=4).tolist()

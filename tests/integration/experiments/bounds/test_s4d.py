@@ -20,7 +20,7 @@ from lscollapse.experiments.bounds import bounds, find_lambda, s4d
 from lscollapse.instrument.surgery import Variant
 from lscollapse.models.adapt import adapt
 from lscollapse.models.nets.s4d import S4D, S4DConfig
-from lscollapse.runs.loading import Subject
+from lscollapse.runs.loading import LoadedTask
 from lscollapse.theory.stretches import Report
 from tests.equivalence import plain_models
 from tests.integration.experiments.test_retrain import (
@@ -37,7 +37,7 @@ IMAGES, N, TARGET = 2, 64, 0.3
 
 
 @pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> tuple[S4D, Path, Subject, Report]:
+def case(tmp_path_factory: pytest.TempPathFactory) -> tuple[S4D, Path, LoadedTask, Report]:
     net, folder = little(SHAPE), tmp_path_factory.mktemp("s4d")
     model = write_folder(net, folder / "little")
     subject = find_lambda.load_with_grid(
@@ -90,7 +90,7 @@ def test_footnote_3_as_printed() -> None:
         assert rows[6 + c]["printed"] == pytest.approx(expected, rel=1e-9)
 
 
-def test_the_net_without_skip_and_norm(case: tuple[S4D, Path, Subject, Report]) -> None:
+def test_the_net_without_skip_and_norm(case: tuple[S4D, Path, LoadedTask, Report]) -> None:
     net, _, subject, report = case
     Xs = plain_s4d(weights_of(net), SHAPE, subject.ids, Variant(lam=0.0, layernorm=False))
     for row, (X, O) in zip(report.layers, itertools.pairwise(Xs), strict=True):
@@ -115,7 +115,7 @@ def passed(net: S4D, ids: np.ndarray, lam: float) -> list[tuple[np.ndarray, np.n
     return list(zip(Xs[:-1], sums, Xs[1:], strict=True))
 
 
-def test_turns_of_the_norms(case: tuple[S4D, Path, Subject, Report]) -> None:
+def test_turns_of_the_norms(case: tuple[S4D, Path, LoadedTask, Report]) -> None:
     net, _, subject, report = case
     for row, (_, total, output) in zip(report.layers, passed(net, subject.ids, 1.0), strict=True):
         cosines = (unit(total) * unit(output)).sum(-1)
@@ -126,7 +126,7 @@ def line(report: Report, start: str, sign: int = 0) -> float:
     return next(each.lam for each in report.lines if each.bound.startswith(start) and each.sign == sign)
 
 
-def test_theorem_41_with_both_norms(case: tuple[S4D, Path, Subject, Report]) -> None:
+def test_theorem_41_with_both_norms(case: tuple[S4D, Path, LoadedTask, Report]) -> None:
     """Condition (7) at a = 0.9 is 18.48683298 C_M; at the repaired |lambda| its b is mu_0^2 of the worst image."""
     *_, report = case
     assert max(row["C_M"] for row in report.heads) == report.C_M
@@ -137,7 +137,7 @@ def test_theorem_41_with_both_norms(case: tuple[S4D, Path, Subject, Report]) -> 
     assert line(report, "Theorem 4.1 with b") > lam
 
 
-def test_the_angle_certificate_of_the_mixers(case: tuple[S4D, Path, Subject, Report]) -> None:
+def test_the_angle_certificate_of_the_mixers(case: tuple[S4D, Path, LoadedTask, Report]) -> None:
     """At the certified lambda the rows turned by the mixers of the plain net stay within the budget."""
     net, _, subject, report = case
     assert math.isinf(line(report, "Theorem 4.1*, whole blocks"))
@@ -154,7 +154,7 @@ def test_the_angle_certificate_of_the_mixers(case: tuple[S4D, Path, Subject, Rep
 
 
 def test_what_is_said_and_drawn(
-    case: tuple[S4D, Path, Subject, Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    case: tuple[S4D, Path, LoadedTask, Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     _, model, _, report = case

@@ -1,12 +1,11 @@
 """Whether the models of a configuration can be had, stored and held in memory here; part of `lscollapse doctor`.
 
-Sizes err on the safe side: memory as `plan` predicts it for a model that is streamed, and a weight's bytes for each
+Sizes err on the safe side: memory as a run would plan it for a model that is streamed, and a weight's bytes for each
 parameter of one that is not; disk as the hub states it, or 4 bytes a parameter where it does not answer.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,10 +15,9 @@ from urllib.parse import urlsplit
 
 from lscollapse.core import registry
 from lscollapse.core.config import Experiment
-from lscollapse.core.files import cache_folder
 from lscollapse.core.registry import Entry
-from lscollapse.runs import devices
-from lscollapse.runs import memory as plan
+from lscollapse.runs.devices import allowed_memory, available_memory, device
+from lscollapse.runs.memory import BASE, MemoryPlanError, bytes_of_a_weight, is_streamed, plan_streamed
 
 TIMEOUT = 5.0  # seconds for each call
 GIB = 2**30
@@ -27,12 +25,8 @@ CACHED, EMBEDDED, FOLDER = "in the cache", "embedded", "a local folder"
 HERE = (CACHED, EMBEDDED, FOLDER)  # where the files of a model can be looked at
 
 
-class TooLittle(ValueError):
-    """A model does not fit into the memory of this machine."""
-
-
 @dataclass(frozen=True)
-class Check:
+class Finding:
     """One thing that was looked at. `mend`: what to do where the configuration cannot run; `good`: nothing to remark."""
 
     name: str
@@ -41,23 +35,23 @@ class Check:
     good: bool = True
 
 
-def models(config: Experiment) -> Iterator[Check]:
+def model_findings(config: Experiment) -> Iterator[Finding]:
     """Hub, every model, and the disk for what is not there yet."""
     from huggingface_hub import constants
 
     offline = config.offline or bool(constants.HF_HUB_OFFLINE)
     fault = "not asked (offline)" if offline else asked(constants.ENDPOINT, {}, {})
     host = str(urlsplit(constants.ENDPOINT).hostname)
-    yield Check("hub", f"{host}: {fault or 'answers'}", good=offline or not fault)
+    yield Finding("hub", f"{host}: {fault or 'answers'}", good=offline or not fault)
     needs: dict[Path, int] = {}
     for name in config.models:
         try:
             entry = registry.resolve(name)
             where, mend = _stored(entry, config, fault, needs)
             fits = "" if mend and not entry.n_parameters else _fits(name, entry, config, offline, where in HERE)
-            yield Check(name, "; ".join(filter(None, (where, fits))), mend)
+            yield Finding(name, "; ".join(filter(None, (where, fits))), mend)
         except ValueError as error:
-            yield Check(name, "cannot be used", str(error).replace(constants.ENDPOINT, host))
+            yield Finding(name, "cannot be used", str(error).replace(constants.ENDPOINT, host))
     yield from _disk(needs)
 
 
@@ -96,10 +90,6 @@ def _stored(entry: Entry, config: Experiment, fault: str, needs: dict[Path, int]
         files = {} if fault else hub.sizes(entry.location, revision=revision, timeout=TIMEOUT)
     size = sum(files.values()) or 4 * (entry.n_parameters or 0)
     needs[cache] = needs.get(cache, 0) + size
-    pickled = not files or "pytorch_model.bin" in files
-    if pickled and entry.architecture in ("mamba2", ""):  # is converted once
-        place = cache_folder(config.cache_dir)
-        needs[place] = needs.get(place, 0) + size
     if files:
         return f"{size / GIB:.2f} GiB to fetch", ""
     mend = f"run `lscollapse fetch {entry.name}` where the hub answers and bring its cache here, or set HF_ENDPOINT to a mirror"
@@ -110,7 +100,7 @@ def _fits(name: str, entry: Entry, config: Experiment, offline: bool, here: bool
     """How the weights are held, in how much memory; where they are `here` as their files say, else as the registry does.
 
     Raises:
-        TooLittle, MemoryPlanError: there is less.
+        MemoryPlanError: there is less.
         AssetError: an embedded file is missing.
         CheckpointError: config.json cannot be read, or the weights are not there or not those that it describes.
     """
@@ -118,14 +108,10 @@ def _fits(name: str, entry: Entry, config: Experiment, offline: bool, here: bool
 
     where: Any = {"revision": config.revision, "cache_dir": config.cache_dir, "offline": offline or here}
     architecture, n_parameters = (checkpoint.inspect if here else checkpoint.describe)(name, **where)
-    on, limit = devices.device(config), devices.memory(config)
-    itemsize = {"float64": 8, "bfloat16": 2}.get(config.dtype, 4)
-    streamed = architecture == "mamba2" and (
-        config.stream == "always" or (config.stream == "auto" and 4 * n_parameters > limit)
-    )
-    needed = itemsize * n_parameters + plan.BASE
+    on, limit, streamed = device(config), allowed_memory(config), is_streamed(architecture, n_parameters, config)
+    needed = bytes_of_a_weight(config) * n_parameters + BASE
     if streamed:
-        needed = _plan(entry, config, itemsize, limit) if on == "cpu" else limit
+        needed = _peak(entry, config, limit) if on == "cpu" else limit
     free = available_memory() if on == "cpu" else limit
     how = f"{n_parameters:,} parameters {'streamed' if streamed else 'in memory'}"
     if needed * (config.workers or 1) <= free:
@@ -137,10 +123,10 @@ def _fits(name: str, entry: Entry, config: Experiment, offline: bool, here: bool
         if architecture == "mamba2"
         else "choose a smaller model, or a machine with more"
     )
-    raise TooLittle(f"{how} need {needed / GIB:.2f} GiB, {free / GIB:.2f} are free on {on}: {mend}")
+    raise MemoryPlanError(f"{how} need {needed / GIB:.2f} GiB, {free / GIB:.2f} are free on {on}: {mend}")
 
 
-def _plan(entry: Entry, config: Experiment, itemsize: int, limit: int) -> int:
+def _peak(entry: Entry, config: Experiment, limit: int) -> int:
     """The predicted peak of a streamed model, or what it is allowed where its shape is not known ahead.
 
     Raises:
@@ -154,24 +140,11 @@ def _plan(entry: Entry, config: Experiment, itemsize: int, limit: int) -> int:
     c = mamba_ssm.read_config(entry.config, entry.name)
     shape = Mamba2Shape(c.hidden_size, c.num_heads, c.head_dim, c.state_size, c.n_groups, c.conv_kernel)
     arms = len(config.lambdas) * (2 if config.gating is None else 1)
-    return plan.streamed(shape, config.tokens, config.excerpts, arms, itemsize, limit).bytes
+    return plan_streamed(shape, config.tokens, config.excerpts, arms, bytes_of_a_weight(config), limit).bytes
 
 
-def available_memory() -> int:
-    """Bytes that processes can still take: what Linux calls available, at most what the container is allowed."""
-    listed = Path("/proc/meminfo")
-    if not listed.is_file():
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    lines = dict(line.split(":", 1) for line in listed.read_text(encoding="ascii").splitlines())
-    free = int(lines["MemAvailable"].split()[0]) * 1024
-    allowed, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    if allowed.is_file() and allowed.read_text().strip().isdigit():
-        free = min(free, int(allowed.read_text()) - int(used.read_text()))
-    return free
-
-
-def _disk(needs: dict[Path, int]) -> Iterator[Check]:
-    """Free space for what is fetched and converted, added up for each file system; and for the run folder."""
+def _disk(needs: dict[Path, int]) -> Iterator[Finding]:
+    """Free space for what is fetched, added up for each file system; and for the run folder."""
     places: dict[int, tuple[Path, int]] = {}
     for folder, size in [(Path(), 0), *needs.items()]:
         there = next(each for each in [folder.absolute(), *folder.absolute().parents] if each.exists())
@@ -182,4 +155,4 @@ def _disk(needs: dict[Path, int]) -> Iterator[Check]:
         free = shutil.disk_usage(place).free
         found = f"{free / GIB:.1f} GiB free" + (f", {size / GIB:.1f} GiB needed" if size else "")
         short = f"free {(size - free) / GIB:.1f} GiB, or choose another disk with cache_dir" if size > free else ""
-        yield Check("disk", found, short)
+        yield Finding("disk", found, short)
