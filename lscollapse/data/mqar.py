@@ -17,10 +17,6 @@ from lscollapse.data.examples import SPLITS, Examples, Split
 CHUNK = 512  # sequences that are drawn together: their pools of tokens stay in cache
 
 
-class TaskError(ValueError):
-    """An unknown part of a task's data, or none of it."""
-
-
 class MqarConfig(Section):
     """The defaults are the paper's (appendix A.13 of arXiv:2410.10609v3).
 
