@@ -21,7 +21,8 @@ from lscollapse import measures
 from lscollapse.instrument import early_exit, precision
 from lscollapse.instrument.surgery import Variant, check, surgery_on_layer
 from lscollapse.models.adapt import adapt
-from lscollapse.models.adapters.adapter import Adapter, NativeBlock
+from lscollapse.models.adapters.adapter import Adapter
+from lscollapse.models.kernels.mamba2_block import Mamba2Block
 from lscollapse.models.numerics.carried import Carried, lose_unsquarable
 from lscollapse.models.numerics.scores import scores_in_range
 
@@ -94,12 +95,12 @@ class Stream:
         if self._left is not None:
             self.bound = np.where(np.isnan(self.bound), self._proved, self.bound)
 
-    def step(self, adapter: Adapter, layer: int, native: NativeBlock | None) -> None:
+    def step(self, adapter: Adapter, layer: int, own: Mamba2Block | None) -> None:
         """X <- block `layer` of this variant."""
         if not self.carries_scale and not self.variant.removes_block_norm:
             self.X = lose_unsquarable(self.X)
         before, exponent = self.X, self.carried.exponent
-        self.X = self._block(adapter, layer, native)
+        self.X = self._block(adapter, layer, own)
         if self.carries_scale:
             self.X = self.carried.fit(self.X)
         settled = ~np.isnan(self.bound)
@@ -111,18 +112,18 @@ class Stream:
             if self.status[i] == "ok" and found != "ok":
                 self.status[i] = "overflow"  # a finite input under finite weights becomes NaN only by way of infinity
 
-    def _block(self, adapter: Adapter, layer: int, native: NativeBlock | None) -> Tensor:
+    def _block(self, adapter: Adapter, layer: int, own: Mamba2Block | None) -> Tensor:
         """The block's output, in the scale that it is carried in from then on."""
         variant = self.variant
         lam = variant.lam_at(layer) if variant.acts else 1.0
         own_scale = not self.carries_scale or (lam == 1.0 and not self.carried.exponent.any())
-        if native is None:
+        if own is None:
             watched = scores_in_range() if variant.removes_block_norm else nullcontext()
             with watched, surgery_on_layer(adapter, layer, variant, None if own_scale else self.carried):
                 return adapter.run(layer, self.X, self.handed)
         on_mixer = variant.acts and variant.skip_site == "mixer"
         factors = {} if own_scale else self.carried.plan(self.X, 1.0 if on_mixer else lam)._asdict()
-        return native(
+        return own(
             self.X,
             lam=lam,
             gating=variant.gating,
@@ -201,7 +202,7 @@ class Engines:
 
     def __init__(self, adapter: Adapter, variants: Sequence[Variant], dtype: torch.dtype | None) -> None:
         self._original = adapter
-        self._adapters = {adapter.dtype: adapter} if adapter.native or adapter.dtype != torch.float64 else {}
+        self._adapters = {adapter.dtype: adapter} if adapter.has_own_blocks or adapter.dtype != torch.float64 else {}
         self._computed: dict[torch.dtype, torch.dtype] = {}
         self.dtypes = [dtype or (torch.float64 if v.removes_block_norm else adapter.dtype) for v in variants]
 
@@ -209,7 +210,7 @@ class Engines:
         """The model in `dtype`: itself, or a converted copy where its modules have to compute in another one."""
         if dtype not in self._adapters:
             original = self._original
-            self._adapters[dtype] = original if original.native else precision.converted(original, dtype)
+            self._adapters[dtype] = original if original.has_own_blocks else precision.converted(original, dtype)
         return self._adapters[dtype]
 
     def embed(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
@@ -219,10 +220,10 @@ class Engines:
         """
         adapter = self.adapter(dtype)
         if dtype not in self._computed:
-            probed = dtype == torch.float64 and not adapter.native  # elsewhere wider operations only help
+            probed = dtype == torch.float64 and not adapter.has_own_blocks  # elsewhere wider operations only help
             self._computed[dtype] = precision.computed_in(adapter, tokens[:1]) if probed else dtype
         X = adapter.embed(tokens)
-        return X.to(torch.promote_types(dtype, torch.float32)) if adapter.native else X
+        return X.to(torch.promote_types(dtype, torch.float32)) if adapter.has_own_blocks else X
 
     def stream(self, variant: Variant, X: Tensor, dtype: torch.dtype) -> Stream:
         """The stream of a variant that starts with an embedded X."""
@@ -230,10 +231,10 @@ class Engines:
         stream.computed = self._computed[dtype]
         return stream
 
-    def blocks(self, layer: int, dtypes: set[torch.dtype]) -> dict[torch.dtype, NativeBlock | None]:
+    def blocks(self, layer: int, dtypes: set[torch.dtype]) -> dict[torch.dtype, Mamba2Block | None]:
         """The package's own block `layer` in every dtype; None where the model's module computes it."""
         adapters = {dtype: self.adapter(dtype) for dtype in dtypes}
-        return {dtype: a.native_block(layer, dtype) if a.native else None for dtype, a in adapters.items()}
+        return {dtype: a.own_block(layer, dtype) if a.has_own_blocks else None for dtype, a in adapters.items()}
 
 
 def checked_ids(adapter: Adapter, ids: Any) -> Tensor:

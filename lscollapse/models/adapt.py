@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lscollapse.models.adapters.adapter import Adapter, UnsupportedModel
-from lscollapse.models.numerics.widened import computing_in, within
+from lscollapse.models.numerics.widened import computing_in
 
 # model_type of transformers -> "module:class" in models/adapters, imported when it is needed.
 ADAPTERS = {
@@ -54,5 +54,5 @@ def adapt(model: Any) -> Adapter:
     adapter.whole = model
     if adapter.dtype == torch.float64:
         for function in ("embed", "run"):
-            setattr(adapter, function, within(torch.float64, getattr(adapter, function)))
+            setattr(adapter, function, computing_in(torch.float64)(getattr(adapter, function)))
     return adapter

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from lscollapse.models.kernels.cpu_block import Mamba2Shape
+from lscollapse.models.kernels.mamba2_block import Mamba2Shape
 
 T = TypeVar("T")
 

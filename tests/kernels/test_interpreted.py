@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from lscollapse.models.kernels.backends import KernelError, Kernels, causal_conv, chunked_scan, gated_norm, resolve
-from lscollapse.models.kernels.cpu_block import Mamba2Shape
 from lscollapse.models.kernels.gpu_block import GpuBlock
+from lscollapse.models.kernels.mamba2_block import Mamba2Shape
 from tests.unit.models.kernels.test_cpu_block import plain_norm, plain_O, relative_error, stream, weights
 from tests.unit.models.kernels.test_ssd import inputs, recurrence
 

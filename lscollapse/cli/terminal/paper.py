@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from lscollapse.instrument.identity import LayerDifference
-    from lscollapse.models.kernels.verify import Check
+    from lscollapse.models.kernels.verify import KernelCheck
 
 
 class Bar:
@@ -152,7 +152,7 @@ def identity_table(differences: list[LayerDifference], tolerance: float = 1e-5) 
     return good
 
 
-def kernels_table(rows: Sequence[Check]) -> None:
+def kernels_table(rows: Sequence[KernelCheck]) -> None:
     """Print error against tolerance and time against the torch path of every check."""
     table = Table(title="kernels against a float64 recurrence", box=box.SIMPLE, title_justify="left")
     for heading in ("operation", "case", "runs on", "largest error", "tolerance", "", "seconds", "torch"):

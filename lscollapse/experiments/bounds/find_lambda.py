@@ -19,7 +19,7 @@ from lscollapse.core.config import Experiment
 from lscollapse.core.progress import SILENT, Progress
 from lscollapse.instrument import forward
 from lscollapse.instrument.surgery import Variant
-from lscollapse.models.adapters.adapter import Edit, HookSet
+from lscollapse.models.adapters.edit import Edit, HookSet
 from lscollapse.models.adapters.s4d import S4DAdapter
 from lscollapse.runs.loading import Subject, load_subjects
 from lscollapse.theory import flow

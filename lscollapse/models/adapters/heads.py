@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lscollapse.models.adapters.adapter import Adapter
 from lscollapse.models.adapters.streamed import StreamedMamba2
+from lscollapse.models.checkpoints.architectures import seeded
 
 
 def attach(
@@ -32,23 +33,17 @@ def attach(
     kind = _class(adapter)
     if kind is None:
         return False
-    if random_init is None:
-        with torch.device("meta"):
-            whole = kind(adapter.config)
-        whole = _around(whole, adapter)
-        if _unfilled(whole):
-            whole.load_state_dict(dict(read()), strict=False, assign=True)
-            whole.tie_weights()
-        if _unfilled(whole):
-            whole = load(kind)
-            if whole is None:
-                return False
-            whole = _around(whole, adapter)
-    else:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(random_init)
-            whole = kind(adapter.config)
-        whole = _around(whole, adapter)
+    with torch.device("meta") if random_init is None else seeded(random_init):
+        whole = kind(adapter.config)
+    whole = _around(whole, adapter)
+    if _unfilled(whole):
+        whole.load_state_dict(dict(read()), strict=False, assign=True)
+        whole.tie_weights()
+    if _unfilled(whole):
+        loaded = load(kind)
+        if loaded is None:
+            return False
+        whole = _around(loaded, adapter)
     if _unfilled(whole):
         return False
     adapter.whole = whole.to(adapter.device, adapter.dtype).eval()

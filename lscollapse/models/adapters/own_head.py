@@ -77,4 +77,5 @@ class OwnHead:
 
 def _logits(model: Any, ids: Tensor) -> Tensor:
     output = uncached(model, ids)
-    return output.logits if hasattr(output, "logits") else output[0]
+    logits: Tensor = output.logits if hasattr(output, "logits") else output[0]
+    return logits

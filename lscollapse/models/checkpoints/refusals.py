@@ -36,6 +36,15 @@ def refuse_misfits(found: Mapping[str, Sequence[str]], where: str) -> None:
         raise CheckpointError(f"the weights of {where} do not fit its config.json: tensors " + ", ".join(parts))
 
 
+def other_shapes(found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Which tensors are `of another shape` than expected, and which shape they have, as `refuse_misfits` takes them."""
+    return [
+        f"{name} {tuple(found[name].shape)} instead of {shape}"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name].shape) != shape
+    ]
+
+
 def refuse_kinds(tensors: Mapping[str, Tensor], where: str) -> None:
     """Raise a CheckpointError that names the first tensor which is not of float64, float32, float16 or bfloat16.
 
@@ -60,7 +69,7 @@ def refuse_values(tensors: Mapping[str, Tensor], where: str, mapped: bool = Fals
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             continue
-        for piece in tensor.detach().flatten().split(PIECE):
+        for piece in torch.split(tensor.detach().flatten(), PIECE):
             # The extremes of a tensor with NaN are NaN. This reads many times faster than isfinite.
             if len(piece) and not all(torch.isfinite(extreme) for extreme in torch.aminmax(piece)):
                 _refuse_tensor(name, tensor.detach(), where)
@@ -79,7 +88,8 @@ def _refuse_tensor(name: str, tensor: Tensor, where: str) -> None:
 
 def refuse_zeros(name: str, embedding: Tensor, where: str) -> None:
     """Raise a CheckpointError where all rows of an embedding (V, e) are zero: every token would be the same."""
-    if not any(piece.any() for piece in embedding.detach().split(max(1, PIECE // max(1, embedding.shape[1])))):
+    rows = max(1, PIECE // max(1, embedding.shape[1]))
+    if not any(piece.any() for piece in torch.split(embedding.detach(), rows)):
         raise CheckpointError(
             f"the weights of {where} tell no token from another: {name} {tuple(embedding.shape)} holds zeros only;"
             " give another checkpoint"

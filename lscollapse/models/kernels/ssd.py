@@ -160,43 +160,46 @@ def _chunk(
 ) -> None:
     """Fills y for one chunk of Q tokens: x, y (heads, Q, head_dim), dt, cum (heads, Q), B, C (groups, Q, state)."""
     heads, Q, head_dim = x.shape
-    groups, per_group = len(B), heads // len(B)
-    scores = workspace.take("scores", (groups, Q, Q), x.dtype)
+    scores = workspace.take("scores", (len(B), Q, Q), x.dtype)
     torch.bmm(C, B.transpose(1, 2), out=scores).tril_()
     for start in range(0, Q, ROWS):
         stop = min(start + ROWS, Q)
-        rows = cum[:, start:stop]
-        M = workspace.take("M", (heads, stop - start, stop), x.dtype)
-        left, diagonal = M[:, :, :start], M[:, :, start:]
-
-        decay = workspace.take("decay", (heads, stop - start, stop - start), x.dtype)
-        torch.sub(rows[:, :, None], rows[:, None, :], out=decay)  # float64, rounded as it is stored
-        decay.clamp_(max=0.0).exp_().mul_(dt[:, None, start:stop])
-        by_group = scores[:, None, start:stop]  # (groups, 1, rows, Q)
-        torch.mul(
-            decay.unflatten(0, (groups, per_group)),
-            by_group[..., start:stop],
-            out=diagonal.unflatten(0, (groups, per_group)),
-        )
-        if D is not None:
-            diagonal.diagonal(dim1=1, dim2=2).add_(D.to(x.dtype)[:, None])
-        if start:
-            border = cum[:, start - 1 : start]
-            after, before = _exp(rows - border, x.dtype), _exp(border - cum[:, :start], x.dtype).mul_(dt[:, :start])
-            torch.mul(
-                after.unflatten(0, (groups, per_group))[..., None],
-                by_group[..., :start],
-                out=left.unflatten(0, (groups, per_group)),
-            )
-            left.mul_(before[:, None])
-
+        M = _rows_of_M(start, stop, dt, cum, scores, D, workspace)  # (heads, rows, stop)
         result = workspace.take("result", (heads, stop - start, head_dim), x.dtype)
         torch.bmm(M, x[:, :stop], out=result)
         if state is not None:
             carried = workspace.take("carried", result.shape, x.dtype)
             _by_group(carried, C[:, start:stop], state, accumulate=False)
-            result.addcmul_(carried, _exp(rows, x.dtype)[:, :, None])
+            result.addcmul_(carried, _exp(cum[:, start:stop], x.dtype)[:, :, None])
         y[:, start:stop].copy_(result)
+
+
+def _rows_of_M(
+    start: int, stop: int, dt: Tensor, cum: Tensor, scores: Tensor, D: Tensor | None, workspace: Workspace
+) -> Tensor:
+    """Rows start..stop of M up to column stop, (heads, stop - start, stop); scores C_i.B_j (groups, Q, Q)."""
+    heads, dtype, rows = len(cum), scores.dtype, cum[:, start:stop]
+    M = workspace.take("M", (heads, stop - start, stop), dtype)
+    left, diagonal = M[:, :, :start], M[:, :, start:]
+    by_group = scores[:, None, start:stop]  # (groups, 1, rows, Q)
+
+    def grouped(t: Tensor) -> Tensor:  # (heads, ...) -> (groups, heads of a group, ...)
+        return torch.unflatten(t, 0, (len(scores), -1))
+
+    decay = workspace.take("decay", (heads, stop - start, stop - start), dtype)
+    torch.sub(rows[:, :, None], rows[:, None, :], out=decay)  # float64, rounded as it is stored
+    decay.clamp_(max=0.0).exp_().mul_(dt[:, None, start:stop])
+    torch.mul(grouped(decay), by_group[..., start:stop], out=grouped(diagonal))
+    if D is not None:  # D x_t is one more term of row t
+        diagonal.diagonal(dim1=1, dim2=2).add_(D.to(dtype)[:, None])
+    if (
+        start
+    ):  # exp(cum_i - cum_j) as a product of two vectors, from the token before this block of rows on and up to it
+        border = cum[:, start - 1 : start]
+        after, before = _exp(rows - border, dtype), _exp(border - cum[:, :start], dtype).mul_(dt[:, :start])
+        torch.mul(grouped(after)[..., None], by_group[..., :start], out=grouped(left))
+        left.mul_(before[:, None])
+    return M
 
 
 def _hand_over(state: Tensor, x: Tensor, dt: Tensor, cum: Tensor, B: Tensor, workspace: Workspace) -> None:

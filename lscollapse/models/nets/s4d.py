@@ -32,7 +32,7 @@ class S4DConfig:
         state_size: N, twice the number of complex pairs of each channel.
         levels: integer values that one colour channel of a pixel can take.
         channels: colour channels of a pixel: 1 grey, 3 red, green and blue.
-        data: what it was trained on, as `tasks.images.load` names it.
+        data: what it was trained on, as data/images.py names it.
         lam: strength of the skip; 0 for a net without.
         layernorm: whether the blocks have their norm.
     """
@@ -58,7 +58,7 @@ class S4DConfig:
     @property
     def vocab_size(self) -> int:
         """Pixels there are: a pixel is one id, its channels the digits of the id in base `levels`, red first."""
-        return self.levels**self.channels
+        return int(self.levels**self.channels)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> S4DConfig:
@@ -91,8 +91,8 @@ class S4DMixer(nn.Module):
         self.output = nn.Linear(d, 2 * d)
 
     def forward(self, u: Tensor) -> Tensor:  # (B, N, d) -> (B, N, d)
-        y = causal_convolution(u, self.kernel(u.shape[1])) + u * self.D
-        return F.glu(self.output(self.dropout(F.gelu(y))), dim=-1)
+        y = causal_convolution(u, self.kernel(u.shape[1])) + u * self.D  # (B, N, d)
+        return F.glu(self.output(self.dropout(F.gelu(y))), dim=-1)  # (B, N, 2 d) -> (B, N, d)
 
     def kernel(self, length: int) -> Tensor:
         """K[0..length-1] of every channel, (length, d), real; in float32 at least.
@@ -108,7 +108,7 @@ class S4DMixer(nn.Module):
         steps = torch.arange(t, device=C.device, dtype=real)
         fine = torch.exp(dtA[:, :, None] * steps)  # (d, n, t)
         coarse = torch.exp(dtA[:, :, None] * (steps * t))
-        weight = C * torch.expm1(dtA) / A
+        weight = C * torch.expm1(dtA) / A  # (d, n); expm1, since exp(dt A) - 1 would lose the digits of a small step
         K = 2 * ((weight[:, :, None] * coarse).mT @ fine).real  # (d, t, t)
         return K.flatten(1)[:, :length].T
 
@@ -118,8 +118,9 @@ def causal_convolution(u: Tensor, K: Tensor) -> Tensor:
     length = u.shape[1]
     real = torch.promote_types(u.dtype, torch.float32)
     rows = u.mT.to(real, memory_format=torch.contiguous_format)  # (B, d, N): transforms of neighbours in memory
-    spectrum = torch.fft.rfft(rows, 2 * length) * torch.fft.rfft(K.to(real).T, 2 * length)
-    return torch.fft.irfft(spectrum, 2 * length)[..., :length].mT.to(u.dtype)
+    spectrum = torch.fft.rfft(rows, 2 * length) * torch.fft.rfft(K.to(real).T, 2 * length)  # (B, d, N + 1)
+    y: Tensor = torch.fft.irfft(spectrum, 2 * length)[..., :length]  # (B, d, N)
+    return y.mT.to(u.dtype)
 
 
 class S4DBlock(nn.Module):
@@ -133,7 +134,8 @@ class S4DBlock(nn.Module):
         self.lam = config.lam
 
     def forward(self, X: Tensor) -> Tensor:  # (B, N, d) -> (B, N, d)
-        return self.norm(self.lam * X + self.dropout(self.mixer(X)))
+        Y: Tensor = self.norm(self.lam * X + self.dropout(self.mixer(X)))
+        return Y
 
 
 class S4D(nn.Module):
@@ -152,16 +154,18 @@ class S4D(nn.Module):
         places = base ** torch.arange(self.config.channels - 1, -1, -1, device=ids.device)
         values = ids[..., None] // places % base  # (B, N, channels)
         weight = self.encoder.weight
-        return self.encoder(values.to(weight.dtype) * (2 / (base - 1)) - 1)  # channels scaled to [-1, 1]
+        X: Tensor = self.encoder(values.to(weight.dtype) * (2 / (base - 1)) - 1)  # channels scaled to [-1, 1]
+        return X
 
     def forward(self, ids: Tensor) -> Tensor:  # (B, N) -> (B, labels)
         X = self.embed(ids)
         for layer in self.layers:
-            X = layer(X)
-        return self.decoder(X.mean(1))
+            X = layer(X)  # (B, N, d)
+        scores: Tensor = self.decoder(X.mean(1))
+        return scores
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """For `train.fit`, as the S4 authors train: dt and A at a rate of at most 1e-3 and without weight decay."""
+        """For `runs.training.fit`, as the S4 authors train: dt and A at a rate of at most 1e-3 and without weight decay."""
         ssm = [p for name, p in self.named_parameters() if name.endswith(("log_dt", "log_A_real", "A_imag"))]
         held = set(map(id, ssm))
         rest = [p for p in self.parameters() if id(p) not in held]

@@ -7,7 +7,7 @@ every such request is answered with float64, whichever module makes it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,7 +27,9 @@ CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
 class _Widened(TorchFunctionMode):
     """Whoever asks torch for a narrower float gets float64."""
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if func in CASTS:
             return args[0].to(torch.float64)
         if func in GROUPED and args[0].dtype == torch.float64:
@@ -50,16 +52,6 @@ def computing_in(dtype: torch.dtype | None) -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(default)
-
-
-def within(dtype: torch.dtype, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, called with `computing_in(dtype)` open."""
-
-    def called(*args: Any, **kwargs: Any) -> Any:
-        with computing_in(dtype):
-            return function(*args, **kwargs)
-
-    return called
 
 
 def _grouped_product(X: Tensor, W: Tensor, *, offs: Tensor, bias: None = None, out_dtype: Any = None) -> Tensor:
