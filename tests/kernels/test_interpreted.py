@@ -41,7 +41,6 @@ def n_configurations() -> int:
 def test_what_is_bound_says_so() -> None:
     assert KERNELS.triton and KERNELS.device == "cpu"
     assert KERNELS.backend == "mamba-ssm 2.3.1 triton interpreted + torch conv"
-    assert set(KERNELS.versions) == {"torch", "triton", "mamba-ssm"}
     assert resolve("auto", "cpu").backend == "torch native"  # by device, not by what is installed
     assert KERNELS.for_dtype(torch.float32) is KERNELS
     assert KERNELS.for_dtype(torch.float64).backend == "torch native"

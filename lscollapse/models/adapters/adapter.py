@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from lscollapse.models.adapters.edit import Edit, HookSet
-from lscollapse.models.adapters.objective import class_with_head, fills_masks
 from lscollapse.models.checkpoints.refusals import token_embedding
 from lscollapse.models.kernels.mamba2_block import Mamba2Block
 
@@ -143,13 +142,41 @@ class Adapter(ABC):
 
     @property
     def masked(self) -> bool:
-        """Whether the model fills in masked tokens instead of predicting the next one."""
-        return fills_masks(self.config, self.whole)
+        """Whether the model fills in masked tokens instead of predicting the next one.
+
+        By the class of the model as it came, else by the class its checkpoint was saved as, else by what transformers
+        has for the architecture: of those that have both, such as BERT, a decoder predicts.
+        """
+        names = [kind.__name__ for kind in type(self.whole).__mro__]
+        for name in names + list(getattr(self.config, "architectures", None) or []):
+            if "MaskedLM" in name:
+                return True
+            if "CausalLM" in name or "LMHead" in name:
+                return False
+        predicts, fills = self._classes_with_head
+        return fills is not None and (predicts is None or not getattr(self.config, "is_decoder", False))
 
     @property
     def head_class(self) -> str | None:
-        """transformers' class with the head that the model would be scored by, None where there is none."""
-        return class_with_head(self.config, self.whole)
+        """The name of transformers' class of this architecture with the head for its objective, None where there is none.
+
+        None too where one class serves both objectives: which of them a checkpoint was trained for is then not known.
+        """
+        predicts, fills = self._classes_with_head
+        if predicts == fills:
+            return None
+        return fills if self.masked else predicts
+
+    @property
+    def _classes_with_head(self) -> tuple[str | None, str | None]:
+        """The classes of this architecture that predict the next token, and that fill in hidden ones."""
+        from transformers.models.auto.modeling_auto import (
+            MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+            MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        )
+
+        model_type = getattr(self.config, "model_type", "")
+        return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type), MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(model_type)
 
     @property
     def head(self) -> Head | Scores | None:

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import torch
-from torch import Tensor
 
 from lscollapse.models.adapters.adapter import Adapter
 from lscollapse.models.adapters.streamed import StreamedMamba2
+from lscollapse.models.checkpoints import checkpoint
 from lscollapse.models.checkpoints.architectures import seeded
+from lscollapse.models.checkpoints.located import Where
 
 
-def attach(
-    adapter: Adapter,
-    read: Callable[[], Mapping[str, Tensor]],
-    load: Callable[[Any], Any],
-    random_init: int | None = None,
-) -> bool:
-    """Give `adapter` the head of its model, so that `adapter.head` is there; False where the model has none.
+def attach(adapter: Adapter, name_or_path: str, random_init: int | None = None, **where: Unpack[Where]) -> bool:
+    """Give `adapter` the head of its checkpoint, so that `adapter.head` is there; False where it has none.
 
     Args:
-        read: the tensors of the checkpoint's head (checkpoint.open_head); not called where embeddings are the head.
-        load: the whole model of a class, or None (checkpoint.load_with_head); called where `read` gives too little.
+        name_or_path, where: as for checkpoint.load; nothing is read where the embeddings are the head.
         random_init: a seed; the head is initialised by transformers and nothing is read.
     """
     if isinstance(adapter, StreamedMamba2):
         if adapter.output is None:
-            adapter.output = read().get("lm_head.weight")
+            adapter.output = checkpoint.open_head(name_or_path, **where).get("lm_head.weight")
         return adapter.head is not None
     kind = _class(adapter)
     if kind is None:
@@ -37,10 +31,10 @@ def attach(
         whole = kind(adapter.config)
     whole = _around(whole, adapter)
     if _unfilled(whole):
-        whole.load_state_dict(dict(read()), strict=False, assign=True)
+        whole.load_state_dict(checkpoint.open_head(name_or_path, **where), strict=False, assign=True)
         whole.tie_weights()
     if _unfilled(whole):
-        loaded = load(kind)
+        loaded = checkpoint.load_with_head(name_or_path, kind, dtype=adapter.dtype, **where)
         if loaded is None:
             return False
         whole = _around(loaded, adapter)
