@@ -31,7 +31,7 @@ GENERIC = "generic:GenericAdapter"  # of every other architecture of transformer
 
 
 def adapt(model: Any) -> Adapter:
-    """The adapter for a transformers model, with or without a head on top: that of its architecture, else the generic one.
+    """The adapter for a transformers model, with or without a head: that of its architecture, else the generic one.
 
     Of a float64 model `embed` and `run` compute in float64 throughout (numerics/widened.py).
 

@@ -1,7 +1,7 @@
 """What the rest of the package knows of a model: an embedding, a stack of blocks, and where a block adds its skip.
 
-An adapter wraps a loaded transformers model and owns nothing of its own: `block(k)` are the model's modules, so that hooks
-on them act on any forward of the model. One file per architecture subclasses `Adapter`.
+An adapter wraps a loaded transformers model and owns nothing of its own: `block(k)` are the model's modules, so that
+hooks on them act on any forward of the model. One file per architecture subclasses `Adapter`.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ class Adapter(ABC):
     Class attributes:
         stack: name within the base model of the list of its blocks, where there is one.
         final_norm: name of the norm between the last block and the output matrix, where nothing else stands there.
-        has_gate: whether the mixer has a multiplicative gate that `gating=False` can remove; None where that is not known.
+        has_gate: whether the mixer has a multiplicative gate that `gating=False` can remove; None where not known.
         skip_sites: where lambda can act, the default first.
         norm_sites: which norms `layernorm=False` can remove, the default first.
-        knows_sites: False where only the first skip is known: the block may have other skips and norms, which no edit reaches.
+        knows_sites: False where only the first skip is known: no edit reaches other skips and norms that there may be.
         bounded_mixer: the weights alone bound the mixer's output (see early_exit.py).
         pre_norm: the block adds O = mixer(norm(X)) to X and no norm follows, so O does not depend on the scale of X.
 
@@ -106,8 +106,8 @@ class Adapter(ABC):
         """Output of block `layer` for its input X, (B, N, d) -> (B, N, d), as the untouched forward calls it.
 
         Args:
-            handed: one dict for each arm, empty before layer 0: what its blocks hand to later ones beside X. Needed where
-                several arms are run by turns; without it all calls since the last `embed` are one arm's.
+            handed: one dict for each arm, empty before layer 0: what its blocks hand to later ones beside X. Needed
+                where several arms are run by turns; without it all calls since the last `embed` are one arm's.
         """
         Y: Tensor = self.block(layer)(X)
         return Y
@@ -158,7 +158,7 @@ class Adapter(ABC):
 
     @property
     def head_class(self) -> str | None:
-        """The name of transformers' class of this architecture with the head for its objective, None where there is none.
+        """Name of transformers' class of this architecture with the head for its objective, None where there is none.
 
         None too where one class serves both objectives: which of them a checkpoint was trained for is then not known.
         """
@@ -208,7 +208,7 @@ class Adapter(ABC):
 
     @property
     def has_own_blocks(self) -> bool:
-        """Whether the package computes the blocks itself (`own_block`), in any dtype, instead of the model's modules."""
+        """Whether the package computes the blocks itself (`own_block`), in any dtype, not the model's modules."""
         return False
 
     def own_block(self, layer: int, dtype: torch.dtype) -> Mamba2Block:

@@ -1,4 +1,4 @@
-"""BERT (and MiniLM, which is a BERT): post-norm blocks with weights of their own, encoder or (is_decoder) causal decoder."""
+"""BERT (and MiniLM, which is one): post-norm blocks with weights of their own, encoder or causal decoder."""
 
 from __future__ import annotations
 

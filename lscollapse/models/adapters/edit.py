@@ -50,7 +50,7 @@ class Edit:
         return self.sum(1.0 if self.skip_site == "mixer" else self.lam(), X, O)
 
     def sum(self, lam: float, X: Tensor, O: Tensor) -> Tensor:
-        """lam*X + O, formed from X and O so that lam = 0 is exactly O; infinite where it is not carried and no norm can take it."""
+        """lam*X + O, exactly O for lam = 0; infinite where it is not carried and too large for a norm."""
         if self.carried is not None:
             return self.carried.add(lam, X, O)
         Y = O.to(torch.promote_types(X.dtype, O.dtype)) if lam == 0.0 else lam * X + O

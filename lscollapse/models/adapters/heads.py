@@ -20,13 +20,15 @@ def attach(adapter: Adapter, name_or_path: str, random_init: int | None = None, 
         name_or_path, where: as for checkpoint.load; nothing is read where the embeddings are the head.
         random_init: a seed; the head is initialised by transformers and nothing is read.
     """
+    import transformers
+
     if isinstance(adapter, StreamedMamba2):
         if adapter.output is None:
             adapter.output = checkpoint.open_head(name_or_path, **where).get("lm_head.weight")
         return adapter.head is not None
-    kind = _class(adapter)
-    if kind is None:
+    if adapter.head_class is None:
         return False
+    kind = getattr(transformers, adapter.head_class)
     with torch.device("meta") if random_init is None else seeded(random_init):
         whole = kind(adapter.config)
     whole = _around(whole, adapter)
@@ -57,16 +59,6 @@ def missing(adapter: Adapter) -> str:
     if adapter.head_class is None:
         return f"no language-model head is known of {what}: choose a model that predicts or fills in tokens"
     return f"no language-model head came with this {what}: give it as {adapter.head_class}"
-
-
-def _class(adapter: Adapter) -> Any:
-    """transformers' class of this architecture with a language-model head, None where there is none."""
-    from transformers.models.auto import modeling_auto
-
-    if adapter.head_class is None:
-        return None
-    mapping = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING if adapter.masked else modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
-    return mapping.get(type(adapter.config), None)
 
 
 def _unfilled(whole: Any) -> bool:

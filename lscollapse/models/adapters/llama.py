@@ -1,7 +1,7 @@
 """Llama and decoders of the same plan: RMSNorm, rotary positions, gated MLP; with sliding windows where they have them.
 
-The product inside the gated MLP (SwiGLU) is not the paper's gate, which multiplies the output of the sequence mixer: the
-MLP mixes no tokens, so `gating` has no meaning here.
+The product inside the gated MLP (SwiGLU) is not the paper's gate, which multiplies the output of the sequence mixer:
+the MLP mixes no tokens, so `gating` has no meaning here.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ class Mamba2Adapter(MambaStack):
         return resolve("auto", self.device)
 
     def mixer_bound(self, layer: int, spectral_bound: Callable[[Tensor], float]) -> float:
-        """sqrt(d_inner) ||W_out diag(w_norm)||_2 + ||bias||: an RMS-normed row of d_inner entries has at most norm sqrt(d_inner)."""
+        """sqrt(d_inner) ||W_out diag(w_norm)||_2 + ||bias||: an RMS-normed row has norm sqrt(d_inner) at most."""
         tensors = self.held(layer)
         weight = tensors["mixer.out_proj.weight"].detach().float() * tensors["mixer.norm.weight"].detach().float()
         bias = tensors.get("mixer.out_proj.bias")
@@ -102,7 +102,7 @@ class Mamba2Adapter(MambaStack):
 
 
 def _in_range(y: Tensor) -> Tensor:
-    """y (B, N, inner) at a size whose squares float32 holds, as those of a large lambda in the scan are not; for a norm."""
+    """y (B, N, inner) at a size whose squares float32 holds, for a norm: a large lambda in the scan makes it larger."""
     return Carried(len(y)).fit(y)
 
 

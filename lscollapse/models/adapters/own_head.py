@@ -37,7 +37,7 @@ class OwnHead:
         self._models = {next(whole.parameters()).dtype: whole}
         expected: list[Tensor] = []
         with torch.no_grad(), computing_in(next(iter(self._models))), failures_as(self._refusal):
-            # What the blocks hand over beside X comes from other tokens than those of the comparison: it must not matter.
+            # What the blocks hand over beside X comes from other tokens than the comparison's: it must not matter.
             others = record(blocks, lambda: _logits(whole, probe.flip(1)), compute=True).calls
             self._others = [call.output[1:] if isinstance(call.output, tuple) else None for call in others]
             calls = record(blocks, lambda: expected.append(_logits(whole, probe)), compute=True).calls

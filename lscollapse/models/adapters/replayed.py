@@ -1,8 +1,8 @@
 """Blocks called as the model's own forward calls them: masks, positions and rotary embeddings are recorded from it.
 
-What blocks hand to later ones beside X is kept for each arm (one variant of a model), because `measure` computes a layer
-of every arm before it goes on to the next layer. A block can hand something on in two ways that are seen here: by its
-further outputs, which the model gives to later blocks, and by a container (a dict or list) that it fills. Any other
+What blocks hand to later ones beside X is kept for each arm (one variant of a model), because `measure` computes a
+layer of every arm before it goes on to the next layer. A block can hand something on in two ways that are seen here: by
+its further outputs, which the model gives to later blocks, and by a container (a dict or list) that it fills. Any other
 way, such as an attribute of a module, is found by the test of `ReplayedAdapter.embed`, and the model is refused.
 """
 
@@ -135,8 +135,8 @@ def record(blocks: Iterable[Any], forward: Callable[[], Any], compute: bool) -> 
 class ReplayedAdapter(Adapter):
     """`run` gives block k the arguments that the model's own forward gave it for the ids of the last `embed`.
 
-    The first `embed` tests this on the first excerpt it is given: the arms of REPLAYED, layer by layer as `measure` runs
-    them, against whole forwards of the model with the same edits.
+    The first `embed` tests this on the first excerpt it is given: the arms of REPLAYED, layer by layer as `measure`
+    runs them, against whole forwards of the model with the same edits.
     """
 
     def __init__(self, model: Any) -> None:
@@ -173,7 +173,7 @@ class ReplayedAdapter(Adapter):
 
     @property
     def hands_on(self) -> bool:
-        """Whether blocks hand numbers (no mere choice of tokens) to later ones beside X, for the ids of the last `embed`."""
+        """Whether blocks hand on numbers, no mere choice of tokens, beside X for the ids of the last `embed`."""
         tensors = [part for call in self.calls for part in _tensors(call.output) if id(part) in self._given]
         for filled in self._filled():
             tensors += _tensors(filled)
@@ -184,7 +184,7 @@ class ReplayedAdapter(Adapter):
         self._alone: dict[int, Any] = {}  # of an arm that runs by itself
 
     def _own(self, value: Any, handed: dict[int, Any]) -> Any:
-        """An argument of a block as one arm has it: outputs and containers of the arm's own in place of the recorded ones."""
+        """An argument of a block as one arm has it: its own outputs and containers in place of the recorded ones."""
         if isinstance(value, Tensor):
             return handed.get(id(value), value)
         if type(value) is tuple:
@@ -204,7 +204,7 @@ class ReplayedAdapter(Adapter):
                 yield container
 
     def _test_replay(self, ids: Tensor) -> None:
-        """Raise unless every block of every arm gives what it gives in a whole forward, from the input that it has there."""
+        """Raise unless every block of every arm gives what it gives in a whole forward for the same input."""
         expected = [self._outputs(ids, lam) for lam in REPLAYED]
         self._take(self.recorded(ids))
         arms: list[dict[int, Any]] = [{} for _ in REPLAYED]

@@ -43,7 +43,7 @@ class Upload(Transfer):
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no types here
+        self.stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # of torch
 
     def begin(self, tensors: dict[str, Tensor], build: Build) -> Finish:
         with torch.cuda.stream(self.stream):

@@ -1,4 +1,4 @@
-"""Checkpoints of any architecture that transformers knows, read by its Auto classes; no code from a repository is run."""
+"""Checkpoints of any architecture of transformers, read by its Auto classes; no code from a repository is run."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def filled(config: Any, files: Sequence[Path], where: str, dtype: torch.dtype) -
 
 
 def with_head(kind: Any, config: Any, folder: Path, where: str, dtype: torch.dtype) -> Any:
-    """The model of class `kind`, which has a head, with the weights of a local folder; None where those of the head are missing.
+    """The model of class `kind`, with its head, from a local folder; None where the weights of the head are missing.
 
     Raises:
         CheckpointError: the weights are damaged.

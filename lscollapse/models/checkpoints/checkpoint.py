@@ -3,8 +3,8 @@
 Every way in ends in the same two things: a transformers config built here, and the tensors of the base model under
 transformers' names, memory mapped. Heads and poolers are left out; of the rest nothing may be missing, left over, or of
 another shape, and every value must be a finite floating-point number. Code from a repository is never run, pickles are
-read with `weights_only=True`. Other architectures than those of `architectures.classes` are read by transformers (auto.py) under the
-same rules.
+read with `weights_only=True`. Other architectures than those of `architectures.classes` are read by transformers
+(auto.py) under the same rules.
 """
 
 from __future__ import annotations

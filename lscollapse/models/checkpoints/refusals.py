@@ -15,7 +15,7 @@ PIECE = 2**23  # elements of a tensor that are looked at together
 
 
 def token_embedding(model: Any) -> tuple[str, Tensor] | None:
-    """Name and matrix (V, e) of the embedding of which a token id takes a row; None where it is not known, or ids are pixels."""
+    """Name and matrix (V, e) of which a token id takes a row; None where it is not known, or ids are pixels."""
     try:
         weight = model.get_input_embeddings().weight
     except (AttributeError, NotImplementedError):
@@ -30,7 +30,7 @@ def some_of(names: Sequence[str], most: int = 3) -> str:
 
 
 def refuse_misfits(found: Mapping[str, Sequence[str]], where: str) -> None:
-    """Raise a CheckpointError for names of tensors that are `missing`, `unexpected` or `of another shape`, if there are any."""
+    """Raise a CheckpointError if there are tensors `missing`, `unexpected` or `of another shape`, with their names."""
     parts = [f"{len(names)} {what} ({some_of(names)})" for what, names in found.items() if names]
     if parts:
         raise CheckpointError(f"the weights of {where} do not fit its config.json: tensors " + ", ".join(parts))
@@ -61,7 +61,7 @@ def refuse_kinds(tensors: Mapping[str, Tensor], where: str) -> None:
 
 
 def refuse_values(tensors: Mapping[str, Tensor], where: str, mapped: bool = False) -> None:
-    """Raise a CheckpointError that names the first tensor with a value that is not finite; every value is looked at once.
+    """Raise a CheckpointError that names the first tensor with a value that is not finite; each is looked at once.
 
     Args:
         mapped: the tensors lie in a mapped file, and what was looked at is forgotten.

@@ -37,7 +37,7 @@ class CheckpointError(ValueError):
 
 
 def base_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the base model, under the names they have in transformers, without heads, poolers and old buffers."""
+    """The tensors of the base model, under transformers' names, without heads, poolers and old buffers."""
     return {
         _base_name(name): tensor
         for name, tensor in tensors.items()
@@ -99,7 +99,7 @@ def is_mapped(file: Path) -> bool:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Every tensor of a .safetensors or .bin file under its own name, read when it is used where `is_mapped`, else at once.
+    """Every tensor of a .safetensors or .bin file under its own name; read when used where `is_mapped`, else at once.
 
     Raises:
         CheckpointError: the file is cut off, damaged, or holds anything but tensors.

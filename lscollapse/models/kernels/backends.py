@@ -3,8 +3,9 @@
     kernels = resolve("auto", "cuda")
     kernels.backend      # "mamba-ssm 2.3.1 triton + causal-conv1d 1.6.1 cuda, ieee fp32"
 
-On CPU it is `lscollapse.models.kernels.ssd`; on a GPU mamba-ssm's Triton kernels and causal-conv1d's CUDA kernel, or torch operations.
-float32 means IEEE float32 on a GPU too: TF32, which rounds the factors of every product to 11 bits, only if asked for.
+On CPU it is `lscollapse.models.kernels.ssd`; on a GPU mamba-ssm's Triton kernels and causal-conv1d's CUDA kernel, or
+torch operations. float32 means IEEE float32 on a GPU too: TF32, which rounds the factors of every product to 11 bits,
+only if asked for.
 With TRITON_INTERPRET=1 in the environment before Triton is imported, the Triton kernels run on CPU, slowly, for checks.
 """
 
@@ -243,8 +244,8 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 def gated_norm(y: Tensor, gate: Tensor | None, weight: Tensor, eps: float, groups: int = 1) -> Tensor:
     """weight * u / rms(u) with u = y * silu(gate), or u = y without a gate; y, gate (..., width), weight (width,).
 
-    The rms is over each of `groups` equal parts of a row. A row above 2^30 is first scaled down by a power of two: exact,
-    and the squares of a finite u never overflow.
+    The rms is over each of `groups` equal parts of a row. A row above 2^30 is first scaled down by a power of two:
+    exact, and the squares of a finite u never overflow.
     """
     u = torch.unflatten(y if gate is None else y * F.silu(gate), -1, (groups, -1))  # (..., groups, width / groups)
     excess = (torch.frexp(u.detach().abs().amax(-1, keepdim=True)).exponent - 30).clamp_min(0)

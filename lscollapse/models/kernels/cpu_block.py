@@ -1,7 +1,7 @@
 """One Mamba-2 block on CPU, from a layer's tensors, near the speed of its two matrix products.
 
-The same function as transformers' Mamba2Block edited by `adapters/mamba2.py`. Between the two products each thread works
-on one excerpt at a time, in buffers that are reused, and its result overwrites its own projection.
+The same function as transformers' Mamba2Block edited by `adapters/mamba2.py`. Between the two products each thread
+works on one excerpt at a time, in buffers that are reused, and its result overwrites its own projection.
 """
 
 from __future__ import annotations

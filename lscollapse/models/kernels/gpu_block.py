@@ -1,4 +1,4 @@
-"""One Mamba-2 block on any device, from a layer's tensors and the kernels that `lscollapse.models.kernels.backends` resolved."""
+"""One Mamba-2 block on any device, from a layer's tensors and the kernels that backends.py resolved."""
 
 from __future__ import annotations
 

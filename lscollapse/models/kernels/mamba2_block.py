@@ -66,7 +66,7 @@ class Mamba2Shape:
 
 
 class Pass(NamedTuple):
-    """What one call of a block computes: D of the scan, whether gate and norms are there, and Y = skips*X + scales*O, (B,) each."""
+    """What one call computes: D of the scan, whether gate and norms are there, Y = skips*X + scales*O, (B,) each."""
 
     D: Tensor
     gating: bool

@@ -24,7 +24,7 @@ from lscollapse.models.kernels.backends import KernelError, Kernels, resolve
 from lscollapse.models.kernels.gpu_block import GpuBlock
 from lscollapse.models.kernels.mamba2_block import Mamba2Shape
 
-# Largest error relative to the largest value. float32 sums of a few hundred terms stay well below; TF32 would be at 4e-4.
+# Largest error relative to the largest value. float32 sums of a few hundred terms stay well below; TF32 is at 4e-4.
 TOLERANCE = {"scan": 5e-6, "scan backward": 2e-5, "conv": 2e-6, "gated norm": 2e-6, "block": 2e-5}
 
 # Computes with the kernels given, for None by the definition in float64; one tensor, or one a gradient.
@@ -210,7 +210,7 @@ def recurrence(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
     *, dt_limit: tuple[float, float] = (0.0, float("inf")),
 ) -> Tensor:  # fmt: skip
-    """The definition in the docstring of lscollapse.models.kernels.ssd, token by token, in float64, with autograd; shapes as there."""
+    """The definition at the head of ssd.py, token by token, in float64, with autograd; shapes as for `ssd.scan`."""
     x, dt, A, B, C, D, dt_bias = (t.double() for t in (x, dt, A, B, C, D, dt_bias))
     heads, groups = x.shape[2], B.shape[2]
     B, C = (t.repeat_interleave(heads // groups, 2) for t in (B, C))  # (batch, L, heads, state)

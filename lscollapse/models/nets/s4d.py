@@ -76,7 +76,7 @@ class S4DConfig:
 class S4DMixer(nn.Module):
     """GLU(W GELU(K * u + D u)): the diagonal state space, then a 1x1 convolution d -> 2d and its gate.
 
-    The gate of the GLU multiplies the mixer's output by a function of itself, not of the input; it is part of every arm.
+    The gate of the GLU multiplies the mixer's output by a function of itself, not of the input; all arms have it.
     """
 
     def __init__(self, d: int, n_pairs: int, dropout: float) -> None:
@@ -165,7 +165,7 @@ class S4D(nn.Module):
         return scores
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """For `runs.training.fit`, as the S4 authors train: dt and A at a rate of at most 1e-3 and without weight decay."""
+        """For training, as the S4 authors do it: dt and A at a rate of at most 1e-3 and without weight decay."""
         ssm = [p for name, p in self.named_parameters() if name.endswith(("log_dt", "log_A_real", "A_imag"))]
         held = set(map(id, ssm))
         rest = [p for p in self.parameters() if id(p) not in held]

@@ -1,7 +1,7 @@
 """Attention scores that leave the range of their dtype.
 
-torch's fused attention makes zeros of a row whose scores are infinite: without its norm a block then goes on with numbers
-that look fine and are wrong. While `scores_in_range` is open, such an excerpt becomes NaN.
+torch's fused attention makes zeros of a row whose scores are infinite: without its norm a block then goes on with
+numbers that look fine and are wrong. While `scores_in_range` is open, such an excerpt becomes NaN.
 """
 
 from __future__ import annotations

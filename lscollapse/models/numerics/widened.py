@@ -1,8 +1,8 @@
 """float64 that stays float64.
 
-transformers' modules ask for float32 inside, whatever the dtype of the model: norms, rotary angles, softmax, Mamba's scan. In a
-bfloat16 model that is a gain; in a float64 one it is float32 under another name. While `computing_in(torch.float64)` is open,
-every such request is answered with float64, whichever module makes it.
+transformers' modules ask for float32 inside, whatever the dtype of the model: norms, rotary angles, softmax, Mamba's
+scan. In a bfloat16 model that is a gain; in a float64 one it is float32 under another name. While
+`computing_in(torch.float64)` is open, every such request is answered with float64, whichever module makes it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def computing_in(dtype: torch.dtype | None) -> Iterator[None]:
 
 
 def _grouped_product(X: Tensor, W: Tensor, *, offs: Tensor, bias: None = None, out_dtype: Any = None) -> Tensor:
-    """torch's grouped_mm, which has no float64: rows offs[g-1]..offs[g] of X (M, n) times W[g] (n, k), for g = 0..G-1."""
+    """torch's grouped_mm, which has no float64: rows offs[g-1]..offs[g] of X (M, n) times W[g] (n, k)."""
     ends = offs.tolist()
     parts = [X[start:end] @ w for start, end, w in zip([0, *ends[:-1]], ends, W, strict=True)]
     return torch.cat([*parts, X.new_zeros(len(X) - ends[-1], W.shape[-1])])
