@@ -99,7 +99,7 @@ class Adapter(ABC):
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids (B, N) -> the input of the first block (B, N, d)."""
-        X: Tensor = self.model.embeddings(ids)
+        X: Tensor = self.model.embeddings(ids)  # (B, N, d)
         return X
 
     def run(self, layer: int, X: Tensor, handed: dict[int, Any] | None = None) -> Tensor:
@@ -109,7 +109,7 @@ class Adapter(ABC):
             handed: one dict for each arm, empty before layer 0: what its blocks hand to later ones beside X. Needed
                 where several arms are run by turns; without it all calls since the last `embed` are one arm's.
         """
-        Y: Tensor = self.block(layer)(X)
+        Y: Tensor = self.block(layer)(X)  # (B, N, d)
         return Y
 
     @property

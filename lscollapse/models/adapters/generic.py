@@ -36,7 +36,7 @@ from lscollapse.models.adapters.trial import failures_as, relative_difference, r
 ADDITIONS = (Tensor.add, Tensor.add_, torch.add)
 CASTS = (Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.double, Tensor.bfloat16, Tensor.half)
 # What torch's complaints of dtypes say.
-DTYPES = re.compile(r"dtype|scalar type|converted to type |\b(Float|Float32|Float16|BFloat16|Double|Half)\b")
+ABOUT_DTYPES = re.compile(r"dtype|scalar type|converted to type |\b(Float|Float32|Float16|BFloat16|Double|Half)\b")
 PROBE = (2, 6)  # excerpts, tokens
 BACKEND = "transformers, generic adapter"
 Add = Callable[[Tensor, Tensor], Tensor]
@@ -180,7 +180,7 @@ class GenericAdapter(ReplayedAdapter):
 
     def _fails(self, why: str) -> UnsupportedModel:
         """What to say of an error in the model's forward on token ids."""
-        if self.dtype != torch.float32 and DTYPES.search(why):
+        if self.dtype != torch.float32 and ABOUT_DTYPES.search(why):
             return self._wrong_dtype(f"its forward fails: {why}")
         return self._unsupported(f"its forward on token ids fails: {why}")
 

@@ -63,7 +63,7 @@ class OwnHead:
         with ExitStack() as stack:
             for name in self._names:
                 stack.enter_context(forward_of(whole.get_submodule(name), handing_on))
-            return _logits(whole, ids)
+            return _logits(whole, ids)  # (B, N, V)
 
     def _in(self, dtype: torch.dtype) -> Any:
         """The model in another dtype: a copy in which the blocks have no weights."""

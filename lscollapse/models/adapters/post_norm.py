@@ -47,7 +47,7 @@ class PostNormAdapter(Adapter):
     norm_sites = ("both", "block")
 
     def run(self, layer: int, X: Tensor, handed: dict[int, Any] | None = None) -> Tensor:
-        Y: Tensor = self.block(layer)(X, self.mask(X))
+        Y: Tensor = self.block(layer)(X, self.mask(X))  # (B, N, d)
         return Y
 
     def mask(self, X: Tensor) -> Any:

@@ -157,7 +157,7 @@ class ReplayedAdapter(Adapter):
                 self._test_replay(ids[:1])
             self._tested = True
         self._take(self.recorded(ids))
-        X: Tensor = self.calls[0].X
+        X: Tensor = self.calls[0].X  # (B, N, d)
         return X
 
     def run(self, layer: int, X: Tensor, handed: dict[int, Any] | None = None) -> Tensor:
@@ -168,7 +168,7 @@ class ReplayedAdapter(Adapter):
         for recorded, own in zip(_tensors(call.output), _tensors(output), strict=False):
             if id(recorded) in self._given:
                 handed[id(recorded)] = own
-        Y: Tensor = first_of(output)
+        Y: Tensor = first_of(output)  # (B, N, d)
         return Y
 
     @property

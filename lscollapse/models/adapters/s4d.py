@@ -16,7 +16,7 @@ class S4DAdapter(Adapter):
     backend = "torch"
 
     def embed(self, ids: Tensor) -> Tensor:
-        X: Tensor = self.model.embed(ids)
+        X: Tensor = self.model.embed(ids)  # (B, N, d)
         return X
 
     def install(self, block: Any, edit: Edit, hooks: HookSet) -> None:

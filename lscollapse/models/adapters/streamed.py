@@ -105,7 +105,7 @@ class StreamedMamba2(Mamba2Adapter):
         return self.transfer.device
 
     def embed(self, ids: Tensor) -> Tensor:
-        return self.reader.tensors["embeddings.weight"][ids.cpu()].float().to(self.device)
+        return self.reader.tensors["embeddings.weight"][ids.cpu()].float().to(self.device)  # (B, N, d)
 
     def tensors(self, layer: int) -> dict[str, Tensor]:
         """In float32 as `dtype` says, whatever the file holds: what is made of them is that of the loaded model."""

@@ -27,7 +27,7 @@ def classes() -> dict[str, tuple[Any, Any, dict[str, Any]]]:
     }
 
 
-def read_config(found: Located) -> Any:
+def config_of(found: Located) -> Any:
     """The transformers config, from either layout of config.json.
 
     Raises:

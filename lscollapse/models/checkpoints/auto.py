@@ -64,7 +64,7 @@ def _read(kind: Any, config: Any, folder: Path, where: str, dtype: torch.dtype) 
             raise CheckpointError(f"the weights of {where} cannot be read: {first_line(error)}") from error
 
 
-def inspect(config: Any, files: Sequence[Path], where: str) -> None:
+def inspect_headers(config: Any, files: Sequence[Path], where: str) -> None:
     """What the headers of `files` tell of whether `filled` will succeed.
 
     transformers renames and joins tensors of some architectures while it reads them, so that a name which the model

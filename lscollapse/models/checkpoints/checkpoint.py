@@ -19,8 +19,8 @@ from torch import Tensor
 
 from lscollapse.core import registry
 from lscollapse.models.checkpoints import auto
-from lscollapse.models.checkpoints.architectures import built, classes, count_parameters, on_meta, read_config, seeded
-from lscollapse.models.checkpoints.located import Located, Where, locate
+from lscollapse.models.checkpoints.architectures import built, classes, config_of, count_parameters, on_meta, seeded
+from lscollapse.models.checkpoints.located import Located, Where, locate_checkpoint
 from lscollapse.models.checkpoints.refusals import (
     other_shapes,
     refuse_kinds,
@@ -103,8 +103,8 @@ def load(
     Raises:
         CheckpointError, ModelNameError, HubError, AssetError: one line each.
     """
-    found = locate(registry.resolve(name_or_path), config_only=random_init is not None, **where)
-    config = read_config(found)
+    found = locate_checkpoint(registry.resolve(name_or_path), config_only=random_init is not None, **where)
+    config = config_of(found)
     if random_init is None:
         if config.model_type in classes():
             tensors = _tensors(found)
@@ -123,8 +123,8 @@ def load(
 
 def open_layers(name_or_path: str | Path, **where: Unpack[Where]) -> LayerReader:
     """A Mamba-2 checkpoint to be read layer by layer; arguments and errors as for `load`."""
-    found = locate(registry.resolve(name_or_path), **where)
-    config = read_config(found)
+    found = locate_checkpoint(registry.resolve(name_or_path), **where)
+    config = config_of(found)
     if config.model_type != "mamba2":
         raise CheckpointError(f"{found.where} is {config.model_type}: only Mamba-2 checkpoints are read layer by layer")
     whole = next((file for file in found.weights if not is_mapped(file)), None)
@@ -142,7 +142,7 @@ def open_layers(name_or_path: str | Path, **where: Unpack[Where]) -> LayerReader
 
 def open_head(name_or_path: str | Path, **where: Unpack[Where]) -> dict[str, Tensor]:
     """The tensors of heads and poolers, which `load` leaves out, memory mapped; arguments and errors as for `load`."""
-    found = locate(registry.resolve(name_or_path), **where)
+    found = locate_checkpoint(registry.resolve(name_or_path), **where)
     heads = {name: tensor for file in found.weights for name, tensor in head_tensors(read_tensors(file)).items()}
     scoring = {name: tensor for name, tensor in heads.items() if "lm_head" in name or "predictions" in name}
     refuse_kinds(scoring, found.where)
@@ -156,8 +156,8 @@ def load_with_head(name_or_path: str | Path, kind: Any, *, dtype: torch.dtype, *
     For heads whose tensors have other names in the file than in the model; `open_head` knows those of `classes`. Other
     arguments and errors as for `load`.
     """
-    found = locate(registry.resolve(name_or_path), **where)
-    config = read_config(found)
+    found = locate_checkpoint(registry.resolve(name_or_path), **where)
+    config = config_of(found)
     if config.model_type in classes():
         return None
     return auto.with_head(kind, config, found.weights[0].parent, found.where, dtype)
@@ -168,7 +168,7 @@ def describe(name_or_path: str | Path, **where: Unpack[Where]) -> tuple[str, int
     entry = registry.resolve(name_or_path)
     if entry.architecture and entry.n_parameters:
         return entry.architecture, entry.n_parameters
-    config = read_config(locate(entry, config_only=True, **where))
+    config = config_of(locate_checkpoint(entry, config_only=True, **where))
     return config.model_type, count_parameters(config)
 
 
@@ -177,12 +177,12 @@ def inspect(name_or_path: str | Path, **where: Unpack[Where]) -> tuple[str, int]
 
     Arguments and errors as for `load`; of what `load` refuses, values that are not finite are found only there.
     """
-    found = locate(registry.resolve(name_or_path), **where)
-    config = read_config(found)
+    found = locate_checkpoint(registry.resolve(name_or_path), **where)
+    config = config_of(found)
     if config.model_type in classes():
         _match(found, config, _tensors(found))
     else:
-        auto.inspect(config, found.weights, found.where)
+        auto.inspect_headers(config, found.weights, found.where)
     return config.model_type, count_parameters(config)
 
 

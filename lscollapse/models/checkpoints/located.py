@@ -37,7 +37,7 @@ class Located:
     weights: tuple[Path, ...]
 
 
-def locate(
+def locate_checkpoint(
     entry: Entry,
     *,
     revision: str | None = None,

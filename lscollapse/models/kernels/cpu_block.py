@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lscollapse.models.kernels import ssd
-from lscollapse.models.kernels.mamba2_block import Mamba2Block, Mamba2Shape, Pass
+from lscollapse.models.kernels.mamba2_block import BlockCall, Mamba2Block, Mamba2Shape
 
 
 class Workers:
@@ -63,7 +63,7 @@ class CpuBlock(Mamba2Block):
         super().__init__(tensors, shape, dtype)
         self.workers = workers or Workers()
 
-    def _compute(self, X: Tensor, what: Pass) -> Tensor:
+    def _compute(self, X: Tensor, what: BlockCall) -> Tensor:
         def enter(workspace: ssd.Workspace, X: Tensor, out: Tensor) -> None:
             if what.block_norm:
                 rms_norm(X, self._norm, self.shape.eps, out, workspace)
@@ -89,7 +89,7 @@ class CpuBlock(Mamba2Block):
         each(_add, X, O, what.skips.tolist(), what.scales.tolist(), Y)
         return Y
 
-    def _mix(self, workspace: ssd.Workspace, projected: Tensor, what: Pass, out: Tensor) -> None:
+    def _mix(self, workspace: ssd.Workspace, projected: Tensor, what: BlockCall, out: Tensor) -> None:
         """Conv, scan, gate and norm of one excerpt: projected (N, [z,] xBC, dt) -> out (N, inner), which may alias."""
         s, N = self.shape, len(projected)
         if projected.dtype != self.stream:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lscollapse.models.kernels.backends import Kernels, gated_norm
-from lscollapse.models.kernels.mamba2_block import BlockError, Mamba2Block, Mamba2Shape, Pass
+from lscollapse.models.kernels.mamba2_block import BlockCall, BlockError, Mamba2Block, Mamba2Shape
 
 
 class GpuBlock(Mamba2Block):
@@ -34,7 +34,7 @@ class GpuBlock(Mamba2Block):
         if found != kernels.device:
             raise BlockError(f"the tensors are on {found}, the kernels for {kernels.device}: move the tensors there")
 
-    def _compute(self, X: Tensor, what: Pass) -> Tensor:
+    def _compute(self, X: Tensor, what: BlockCall) -> Tensor:
         normed = gated_norm(X, None, self._norm, self.shape.eps) if what.block_norm else X  # (B, N, hidden)
         projected = F.linear(normed.to(self.dtype), *self._in_rows(what.gating)).to(self.stream)  # (B, N, [z,] xBC, dt)
         mixed = self._mix(projected, what)  # (B, N, inner)
@@ -43,7 +43,7 @@ class GpuBlock(Mamba2Block):
         O *= scales
         return O.addcmul_(X, skips) if what.skips.any() else O
 
-    def _mix(self, projected: Tensor, what: Pass) -> Tensor:
+    def _mix(self, projected: Tensor, what: BlockCall) -> Tensor:
         """Conv, scan, gate and norm: projected (B, N, [z,] xBC, dt) -> (B, N, inner)."""
         gate, xBC, dt = self._parts(projected, what.gating)
         convolved = self.kernels.conv(xBC, self._conv, self._conv_bias)  # (B, N, conv_dim)

@@ -65,7 +65,7 @@ class Mamba2Shape:
         }
 
 
-class Pass(NamedTuple):
+class BlockCall(NamedTuple):
     """What one call computes: D of the scan, whether gate and norms are there, Y = skips*X + scales*O, (B,) each."""
 
     D: Tensor
@@ -143,10 +143,10 @@ class Mamba2Block(ABC):
         D = self._D + lam if on_mixer else self._D
         skips, scales = (_per_excerpt(factor, len(X), self.stream) for factor in (skip, o_scale))
         norms = layernorm or norm_site == "mixer", layernorm or norm_site == "block"
-        return self._compute(X.to(self.stream), Pass(D, gating, *norms, skips, scales))
+        return self._compute(X.to(self.stream), BlockCall(D, gating, *norms, skips, scales))
 
     @abstractmethod
-    def _compute(self, X: Tensor, what: Pass) -> Tensor:
+    def _compute(self, X: Tensor, what: BlockCall) -> Tensor:
         """X (B, N, hidden) in the dtype of the stream -> Y."""
 
     def _in_rows(self, gating: bool) -> tuple[Tensor, Tensor | None]:

@@ -214,7 +214,9 @@ class Net(nn.Module):
             X = self.encoder(ids)  # (B, N, d)
         else:  # grey scaled to [-1, 1]
             dtype = self.encoder.weight.dtype
-            X = self.encoder(ids[..., None].to(dtype) * (2 / (self.config.vocab_size - 1)) - 1)
+            X = self.encoder(
+                ids[..., None].to(dtype) * (2 / (self.config.vocab_size - 1)) - 1
+            )  # (B, N, 1) -> (B, N, d)
         if self.positions is None:
             return X
         N, longest = ids.shape[1], self.config.max_positions
@@ -236,7 +238,7 @@ class Net(nn.Module):
             raise NetError("a pooled net has one output a sequence: give no positions")
         X = self.embed(ids)
         for layer in self.layers:
-            X = layer(X)
+            X = layer(X)  # (B, N, d)
         if at is not None:
             X = X.gather(1, at[..., None].expand(-1, -1, X.shape[-1]))  # (B, P, d)
         X = self.norm(X)

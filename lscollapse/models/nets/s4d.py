@@ -157,11 +157,11 @@ class S4D(nn.Module):
         X: Tensor = self.encoder(values.to(weight.dtype) * (2 / (base - 1)) - 1)  # channels scaled to [-1, 1]
         return X
 
-    def forward(self, ids: Tensor) -> Tensor:  # (B, N) -> (B, labels)
+    def forward(self, ids: Tensor) -> Tensor:
         X = self.embed(ids)
         for layer in self.layers:
             X = layer(X)  # (B, N, d)
-        scores: Tensor = self.decoder(X.mean(1))
+        scores: Tensor = self.decoder(X.mean(1))  # (B, labels)
         return scores
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:

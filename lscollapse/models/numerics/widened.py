@@ -21,7 +21,7 @@ WIDE = {
     torch.complex64: torch.complex128,
 }  # fmt: skip
 GROUPED = tuple(m.__dict__[name] for m, name in ((F, "grouped_mm"), (torch, "_grouped_mm")) if name in m.__dict__)
-CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
+NARROWING = (Tensor.float, Tensor.half, Tensor.bfloat16)
 
 
 class _Widened(TorchFunctionMode):
@@ -30,7 +30,7 @@ class _Widened(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in CASTS:
+        if func in NARROWING:
             return args[0].to(torch.float64)
         if func in GROUPED and args[0].dtype == torch.float64:
             return _grouped_product(*args, **(kwargs or {}))
