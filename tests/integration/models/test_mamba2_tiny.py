@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import Mamba2ForCausalLM
 
-from lscollapse.data import corpus, tokenizers
+from lscollapse.data import corpus, texts, tokenizers
 from lscollapse.models.checkpoints.checkpoint import load
 
 
@@ -21,7 +21,7 @@ def test_held_out_loss_is_far_under_the_unigram_model() -> None:
     with torch.no_grad():
         loss = np.mean([float(model(block, labels=block).loss) for block in ids.split(8)])
     encode = tokenizers.bert().encode_batch
-    training = np.concatenate(encode([text for title, text in corpus.packaged_articles() if title not in titles]))
+    training = np.concatenate(encode([text for title, text in texts.packaged_articles() if title not in titles]))
     counts = np.bincount(training, minlength=30522) + 1.0
     unigram = -np.log(counts / counts.sum())[ids.numpy()].mean()
     assert loss < unigram - 1.7, (loss, unigram)
