@@ -13,7 +13,8 @@ from lscollapse.instrument.forward import checked_ids
 from lscollapse.instrument.surgery import Variant, surgery_on_layer
 from lscollapse.models.adapt import adapt
 from lscollapse.models.adapters.adapter import Adapter
-from lscollapse.models.adapters.replayed import first_argument, first_of
+from lscollapse.models.adapters.edit import first_of
+from lscollapse.models.adapters.replayed import first_argument
 from lscollapse.models.numerics.carried import Carried
 from lscollapse.models.numerics.widened import computing_in
 
@@ -38,7 +39,7 @@ def differences(model: Any, ids: Any) -> Iterator[LayerDifference]:
     with torch.no_grad():
         reference = layer_outputs(adapter, tokens)
         streams = {"hooks": adapter.embed(tokens)}  # (B, N) -> (B, N, d)
-        if adapter.native:
+        if adapter.has_own_blocks:
             streams["native"] = streams["hooks"]
         for path, X in streams.items():
             yield _difference(0, path, X, reference[0])
@@ -52,7 +53,6 @@ def differences(model: Any, ids: Any) -> Iterator[LayerDifference]:
 def layer_outputs(adapter: Adapter, tokens: Tensor) -> list[Tensor]:
     """Embedding and block outputs of one plain forward, seen by hooks that change nothing."""
     seen: list[Tensor] = []
-    blocks = {id(block): block for block in map(adapter.block, range(adapter.n_layers))}
 
     def first_input(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not seen:
@@ -62,7 +62,7 @@ def layer_outputs(adapter: Adapter, tokens: Tensor) -> list[Tensor]:
         seen.append(first_of(value))
 
     handles = [adapter.block(0).register_forward_pre_hook(first_input, with_kwargs=True)]
-    handles += [block.register_forward_hook(output) for block in blocks.values()]
+    handles += [block.register_forward_hook(output) for block in adapter.distinct_blocks]
     try:
         with computing_in(adapter.dtype):
             adapter.forward(tokens)
@@ -74,7 +74,7 @@ def layer_outputs(adapter: Adapter, tokens: Tensor) -> list[Tensor]:
 
 def _step(adapter: Adapter, layer: int, path: str, X: Tensor, handed: dict[int, Any]) -> Tensor:
     if path == "native":
-        block = adapter.native_block(layer, X.dtype)
+        block = adapter.own_block(layer, X.dtype)
         return block(X, lam=1.0, gating=True, layernorm=True, skip_site="residual", norm_site="both")
     with surgery_on_layer(adapter, layer, Variant(), Carried(len(X))):
         return adapter.run(layer, X, handed)

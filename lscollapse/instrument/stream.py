@@ -20,7 +20,8 @@ from torch import Tensor
 from lscollapse import measures
 from lscollapse.instrument import early_exit, precision
 from lscollapse.instrument.surgery import Variant, check, surgery_on_layer
-from lscollapse.models.adapters.adapter import Adapter, NativeBlock
+from lscollapse.models.adapters.adapter import Adapter
+from lscollapse.models.kernels.mamba2_block import Mamba2Block
 from lscollapse.models.numerics.carried import Carried, lose_unsquarable
 from lscollapse.models.numerics.scores import scores_in_range
 
@@ -98,12 +99,12 @@ class Stream:
         if self._left is not None:
             self.bound = np.where(self.settled, self.bound, self._proved)
 
-    def step(self, adapter: Adapter, layer: int, native: NativeBlock | None) -> None:
+    def step(self, adapter: Adapter, layer: int, own: Mamba2Block | None) -> None:
         """X <- block `layer` of this variant, (B, N, d) -> (B, N, d)."""
         if not self.carries_scale and not self.variant.removes_block_norm:
             self.X = lose_unsquarable(self.X)
         before, exponent = self.X, self.carried.exponent
-        self.X = self._block(adapter, layer, native)
+        self.X = self._block(adapter, layer, own)
         if self.carries_scale:
             self.X = self.carried.fit(self.X)
         settled = self.settled
@@ -115,19 +116,19 @@ class Stream:
             if self.status[i] == "ok" and found != "ok":
                 self.status[i] = "overflow"  # a finite input under finite weights becomes NaN only by way of infinity
 
-    def _block(self, adapter: Adapter, layer: int, native: NativeBlock | None) -> Tensor:
+    def _block(self, adapter: Adapter, layer: int, own: Mamba2Block | None) -> Tensor:
         """The block's output, (B, N, d), in the scale that it is carried in from then on."""
         variant = self.variant
         lam = variant.lam_at(layer) if variant.acts else 1.0
         own_scale = not self.carries_scale or (lam == 1.0 and not self.carried.exponent.any())
-        if native is None:
+        if own is None:
             watched = scores_in_range() if variant.removes_block_norm else nullcontext()
             with watched, surgery_on_layer(adapter, layer, variant, None if own_scale else self.carried):
                 return adapter.run(layer, self.X, self.handed)
         # At skip_site `mixer` lambda is inside O, and the sum round the block is X + O.
         on_mixer = variant.acts and variant.skip_site == "mixer"
         factors = {} if own_scale else self.carried.plan(self.X, 1.0 if on_mixer else lam)._asdict()
-        return native(
+        return own(
             self.X,
             lam=lam,
             gating=variant.gating,
@@ -151,14 +152,14 @@ class Engines:
         self._original = adapter
         self._variants = variants
         # The modules of a float64 model may hold float32 constants: they are replaced by a copy's (precision.py).
-        self._adapters = {adapter.dtype: adapter} if adapter.native or adapter.dtype != torch.float64 else {}
+        self._adapters = {adapter.dtype: adapter} if adapter.has_own_blocks or adapter.dtype != torch.float64 else {}
         self._dtypes = [dtype or (torch.float64 if v.removes_block_norm else adapter.dtype) for v in variants]
 
     def adapter(self, dtype: torch.dtype) -> Adapter:
         """The model in `dtype`: itself, or a converted copy where its modules have to compute in another one."""
         if dtype not in self._adapters:
             own = self._original
-            self._adapters[dtype] = own if own.native else precision.converted(own, dtype)
+            self._adapters[dtype] = own if own.has_own_blocks else precision.converted(own, dtype)
         return self._adapters[dtype]
 
     def streams(self, tokens: Tensor, gains: Sequence[float] | None = None) -> list[Stream]:
@@ -177,10 +178,10 @@ class Engines:
         through the float64 copy of a model, to see whether all of that is float64.
         """
         adapter = self.adapter(dtype)
-        probed = dtype == torch.float64 and not adapter.native  # elsewhere wider operations only help
+        probed = dtype == torch.float64 and not adapter.has_own_blocks  # elsewhere wider operations only help
         computed = precision.computed_in(adapter, tokens[:1]) if probed else dtype
         X = adapter.embed(tokens)  # (B, N) -> (B, N, d)
-        return X.to(torch.promote_types(dtype, torch.float32)) if adapter.native else X, computed
+        return X.to(torch.promote_types(dtype, torch.float32)) if adapter.has_own_blocks else X, computed
 
     def steps(self, streams: Sequence[Stream]) -> Iterator[tuple[int, Stream, bool]]:
         """Take all streams through layer 0, then all through layer 1, and so on: a layer's weights are touched once.
@@ -198,7 +199,7 @@ class Engines:
                     stream.step(self.adapter(stream.dtype), layer, blocks[stream.dtype])
                 yield layer, stream, running
 
-    def block(self, layer: int, dtype: torch.dtype) -> NativeBlock | None:
+    def block(self, layer: int, dtype: torch.dtype) -> Mamba2Block | None:
         """The package's own block `layer` in `dtype`; None where the model's module computes it."""
         adapter = self.adapter(dtype)
-        return adapter.native_block(layer, dtype) if adapter.native else None
+        return adapter.own_block(layer, dtype) if adapter.has_own_blocks else None

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lscollapse.models.adapters.adapter import Adapter, Edit, HookSet
+from lscollapse.models.adapters.adapter import Adapter
+from lscollapse.models.adapters.edit import Edit, edited
 
 
 @dataclass
@@ -39,11 +40,6 @@ def sublayers(
         skip_site=site,
         norm_site="both",
     )
-    hooks = HookSet()
-    try:
-        adapter.install(adapter.block(layer), edit, hooks)
-        with torch.no_grad():
-            adapter.run(layer, X, handed)
-    finally:
-        hooks.remove()
+    with edited(adapter.install, [adapter.block(layer)], lambda block, hooks: edit), torch.no_grad():
+        adapter.run(layer, X, handed)
     return edit.seen

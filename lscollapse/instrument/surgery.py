@@ -10,16 +10,15 @@ path on which the edit had no effect. On exit, also after an exception, the mode
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from lscollapse.models.adapt import adapt
-from lscollapse.models.adapters.adapter import Adapter, Edit, HookSet
+from lscollapse.models.adapters.adapter import Adapter
+from lscollapse.models.adapters.edit import CALLS, Edit, HookSet, edited
 from lscollapse.models.numerics.carried import Carried
-
-CALLS = "calls of the block"  # among the counts of its hooks
 
 
 class SurgeryError(ValueError):
@@ -114,34 +113,35 @@ def surgery(model: Any, variant: Variant) -> Iterator[Adapter]:
     """
     adapter = adapt(model)
     check(adapter, variant)
-    blocks = {id(block): block for block in map(adapter.block, range(adapter.n_layers))}
-    with _edited(adapter, [(block, adapter.layers_of(block)) for block in blocks.values()], variant, None):
+    with _edited(adapter, adapter.distinct_blocks, adapter.layers_of, variant, None):
         yield adapter
 
 
 @contextmanager
 def surgery_on_layer(adapter: Adapter, layer: int, variant: Variant, carried: Carried | None = None) -> Iterator[None]:
     """The same for one call of one layer, with the block's sums formed anew in the scale that X is carried in."""
-    with _edited(adapter, [(adapter.block(layer), [layer])], variant, carried):
+    with _edited(adapter, [adapter.block(layer)], lambda block: [layer], variant, carried):
         yield
 
 
 @contextmanager
 def _edited(
-    adapter: Adapter, blocks: list[tuple[Any, list[int]]], variant: Variant, carried: Carried | None
+    adapter: Adapter,
+    blocks: list[Any],
+    layers_of: Callable[[Any], list[int]],
+    variant: Variant,
+    carried: Carried | None,
 ) -> Iterator[None]:
     if adapter.model.training:
         raise SurgeryError(
             "the model is in training mode, where fused kernels bypass the hooks: call model.eval() first"
         )
-    installed: list[HookSet] = []
-    try:
-        for block, layers in blocks:
-            installed.append(_install(adapter, block, layers, variant, carried))
+
+    def edit_of(block: Any, hooks: HookSet) -> Edit:
+        return _edit(layers_of(block), variant, carried, hooks)
+
+    with edited(adapter.install, blocks, edit_of) as installed:
         yield
-    finally:
-        for hooks in installed:
-            hooks.remove()
     for hooks in installed:
         calls = hooks.counts[CALLS]
         idle = [name for name, count in hooks.counts.items() if count != calls]
@@ -150,12 +150,11 @@ def _edited(
             raise SurgeryError(f"hooks that did not fire as often as their block ({calls} calls): {which}")
 
 
-def _install(adapter: Adapter, block: Any, layers: list[int], variant: Variant, carried: Carried | None) -> HookSet:
+def _edit(layers: list[int], variant: Variant, carried: Carried | None, hooks: HookSet) -> Edit:
+    """The edit of a block that computes `layers`, one a call and round again; its hooks count the calls."""
     lams = {variant.lam_at(layer) for layer in layers}
     on_mixer = variant.skip_site == "mixer"
-    hooks = HookSet()
-    hooks.before(block, CALLS, lambda args, kwargs: None)  # the first to fire: the edit's hooks read lambda by it
-    edit = Edit(
+    return Edit(
         lam=lambda: variant.lam_at(layers[(hooks.counts[CALLS] - 1) % len(layers)]),
         changes_sum=carried is not None or (not on_mixer and lams != {1.0}),
         changes_mixer=on_mixer and variant.acts and lams != {0.0},
@@ -165,9 +164,3 @@ def _install(adapter: Adapter, block: Any, layers: list[int], variant: Variant, 
         norm_site=variant.norm_site,
         carried=carried,
     )
-    try:
-        adapter.install(block, edit, hooks)
-    except BaseException:
-        hooks.remove()
-        raise
-    return hooks

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lscollapse.models.adapters.adapter import Adapter, UnsupportedModel
-from lscollapse.models.numerics.widened import computing_in, within
+from lscollapse.models.numerics.widened import computing_in
 
 # model_type of transformers -> "module:class" in models/adapters, imported when it is needed.
 ADAPTERS = {
@@ -31,7 +31,7 @@ GENERIC = "generic:GenericAdapter"  # of every other architecture of transformer
 
 
 def adapt(model: Any) -> Adapter:
-    """The adapter for a transformers model, with or without a head on top: that of its architecture, else the generic one.
+    """The adapter for a transformers model, with or without a head: that of its architecture, else the generic one.
 
     Of a float64 model `embed` and `run` compute in float64 throughout (numerics/widened.py).
 
@@ -54,5 +54,5 @@ def adapt(model: Any) -> Adapter:
     adapter.whole = model
     if adapter.dtype == torch.float64:
         for function in ("embed", "run"):
-            setattr(adapter, function, within(torch.float64, getattr(adapter, function)))
+            setattr(adapter, function, computing_in(torch.float64)(getattr(adapter, function)))
     return adapter

@@ -175,17 +175,12 @@ def _attach_head(adapter: Adapter, name: str, init: str, config: Experiment) -> 
         return
     from lscollapse.instrument.gradients import check_chain
     from lscollapse.models.adapters import heads
-    from lscollapse.models.checkpoints import checkpoint
 
     if config.gradients:
         check_chain(adapter)
     where = _where(config)
     seed = config.seed if init == "random" else None
-
-    def load(kind: Any) -> Any:
-        return checkpoint.load_with_head(name, kind, dtype=adapter.dtype, **where)
-
-    heads.attach(adapter, lambda: checkpoint.open_head(name, **where), load, seed)
+    heads.attach(adapter, name, seed, **where)
 
 
 def _choose_kernels(adapter: Adapter, config: Experiment, progress: Progress) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from lscollapse.core.config import Experiment
 from lscollapse.core.progress import Progress
-from lscollapse.models.kernels.cpu_block import Mamba2Shape
+from lscollapse.models.kernels.mamba2_block import Mamba2Shape
 from lscollapse.runs.devices import allowed_memory, worker_devices
 
 if TYPE_CHECKING:

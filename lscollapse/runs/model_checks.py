@@ -133,7 +133,7 @@ def _peak(entry: Entry, config: Experiment, limit: int) -> int:
         MemoryPlanError: `--max-memory` is less than one layer and one excerpt take.
     """
     from lscollapse.models.checkpoints import mamba_ssm
-    from lscollapse.models.kernels.cpu_block import Mamba2Shape
+    from lscollapse.models.kernels.mamba2_block import Mamba2Shape
 
     if entry.config is None:
         return limit

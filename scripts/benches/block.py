@@ -14,11 +14,12 @@ def side_native(args: argparse.Namespace) -> dict[str, Any]:
     """Our block, its matrix products, and a stack, in one dtype."""
     import torch
 
-    from lscollapse.models.kernels.cpu_block import Mamba2Shape, NativeBlock, Workers
+    from lscollapse.models.kernels.cpu_block import CpuBlock, Workers
+    from lscollapse.models.kernels.mamba2_block import Mamba2Shape
 
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     shape, workers = Mamba2Shape(SIZES["hidden"], SIZES["heads"], SIZES["head_dim"], SIZES["state"]), Workers()
-    layers = [NativeBlock(random_tensors(shape), shape, dtype, workers) for _ in range(args.layers)]
+    layers = [CpuBlock(random_tensors(shape), shape, dtype, workers) for _ in range(args.layers)]
     X = torch.randn(args.excerpts, args.tokens, shape.hidden)
     rows = X.flatten(0, 1).to(dtype)
     out_proj = torch.randn(shape.hidden, shape.inner).to(dtype)

@@ -25,7 +25,7 @@ def write_checkpoint(folder: Path) -> int:
     import torch
     from safetensors.torch import save_file
 
-    from lscollapse.models.kernels.cpu_block import Mamba2Shape
+    from lscollapse.models.kernels.mamba2_block import Mamba2Shape
 
     shape = Mamba2Shape(SIZES["hidden"], SIZES["heads"], SIZES["head_dim"], SIZES["state"])
     layers, vocabulary = WHOLE["num_hidden_layers"], WHOLE["vocab_size"]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lscollapse.instrument.identity import LayerDifference
-    from lscollapse.models.kernels.verify import Check
+    from lscollapse.models.kernels.verify import KernelCheck
 
 
 def identity_table(differences: list[LayerDifference], tolerance: float = 1e-5) -> bool:
@@ -42,7 +42,7 @@ def identity_table(differences: list[LayerDifference], tolerance: float = 1e-5) 
     return good
 
 
-def kernels_table(rows: Sequence[Check]) -> None:
+def kernels_table(rows: Sequence[KernelCheck]) -> None:
     """Print error against tolerance and time against the torch path of every check."""
     headings = ("operation", "case", "runs on", "largest error", "tolerance", "", "seconds", "torch")
     table = plain_table("kernels against a float64 recurrence", *headings, left=("operation", "case", "runs on", ""))

@@ -1,7 +1,7 @@
 """What the rest of the package knows of a model: an embedding, a stack of blocks, and where a block adds its skip.
 
-An adapter wraps a loaded transformers model and owns nothing of its own: `block(k)` are the model's modules, so that hooks
-on them act on any forward of the model. One file per architecture subclasses `Adapter`.
+An adapter wraps a loaded transformers model and owns nothing of its own: `block(k)` are the model's modules, so that
+hooks on them act on any forward of the model. One file per architecture subclasses `Adapter`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from lscollapse.models.adapters.objective import class_with_head, fills_masks
+from lscollapse.models.adapters.edit import Edit, HookSet
 from lscollapse.models.checkpoints.refusals import token_embedding
-from lscollapse.models.numerics.carried import Carried, lose_unsquarable
+from lscollapse.models.kernels.mamba2_block import Mamba2Block
 
 
 class UnsupportedModel(ValueError):
@@ -48,13 +48,16 @@ class Scores(Protocol):
 
 
 class Adapter(ABC):
-    """A transformers model as embed -> blocks 0..K-1 (-> head, which only quality.py and gradients.py use).
+    """A transformers model as embed -> blocks 0..K-1 (-> head, which only lm_loss.py and gradients.py use).
 
     Class attributes:
-        has_gate: whether the mixer has a multiplicative gate that `gating=False` can remove; None where that is not known.
+        stack: name within the base model of the list of its blocks, where there is one.
+        final_norm: name of the norm between the last block and the output matrix, where nothing else stands there.
+        has_gate: whether the mixer has a multiplicative gate that `gating=False` can remove; None where not known.
         skip_sites: where lambda can act, the default first.
         norm_sites: which norms `layernorm=False` can remove, the default first.
-        knows_sites: False where only the first skip is known: the block may have other skips and norms, which no edit reaches.
+        knows_sites: False where only the first skip is known: no edit reaches other skips and norms that there may be.
+        bounded_mixer: the weights alone bound the mixer's output (see early_exit.py).
         pre_norm: the block adds O = mixer(norm(X)) to X and no norm follows, so O does not depend on the scale of X.
 
     Attributes:
@@ -62,10 +65,13 @@ class Adapter(ABC):
         whole: the model as it came, with its head if it has one.
     """
 
+    stack: ClassVar[str] = "layers"
+    final_norm: ClassVar[str] = ""
     has_gate: ClassVar[bool | None] = False
     skip_sites: ClassVar[tuple[str, ...]] = ("residual",)
     norm_sites: ClassVar[tuple[str, ...]] = ("both",)
     knows_sites: ClassVar[bool] = True
+    bounded_mixer: ClassVar[bool] = False
     pre_norm: ClassVar[bool] = False
     whole: Any = None
 
@@ -74,25 +80,37 @@ class Adapter(ABC):
         self.config = model.config
 
     @property
-    @abstractmethod
-    def n_layers(self) -> int: ...
+    def blocks(self) -> list[Any]:
+        """The module of every layer; the same module several times where weights are shared."""
+        return list(self.model.get_submodule(self.stack))
 
-    @abstractmethod
+    @property
+    def distinct_blocks(self) -> list[Any]:
+        """Every module of `blocks` once, in the order of the first layer that it computes."""
+        return list({id(block): block for block in self.blocks}.values())
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.blocks)
+
     def block(self, layer: int) -> Any:
-        """The module that computes layer `layer` (0-based); the same module for several layers where weights are shared."""
+        """The module that computes layer `layer` (0-based)."""
+        return self.blocks[layer]
 
-    @abstractmethod
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids (B, N) -> the input of the first block (B, N, d)."""
+        X: Tensor = self.model.embeddings(ids)  # (B, N, d)
+        return X
 
-    @abstractmethod
     def run(self, layer: int, X: Tensor, handed: dict[int, Any] | None = None) -> Tensor:
         """Output of block `layer` for its input X, (B, N, d) -> (B, N, d), as the untouched forward calls it.
 
         Args:
-            handed: one dict for each arm, empty before layer 0: what its blocks hand to later ones beside X. Needed where
-                several arms are run by turns; without it all calls since the last `embed` are one arm's.
+            handed: one dict for each arm, empty before layer 0: what its blocks hand to later ones beside X. Needed
+                where several arms are run by turns; without it all calls since the last `embed` are one arm's.
         """
+        Y: Tensor = self.block(layer)(X)  # (B, N, d)
+        return Y
 
     @property
     def hands_on(self) -> bool:
@@ -106,7 +124,7 @@ class Adapter(ABC):
     @property
     def vocabulary(self) -> int:
         """How many ids there are, from 0 on."""
-        return self.config.vocab_size
+        return int(self.config.vocab_size)
 
     @property
     def embedding(self) -> tuple[str, Tensor] | None:
@@ -124,13 +142,41 @@ class Adapter(ABC):
 
     @property
     def masked(self) -> bool:
-        """Whether the model fills in masked tokens instead of predicting the next one."""
-        return fills_masks(self.config, self.whole)
+        """Whether the model fills in masked tokens instead of predicting the next one.
+
+        By the class of the model as it came, else by the class its checkpoint was saved as, else by what transformers
+        has for the architecture: of those that have both, such as BERT, a decoder predicts.
+        """
+        names = [kind.__name__ for kind in type(self.whole).__mro__]
+        for name in names + list(getattr(self.config, "architectures", None) or []):
+            if "MaskedLM" in name:
+                return True
+            if "CausalLM" in name or "LMHead" in name:
+                return False
+        predicts, fills = self._classes_with_head
+        return fills is not None and (predicts is None or not getattr(self.config, "is_decoder", False))
 
     @property
     def head_class(self) -> str | None:
-        """transformers' class with the head that the model would be scored by, None where there is none."""
-        return class_with_head(self.config, self.whole)
+        """Name of transformers' class of this architecture with the head for its objective, None where there is none.
+
+        None too where one class serves both objectives: which of them a checkpoint was trained for is then not known.
+        """
+        predicts, fills = self._classes_with_head
+        if predicts == fills:
+            return None
+        return fills if self.masked else predicts
+
+    @property
+    def _classes_with_head(self) -> tuple[str | None, str | None]:
+        """The classes of this architecture that predict the next token, and that fill in hidden ones."""
+        from transformers.models.auto.modeling_auto import (
+            MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+            MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        )
+
+        model_type = getattr(self.config, "model_type", "")
+        return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type), MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(model_type)
 
     @property
     def head(self) -> Head | Scores | None:
@@ -141,17 +187,19 @@ class Adapter(ABC):
 
     def before_output(self) -> nn.Module | None:
         """`Head.transform`, from the modules of `model` and of a `whole` with a head."""
-        return None
+        norm: nn.Module | None = self.model.get_submodule(self.final_norm) if self.final_norm else None
+        return norm
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights; where they differ the narrowest, which is as good as what they compute."""
-        dtypes = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
+        dtypes: set[torch.dtype] = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
         return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     @property
     def backend(self) -> str:
@@ -159,18 +207,13 @@ class Adapter(ABC):
         return "transformers"
 
     @property
-    def native(self) -> bool:
-        """Whether the package computes the blocks itself (`native_block`), in any dtype, instead of the model's modules."""
+    def has_own_blocks(self) -> bool:
+        """Whether the package computes the blocks itself (`own_block`), in any dtype, not the model's modules."""
         return False
 
-    def native_block(self, layer: int, dtype: torch.dtype) -> NativeBlock:
-        """The package's own computation of block `layer` in `dtype`; only where `native`."""
+    def own_block(self, layer: int, dtype: torch.dtype) -> Mamba2Block:
+        """The package's own computation of block `layer` in `dtype`; only where `has_own_blocks`."""
         raise UnsupportedModel(f"{self.config.model_type} has no blocks of the package's own")
-
-    @property
-    def bounded_mixer(self) -> bool:
-        """Whether the weights alone bound the mixer's output (see certify.py)."""
-        return False
 
     def mixer_bound(self, layer: int, spectral_bound: Callable[[Tensor], float]) -> float:
         """An upper bound of the norm of every row of O of block `layer`; only where `bounded_mixer`."""
@@ -178,97 +221,4 @@ class Adapter(ABC):
 
     def layers_of(self, block: Any) -> list[int]:
         """The layers that `block` computes, in the order of its calls within one forward."""
-        return [layer for layer in range(self.n_layers) if self.block(layer) is block]
-
-
-class NativeBlock(Protocol):
-    """A block as a function that computes a variant directly, without hooks; arguments as in variants.Variant."""
-
-    def __call__(
-        self,
-        X: Tensor,
-        *,
-        lam: float,
-        gating: bool,
-        layernorm: bool,
-        skip_site: str,
-        norm_site: str,
-        skip: float | Tensor | None = None,
-        o_scale: float | Tensor = 1.0,
-    ) -> Tensor: ...
-
-
-@dataclass
-class Edit:
-    """What a block should compute instead of what it is.
-
-    Attributes:
-        lam: the lambda of the layer that the current call of the block stands for.
-        changes_sum: the block's own X + O must become lam*X + O, formed anew.
-        changes_mixer: lam*V must be added to the scan output (skip_site `mixer`).
-        carried: the scale that X is carried in (see carried.py); None where it is in its own.
-    """
-
-    lam: Callable[[], float]
-    changes_sum: bool
-    changes_mixer: bool
-    gating: bool
-    layernorm: bool
-    skip_site: str
-    norm_site: str
-    carried: Carried | None = None
-
-    def removes_norm(self, site: str) -> bool:
-        return not self.layernorm and self.norm_site in (site, "both")
-
-    def add(self, X: Tensor, O: Tensor) -> Tensor:
-        """lam*X + O, Eq. (3), arXiv:2410.10609v3, at a skip where lambda acts; at skip_site `mixer` that is none."""
-        return self.sum(1.0 if self.skip_site == "mixer" else self.lam(), X, O)
-
-    def sum(self, lam: float, X: Tensor, O: Tensor) -> Tensor:
-        """lam*X + O, formed from X and O so that lam = 0 is exactly O; infinite where it is not carried and no norm can take it."""
-        if self.carried is not None:
-            return self.carried.add(lam, X, O)
-        Y = O.to(torch.promote_types(X.dtype, O.dtype)) if lam == 0.0 else lam * X + O
-        return lose_unsquarable(Y) if self.layernorm and Y.ndim == 3 else Y
-
-
-class HookSet:
-    """Registers hooks on modules, counts how often each fires, and removes every one."""
-
-    def __init__(self) -> None:
-        self.counts: dict[str, int] = {}
-        self._handles: list[Any] = []
-        self._restores: list[Callable[[], None]] = []
-
-    def before(self, module: Any, name: str, function: Callable[[tuple, dict], tuple | None]) -> None:
-        """`function(args, kwargs)` runs before `module`; it may return new positional arguments."""
-        self.counts[name] = 0
-
-        def hook(_module: Any, args: tuple, kwargs: dict) -> tuple | None:
-            self.counts[name] += 1
-            replaced = function(args, kwargs)
-            return None if replaced is None else (replaced, kwargs)
-
-        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-
-    def after(self, module: Any, name: str, function: Callable[[tuple, dict, Any], Any]) -> None:
-        """`function(args, kwargs, output)` runs after `module`; what it returns (unless None) replaces the output."""
-        self.counts[name] = 0
-
-        def hook(_module: Any, args: tuple, kwargs: dict, output: Any) -> Any:
-            self.counts[name] += 1
-            return function(args, kwargs, output)
-
-        self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
-
-    def on_exit(self, restore: Callable[[], None]) -> None:
-        self._restores.append(restore)
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        for restore in self._restores:
-            restore()
-        self._handles.clear()
-        self._restores.clear()
+        return [layer for layer, module in enumerate(self.blocks) if module is block]

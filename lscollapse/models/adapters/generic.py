@@ -11,8 +11,8 @@ What is tested, on a few made-up tokens when the adapter is made and on the firs
     in every block there is exactly one such sum;
     with lambda = 1 formed anew, the block's output is what it was, to rounding;
     with lambda = 0 the sum is O bit for bit, and the block's output is another.
-And on the first of those ids alone, for three lambdas layer by layer: that replayed blocks give what they give in a whole
-forward (recorded.py).
+And on the first of those ids alone, for three lambdas layer by layer: that replayed blocks give what they give in a
+whole forward (replayed.py).
 """
 
 from __future__ import annotations
@@ -27,26 +27,27 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lscollapse.models.adapters.adapter import Edit, HookSet, UnsupportedModel
-from lscollapse.models.adapters.objective import class_with_head
+from lscollapse.models.adapters.adapter import UnsupportedModel
+from lscollapse.models.adapters.edit import Args, Edit, HookSet, Kwargs
 from lscollapse.models.adapters.own_head import OwnHead
-from lscollapse.models.adapters.replayed import RecordedAdapter, Recording, first_argument, forward_of, record
+from lscollapse.models.adapters.replayed import Recording, ReplayedAdapter, first_argument, forward_of, record
 from lscollapse.models.adapters.trial import failures_as, relative_difference, rounding
 
 ADDITIONS = (Tensor.add, Tensor.add_, torch.add)
 CASTS = (Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.double, Tensor.bfloat16, Tensor.half)
 # What torch's complaints of dtypes say.
-DTYPES = re.compile(r"dtype|scalar type|converted to type |\b(Float|Float32|Float16|BFloat16|Double|Half)\b")
+ABOUT_DTYPES = re.compile(r"dtype|scalar type|converted to type |\b(Float|Float32|Float16|BFloat16|Double|Half)\b")
 PROBE = (2, 6)  # excerpts, tokens
 BACKEND = "transformers, generic adapter"
 Add = Callable[[Tensor, Tensor], Tensor]
 
 
-class GenericAdapter(RecordedAdapter):
+class GenericAdapter(ReplayedAdapter):
     """Raises UnsupportedModel with the reason where a test fails. Of an encoder-decoder model it is the encoder."""
 
     has_gate = None
     knows_sites = False
+    backend = BACKEND
 
     def __init__(self, model: Any) -> None:
         self._is_encoder = bool(getattr(model.config, "is_encoder_decoder", False))
@@ -67,15 +68,11 @@ class GenericAdapter(RecordedAdapter):
         return self._blocks
 
     @property
-    def backend(self) -> str:
-        return BACKEND
-
-    @property
     def vocabulary(self) -> int:
         size = getattr(self.config, "vocab_size", None)
         if size is None:
             raise self._unsupported("it reads no tokens: its config has no vocab_size")
-        return size
+        return int(size)
 
     @property
     def head(self) -> OwnHead | None:
@@ -86,7 +83,7 @@ class GenericAdapter(RecordedAdapter):
         """
         whole = self.whole
         output = getattr(whole, "get_output_embeddings", lambda: None)()
-        if self._is_encoder or output is None or class_with_head(self.config, whole) is None:
+        if output is None or self.head_class is None:
             return None
         if self._own_head is None or self._own_head.whole is not whole:
             self._own_head = OwnHead(whole, self.blocks, self._probe)
@@ -183,7 +180,7 @@ class GenericAdapter(RecordedAdapter):
 
     def _fails(self, why: str) -> UnsupportedModel:
         """What to say of an error in the model's forward on token ids."""
-        if self.dtype != torch.float32 and DTYPES.search(why):
+        if self.dtype != torch.float32 and ABOUT_DTYPES.search(why):
             return self._wrong_dtype(f"its forward fails: {why}")
         return self._unsupported(f"its forward on token ids fails: {why}")
 
@@ -241,7 +238,7 @@ class _Sums(TorchFunctionMode):
         self._X, self._add, self._casts = X, add, casts
         self._converted: list[Tensor] = []
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Args = (), kwargs: Kwargs | None = None) -> Any:
         if func in ADDITIONS and not kwargs and len(args) == 2:
             a, b = args
             self._casts += [X.dtype for X in self._converted if X is a or X is b]

@@ -2,53 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import torch
-from torch import Tensor
 
 from lscollapse.models.adapters.adapter import Adapter
 from lscollapse.models.adapters.streamed import StreamedMamba2
+from lscollapse.models.checkpoints import checkpoint
+from lscollapse.models.checkpoints.architectures import seeded
+from lscollapse.models.checkpoints.located import Where
 
 
-def attach(
-    adapter: Adapter,
-    read: Callable[[], Mapping[str, Tensor]],
-    load: Callable[[Any], Any],
-    random_init: int | None = None,
-) -> bool:
-    """Give `adapter` the head of its model, so that `adapter.head` is there; False where the model has none.
+def attach(adapter: Adapter, name_or_path: str, random_init: int | None = None, **where: Unpack[Where]) -> bool:
+    """Give `adapter` the head of its checkpoint, so that `adapter.head` is there; False where it has none.
 
     Args:
-        read: the tensors of the checkpoint's head (checkpoint.open_head); not called where embeddings are the head.
-        load: the whole model of a class, or None (checkpoint.load_with_head); called where `read` gives too little.
+        name_or_path, where: as for checkpoint.load; nothing is read where the embeddings are the head.
         random_init: a seed; the head is initialised by transformers and nothing is read.
     """
+    import transformers
+
     if isinstance(adapter, StreamedMamba2):
         if adapter.output is None:
-            adapter.output = read().get("lm_head.weight")
+            adapter.output = checkpoint.open_head(name_or_path, **where).get("lm_head.weight")
         return adapter.head is not None
-    kind = _class(adapter)
-    if kind is None:
+    if adapter.head_class is None:
         return False
-    if random_init is None:
-        with torch.device("meta"):
-            whole = kind(adapter.config)
-        whole = _around(whole, adapter)
-        if _unfilled(whole):
-            whole.load_state_dict(dict(read()), strict=False, assign=True)
-            whole.tie_weights()
-        if _unfilled(whole):
-            whole = load(kind)
-            if whole is None:
-                return False
-            whole = _around(whole, adapter)
-    else:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(random_init)
-            whole = kind(adapter.config)
-        whole = _around(whole, adapter)
+    kind = getattr(transformers, adapter.head_class)
+    with torch.device("meta") if random_init is None else seeded(random_init):
+        whole = kind(adapter.config)
+    whole = _around(whole, adapter)
+    if _unfilled(whole):
+        whole.load_state_dict(checkpoint.open_head(name_or_path, **where), strict=False, assign=True)
+        whole.tie_weights()
+    if _unfilled(whole):
+        loaded = checkpoint.load_with_head(name_or_path, kind, dtype=adapter.dtype, **where)
+        if loaded is None:
+            return False
+        whole = _around(loaded, adapter)
     if _unfilled(whole):
         return False
     adapter.whole = whole.to(adapter.device, adapter.dtype).eval()
@@ -68,16 +59,6 @@ def missing(adapter: Adapter) -> str:
     if adapter.head_class is None:
         return f"no language-model head is known of {what}: choose a model that predicts or fills in tokens"
     return f"no language-model head came with this {what}: give it as {adapter.head_class}"
-
-
-def _class(adapter: Adapter) -> Any:
-    """transformers' class of this architecture with a language-model head, None where there is none."""
-    from transformers.models.auto import modeling_auto
-
-    if adapter.head_class is None:
-        return None
-    mapping = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING if adapter.masked else modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
-    return mapping.get(type(adapter.config), None)
 
 
 def _unfilled(whole: Any) -> bool:

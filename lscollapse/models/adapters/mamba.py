@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lscollapse.models.adapters.adapter import Edit, HookSet
+from lscollapse.models.adapters.edit import Edit, HookSet
 from lscollapse.models.adapters.mamba2 import MambaStack, mixer_skip, residual_skip
 
 OPEN = 1.2784645427610738  # silu(OPEN) = 1: a gate that changes nothing
@@ -19,9 +19,8 @@ class MambaAdapter(MambaStack):
     norm_sites = ("both", "block")
 
     def install(self, block: Any, edit: Edit, hooks: HookSet) -> None:
-        residual_skip(
-            block, edit, hooks
-        )  # always: with residual_in_fp32 the block itself rounds a float64 X to float32
+        # Always: with residual_in_fp32 the block itself rounds a float64 X to float32.
+        residual_skip(block, edit, hooks)
         if edit.changes_mixer:
             mixer_skip(block.mixer, edit, hooks)
         if not edit.gating:

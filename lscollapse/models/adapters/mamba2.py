@@ -9,69 +9,57 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from lscollapse.models.adapters.adapter import Adapter, Edit, HookSet
+from lscollapse.models.adapters.adapter import Adapter
+from lscollapse.models.adapters.edit import Args, Edit, HookSet, Kwargs
 from lscollapse.models.kernels.backends import Kernels, resolve
-from lscollapse.models.kernels.cpu_block import Mamba2Shape, NativeBlock, Workers
+from lscollapse.models.kernels.cpu_block import CpuBlock, Workers
 from lscollapse.models.kernels.gpu_block import GpuBlock
+from lscollapse.models.kernels.mamba2_block import Mamba2Block, Mamba2Shape
 from lscollapse.models.numerics.carried import Carried
 
 
 class MambaStack(Adapter):
     """What Mamba and Mamba-2 share: pre-norm blocks with a gate, between an embedding and a final norm."""
 
+    final_norm = "norm_f"
     has_gate = True
     skip_sites = ("residual", "mixer")
     pre_norm = True
 
-    @property
-    def n_layers(self) -> int:
-        return self.config.num_hidden_layers
-
-    def block(self, layer: int) -> Any:
-        return self.model.layers[layer]
-
-    def embed(self, ids: Tensor) -> Tensor:
-        return self.model.embeddings(ids)
-
-    def run(self, layer: int, X: Tensor, handed: dict[int, Any] | None = None) -> Tensor:
-        return self.model.layers[layer](X)
-
-    def before_output(self) -> nn.Module:
-        return self.model.norm_f
-
 
 class Mamba2Adapter(MambaStack):
     norm_sites = ("both", "mixer", "block")
+    bounded_mixer = True
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         self.workers = Workers()
 
     @property
-    def native(self) -> bool:
-        return self.config.hidden_act == "silu"
+    def has_own_blocks(self) -> bool:
+        return bool(self.config.hidden_act == "silu")
 
     @property
     def backend(self) -> str:
-        return self.kernels.backend if self.native else super().backend
+        return self.kernels.backend if self.has_own_blocks else super().backend
 
     def tensors(self, layer: int) -> dict[str, Tensor]:
-        """The tensors of block `layer` under their names in Mamba2Block."""
+        """The tensors of block `layer` under transformers' names in it, in the dtype of the model."""
         return self.held(layer)
 
     def held(self, layer: int) -> dict[str, Tensor]:
-        """The same as they are held, in the dtype of the checkpoint."""
-        return dict(self.model.layers[layer].named_parameters())
+        """The same in the dtype that they are held in."""
+        return dict(self.block(layer).named_parameters())
 
-    def native_block(self, layer: int, dtype: torch.dtype) -> NativeBlock:
+    def own_block(self, layer: int, dtype: torch.dtype) -> Mamba2Block:
         return self.make_block(self.tensors(layer), dtype)
 
-    def make_block(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> NativeBlock:
+    def make_block(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> Mamba2Block:
         """A block of these tensors, which are on this adapter's device."""
         if self.device.type == "cpu" and not self.kernels.triton:
-            return NativeBlock(tensors, self.shape, dtype, self.workers)
+            return CpuBlock(tensors, self.shape, dtype, self.workers)
         return GpuBlock(tensors, self.shape, self.kernels, dtype)
 
     @cached_property
@@ -79,12 +67,8 @@ class Mamba2Adapter(MambaStack):
         """What scan, conv and gated norm run on; `resolve` for the weights' device unless set to another choice."""
         return resolve("auto", self.device)
 
-    @property
-    def bounded_mixer(self) -> bool:
-        return True
-
     def mixer_bound(self, layer: int, spectral_bound: Callable[[Tensor], float]) -> float:
-        """sqrt(d_inner) ||W_out diag(w_norm)||_2 + ||bias||: an RMS-normed row of d_inner entries has at most norm sqrt(d_inner)."""
+        """sqrt(d_inner) ||W_out diag(w_norm)||_2 + ||bias||: an RMS-normed row has norm sqrt(d_inner) at most."""
         tensors = self.held(layer)
         weight = tensors["mixer.out_proj.weight"].detach().float() * tensors["mixer.norm.weight"].detach().float()
         bias = tensors.get("mixer.out_proj.bias")
@@ -106,7 +90,7 @@ class Mamba2Adapter(MambaStack):
             mixer_skip(block.mixer, edit, hooks)
         if edit.removes_norm("mixer"):
 
-            def ungated(args: tuple, kwargs: dict, _output: Tensor) -> Tensor:
+            def ungated(args: Args, kwargs: Kwargs, _output: Tensor) -> Tensor:
                 y, gate = _norm_arguments(args, kwargs)
                 return y * F.silu(gate) if edit.gating else y
 
@@ -118,11 +102,11 @@ class Mamba2Adapter(MambaStack):
 
 
 def _in_range(y: Tensor) -> Tensor:
-    """y (B, N, inner) at a size whose squares float32 holds, as those of a large lambda in the scan are not; for a norm."""
+    """y (B, N, inner) at a size whose squares float32 holds, for a norm: a large lambda in the scan makes it larger."""
     return Carried(len(y)).fit(y)
 
 
-def _norm_arguments(args: tuple, kwargs: dict) -> tuple[Tensor, Tensor]:
+def _norm_arguments(args: Args, kwargs: Kwargs) -> tuple[Tensor, Tensor]:
     return args[0], args[1] if len(args) > 1 else kwargs["gate"]
 
 
@@ -130,17 +114,11 @@ def residual_skip(block: Any, edit: Edit, hooks: HookSet) -> None:
     """lam*X + O around the whole block (skip_site residual)."""
     seen: dict[str, Tensor] = {}
 
-    def keep_input(args: tuple, kwargs: dict) -> None:
-        seen["X"] = args[0]
-
-    def keep_output(args: tuple, kwargs: dict, output: Tensor) -> None:
-        seen["O"] = output
-
-    def add(args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+    def add(args: Args, kwargs: Kwargs, output: Tensor) -> Tensor:
         return edit.add(seen.pop("X").to(output.dtype), seen.pop("O"))
 
-    hooks.before(block, "block input", keep_input)
-    hooks.after(block.mixer, "mixer output", keep_output)
+    hooks.keep(block, 0, "block input", seen, "X")
+    hooks.keep(block.mixer, None, "mixer output", seen, "O")
     hooks.after(block, "block output", add)
 
 
@@ -151,7 +129,7 @@ def mixer_skip(mixer: Any, edit: Edit, hooks: HookSet) -> None:
     def restore(*_: Any) -> None:
         mixer.D.data = original
 
-    def shift(args: tuple, kwargs: dict) -> None:
+    def shift(args: Args, kwargs: Kwargs) -> None:
         mixer.D.data = original + edit.lam()
 
     hooks.before(mixer, "mixer.D shifted", shift)

@@ -37,7 +37,7 @@ class OwnHead:
         self._models = {next(whole.parameters()).dtype: whole}
         expected: list[Tensor] = []
         with torch.no_grad(), computing_in(next(iter(self._models))), failures_as(self._refusal):
-            # What the blocks hand over beside X comes from other tokens than those of the comparison: it must not matter.
+            # What the blocks hand over beside X comes from other tokens than the comparison's: it must not matter.
             others = record(blocks, lambda: _logits(whole, probe.flip(1)), compute=True).calls
             self._others = [call.output[1:] if isinstance(call.output, tuple) else None for call in others]
             calls = record(blocks, lambda: expected.append(_logits(whole, probe)), compute=True).calls
@@ -63,7 +63,7 @@ class OwnHead:
         with ExitStack() as stack:
             for name in self._names:
                 stack.enter_context(forward_of(whole.get_submodule(name), handing_on))
-            return _logits(whole, ids)
+            return _logits(whole, ids)  # (B, N, V)
 
     def _in(self, dtype: torch.dtype) -> Any:
         """The model in another dtype: a copy in which the blocks have no weights."""
@@ -77,4 +77,5 @@ class OwnHead:
 
 def _logits(model: Any, ids: Tensor) -> Tensor:
     output = uncached(model, ids)
-    return output.logits if hasattr(output, "logits") else output[0]
+    logits: Tensor = output.logits if hasattr(output, "logits") else output[0]
+    return logits

@@ -1,47 +1,68 @@
-"""What ALBERT and BERT share: post-norm blocks, LayerNorm(X + O), for attention and for the feed-forward part."""
+"""Post-norm: LayerNorm(X + O); in ALBERT and BERT for attention and for the feed-forward part."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 
-from lscollapse.models.adapters.adapter import Edit, HookSet
+from lscollapse.models.adapters.adapter import Adapter, UnsupportedModel
+from lscollapse.models.adapters.edit import Args, Edit, HookSet, Kwargs
 from lscollapse.models.numerics.carried import Carried
 
 
-class PostNormAdd:
-    """One LayerNorm(X + O) inside a block: edits it to LayerNorm(lam*X + O), or without the norm."""
+def edit_sum(
+    name: str, edit: Edit, hooks: HookSet, scaled: bool, norm: Any, skip: tuple[Any, int | None], mechanism: Any
+) -> None:
+    """Make of one LayerNorm(X + O) inside a block LayerNorm(lam*X + O), or the same without the norm.
 
-    def __init__(self, name: str, edit: Edit, hooks: HookSet, scales_skip: bool, norm: Any) -> None:
-        self._seen: dict[str, Tensor] = {}
-        self._name, self._edit, self._hooks = name, edit, hooks
-        self._scales_skip = scales_skip
-        if scales_skip:
-            hooks.before(norm, f"{name} skip", self._replace_sum)
-        if edit.removes_norm("block"):
-            hooks.after(norm, f"{name} norm (removed)", lambda args, kwargs, output: args[0])
+    Args:
+        scaled: whether lambda acts on this sum; else it is left as it is.
+        norm: the module of the LayerNorm.
+        skip: a module, and which of its positional arguments is X; None where X is (the first of) its output.
+        mechanism: the module whose output is O.
+    """
+    seen: dict[str, Tensor] = {}
 
-    def skip_is_argument(self, module: Any, position: int) -> None:
-        """X is the `position`-th positional argument of `module`."""
-        if self._scales_skip:
-            self._hooks.before(module, f"{self._name} input", lambda args, kwargs: self._keep("X", args[position]))
+    def replace_sum(args: Args, kwargs: Kwargs) -> Args:
+        X, O = seen.pop("X"), seen.pop("O")
+        if not edit.removes_norm("block"):
+            edit.carried = Carried(len(X))  # of this sum alone: the norm that follows does not see its scale
+        return (edit.add(X, O),)
 
-    def skip_is_output(self, module: Any) -> None:
-        """X is the output (or the first of the outputs) of `module`."""
-        if self._scales_skip:
-            self._hooks.after(module, f"{self._name} input", lambda args, kwargs, out: self._keep("X", out))
+    if scaled:
+        hooks.before(norm, f"{name} skip", replace_sum)
+        hooks.keep(*skip, f"{name} input", seen, "X")
+        hooks.keep(mechanism, None, f"{name} mechanism", seen, "O")
+    if edit.removes_norm("block"):
+        hooks.after(norm, f"{name} norm (removed)", lambda args, kwargs, output: args[0])
 
-    def mechanism_is_output(self, module: Any) -> None:
-        """O is the output of `module`."""
-        if self._scales_skip:
-            self._hooks.after(module, f"{self._name} mechanism", lambda args, kwargs, out: self._keep("O", out))
 
-    def _keep(self, key: str, value: Tensor | tuple) -> None:
-        self._seen[key] = value[0] if isinstance(value, tuple) else value
+class PostNormAdapter(Adapter):
+    """What ALBERT and BERT share: skip_site `residual` is the attention's skip, `ffn` the feed-forward part's."""
 
-    def _replace_sum(self, args: tuple, kwargs: dict) -> tuple:
-        X, O = self._seen.pop("X"), self._seen.pop("O")
-        if not self._edit.removes_norm("block"):
-            self._edit.carried = Carried(len(X))  # of this sum alone: the norm that follows does not see its scale
-        return (self._edit.add(X, O),)
+    skip_sites = ("residual", "ffn", "both")
+    norm_sites = ("both", "block")
+
+    def run(self, layer: int, X: Tensor, handed: dict[int, Any] | None = None) -> Tensor:
+        Y: Tensor = self.block(layer)(X, self.mask(X))  # (B, N, d)
+        return Y
+
+    def mask(self, X: Tensor) -> Any:
+        """As the model makes it for excerpts without padding; None where its attention needs none."""
+        return None
+
+    @abstractmethod
+    def sums(self, block: Any) -> Iterator[tuple[Any, tuple[Any, int | None], Any]]:
+        """`norm`, `skip` and `mechanism` of `edit_sum`: of the attention, then of the feed-forward part."""
+
+    def install(self, block: Any, edit: Edit, hooks: HookSet) -> None:
+        if self.config.chunk_size_feed_forward:
+            raise UnsupportedModel(
+                "chunk_size_feed_forward is set: set it to 0, the edited sum needs the whole sequence"
+            )
+        named = (("attention", "residual"), ("ffn", "ffn"))
+        for (name, site), parts in zip(named, self.sums(block), strict=True):
+            edit_sum(name, edit, hooks, edit.changes_sum and edit.skip_site in (site, "both"), *parts)

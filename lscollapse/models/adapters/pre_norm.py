@@ -2,61 +2,55 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from lscollapse.models.adapters.adapter import Edit, HookSet
-from lscollapse.models.adapters.replayed import RecordedAdapter, first_of
+from lscollapse.models.adapters.edit import Args, Edit, HookSet, Kwargs
+from lscollapse.models.adapters.replayed import ReplayedAdapter
 
 
 class Parts(NamedTuple):
-    """The modules of one block."""
+    """The modules of one block, by their names in it."""
 
-    first_norm: Any
-    attention: Any
-    second_norm: Any
-    mlp: Any
+    first_norm: str
+    attention: str
+    second_norm: str
+    mlp: str
 
 
-class PreNormAdapter(RecordedAdapter):
+class PreNormAdapter(ReplayedAdapter):
     """skip_site `residual` is the attention's skip, `ffn` the MLP's; both norms are the block's."""
 
     skip_sites = ("residual", "ffn", "both")
     norm_sites = ("both", "block")
     pre_norm = True
-
-    @abstractmethod
-    def parts(self, block: Any) -> Parts: ...
+    parts: ClassVar[Parts]
 
     def install(self, block: Any, edit: Edit, hooks: HookSet) -> None:
-        parts = self.parts(block)
+        first_norm, attention, second_norm, mlp = (getattr(block, name) for name in self.parts)
         if edit.changes_sum:
-            _sums(block, parts, edit, hooks)
+            _sums(block, attention, second_norm, mlp, edit, hooks)
         if edit.removes_norm("block"):
-            for name, norm in (("first norm", parts.first_norm), ("second norm", parts.second_norm)):
+            for name, norm in (("first norm", first_norm), ("second norm", second_norm)):
                 hooks.after(norm, f"{name} (removed)", lambda args, kwargs, output: args[0])
 
 
-def _sums(block: Any, parts: Parts, edit: Edit, hooks: HookSet) -> None:
+def _sums(block: Any, attention: Any, second_norm: Any, mlp: Any, edit: Edit, hooks: HookSet) -> None:
     """Both sums formed anew: Z before the second norm, Y after the block."""
     seen: dict[str, Tensor] = {}
 
-    def keep(key: str, value: Any) -> None:
-        seen[key] = first_of(value)
-
-    def attention_skip(args: tuple, kwargs: dict) -> tuple:
+    def attention_skip(args: Args, kwargs: Kwargs) -> Args:
         seen["Z"] = _add(edit, seen.pop("X"), seen.pop("A"), "residual")
         return (seen["Z"],)
 
-    def mlp_skip(args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+    def mlp_skip(args: Args, kwargs: Kwargs, output: Tensor) -> Tensor:
         return _add(edit, seen.pop("Z"), seen.pop("F"), "ffn")
 
-    hooks.before(block, "block input", lambda args, kwargs: keep("X", args[0]))
-    hooks.after(parts.attention, "attention output", lambda args, kwargs, output: keep("A", output))
-    hooks.before(parts.second_norm, "attention skip", attention_skip)
-    hooks.after(parts.mlp, "mlp output", lambda args, kwargs, output: keep("F", output))
+    hooks.keep(block, 0, "block input", seen, "X")
+    hooks.keep(attention, None, "attention output", seen, "A")
+    hooks.before(second_norm, "attention skip", attention_skip)
+    hooks.keep(mlp, None, "mlp output", seen, "F")
     hooks.after(block, "mlp skip", mlp_skip)
 
 

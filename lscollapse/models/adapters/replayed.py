@@ -1,16 +1,15 @@
 """Blocks called as the model's own forward calls them: masks, positions and rotary embeddings are recorded from it.
 
-What blocks hand to later ones beside X is kept for each arm (one variant of a model), because `measure` computes a layer
-of every arm before it goes on to the next layer. A block can hand something on in two ways that are seen here: by its
-further outputs, which the model gives to later blocks, and by a container (a dict or list) that it fills. Any other
-way, such as an attribute of a module, is found by the test of `RecordedAdapter.embed`, and the model is refused.
+What blocks hand to later ones beside X is kept for each arm (one variant of a model), because `measure` computes a
+layer of every arm before it goes on to the next layer. A block can hand something on in two ways that are seen here: by
+its further outputs, which the model gives to later blocks, and by a container (a dict or list) that it fills. Any other
+way, such as an attribute of a module, is found by the test of `ReplayedAdapter.embed`, and the model is refused.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, MutableSequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lscollapse.models.adapters.adapter import Adapter, Edit, HookSet, UnsupportedModel
+from lscollapse.models.adapters.adapter import Adapter, UnsupportedModel
+from lscollapse.models.adapters.edit import Args, Edit, HookSet, Kwargs, edited, first_of
 from lscollapse.models.adapters.trial import failures_as, relative_difference, rounding
 
 REPLAYED = (1.0, 0.5, -0.5)  # lambdas of the arms that the test replays
@@ -30,8 +30,8 @@ class Call:
     """One call of a block within a forward of the model; the first argument is the block's input X."""
 
     block: Any
-    args: tuple
-    kwargs: dict[str, Any]
+    args: Args
+    kwargs: Kwargs
     output: Any
 
     @property
@@ -43,11 +43,11 @@ class Call:
         return first_of(self.output)
 
     @property
-    def others(self) -> tuple[tuple, dict[str, Any]]:
+    def others(self) -> tuple[Args, Kwargs]:
         """The arguments but X."""
         return self.args[1:], self.kwargs if self.args else dict(list(self.kwargs.items())[1:])
 
-    def again(self, X: Tensor, others: tuple[tuple, dict[str, Any]]) -> Any:
+    def again(self, X: Tensor, others: tuple[Args, Kwargs]) -> Any:
         """What the block returns for another input and other arguments."""
         args, kwargs = others
         return self.block(X, *args, **kwargs) if self.args else self.block(**{next(iter(self.kwargs)): X}, **kwargs)
@@ -76,12 +76,8 @@ class Recording:
         return {id(tensor) for call in self.calls for tensor in _tensors(call.others)}
 
 
-def first_argument(args: tuple, kwargs: dict[str, Any]) -> Any:
+def first_argument(args: Args, kwargs: Kwargs) -> Any:
     return args[0] if args else next(iter(kwargs.values()), None)
-
-
-def first_of(output: Any) -> Any:
-    return output[0] if isinstance(output, tuple) else output
 
 
 def uncached(model: Any, ids: Tensor) -> Any:
@@ -99,7 +95,7 @@ def uncached(model: Any, ids: Tensor) -> Any:
 
 
 @contextmanager
-def forward_of(module: Any, forward: Callable) -> Iterator[None]:
+def forward_of(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
     """Let `module` compute `forward` instead of its own, which is put back on exit."""
     own = vars(module).get("forward")
     module.forward = forward
@@ -120,7 +116,7 @@ def record(blocks: Iterable[Any], forward: Callable[[], Any], compute: bool) -> 
     """
     found = Recording()
 
-    def recording(block: Any, own: Callable) -> Callable:
+    def recording(block: Any, own: Callable[..., Any]) -> Callable[..., Any]:
         def called(*args: Any, **kwargs: Any) -> Any:
             found.note((*args, *kwargs.values()))
             output = own(*args, **kwargs) if compute else first_argument(args, kwargs)
@@ -136,29 +132,17 @@ def record(blocks: Iterable[Any], forward: Callable[[], Any], compute: bool) -> 
     return found
 
 
-class RecordedAdapter(Adapter):
+class ReplayedAdapter(Adapter):
     """`run` gives block k the arguments that the model's own forward gave it for the ids of the last `embed`.
 
-    The first `embed` tests this on the first excerpt it is given: the arms of REPLAYED, layer by layer as `measure` runs
-    them, against whole forwards of the model with the same edits.
+    The first `embed` tests this on the first excerpt it is given: the arms of REPLAYED, layer by layer as `measure`
+    runs them, against whole forwards of the model with the same edits.
     """
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         self._tested = False
         self._take(Recording())
-
-    @property
-    @abstractmethod
-    def blocks(self) -> list[Any]:
-        """The modules of the stack, in order."""
-
-    @property
-    def n_layers(self) -> int:
-        return len(self.blocks)
-
-    def block(self, layer: int) -> Any:
-        return self.blocks[layer]
 
     def forward(self, ids: Tensor) -> Any:
         return uncached(self.model, ids)
@@ -173,7 +157,8 @@ class RecordedAdapter(Adapter):
                 self._test_replay(ids[:1])
             self._tested = True
         self._take(self.recorded(ids))
-        return self.calls[0].X
+        X: Tensor = self.calls[0].X  # (B, N, d)
+        return X
 
     def run(self, layer: int, X: Tensor, handed: dict[int, Any] | None = None) -> Tensor:
         call, handed = self.calls[layer], self._alone if handed is None else handed
@@ -183,11 +168,12 @@ class RecordedAdapter(Adapter):
         for recorded, own in zip(_tensors(call.output), _tensors(output), strict=False):
             if id(recorded) in self._given:
                 handed[id(recorded)] = own
-        return first_of(output)
+        Y: Tensor = first_of(output)  # (B, N, d)
+        return Y
 
     @property
     def hands_on(self) -> bool:
-        """Whether blocks hand numbers (no mere choice of tokens) to later ones beside X, for the ids of the last `embed`."""
+        """Whether blocks hand on numbers, no mere choice of tokens, beside X for the ids of the last `embed`."""
         tensors = [part for call in self.calls for part in _tensors(call.output) if id(part) in self._given]
         for filled in self._filled():
             tensors += _tensors(filled)
@@ -198,7 +184,7 @@ class RecordedAdapter(Adapter):
         self._alone: dict[int, Any] = {}  # of an arm that runs by itself
 
     def _own(self, value: Any, handed: dict[int, Any]) -> Any:
-        """An argument of a block as one arm has it: outputs and containers of the arm's own in place of the recorded ones."""
+        """An argument of a block as one arm has it: its own outputs and containers in place of the recorded ones."""
         if isinstance(value, Tensor):
             return handed.get(id(value), value)
         if type(value) is tuple:
@@ -218,14 +204,14 @@ class RecordedAdapter(Adapter):
                 yield container
 
     def _test_replay(self, ids: Tensor) -> None:
-        """Raise unless every block of every arm gives what it gives in a whole forward, from the input that it has there."""
+        """Raise unless every block of every arm gives what it gives in a whole forward for the same input."""
         expected = [self._outputs(ids, lam) for lam in REPLAYED]
         self._take(self.recorded(ids))
         arms: list[dict[int, Any]] = [{} for _ in REPLAYED]
         inputs = [self.calls[0].X] * len(REPLAYED)
         for layer in range(self.n_layers):
             for arm, lam in enumerate(REPLAYED):
-                with self._edited([self.block(layer)], lam):
+                with edited(self.install, [self.block(layer)], self._with(lam)):
                     found = self.run(layer, inputs[arm], arms[arm])
                 inputs[arm] = expected[arm][layer]
                 self._compare(found, inputs[arm], layer, lam)
@@ -247,28 +233,16 @@ class RecordedAdapter(Adapter):
     def _outputs(self, ids: Tensor, lam: float) -> list[Tensor]:
         """The output of every block in a whole forward with lambda in all of them."""
         seen: list[Tensor] = []
-        hooks = HookSet()
-        blocks = list({id(block): block for block in self.blocks}.values())
-        with self._edited(blocks, lam):
-            try:
-                for block in blocks:
-                    hooks.after(block, "output", lambda args, kwargs, output: seen.append(first_of(output)))
-                self.forward(ids)
-            finally:
-                hooks.remove()
+        with edited(self.install, self.distinct_blocks, self._with(lam)) as installed:
+            for block, hooks in zip(self.distinct_blocks, installed, strict=True):
+                hooks.after(block, "output", lambda args, kwargs, output: seen.append(first_of(output)))
+            self.forward(ids)
         return seen
 
-    @contextmanager
-    def _edited(self, blocks: list[Any], lam: float) -> Iterator[None]:
-        """The edit of `surgery` (variants.py) for one lambda in all layers, at the adapter's first sites."""
-        hooks = HookSet()
+    def _with(self, lam: float) -> Callable[[Any, HookSet], Edit]:
+        """The edit of `surgery` for one lambda in all layers, at the adapter's first sites."""
         edit = Edit(lambda: lam, lam != 1.0, False, True, True, self.skip_sites[0], self.norm_sites[0])
-        try:
-            for block in blocks:
-                self.install(block, edit, hooks)
-            yield
-        finally:
-            hooks.remove()
+        return lambda block, hooks: edit
 
 
 def _is_container(value: Any) -> bool:

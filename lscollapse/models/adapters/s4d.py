@@ -6,31 +6,19 @@ from typing import Any
 
 from torch import Tensor
 
-from lscollapse.models.adapters.adapter import Adapter, Edit, HookSet
-from lscollapse.models.adapters.post_norm import PostNormAdd
+from lscollapse.models.adapters.adapter import Adapter
+from lscollapse.models.adapters.edit import Edit, HookSet
+from lscollapse.models.adapters.post_norm import edit_sum
 
 
 class S4DAdapter(Adapter):
     norm_sites = ("both", "block")
-
-    @property
-    def n_layers(self) -> int:
-        return self.config.num_hidden_layers
-
-    def block(self, layer: int) -> Any:
-        return self.model.layers[layer]
+    backend = "torch"
 
     def embed(self, ids: Tensor) -> Tensor:
-        return self.model.embed(ids)
-
-    def run(self, layer: int, X: Tensor, handed: dict[int, Any] | None = None) -> Tensor:
-        return self.model.layers[layer](X)
-
-    @property
-    def backend(self) -> str:
-        return "torch"
+        X: Tensor = self.model.embed(ids)  # (B, N, d)
+        return X
 
     def install(self, block: Any, edit: Edit, hooks: HookSet) -> None:
-        sum_ = PostNormAdd("mixer", edit, hooks, edit.changes_sum or block.lam != 1, block.norm)
-        sum_.skip_is_argument(block, 0)
-        sum_.mechanism_is_output(block.dropout)
+        scaled = edit.changes_sum or block.lam != 1
+        edit_sum("mixer", edit, hooks, scaled, block.norm, (block, 0), block.dropout)

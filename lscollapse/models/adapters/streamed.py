@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,48 +17,40 @@ from lscollapse.models.adapters.adapter import Head, UnsupportedModel
 from lscollapse.models.adapters.mamba2 import Mamba2Adapter
 from lscollapse.models.checkpoints.checkpoint import LayerReader
 from lscollapse.models.checkpoints.tensors import forget
-from lscollapse.models.kernels.cpu_block import NativeBlock, Workers
+from lscollapse.models.kernels.cpu_block import Workers
+from lscollapse.models.kernels.mamba2_block import Mamba2Block
 
-Build = Callable[[dict[str, Tensor]], NativeBlock]
-Finish = Callable[[], NativeBlock]
+Build = Callable[[dict[str, Tensor]], Mamba2Block]
+Finish = Callable[[], Mamba2Block]
 
 
-class Transfer(Protocol):
-    """How a layer's tensors get to where they compute."""
+class Transfer:
+    """How a layer's tensors get to where they compute; here they stay, and compute on the CPU."""
 
-    device: torch.device
+    device = torch.device("cpu")
 
     def begin(self, tensors: dict[str, Tensor], build: Build) -> Finish:
         """Start bringing the mapped `tensors` to `device` and make a block of them there; in the reading thread.
 
         What is returned is called in the computing thread, before the block is used.
         """
-        ...
-
-
-class Stay:
-    """No transfer: blocks compute on the CPU."""
-
-    device = torch.device("cpu")
-
-    def begin(self, tensors: dict[str, Tensor], build: Build) -> Finish:
         block = build(tensors)
         return lambda: block
 
 
-class Upload:
+class Upload(Transfer):
     """To a GPU, on a CUDA stream beside the one that computes."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.stream = torch.cuda.Stream(device)
+        self.stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # of torch
 
     def begin(self, tensors: dict[str, Tensor], build: Build) -> Finish:
         with torch.cuda.stream(self.stream):
             block = build({name: t.pin_memory().to(self.device, non_blocking=True) for name, t in tensors.items()})
             arrived = self.stream.record_event()
 
-        def finish() -> NativeBlock:
+        def finish() -> Mamba2Block:
             computing = torch.cuda.current_stream(self.device)
             computing.wait_event(arrived)
             for tensor in vars(block).values():
@@ -70,13 +62,13 @@ class Upload:
 
 
 class StreamedMamba2(Mamba2Adapter):
-    """Blocks are made from the mapped file when they are asked for, in order; `native_block(k)` starts reading k + 1."""
+    """Blocks are made from the mapped file when they are asked for, in order; `own_block(k)` starts reading k + 1."""
 
     def __init__(self, reader: LayerReader, transfer: Transfer | None = None) -> None:
         self.reader = reader
         self.config = reader.config
         self.workers = Workers()
-        self.transfer = transfer or Stay()
+        self.transfer = transfer or Transfer()
         self.output = reader.tensors["embeddings.weight"] if reader.config.tie_word_embeddings else None
         self._reading: dict[tuple[int, torch.dtype], Future[Finish]] = {}
         self._pool = ThreadPoolExecutor(1)
@@ -86,16 +78,18 @@ class StreamedMamba2(Mamba2Adapter):
         raise UnsupportedModel("a streamed checkpoint has no modules to put hooks on: use --stream never")
 
     @property
+    def n_layers(self) -> int:
+        return int(self.config.num_hidden_layers)
+
+    @property
     def embedding(self) -> tuple[str, Tensor]:
         return "embeddings.weight", self.reader.tensors["embeddings.weight"]
 
     @property
     def head(self) -> Head | None:
-        return (
-            None
-            if self.output is None
-            else Head(self.before_output(), self.output, None, mapped=self.config.tie_word_embeddings)
-        )
+        if self.output is None:
+            return None
+        return Head(self.before_output(), self.output, None, mapped=self.config.tie_word_embeddings)
 
     def before_output(self) -> nn.Module:
         norm = nn.RMSNorm(self.config.hidden_size, self.config.layer_norm_epsilon)
@@ -111,7 +105,7 @@ class StreamedMamba2(Mamba2Adapter):
         return self.transfer.device
 
     def embed(self, ids: Tensor) -> Tensor:
-        return self.reader.tensors["embeddings.weight"][ids.cpu()].float().to(self.device)
+        return self.reader.tensors["embeddings.weight"][ids.cpu()].float().to(self.device)  # (B, N, d)
 
     def tensors(self, layer: int) -> dict[str, Tensor]:
         """In float32 as `dtype` says, whatever the file holds: what is made of them is that of the loaded model."""
@@ -120,7 +114,7 @@ class StreamedMamba2(Mamba2Adapter):
     def held(self, layer: int) -> dict[str, Tensor]:
         return self.reader.layer(layer)
 
-    def native_block(self, layer: int, dtype: torch.dtype) -> NativeBlock:
+    def own_block(self, layer: int, dtype: torch.dtype) -> Mamba2Block:
         try:
             block = self._ask(layer, dtype).result()()
         except torch.OutOfMemoryError:

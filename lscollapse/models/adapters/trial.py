@@ -1,4 +1,4 @@
-"""What adapters need that try a model out: how far rounding may be off, and errors of the model's own code in one line."""
+"""For adapters that try a model out: how far rounding may be off, and errors of the model's own code in one line."""
 
 from __future__ import annotations
 

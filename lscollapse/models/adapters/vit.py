@@ -18,6 +18,8 @@ class VitAdapter(PreNormAdapter):
     preprocessor_config.json; without them 0.5 each, as ViT was published.
     """
 
+    parts = Parts("layernorm_before", "attention", "layernorm_after", "mlp")
+
     def __init__(self, model: Any) -> None:
         if model.config.num_channels != 3:
             raise UnsupportedModel(f"the ViT reads pictures of {model.config.num_channels} channels: only 3 are known")
@@ -33,13 +35,6 @@ class VitAdapter(PreNormAdapter):
         height, width = self.model.embeddings.image_size
         return height, width
 
-    @property
-    def blocks(self) -> list[Any]:
-        return list(self.model.layers)
-
-    def parts(self, block: Any) -> Parts:
-        return Parts(block.layernorm_before, block.attention, block.layernorm_after, block.mlp)
-
     def forward(self, ids: Tensor) -> Any:
         return self.model(self.pixel_values(ids))
 
@@ -53,4 +48,5 @@ class VitAdapter(PreNormAdapter):
             torch.tensor(getattr(self.config, name, [0.5] * 3), dtype=torch.float64, device=ids.device)[:, None]
             for name in ("image_mean", "image_std")
         )
-        return ((channels.double() / 255 - mean) / std).to(self.dtype).unflatten(-1, (height, width))
+        pixels: Tensor = ((channels.double() / 255 - mean) / std).to(self.dtype)
+        return torch.unflatten(pixels, -1, (height, width))  # (B, 3, height, width)

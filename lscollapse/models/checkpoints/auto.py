@@ -1,4 +1,4 @@
-"""Checkpoints of any architecture that transformers knows, read by its Auto classes; no code from a repository is run."""
+"""Checkpoints of any architecture of transformers, read by its Auto classes; no code from a repository is run."""
 
 from __future__ import annotations
 
@@ -12,37 +12,9 @@ import torch
 
 from lscollapse.core.files import first_line
 from lscollapse.core.hub import PICTURES
-from lscollapse.models.checkpoints.refusals import refuse_kinds, refuse_misfits, refuse_values
+from lscollapse.models.checkpoints.architectures import on_meta
+from lscollapse.models.checkpoints.refusals import other_shapes, refuse_kinds, refuse_misfits, refuse_values
 from lscollapse.models.checkpoints.tensors import CheckpointError, is_old_buffer, read_json, read_tensors
-
-
-def config(raw: Mapping[str, Any], where: str) -> Any:
-    """The transformers config of a config.json; `where` names it in errors.
-
-    Raises:
-        CheckpointError: no architecture of the installed transformers, or quantised weights.
-    """
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_MAPPING
-
-    model_type = str(raw.get("model_type", ""))
-    if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in MODEL_MAPPING:
-        came = f"model_type {model_type!r}" if model_type else "neither model_type nor d_model and n_layer"
-        own = "; it needs code from its repository, which is never run" if "auto_map" in raw else ""
-        raise CheckpointError(
-            f"config.json of {where} has {came}: readable are the architectures of the installed transformers and"
-            f" mamba_ssm's own layout{own}"
-        )
-    if "quantization_config" in raw:
-        raise CheckpointError(f"{where} holds quantised weights: give the checkpoint they were made from")
-    return CONFIG_MAPPING[model_type].from_dict(dict(raw))
-
-
-def built(config: Any) -> Any:
-    """The base model with transformers' initial weights, float32."""
-    from transformers import AutoModel
-
-    return AutoModel.from_config(config, dtype=torch.float32)
 
 
 def filled(config: Any, files: Sequence[Path], where: str, dtype: torch.dtype) -> Any:
@@ -67,7 +39,7 @@ def filled(config: Any, files: Sequence[Path], where: str, dtype: torch.dtype) -
 
 
 def with_head(kind: Any, config: Any, folder: Path, where: str, dtype: torch.dtype) -> Any:
-    """The model of class `kind`, which has a head, with the weights of a local folder; None where those of the head are missing.
+    """The model of class `kind`, with its head, from a local folder; None where the weights of the head are missing.
 
     Raises:
         CheckpointError: the weights are damaged.
@@ -84,14 +56,15 @@ def _read(kind: Any, config: Any, folder: Path, where: str, dtype: torch.dtype) 
     """A model of class `kind` from a local folder, and what transformers reports of its tensors."""
     with quietly():
         try:
-            return kind.from_pretrained(
+            model, report = kind.from_pretrained(
                 folder, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
             )  # fmt: skip
+            return model, report
         except Exception as error:  # whatever a damaged file makes the readers raise
             raise CheckpointError(f"the weights of {where} cannot be read: {first_line(error)}") from error
 
 
-def inspect(config: Any, files: Sequence[Path], where: str) -> None:
+def inspect_headers(config: Any, files: Sequence[Path], where: str) -> None:
     """What the headers of `files` tell of whether `filled` will succeed.
 
     transformers renames and joins tensors of some architectures while it reads them, so that a name which the model
@@ -100,16 +73,10 @@ def inspect(config: Any, files: Sequence[Path], where: str) -> None:
     Raises:
         CheckpointError: tensors are missing, of another shape, or are no floats.
     """
-    with torch.device("meta"):
-        model = built(config)
+    model = on_meta(config)
     read = {_own_name(name, model): t for file in files for name, t in read_tensors(file).items()}
     expected = {name: tuple(p.shape) for name, p in model.named_parameters() if not name.startswith("pooler.")}
-    shapes = [
-        f"{name} {tuple(read[name].shape)} instead of {shape}"
-        for name, shape in expected.items()
-        if name in read and tuple(read[name].shape) != shape
-    ]
-    refuse_misfits({"of another shape": shapes}, where)
+    refuse_misfits({"of another shape": other_shapes(read, expected)}, where)
     known = set(model.state_dict())
     absent_by_design = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
     missing = [n for n in expected if n not in read and not any(p.search(n) for p in absent_by_design)]
@@ -144,7 +111,7 @@ def _in_a_block(name: str, model: Any) -> bool:
 
 
 def _note_pixels(config: Any, file: Path) -> None:
-    """How pictures are normalised, noted in the config, where models/vit.py looks for it."""
+    """How pictures are normalised, noted in the config, where adapters/vit.py looks for it."""
     if file.is_file():
         settings = read_json(file)
         for name in ("image_mean", "image_std"):
@@ -157,12 +124,13 @@ def quietly() -> Iterator[None]:
     """Without transformers' progress bar and its report of unused heads, which are left out on purpose."""
     from transformers.utils import logging
 
-    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    library: Any = logging  # parts of it have no types
+    shown, verbosity = library.is_progress_bar_enabled(), library.get_verbosity()
+    library.disable_progress_bar()
+    library.set_verbosity_error()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        library.set_verbosity(verbosity)
         if shown:
-            logging.enable_progress_bar()
+            library.enable_progress_bar()

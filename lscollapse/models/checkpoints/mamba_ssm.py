@@ -25,8 +25,6 @@ _SSM_ARGUMENTS = {
 # Arguments that transformers' Mamba2 knows at one value only, and those that only matter when training starts.
 _SSM_FIXED = {"layer": "Mamba2", "d_ssm": None, "D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False}
 _SSM_IGNORED = {"A_init_range", "conv_init", "use_mem_eff_path"}
-
-
 _SIZES = {"hidden_size", "num_hidden_layers"}  # of transformers' layout
 
 

@@ -15,7 +15,7 @@ PIECE = 2**23  # elements of a tensor that are looked at together
 
 
 def token_embedding(model: Any) -> tuple[str, Tensor] | None:
-    """Name and matrix (V, e) of the embedding of which a token id takes a row; None where it is not known, or ids are pixels."""
+    """Name and matrix (V, e) of which a token id takes a row; None where it is not known, or ids are pixels."""
     try:
         weight = model.get_input_embeddings().weight
     except (AttributeError, NotImplementedError):
@@ -30,10 +30,19 @@ def some_of(names: Sequence[str], most: int = 3) -> str:
 
 
 def refuse_misfits(found: Mapping[str, Sequence[str]], where: str) -> None:
-    """Raise a CheckpointError for names of tensors that are `missing`, `unexpected` or `of another shape`, if there are any."""
+    """Raise a CheckpointError if there are tensors `missing`, `unexpected` or `of another shape`, with their names."""
     parts = [f"{len(names)} {what} ({some_of(names)})" for what, names in found.items() if names]
     if parts:
         raise CheckpointError(f"the weights of {where} do not fit its config.json: tensors " + ", ".join(parts))
+
+
+def other_shapes(found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Which tensors are `of another shape` than expected, and which shape they have, as `refuse_misfits` takes them."""
+    return [
+        f"{name} {tuple(found[name].shape)} instead of {shape}"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name].shape) != shape
+    ]
 
 
 def refuse_kinds(tensors: Mapping[str, Tensor], where: str) -> None:
@@ -52,7 +61,7 @@ def refuse_kinds(tensors: Mapping[str, Tensor], where: str) -> None:
 
 
 def refuse_values(tensors: Mapping[str, Tensor], where: str, mapped: bool = False) -> None:
-    """Raise a CheckpointError that names the first tensor with a value that is not finite; every value is looked at once.
+    """Raise a CheckpointError that names the first tensor with a value that is not finite; each is looked at once.
 
     Args:
         mapped: the tensors lie in a mapped file, and what was looked at is forgotten.
@@ -60,7 +69,7 @@ def refuse_values(tensors: Mapping[str, Tensor], where: str, mapped: bool = Fals
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             continue
-        for piece in tensor.detach().flatten().split(PIECE):
+        for piece in torch.split(tensor.detach().flatten(), PIECE):
             # The extremes of a tensor with NaN are NaN. This reads many times faster than isfinite.
             if len(piece) and not all(torch.isfinite(extreme) for extreme in torch.aminmax(piece)):
                 _refuse_tensor(name, tensor.detach(), where)
@@ -79,7 +88,8 @@ def _refuse_tensor(name: str, tensor: Tensor, where: str) -> None:
 
 def refuse_zeros(name: str, embedding: Tensor, where: str) -> None:
     """Raise a CheckpointError where all rows of an embedding (V, e) are zero: every token would be the same."""
-    if not any(piece.any() for piece in embedding.detach().split(max(1, PIECE // max(1, embedding.shape[1])))):
+    rows = max(1, PIECE // max(1, embedding.shape[1]))
+    if not any(piece.any() for piece in torch.split(embedding.detach(), rows)):
         raise CheckpointError(
             f"the weights of {where} tell no token from another: {name} {tuple(embedding.shape)} holds zeros only;"
             " give another checkpoint"

@@ -37,7 +37,7 @@ class CheckpointError(ValueError):
 
 
 def base_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the base model, under the names they have in transformers, without heads, poolers and old buffers."""
+    """The tensors of the base model, under transformers' names, without heads, poolers and old buffers."""
     return {
         _base_name(name): tensor
         for name, tensor in tensors.items()
@@ -91,13 +91,15 @@ def _special_float(value: dict[str, Any]) -> Any:
 
 
 def is_mapped(file: Path) -> bool:
-    """Whether the tensors of a weights file stay in it until they are used: pickles from before PyTorch 1.6 are no zip archives
-    and cannot be mapped."""
+    """Whether the tensors of a weights file stay in it until they are used.
+
+    Pickles from before PyTorch 1.6 are no zip archives and cannot be mapped.
+    """
     return file.suffix == ".safetensors" or zipfile.is_zipfile(file)
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Every tensor of a .safetensors or .bin file under its own name; mapped, so that nothing is read before it is used, where it can be.
+    """Every tensor of a .safetensors or .bin file under its own name; read when used where `is_mapped`, else at once.
 
     Raises:
         CheckpointError: the file is cut off, damaged, or holds anything but tensors.
@@ -123,11 +125,16 @@ def _size_hint(file: Path) -> str:
 
 
 def forget(tensors: Mapping[str, Tensor]) -> None:
-    """Give the pages of mapped tensors back to the system; they are read again from the file when needed."""
+    """Give the pages of mapped tensors back to the system; they are read again from the file when needed.
+
+    Of tensors that lie in no file the values are lost.
+    """
     libc = ctypes.CDLL(None)
     for tensor in tensors.values():
-        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        storage = tensor.untyped_storage()  # an expanded tensor has more elements than are in it
+        last = min(tensor.data_ptr() + tensor.nbytes, storage.data_ptr() + storage.nbytes())
+        # Whole pages only: the first and the last may hold something else too.
+        start, end = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE, last // mmap.PAGESIZE * mmap.PAGESIZE
         if end > start and hasattr(libc, "madvise"):
             libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)
 

@@ -3,8 +3,9 @@
     kernels = resolve("auto", "cuda")
     kernels.backend      # "mamba-ssm 2.3.1 triton + causal-conv1d 1.6.1 cuda, ieee fp32"
 
-On CPU it is `lscollapse.models.kernels.ssd`; on a GPU mamba-ssm's Triton kernels and causal-conv1d's CUDA kernel, or torch operations.
-float32 means IEEE float32 on a GPU too: TF32, which rounds the factors of every product to 11 bits, only if asked for.
+On CPU it is `lscollapse.models.kernels.ssd`; on a GPU mamba-ssm's Triton kernels and causal-conv1d's CUDA kernel, or
+torch operations. float32 means IEEE float32 on a GPU too: TF32, which rounds the factors of every product to 11 bits,
+only if asked for.
 With TRITON_INTERPRET=1 in the environment before Triton is imported, the Triton kernels run on CPU, slowly, for checks.
 """
 
@@ -17,8 +18,8 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import metadata, util
 from types import ModuleType, SimpleNamespace
 
@@ -53,7 +54,6 @@ class Kernels:
         device: `cpu` or `cuda`.
         triton: whether scan and norm are Triton kernels, which compute in float32 whatever they are given.
         differentiable: whether the scan has a backward pass.
-        versions: distribution -> version of everything that takes part.
         note: one line for the user, where `auto` could not have what it prefers; else empty.
     """
 
@@ -64,7 +64,6 @@ class Kernels:
     device: str
     triton: bool = False
     differentiable: bool = True
-    versions: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
 
     def for_dtype(self, dtype: torch.dtype) -> Kernels:
@@ -111,8 +110,7 @@ def resolve(kernels: str = "auto", device: str | torch.device = "cpu", *, allow_
 def differentiable(kind: str) -> Kernels:
     """The operations with a backward pass, for training on `cpu` or `cuda`: those of `auto`, and on a CPU torch's."""
     if kind == "cpu":
-        versions = {"torch": torch.__version__}
-        return Kernels(chunked_scan, causal_conv, gated_norm, "torch chunked", kind, versions=versions)
+        return Kernels(chunked_scan, causal_conv, gated_norm, "torch chunked", kind)
     return resolve("auto", kind)
 
 
@@ -125,26 +123,22 @@ def selective_scan_kernel() -> Callable[..., Tensor] | None:
 
 
 def _torch_kernels(kind: str, note: str = "") -> Kernels:
-    versions = {"torch": torch.__version__}
     if kind == "cpu":
-        return Kernels(ssd.scan, ssd.conv, gated_norm, "torch native", kind, differentiable=False, versions=versions)
+        return Kernels(ssd.scan, ssd.conv, gated_norm, "torch native", kind, differentiable=False)
     precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
     backend = f"torch {torch.__version__} chunked, {precision} fp32"
-    return Kernels(chunked_scan, causal_conv, gated_norm, backend, kind, versions=versions, note=note)
+    return Kernels(chunked_scan, causal_conv, gated_norm, backend, kind, note=note)
 
 
 def _triton_kernels(kind: str, precision: str) -> Kernels:
     """Raises ImportError where something is missing."""
     combined, layernorm = _import_triton(kind, precision)
-    scan, norm = combined.mamba_chunk_scan_combined, layernorm.rmsnorm_fn
-    names = ["torch", "triton", "mamba-ssm"]
+    scan: Callable[..., Tensor] = combined.mamba_chunk_scan_combined
+    norm: Callable[..., Tensor] = layernorm.rmsnorm_fn
+    backend = f"mamba-ssm {metadata.version('mamba-ssm')} triton"
     if kind == "cuda":
-        fused_conv = importlib.import_module("causal_conv1d").causal_conv1d_fn
-        names.append("causal-conv1d")
-    versions = {name: metadata.version(name) for name in names}
-    backend = f"mamba-ssm {versions['mamba-ssm']} triton"
-    if kind == "cuda":
-        backend += f" + causal-conv1d {versions['causal-conv1d']} cuda, {precision} fp32"
+        fused_conv: Callable[..., Tensor] = importlib.import_module("causal_conv1d").causal_conv1d_fn
+        backend += f" + causal-conv1d {metadata.version('causal-conv1d')} cuda, {precision} fp32"
     else:
         backend += " interpreted + torch conv"
 
@@ -167,7 +161,7 @@ def _triton_kernels(kind: str, precision: str) -> Kernels:
         return fused_conv(x.transpose(1, 2), taps.contiguous(), bias, activation="silu").transpose(1, 2)
 
     conv = cuda_conv if kind == "cuda" else causal_conv
-    return Kernels(triton_scan, conv, triton_norm, backend, kind, triton=True, versions=versions)
+    return Kernels(triton_scan, conv, triton_norm, backend, kind, triton=True)
 
 
 def _import_triton(kind: str, precision: str) -> tuple[ModuleType, ModuleType]:
@@ -214,9 +208,9 @@ def chunked_scan(
     dtype, groups, L = ssd.compute_dtype(x.dtype), B.shape[2], x.shape[1]
     raw = dt.to(dtype) if dt_bias is None else dt.to(dtype) + dt_bias.to(dtype)
     step = F.softplus(raw, threshold=40.0).clamp(*dt_limit)
-    log_decay = (step.double() * A.double()).mT.unflatten(1, (groups, -1))  # (b, g, h, L)
+    log_decay = torch.unflatten((step.double() * A.double()).mT, 1, (groups, -1))  # (b, g, h, L)
     B, C = B.to(dtype).transpose(1, 2), C.to(dtype).transpose(1, 2)  # (b, g, L, n)
-    scaled = (x.to(dtype) * step[..., None]).transpose(1, 2).unflatten(1, (groups, -1))  # (b, g, h, L, p)
+    scaled = torch.unflatten((x.to(dtype) * step[..., None]).transpose(1, 2), 1, (groups, -1))  # (b, g, h, L, p)
     state = None  # (b, g, h, n, p)
     parts = []
     for start in range(0, L, chunk):
@@ -224,15 +218,15 @@ def chunked_scan(
         cum, Bs, Cs, xs = log_decay[..., part].cumsum(-1), B[:, :, part], C[:, :, part], scaled[..., part, :]
         future = torch.ones(cum.shape[-1], cum.shape[-1], dtype=torch.bool, device=x.device).triu(1)
         decay = (cum[..., None] - cum[..., None, :]).to(dtype).masked_fill(future, -math.inf).exp()  # (b, g, h, Q, Q)
-        y = ((Cs @ Bs.mT)[:, :, None] * decay) @ xs
+        y = ((Cs @ Bs.mT)[:, :, None] * decay) @ xs  # (b, g, h, Q, p)
         if state is not None:
             y = y + (Cs[:, :, None] @ state) * cum.to(dtype).exp()[..., None]
         if part.stop < L:
-            left = (cum[..., -1:] - cum).to(dtype).exp()
+            left = (cum[..., -1:] - cum).to(dtype).exp()  # (b, g, h, Q), the decay up to the end of the chunk
             gained = Bs.mT[:, :, None] @ (xs * left[..., None])
             state = gained if state is None else state * cum[..., -1:].to(dtype).exp()[..., None] + gained
         parts.append(y)
-    y = torch.cat(parts, 3).flatten(1, 2).transpose(1, 2)
+    y = torch.cat(parts, 3).flatten(1, 2).transpose(1, 2)  # (b, L, g * h, p)
     return y if D is None else y + D.to(dtype)[:, None] * x.to(dtype)
 
 
@@ -240,7 +234,7 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     """The convolution of `ssd.conv` as K shifted products of whole batches, for any device, with autograd."""
     dtype, L = ssd.compute_dtype(x.dtype), x.shape[1]
     taps = weight.to(dtype).flatten(1).unbind(1)  # K of (channels,)
-    padded = F.pad(x.to(dtype), (0, 0, len(taps) - 1, 0))
+    padded = F.pad(x.to(dtype), (0, 0, len(taps) - 1, 0))  # (b, K - 1 + L, channels)
     y = torch.zeros_like(taps[0]) if bias is None else bias.to(dtype)
     for k, tap in enumerate(taps):
         y = torch.addcmul(y, padded[:, k : k + L], tap)
@@ -250,10 +244,10 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 def gated_norm(y: Tensor, gate: Tensor | None, weight: Tensor, eps: float, groups: int = 1) -> Tensor:
     """weight * u / rms(u) with u = y * silu(gate), or u = y without a gate; y, gate (..., width), weight (width,).
 
-    The rms is over each of `groups` equal parts of a row. A row above 2^30 is first scaled down by a power of two: exact,
-    and the squares of a finite u never overflow.
+    The rms is over each of `groups` equal parts of a row. A row above 2^30 is first scaled down by a power of two:
+    exact, and the squares of a finite u never overflow.
     """
-    u = (y if gate is None else y * F.silu(gate)).unflatten(-1, (groups, -1))  # (..., groups, width / groups)
+    u = torch.unflatten(y if gate is None else y * F.silu(gate), -1, (groups, -1))  # (..., groups, width / groups)
     excess = (torch.frexp(u.detach().abs().amax(-1, keepdim=True)).exponent - 30).clamp_min(0)
     scale = torch.ldexp(torch.ones_like(u[..., :1]), -excess)
     u = u * scale

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -99,7 +100,9 @@ def scan(
         if dt_bias is not None:
             raw = raw + dt_bias.to(dtype)[:, None]
         step = F.softplus(raw, threshold=40.0).clamp_(*dt_limit)  # torch's threshold of 20 is coarse for float64
-        _scan_excerpt(one_x.to(dtype), step, A, one_B.to(dtype), one_C.to(dtype), D, one_y, chunk, workspace)
+        x_heads, B_groups, C_groups = (t.to(dtype).transpose(0, 1) for t in (one_x, one_B, one_C))
+        excerpt = _Tokens(x_heads, step, B_groups, C_groups, one_y.transpose(0, 1))
+        _scan_excerpt(excerpt, A, D, chunk, workspace)
     return y
 
 
@@ -121,91 +124,83 @@ def _check_scan(
         raise ScanError(f"chunk is {chunk}: it must be at least 1")
 
 
-def _scan_excerpt(
-    x: Tensor,
-    step: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    y: Tensor,
-    chunk: int,
-    workspace: Workspace,
-) -> None:
-    """One excerpt: x, y (L, heads, head_dim), step (heads, L), A (heads, 1), B, C (L, groups, state)."""
-    L, heads, head_dim = x.shape
+class _Tokens(NamedTuple):
+    """Some tokens of one excerpt, heads or groups first."""
+
+    x: Tensor  # (heads, Q, head_dim)
+    dt: Tensor  # (heads, Q), the time steps
+    B: Tensor  # (groups, Q, state)
+    C: Tensor  # (groups, Q, state)
+    y: Tensor  # (heads, Q, head_dim), to be filled
+
+
+def _scan_excerpt(all_: _Tokens, A: Tensor, D: Tensor | None, chunk: int, workspace: Workspace) -> None:
+    """Fills y; A (heads, 1), in float64."""
+    heads, L, head_dim = all_.x.shape
     state = None
     for start in range(0, L, chunk):
-        part = slice(start, min(start + chunk, L))
-        dt = step[:, part]
-        cum = (dt.to(torch.float64) * A).cumsum(1)  # log of the decay since the start of the chunk
-        x_part, B_part, C_part = x[part].transpose(0, 1), B[part].transpose(0, 1), C[part].transpose(0, 1)
-        _chunk(x_part, dt, cum, B_part, C_part, D, state, y[part].transpose(0, 1), workspace)
-        if part.stop < L:
+        part = _Tokens(*(tensor[:, start : start + chunk] for tensor in all_))
+        cum = (part.dt.to(torch.float64) * A).cumsum(1)  # (heads, Q), log of the decay since the start of the chunk
+        _chunk(part, cum, D, state, workspace)
+        if start + chunk < L:
             if state is None:
-                state = workspace.take("state", (heads, B.shape[2], head_dim), x.dtype).zero_()
-            _hand_over(state, x_part, dt, cum, B_part, workspace)
+                state = workspace.take("state", (heads, part.B.shape[2], head_dim), part.x.dtype).zero_()
+            _hand_over(state, part, cum, workspace)
 
 
-def _chunk(
-    x: Tensor,
-    dt: Tensor,
-    cum: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    state: Tensor | None,
-    y: Tensor,
-    workspace: Workspace,
-) -> None:
-    """Fills y for one chunk of Q tokens: x, y (heads, Q, head_dim), dt, cum (heads, Q), B, C (groups, Q, state)."""
+def _chunk(part: _Tokens, cum: Tensor, D: Tensor | None, state: Tensor | None, workspace: Workspace) -> None:
+    """Fills y of one chunk of Q tokens, that begins with the state (heads, state, head_dim); None stands for 0."""
+    x, dt, B, C, y = part
     heads, Q, head_dim = x.shape
-    groups, per_group = len(B), heads // len(B)
-    scores = workspace.take("scores", (groups, Q, Q), x.dtype)
+    scores = workspace.take("scores", (len(B), Q, Q), x.dtype)
     torch.bmm(C, B.transpose(1, 2), out=scores).tril_()
     for start in range(0, Q, ROWS):
         stop = min(start + ROWS, Q)
-        rows = cum[:, start:stop]
-        M = workspace.take("M", (heads, stop - start, stop), x.dtype)
-        left, diagonal = M[:, :, :start], M[:, :, start:]
-
-        decay = workspace.take("decay", (heads, stop - start, stop - start), x.dtype)
-        torch.sub(rows[:, :, None], rows[:, None, :], out=decay)  # float64, rounded as it is stored
-        decay.clamp_(max=0.0).exp_().mul_(dt[:, None, start:stop])
-        by_group = scores[:, None, start:stop]  # (groups, 1, rows, Q)
-        torch.mul(
-            decay.unflatten(0, (groups, per_group)),
-            by_group[..., start:stop],
-            out=diagonal.unflatten(0, (groups, per_group)),
-        )
-        if D is not None:
-            diagonal.diagonal(dim1=1, dim2=2).add_(D.to(x.dtype)[:, None])
-        if start:
-            border = cum[:, start - 1 : start]
-            after, before = _exp(rows - border, x.dtype), _exp(border - cum[:, :start], x.dtype).mul_(dt[:, :start])
-            torch.mul(
-                after.unflatten(0, (groups, per_group))[..., None],
-                by_group[..., :start],
-                out=left.unflatten(0, (groups, per_group)),
-            )
-            left.mul_(before[:, None])
-
+        M = _rows_of_M(start, stop, dt, cum, scores, D, workspace)  # (heads, rows, stop)
         result = workspace.take("result", (heads, stop - start, head_dim), x.dtype)
         torch.bmm(M, x[:, :stop], out=result)
         if state is not None:
             carried = workspace.take("carried", result.shape, x.dtype)
             _by_group(carried, C[:, start:stop], state, accumulate=False)
-            result.addcmul_(carried, _exp(rows, x.dtype)[:, :, None])
+            result.addcmul_(carried, _exp(cum[:, start:stop], x.dtype)[:, :, None])
         y[:, start:stop].copy_(result)
 
 
-def _hand_over(state: Tensor, x: Tensor, dt: Tensor, cum: Tensor, B: Tensor, workspace: Workspace) -> None:
+def _rows_of_M(
+    start: int, stop: int, dt: Tensor, cum: Tensor, scores: Tensor, D: Tensor | None, workspace: Workspace
+) -> Tensor:
+    """Rows start..stop of M up to column stop, (heads, stop - start, stop); scores C_i.B_j (groups, Q, Q)."""
+    heads, dtype, rows = len(cum), scores.dtype, cum[:, start:stop]
+    M = workspace.take("M", (heads, stop - start, stop), dtype)
+    left, diagonal = M[:, :, :start], M[:, :, start:]
+    by_group = scores[:, None, start:stop]  # (groups, 1, rows, Q)
+
+    def grouped(t: Tensor) -> Tensor:  # (heads, ...) -> (groups, heads of a group, ...)
+        return torch.unflatten(t, 0, (len(scores), -1))
+
+    decay = workspace.take("decay", (heads, stop - start, stop - start), dtype)
+    torch.sub(rows[:, :, None], rows[:, None, :], out=decay)  # float64, rounded as it is stored
+    decay.clamp_(max=0.0).exp_().mul_(dt[:, None, start:stop])
+    torch.mul(grouped(decay), by_group[..., start:stop], out=grouped(diagonal))
+    if D is not None:  # D x_t is one more term of row t
+        diagonal.diagonal(dim1=1, dim2=2).add_(D.to(dtype)[:, None])
+    if (
+        start
+    ):  # exp(cum_i - cum_j) as a product of two vectors, from the token before this block of rows on and up to it
+        border = cum[:, start - 1 : start]
+        after, before = _exp(rows - border, dtype), _exp(border - cum[:, :start], dtype).mul_(dt[:, :start])
+        torch.mul(grouped(after)[..., None], by_group[..., :start], out=grouped(left))
+        left.mul_(before[:, None])
+    return M
+
+
+def _hand_over(state: Tensor, part: _Tokens, cum: Tensor, workspace: Workspace) -> None:
     """Moves the state (heads, state, head_dim) from the start to the end of a chunk."""
-    last = cum[:, -1:]
+    x, last = part.x, cum[:, -1:]
     scaled = workspace.take("scaled", x.shape, x.dtype)
-    torch.mul(x, _exp(last - cum, x.dtype).mul_(dt)[:, :, None], out=scaled)
+    torch.mul(x, _exp(last - cum, x.dtype).mul_(part.dt)[:, :, None], out=scaled)
     state.mul_(_exp(last, x.dtype)[:, :, None])
-    _by_group(state, B.transpose(1, 2), scaled, accumulate=True)
+    _by_group(state, part.B.transpose(1, 2), scaled, accumulate=True)
 
 
 def _by_group(target: Tensor, left: Tensor, right: Tensor, accumulate: bool) -> None:

@@ -21,12 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lscollapse.models.kernels.backends import KernelError, Kernels, resolve
-from lscollapse.models.kernels.cpu_block import Mamba2Shape
 from lscollapse.models.kernels.gpu_block import GpuBlock
+from lscollapse.models.kernels.mamba2_block import Mamba2Shape
 
 # Largest error relative to the largest value. float32 sums of a few hundred terms stay well below; TF32 is at 4e-4.
 TOLERANCE = {"scan": 5e-6, "scan backward": 2e-5, "conv": 2e-6, "gated norm": 2e-6, "block": 2e-5}
-TF32_TOLERANCE = 5e-3
+
+# Computes with the kernels given, for None by the definition in float64; one tensor, or one a gradient.
+Operation = Callable[[Kernels | None], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ PAPER = (Case("mamba2-2.7b", Mamba2Shape(2560, heads=80, head_dim=64, state=128)
 
 
 @dataclass(frozen=True)
-class Check:
+class KernelCheck:
     """One comparison.
 
     Attributes:
@@ -75,21 +77,18 @@ class Check:
         return self.error <= self.tolerance  # False for a NaN
 
 
-def passed(rows: Sequence[Check]) -> bool:
+def passed(rows: Sequence[KernelCheck]) -> bool:
     """Whether something was checked and every error is within its tolerance."""
     return bool(rows) and all(row.ok for row in rows)
 
 
-def verify(
-    device: str = "cpu", kernels: str = "auto", cases: Sequence[Case] | None = None, *, allow_tf32: bool = False
-) -> list[Check]:
+def verify(device: str = "cpu", kernels: str = "auto", cases: Sequence[Case] | None = None) -> list[KernelCheck]:
     """Compare scan (forward and backward), conv, gated norm and one whole block with the float64 recurrence.
 
     Args:
         device: `cpu` or `cuda`.
         kernels: `torch`, `triton`, or `auto`: both, or torch's alone where mamba-ssm is not installed.
         cases: sizes; default TOY, on a GPU also PAPER.
-        allow_tf32: check the kernels in TF32, at TF32_TOLERANCE.
 
     On a CPU this sets TRITON_INTERPRET=1 for the process, so that nothing can run on its GPU with Triton afterwards.
 
@@ -97,25 +96,24 @@ def verify(
         KernelError: the kernels asked for cannot be had; or on a CPU Triton was imported, not interpreted, before.
     """
     on_gpu = torch.device(device).type == "cuda"
-    torch_kernels = resolve("torch", device, allow_tf32=allow_tf32)
+    torch_kernels = resolve("torch", device)
     found = [] if kernels == "triton" else [torch_kernels]
     if kernels != "torch":
         if not on_gpu and (kernels == "triton" or util.find_spec("mamba_ssm") is not None):
             _interpret()
             found.append(resolve("triton", device))
         elif on_gpu:
-            chosen = resolve(kernels, device, allow_tf32=allow_tf32)
+            chosen = resolve(kernels, device)
             found += [chosen] if chosen.triton else []
     if cases is None:
         cases = TOY + PAPER if on_gpu else TOY
     rows = []
     for case in cases:
-        operations = _operations(case, torch.device(device))
-        for operation in operations:
-            expected = operation.run(None)
+        for name, run in _operations(case, torch.device(device)).items():
+            expected = run(None)
             for kernel in found:
-                if kernel.differentiable or operation.name != "scan backward":
-                    rows.append(_check(operation, case, kernel, torch_kernels, expected, allow_tf32))
+                if kernel.differentiable or name != "scan backward":
+                    rows.append(_check(name, run, case, kernel, torch_kernels, expected))
     return rows
 
 
@@ -126,28 +124,18 @@ def _interpret() -> None:
         os.environ["TRITON_INTERPRET"] = "1"
 
 
-@dataclass(frozen=True)
-class _Operation:
-    """`run(kernels)` computes with them, `run(None)` by the definition in float64; one tensor, or one a gradient."""
-
-    name: str
-    run: Callable[[Kernels | None], list[Tensor]]
-
-
 def _check(
-    operation: _Operation, case: Case, kernels: Kernels, torch_kernels: Kernels, expected: list[Tensor], tf32: bool
-) -> Check:
-    found, seconds = _timed(lambda: operation.run(kernels))
-    compared = kernels.triton and (torch_kernels.differentiable or operation.name != "scan backward")
-    torch_seconds = _timed(lambda: operation.run(torch_kernels))[1] if compared else None
-    error = max(relative_error(one, exact) for one, exact in zip(found, expected, strict=True))
-    tolerance = TF32_TOLERANCE if tf32 else TOLERANCE[operation.name]
-    return Check(operation.name, case.name, kernels.backend, error, tolerance, seconds, torch_seconds)
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Largest absolute difference over the largest absolute value expected; NaN if anything is."""
-    return float((found.double() - expected).abs().max() / expected.abs().max())
+    name: str, run: Operation, case: Case, kernels: Kernels, torch_kernels: Kernels, expected: list[Tensor]
+) -> KernelCheck:
+    found, seconds = _timed(lambda: run(kernels))
+    compared = kernels.triton and (torch_kernels.differentiable or name != "scan backward")
+    torch_seconds = _timed(lambda: run(torch_kernels))[1] if compared else None
+    errors = (
+        (one.double() - exact).abs().max() / exact.abs().max() for one, exact in zip(found, expected, strict=True)
+    )
+    return KernelCheck(
+        name, case.name, kernels.backend, max(map(float, errors)), TOLERANCE[name], seconds, torch_seconds
+    )
 
 
 def _timed(run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], float]:
@@ -162,7 +150,7 @@ def _timed(run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], float]:
     return result, time.perf_counter() - start
 
 
-def _operations(case: Case, device: torch.device) -> list[_Operation]:
+def _operations(case: Case, device: torch.device) -> dict[str, Operation]:
     s, lead = case.shape, (case.batch, case.n_tokens)
     generator = torch.Generator().manual_seed(0)
 
@@ -199,8 +187,7 @@ def _operations(case: Case, device: torch.device) -> list[_Operation]:
     def block(kernels: Kernels | None) -> list[Tensor]:
         return [plain_block(weights, s, X) if kernels is None else GpuBlock(weights, s, kernels)(X, lam=1.0)]
 
-    named = {"scan": scan, "scan backward": backward, "conv": conv, "gated norm": norm, "block": block}
-    return [_Operation(name, run) for name, run in named.items()]
+    return {"scan": scan, "scan backward": backward, "conv": conv, "gated norm": norm, "block": block}
 
 
 def block_weights(shape: Mamba2Shape, generator: torch.Generator, device: torch.device) -> dict[str, Tensor]:
@@ -223,7 +210,7 @@ def recurrence(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,
     *, dt_limit: tuple[float, float] = (0.0, float("inf")),
 ) -> Tensor:  # fmt: skip
-    """The definition in the docstring of lscollapse.models.kernels.ssd, token by token, in float64, with autograd; shapes as there."""
+    """The definition at the head of ssd.py, token by token, in float64, with autograd; shapes as for `ssd.scan`."""
     x, dt, A, B, C, D, dt_bias = (t.double() for t in (x, dt, A, B, C, D, dt_bias))
     heads, groups = x.shape[2], B.shape[2]
     B, C = (t.repeat_interleave(heads // groups, 2) for t in (B, C))  # (batch, L, heads, state)
@@ -247,18 +234,18 @@ def plain_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def plain_norm(y: Tensor, gate: Tensor | None, weight: Tensor, eps: float, groups: int = 1) -> Tensor:
     """Gate first, then RMSNorm per group, in float64."""
     u = y.double() if gate is None else y.double() * F.silu(gate.double())
-    return F.rms_norm(u.unflatten(-1, (groups, -1)), [u.shape[-1] // groups], eps=eps).flatten(-2) * weight.double()
+    parts = torch.unflatten(u, -1, (groups, -1))  # (..., groups, width / groups)
+    return F.rms_norm(parts, [u.shape[-1] // groups], eps=eps).flatten(-2) * weight.double()
 
 
 def plain_block(weights: dict[str, Tensor], s: Mamba2Shape, X: Tensor) -> Tensor:
     """X + mixer(norm(X)) in float64."""
     w = {name: tensor.double() for name, tensor in weights.items()}
     projected = plain_norm(X, None, w["norm.weight"], s.eps) @ w["mixer.in_proj.weight"].T
-    gate, xBC, dt = projected.split([s.inner, s.conv_dim, s.heads], dim=-1)
+    gate, xBC, dt = torch.split(projected, [s.inner, s.conv_dim, s.heads], dim=-1)
     convolved = plain_conv(xBC, w["mixer.conv1d.weight"], w["mixer.conv1d.bias"])
-    x, B, C = convolved.split([s.inner, s.groups * s.state, s.groups * s.state], dim=-1)
-    y = recurrence(
-        x.unflatten(-1, (s.heads, s.head_dim)), dt, -w["mixer.A_log"].exp(), B.unflatten(-1, (s.groups, s.state)),
-        C.unflatten(-1, (s.groups, s.state)), w["mixer.D"], w["mixer.dt_bias"], dt_limit=s.dt_limit,
-    )  # fmt: skip
+    x, B, C = torch.split(convolved, [s.inner, s.groups * s.state, s.groups * s.state], dim=-1)
+    x = torch.unflatten(x, -1, (s.heads, s.head_dim))  # (B, N, heads, head_dim)
+    B, C = (torch.unflatten(t, -1, (s.groups, s.state)) for t in (B, C))  # (B, N, groups, state)
+    y = recurrence(x, dt, -w["mixer.A_log"].exp(), B, C, w["mixer.D"], w["mixer.dt_bias"], dt_limit=s.dt_limit)
     return X + plain_norm(y.flatten(2), gate, w["mixer.norm.weight"], s.eps, s.groups) @ w["mixer.out_proj.weight"].T

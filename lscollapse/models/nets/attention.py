@@ -8,6 +8,7 @@ With q, k, v the head's queries, keys and values, and j <= i where the mixer is 
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -32,12 +33,14 @@ class Attention(nn.Module):
         self.out = nn.Linear(d, d)
 
     def forward(self, X: Tensor) -> Tensor:
+        # (B, heads, N, p), of v (B, heads, N, d / heads)
         q, k, v = (one(X).unflatten(-1, (self.heads, -1)).transpose(1, 2) for one in (self.q, self.k, self.v))
         if self.linear:
             O = linear_attention(F.elu(q) + 1, F.elu(k) + 1, v, self.causal)
         else:
             O = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.out(O.transpose(1, 2).flatten(2))
+        Y: Tensor = self.out(O.transpose(1, 2).flatten(2))  # (B, N, d)
+        return Y
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, chunk: int = CHUNK) -> Tensor:
@@ -59,8 +62,10 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, chunk: int =
     else:
         N = q.shape[2]
         size = min(chunk, N)
-        q, k, v = (F.pad(t, (0, 0, 0, -N % size)).unflatten(2, (-1, size)) for t in (q, k, v))  # (B, h, c, size, .)
-        states = k.mT @ v
+        q, k, v = (
+            torch.unflatten(F.pad(t, (0, 0, 0, -N % size)), 2, (-1, size)) for t in (q, k, v)
+        )  # (B, h, c, size, .)
+        states = k.mT @ v  # (B, h, c, p, m + 1), the sum over each chunk
         before = states.cumsum(2) - states  # (B, h, c, p, m + 1), the sum over earlier chunks
         o = ((q @ k.mT).tril() @ v + q @ before).flatten(2, 3)[:, :, :N]
     return o[..., :-1] / o[..., -1:]

@@ -195,11 +195,14 @@ class Net(nn.Module):
 
     def embed(self, ids: Tensor) -> Tensor:
         """Ids (B, N) -> X, the input of the first block, (B, N, d); NetError where N > max_positions."""
+        X: Tensor
         if self.config.reads == "tokens":
-            X = self.encoder(ids)
+            X = self.encoder(ids)  # (B, N, d)
         else:  # grey scaled to [-1, 1]
             dtype = self.encoder.weight.dtype
-            X = self.encoder(ids[..., None].to(dtype) * (2 / (self.config.vocab_size - 1)) - 1)
+            X = self.encoder(
+                ids[..., None].to(dtype) * (2 / (self.config.vocab_size - 1)) - 1
+            )  # (B, N, 1) -> (B, N, d)
         if self.positions is None:
             return X
         N, longest = ids.shape[1], self.config.max_positions
@@ -221,12 +224,12 @@ class Net(nn.Module):
             raise NetError("a pooled net has one output a sequence: give no positions")
         X = self.embed(ids)
         for layer in self.layers:
-            X = layer(X)
+            X = layer(X)  # (B, N, d)
         if at is not None:
-            X = X.gather(1, at[..., None].expand(-1, -1, X.shape[-1]))
+            X = X.gather(1, at[..., None].expand(-1, -1, X.shape[-1]))  # (B, P, d)
         X = self.norm(X)
         if self.config.output == "pooled":
-            X = X.mean(1)
+            X = X.mean(1)  # (B, d)
         return F.linear(X, self.encoder.weight) if self.decoder is None else self.decoder(X)
 
     def lams(self) -> list[float]:

@@ -14,6 +14,7 @@ again, so that memory never holds the L * inner * state numbers of a sequence.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,12 +60,13 @@ class Mamba(nn.Module):
             self.dt_proj.bias.copy_(softplus_inverse_of_steps(inner))
 
     def forward(self, X: Tensor) -> Tensor:
-        x, gate = self.in_proj(X).chunk(2, -1)
+        x, gate = self.in_proj(X).chunk(2, -1)  # (B, N, inner) each
         x = differentiable(X.device.type).conv(x, self.conv1d.weight, self.conv1d.bias)
-        low, B, C = self.x_proj(x).split(self.sizes, -1)
-        dt = F.softplus(self.dt_proj(low))
+        low, B, C = self.x_proj(x).split(self.sizes, -1)  # (B, N, rank), (B, N, state) each
+        dt = F.softplus(self.dt_proj(low))  # (B, N, inner)
         y = selective_scan(x, dt, -self.A_log.exp(), B, C, self.D)
-        return self.out_proj(y * F.silu(gate))
+        Y: Tensor = self.out_proj(y * F.silu(gate))  # (B, N, d)
+        return Y
 
 
 def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
@@ -89,7 +91,8 @@ def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Te
             return kernel(x.mT, dt.mT, A, B.mT, C.mT, D).mT
         # whole pieces: a step of 0 with nothing to add leaves the state as it is
         steps, drive, B, C = (F.pad(t, (0, 0, 0, -L % PIECE)) for t in (dt, dt * x, B, C))
-        y: Tensor = _SelectiveScan.apply(drive, steps, A.mT.contiguous(), B, C)
+        scan: Callable[..., Tensor] = _SelectiveScan.apply
+        y = scan(drive, steps, A.mT.contiguous(), B, C)
         return y[:, :L] + D * x
 
 
@@ -105,11 +108,12 @@ def _tiles(drive: Tensor, A: Tensor) -> tuple[list[slice], list[slice]]:
 
 def _decay(steps: Tensor, A: Tensor) -> Tensor:
     """exp(steps A), (..., d) and (n, d) -> (..., n, d); through exp2, since torch's exp takes three times as long."""
-    return (steps[..., None, :] * (A * LOG2_E)).exp2_()
+    decay: Tensor = (steps[..., None, :] * (A * LOG2_E)).exp2_()
+    return decay
 
 
 def _pieces(t: Tensor) -> Tensor:  # (b, Q, ...) -> (b, c, PIECE, ...)
-    return t.unflatten(1, (-1, PIECE))
+    return torch.unflatten(t, 1, (-1, PIECE))
 
 
 def _states(drive: Tensor, steps: Tensor, A: Tensor, B: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,7 +167,7 @@ class _SelectiveScan(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         drive, steps, A, B, C, starts = ctx.saved_tensors
         rows, chunks = _tiles(drive, A)
         g_drive, g_steps, g_B, g_C = (torch.empty_like(t) for t in (drive, steps, B, C))

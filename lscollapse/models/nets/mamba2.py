@@ -25,7 +25,7 @@ class SSD(nn.Module):
         """x (b, L, inner), B, C (b, L, state), raw dt (b, L, heads) -> y (b, L, inner)."""
         scan = differentiable(x.device.type).scan
         with torch.autocast(x.device.type, enabled=False):
-            heads = x.unflatten(-1, (len(self.D), -1))
+            heads = torch.unflatten(x, -1, (len(self.D), -1))  # (b, L, heads, head_dim)
             return scan(heads, dt, -self.A_log.exp(), B[:, :, None], C[:, :, None], self.D, self.dt_bias).flatten(2)
 
 
@@ -47,11 +47,13 @@ class Mamba2(SSD):
         self.out_proj = nn.Linear(inner, d, bias=False)
 
     def forward(self, X: Tensor) -> Tensor:
-        gate, xBC, dt = self.in_proj(X).split(self.sizes, -1)
+        gate, xBC, dt = self.in_proj(X).split(self.sizes, -1)  # (B, N, inner), (B, N, inner + 2 state), (B, N, heads)
         kernels = differentiable(X.device.type)
         xBC = kernels.conv(xBC, self.conv1d.weight, self.conv1d.bias)
-        x, B, C = xBC.split((gate.shape[-1], self.state, self.state), -1)
-        return self.out_proj(kernels.gated_norm(self.scan(x, B, C, dt), gate, self.norm.weight, EPS))
+        x, B, C = torch.split(xBC, [gate.shape[-1], self.state, self.state], -1)
+        y = kernels.gated_norm(self.scan(x, B, C, dt), gate, self.norm.weight, EPS)  # (B, N, inner)
+        Y: Tensor = self.out_proj(y)  # (B, N, d)
+        return Y
 
 
 class BareSSD(SSD):
@@ -64,4 +66,5 @@ class BareSSD(SSD):
         self.out_proj = nn.Linear(d, d, bias=False)
 
     def forward(self, X: Tensor) -> Tensor:
-        return self.out_proj(self.scan(*self.in_proj(X).split(self.sizes, -1)))
+        Y: Tensor = self.out_proj(self.scan(*self.in_proj(X).split(self.sizes, -1)))  # (B, N, d)
+        return Y

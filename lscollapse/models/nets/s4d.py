@@ -67,7 +67,7 @@ class S4DConfig(Section):
 class S4DMixer(nn.Module):
     """GLU(W GELU(K * u + D u)): the diagonal state space, then a 1x1 convolution d -> 2d and its gate.
 
-    The gate of the GLU multiplies the mixer's output by a function of itself, not of the input; it is part of every arm.
+    The gate of the GLU multiplies the mixer's output by a function of itself, not of the input; all arms have it.
     """
 
     def __init__(self, d: int, n_pairs: int, dropout: float) -> None:
@@ -82,8 +82,8 @@ class S4DMixer(nn.Module):
         self.output = nn.Linear(d, 2 * d)
 
     def forward(self, u: Tensor) -> Tensor:  # (B, N, d) -> (B, N, d)
-        y = causal_convolution(u, self.kernel(u.shape[1])) + u * self.D
-        return F.glu(self.output(self.dropout(F.gelu(y))), dim=-1)
+        y = causal_convolution(u, self.kernel(u.shape[1])) + u * self.D  # (B, N, d)
+        return F.glu(self.output(self.dropout(F.gelu(y))), dim=-1)  # (B, N, 2 d) -> (B, N, d)
 
     def kernel(self, length: int) -> Tensor:
         """K[0..length-1] of every channel, (length, d), real; in float32 at least.
@@ -99,7 +99,7 @@ class S4DMixer(nn.Module):
         steps = torch.arange(t, device=C.device, dtype=real)
         fine = torch.exp(dtA[:, :, None] * steps)  # (d, n, t)
         coarse = torch.exp(dtA[:, :, None] * (steps * t))
-        weight = C * torch.expm1(dtA) / A
+        weight = C * torch.expm1(dtA) / A  # (d, n); expm1, since exp(dt A) - 1 would lose the digits of a small step
         K = 2 * ((weight[:, :, None] * coarse).mT @ fine).real  # (d, t, t)
         return K.flatten(1)[:, :length].T
 
@@ -109,8 +109,9 @@ def causal_convolution(u: Tensor, K: Tensor) -> Tensor:
     length = u.shape[1]
     real = torch.promote_types(u.dtype, torch.float32)
     rows = u.mT.to(real, memory_format=torch.contiguous_format)  # (B, d, N): transforms of neighbours in memory
-    spectrum = torch.fft.rfft(rows, 2 * length) * torch.fft.rfft(K.to(real).T, 2 * length)
-    return torch.fft.irfft(spectrum, 2 * length)[..., :length].mT.to(u.dtype)
+    spectrum = torch.fft.rfft(rows, 2 * length) * torch.fft.rfft(K.to(real).T, 2 * length)  # (B, d, N + 1)
+    y: Tensor = torch.fft.irfft(spectrum, 2 * length)[..., :length]  # (B, d, N)
+    return y.mT.to(u.dtype)
 
 
 class S4DBlock(nn.Module):
@@ -124,7 +125,8 @@ class S4DBlock(nn.Module):
         self.lam = config.lam
 
     def forward(self, X: Tensor) -> Tensor:  # (B, N, d) -> (B, N, d)
-        return self.norm(self.lam * X + self.dropout(self.mixer(X)))
+        Y: Tensor = self.norm(self.lam * X + self.dropout(self.mixer(X)))
+        return Y
 
 
 class S4D(nn.Module):
@@ -143,13 +145,15 @@ class S4D(nn.Module):
         places = base ** torch.arange(self.config.channels - 1, -1, -1, device=ids.device)
         values = ids[..., None] // places % base  # (B, N, channels)
         weight = self.encoder.weight
-        return self.encoder(values.to(weight.dtype) * (2 / (base - 1)) - 1)  # channels scaled to [-1, 1]
+        X: Tensor = self.encoder(values.to(weight.dtype) * (2 / (base - 1)) - 1)  # channels scaled to [-1, 1]
+        return X
 
-    def forward(self, ids: Tensor) -> Tensor:  # (B, N) -> (B, labels)
+    def forward(self, ids: Tensor) -> Tensor:
         X = self.embed(ids)
         for layer in self.layers:
-            X = layer(X)
-        return self.decoder(X.mean(1))
+            X = layer(X)  # (B, N, d)
+        scores: Tensor = self.decoder(X.mean(1))  # (B, labels)
+        return scores
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """For `training.fit`, as the S4 authors train: dt and A at a rate of at most 1e-3 and without weight decay."""

@@ -1,7 +1,7 @@
 """The residual stream of a pre-norm net carried as X * 2^exponent, with one exponent per excerpt.
 
-Its mixers see norm(X), which does not depend on the scale of X. So where lam*X would leave the range of the dtype, powers
-of two go from lam to the exponent: Y = (lam * 2^-t) X + 2^-(exponent + t) O stands for lam*X + O, exactly.
+Its mixers see norm(X), which does not depend on the scale of X. So where lam*X would leave the range of the dtype,
+powers of two go from lam to the exponent: Y = (lam * 2^-t) X + 2^-(exponent + t) O stands for lam*X + O, exactly.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# A stream whose largest entry would pass 2^HIGH is carried at 2^LOW, and one that has shrunk is raised to it as far as its
-# exponent goes: as high as a norm's gradient allows, which has the third power of 1/rms(X) in float32. A norm's eps is
-# negligible beside rows down to 2^-36 of the largest then, as it is beside their true size.
+# A stream whose largest entry would pass 2^HIGH is carried at 2^LOW, and one that has shrunk is raised to it as far as
+# its exponent goes: as high as a norm's gradient allows, which has the third power of 1/rms(X) in float32. A norm's
+# eps is negligible beside rows down to 2^-36 of the largest then, as it is beside their true size.
 HIGH, LOW = 42, 40
 STEEPEST = 100  # log2 of the largest number that X is multiplied with; 2^128 is too large for float32
 
@@ -73,7 +73,7 @@ class Carried:
 
 
 def lose_unsquarable(X: Tensor) -> Tensor:
-    """X (B, N, d), infinite where an excerpt's squares leave the range: a norm would make zeros of it without a word."""
+    """X (B, N, d), infinite where an excerpt's squares leave the range: a norm would make zeros of it unseen."""
     limit = math.sqrt(torch.finfo(torch.promote_types(X.dtype, torch.float32)).max / X.shape[-1])
     lost = X.detach().abs().amax((1, 2)) > limit
     return X.masked_fill(lost[:, None, None], math.inf) if lost.any() else X

@@ -1,7 +1,7 @@
 """Attention scores that leave the range of their dtype.
 
-torch's fused attention makes zeros of a row whose scores are infinite: without its norm a block then goes on with numbers
-that look fine and are wrong. While `scores_in_range` is open, such an excerpt becomes NaN.
+torch's fused attention makes zeros of a row whose scores are infinite: without its norm a block then goes on with
+numbers that look fine and are wrong. While `scores_in_range` is open, such an excerpt becomes NaN.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from torch.overrides import TorchFunctionMode
 class scores_in_range(TorchFunctionMode):
     """NaN for every excerpt of F.scaled_dot_product_attention in which a score may exceed the dtype of the query."""
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if func is not F.scaled_dot_product_attention:
@@ -32,4 +34,5 @@ class scores_in_range(TorchFunctionMode):
 
 def _longest(rows: Tensor) -> Tensor:
     """(B, heads, N, h) -> (B,): norm of the longest row, in float64."""
-    return torch.linalg.vector_norm(rows.detach(), dim=-1, dtype=torch.float64).flatten(1).amax(1)
+    norms: Tensor = torch.linalg.vector_norm(rows.detach(), dim=-1, dtype=torch.float64)  # (B, heads, N)
+    return norms.flatten(1).amax(1)

@@ -1,13 +1,13 @@
 """float64 that stays float64.
 
-transformers' modules ask for float32 inside, whatever the dtype of the model: norms, rotary angles, softmax, Mamba's scan. In a
-bfloat16 model that is a gain; in a float64 one it is float32 under another name. While `computing_in(torch.float64)` is open,
-every such request is answered with float64, whichever module makes it.
+transformers' modules ask for float32 inside, whatever the dtype of the model: norms, rotary angles, softmax, Mamba's
+scan. In a bfloat16 model that is a gain; in a float64 one it is float32 under another name. While
+`computing_in(torch.float64)` is open, every such request is answered with float64, whichever module makes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,14 +21,16 @@ WIDE = {
     torch.complex64: torch.complex128,
 }  # fmt: skip
 GROUPED = tuple(m.__dict__[name] for m, name in ((F, "grouped_mm"), (torch, "_grouped_mm")) if name in m.__dict__)
-CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
+NARROWING = (Tensor.float, Tensor.half, Tensor.bfloat16)
 
 
 class _Widened(TorchFunctionMode):
     """Whoever asks torch for a narrower float gets float64."""
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func in CASTS:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in NARROWING:
             return args[0].to(torch.float64)
         if func in GROUPED and args[0].dtype == torch.float64:
             return _grouped_product(*args, **(kwargs or {}))
@@ -52,18 +54,8 @@ def computing_in(dtype: torch.dtype | None) -> Iterator[None]:
         torch.set_default_dtype(default)
 
 
-def within(dtype: torch.dtype, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, called with `computing_in(dtype)` open."""
-
-    def called(*args: Any, **kwargs: Any) -> Any:
-        with computing_in(dtype):
-            return function(*args, **kwargs)
-
-    return called
-
-
 def _grouped_product(X: Tensor, W: Tensor, *, offs: Tensor, bias: None = None, out_dtype: Any = None) -> Tensor:
-    """torch's grouped_mm, which has no float64: rows offs[g-1]..offs[g] of X (M, n) times W[g] (n, k), for g = 0..G-1."""
+    """torch's grouped_mm, which has no float64: rows offs[g-1]..offs[g] of X (M, n) times W[g] (n, k)."""
     ends = offs.tolist()
     parts = [X[start:end] @ w for start, end, w in zip([0, *ends[:-1]], ends, W, strict=True)]
     return torch.cat([*parts, X.new_zeros(len(X) - ends[-1], W.shape[-1])])

@@ -249,3 +249,4 @@ def test_stock_client_in_a_process_of_its_own(repos, tmp_path):
     expected = hashlib.sha256(repos[ORIGINAL]["pytorch_model.bin"]).hexdigest()
     assert done.stdout.split() == [expected, expected]
     assert [*tmp_path.rglob("*.safetensors")] == []  # no second copy of the weights is written anywhere
+    assert not (tmp_path / "own").exists()

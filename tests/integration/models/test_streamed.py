@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from lscollapse.core import registry
 from lscollapse.core.config import Experiment
@@ -23,7 +22,7 @@ from lscollapse.experiments import paper as experiments
 from lscollapse.models.adapters.mamba2 import Mamba2Adapter
 from lscollapse.models.adapters.streamed import StreamedMamba2
 from lscollapse.models.checkpoints import checkpoint
-from lscollapse.models.checkpoints.tensors import CheckpointError
+from lscollapse.models.checkpoints.tensors import forget
 from lscollapse.runs import memory
 from tests.equivalence.layouts import N_LAYER, VOCAB, hf_state, original_state, write_hf, write_original
 
@@ -37,8 +36,8 @@ registry.ENTRIES["a-mamba2"] = registry.Entry("a-mamba2", "mamba2", "folder", fo
 """
 RUN = """
 from pathlib import Path
-from lscollapse.experiments import paper as experiments
 from lscollapse.core.config import Experiment
+from lscollapse.experiments import paper as experiments
 
 class Killed:
     def __init__(self, passes): self.left = passes
@@ -241,45 +240,47 @@ def test_too_little_memory(tmp_path: Path, folder: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_conversion_on_a_disk_that_fills_up(tmp_path: Path, folder: Path) -> None:
+def test_streaming_writes_no_weights(tmp_path: Path, folder: Path) -> None:
+    """Those of a zipped .bin stay where they are; the cache gets what was found of them, a number a layer."""
     original(folder, torch.float16)
-    said = refusal(cli(folder, tmp_path, limit=4096))
-    assert "could not be converted" in said and "File too large" in said
-    assert list((tmp_path / "cache" / "converted").iterdir()) == []
-    assert not (tmp_path / "run").exists()
+    before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in folder.iterdir()}
+    done = cli(folder, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in folder.iterdir()} == before
+    written = [file for file in (tmp_path / "cache").rglob("*") if file.is_file()]
+    assert {file.suffix for file in written} <= {".json"} and sum(file.stat().st_size for file in written) < 1000
 
 
-def test_conversion_is_refused_before_it_fills_the_disk(
-    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pickle_of_old_is_refused_before_anything_is_written(tmp_path: Path, folder: Path) -> None:
     original(folder, torch.float16)
-    needed = sum(tensor.nbytes for tensor in hf_state().values())
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
-    with pytest.raises(CheckpointError, match=f"it takes {needed:,} bytes and {needed - 1:,} are free") as caught:
-        checkpoint.open_layers(folder)
-    assert "\n" not in str(caught.value)
-    assert list((tmp_path / "cache" / "converted").iterdir()) == []
+    torch.save(original_state(), folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    said = refusal(cli(folder, tmp_path))
+    assert "is a pickle from before PyTorch 1.6" in said and "use --stream never" in said
+    assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("zipped", [True, False], ids=["mapped", "old format"])
-def test_converted_file_is_read_by_the_library(tmp_path: Path, zipped: bool) -> None:
-    """Weights of several dtypes, odd sizes, tied tensors: the bytes that were saved, as safetensors' own reader sees them."""
+@pytest.mark.parametrize("zipped", [True, False], ids=["bin", "safetensors"])
+def test_what_is_read_are_the_bytes_saved(tmp_path: Path, zipped: bool) -> None:
+    """Weights of several dtypes, odd sizes, tied and transposed tensors; before and after they are forgotten."""
     state = original_state()
     state["backbone.layers.0.mixer.A_log"] = state["backbone.layers.0.mixer.A_log"].float()
-    state["backbone.layers.1.norm.weight"] = state["backbone.layers.0.norm.weight"]
     state["backbone.layers.1.mixer.D"] = state["backbone.layers.1.mixer.D"].double()
-    write_original(tmp_path / "model", state)
-    torch.save(state, tmp_path / "model" / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
-    reader = checkpoint.open_layers(tmp_path / "model")
-    (file,) = (tmp_path / "cache" / "converted").iterdir()
-    found = load_file(file)
-    for name, tensor in state.items():
-        if name != "lm_head.weight":
-            ours = found[name.removeprefix("backbone.").replace("embedding.", "embeddings.")]
-            assert ours.dtype == tensor.dtype and torch.equal(ours, tensor), name
-            assert ours.data_ptr() % ours.itemsize == 0
-    assert torch.equal(reader.layer(1)["mixer.D"], state["backbone.layers.1.mixer.D"])
+    if zipped:
+        state["backbone.layers.1.norm.weight"] = state["backbone.layers.0.norm.weight"]
+        product = "backbone.layers.1.mixer.out_proj.weight"
+        state[product] = state[product].T.contiguous().T
+    folder = write_original(tmp_path / "model", state)
+    if not zipped:
+        (folder / "pytorch_model.bin").unlink()
+        save_file({name: tensor.clone() for name, tensor in state.items()}, folder / "model.safetensors")
+    reader = checkpoint.open_layers(folder)
+    for _ in range(2):
+        for name, tensor in state.items():
+            if name != "lm_head.weight":
+                ours = reader.tensors[name.removeprefix("backbone.").replace("embedding.", "embeddings.")]
+                assert ours.dtype == tensor.dtype and torch.equal(ours, tensor), name
+        assert torch.equal(reader.layer(1)["mixer.D"], state["backbone.layers.1.mixer.D"])
+        forget(reader.tensors)
 
 
 def test_bounds_are_those_of_the_loaded_model(tmp_path: Path) -> None:
@@ -298,7 +299,7 @@ def test_bounds_are_those_of_the_loaded_model(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_peak_memory(tmp_path: Path, folder: Path) -> None:
-    """A checkpoint of 300 MB in the original layout, converted and measured, within 10 % of what is predicted."""
+    """A checkpoint of 300 MB in the original layout, measured within 10 % of what is predicted."""
     width, layers = 1024, 11
     inner, heads = 2 * width, 2 * width // 64
     channels = inner + 2 * 128

@@ -22,11 +22,11 @@ from lscollapse.experiments import paper as experiments
 from lscollapse.instrument import forward
 from lscollapse.instrument.surgery import Variant
 from lscollapse.models.adapters.mamba2 import Mamba2Adapter
-from lscollapse.models.adapters.streamed import StreamedMamba2
+from lscollapse.models.adapters.streamed import StreamedMamba2, Transfer
 from lscollapse.models.checkpoints import checkpoint
 from lscollapse.models.kernels import backends
-from lscollapse.models.kernels.cpu_block import Mamba2Shape, NativeBlock
 from lscollapse.models.kernels.gpu_block import GpuBlock
+from lscollapse.models.kernels.mamba2_block import Mamba2Block, Mamba2Shape
 from lscollapse.runs import devices, memory, processes, work
 from lscollapse.runs.loading import load_tasks
 from tests.equivalence import plain_models, tiny
@@ -120,8 +120,8 @@ class Cramped(Mamba2Adapter):
         self.room = room
         self.sizes: list[int] = []
 
-    def native_block(self, layer: int, dtype: torch.dtype) -> Any:
-        block = super().native_block(layer, dtype)
+    def own_block(self, layer: int, dtype: torch.dtype) -> Any:
+        block = super().own_block(layer, dtype)
 
         def call(X: Tensor, **variant: Any) -> Tensor:
             self.sizes.append(len(X))
@@ -190,7 +190,7 @@ def test_tiles_on_a_gpu() -> None:
 # --- weights that arrive while the layer before computes ------------------------------------------
 
 
-class Late:
+class Late(Transfer):
     """Tensors are NaN until the transfer is finished, as memory that a copy has not reached yet may be anything."""
 
     device = torch.device("cpu")
@@ -199,7 +199,7 @@ class Late:
         self.begun = self.finished = 0
         self.fail_at = 0
 
-    def begin(self, tensors: dict[str, Tensor], build: Callable[[dict[str, Tensor]], NativeBlock]) -> Any:
+    def begin(self, tensors: dict[str, Tensor], build: Callable[[dict[str, Tensor]], Mamba2Block]) -> Any:
         self.begun += 1
         if self.begun == self.fail_at:
             raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -209,7 +209,7 @@ class Late:
         for name in arriving:
             getattr(block, name).fill_(torch.nan)
 
-        def finish() -> NativeBlock:
+        def finish() -> Mamba2Block:
             self.finished += 1
             for name, tensor in arriving.items():
                 getattr(block, name).copy_(tensor)

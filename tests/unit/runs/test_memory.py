@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lscollapse.core import config
-from lscollapse.models.kernels.cpu_block import Mamba2Shape
+from lscollapse.models.kernels.mamba2_block import Mamba2Shape
 from lscollapse.runs import memory
 
 SHAPE_27B = Mamba2Shape(2560, 80, 64, 128)

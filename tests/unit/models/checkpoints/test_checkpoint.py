@@ -79,18 +79,16 @@ def test_config_with_a_byte_order_mark(tmp_path, start):
     assert f"{file} is not UTF-8 text (byte 16)" in _error(tmp_path)
 
 
-def test_sha256_is_that_of_the_file_and_the_conversion_is_made_once(tmp_path):
+def test_sha256_is_that_of_the_file_and_nothing_is_written(tmp_path):
     folder = write_original(tmp_path / "model")
     expected = hashlib.sha256((folder / "pytorch_model.bin").read_bytes()).hexdigest()
+    before = sorted((file, file.stat().st_mtime_ns) for file in tmp_path.rglob("*"))
     assert checkpoint.load(folder).info.sha256 == expected
-    (copy,) = (tmp_path / "cache" / "converted").iterdir()
-    assert copy.name == f"{expected}.safetensors"
-    made = copy.stat().st_mtime_ns
-    checkpoint.load(folder)
-    assert copy.stat().st_mtime_ns == made
+    assert checkpoint.open_layers(folder).info.sha256 == expected
+    assert sorted((file, file.stat().st_mtime_ns) for file in tmp_path.rglob("*")) == before
 
 
-def test_original_layout_in_safetensors_needs_no_conversion(tmp_path):
+def test_original_layout_in_safetensors(tmp_path):
     folder = write_original(tmp_path / "model")
     state = original_state()
     del state["lm_head.weight"]
@@ -155,8 +153,8 @@ def test_random_init_is_seeded_and_leaves_the_global_generator(tmp_path):
 def test_layer_reader(tmp_path):
     reader = checkpoint.open_layers(write_original(tmp_path))
     state = hf_state()
-    assert set(reader.globals()) == {"embeddings.weight", "norm_f.weight"}
-    assert torch.equal(reader.globals()["embeddings.weight"], state["backbone.embeddings.weight"])
+    assert {name for name in reader.tensors if not name.startswith("layers.")} == {"embeddings.weight", "norm_f.weight"}
+    assert torch.equal(reader.tensors["embeddings.weight"], state["backbone.embeddings.weight"])
     block = checkpoint.load(tmp_path).model.layers[1]
     assert set(reader.layer(1)) == set(block.state_dict())
     assert torch.equal(reader.layer(1)["mixer.in_proj.weight"], state["backbone.layers.1.mixer.in_proj.weight"])
@@ -294,10 +292,25 @@ def test_a_pickle_of_something_else(tmp_path):
     assert "not a state dict" in _error(write_original(tmp_path, {"model": original_state()}))
 
 
-def test_conversion_without_a_place(tmp_path, monkeypatch):
+def test_no_place_to_write_is_needed(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LSCOLLAPSE_CACHE", str(tmp_path / "file"))
-    assert "LSCOLLAPSE_CACHE chooses another place" in _error(write_original(tmp_path / "model"))
+    folder = write_original(tmp_path / "model")
+    loaded = checkpoint.load(folder).model.layers[1].mixer.D
+    assert torch.equal(checkpoint.open_layers(folder).layer(1)["mixer.D"].float(), loaded)
+
+
+def test_a_pickle_of_old_is_read_whole_or_not_at_all(tmp_path):
+    """From before PyTorch 1.6, when a .bin was no zip archive."""
+    folder = write_original(tmp_path / "model")
+    expected = output(checkpoint.load(folder).model)
+    torch.save(original_state(), folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert torch.equal(output(checkpoint.load(folder).model), expected)
+    with pytest.raises(
+        CheckpointError, match="read whole or not at all: use --stream never, or save its tensors"
+    ) as caught:
+        checkpoint.open_layers(folder)
+    assert "\n" not in str(caught.value)
 
 
 def test_revision_is_for_the_hub(tmp_path):

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 
 from lscollapse.models.kernels import ssd
 from lscollapse.models.kernels.backends import KernelError, Kernels, causal_conv, chunked_scan, gated_norm, resolve
-from lscollapse.models.kernels.cpu_block import BlockError
 from lscollapse.models.kernels.gpu_block import GpuBlock
-from lscollapse.models.kernels.verify import TOY, Check, passed, verify
+from lscollapse.models.kernels.mamba2_block import BlockError
+from lscollapse.models.kernels.verify import TOY, KernelCheck, passed, verify
 from tests.unit.models.kernels.test_cpu_block import SHAPES, plain_norm, plain_O, relative_error, stream, weights
 from tests.unit.models.kernels.test_ssd import DECAYS, SIZES, inputs, recurrence
 
@@ -28,7 +28,6 @@ def test_on_a_cpu_auto_is_the_native_code() -> None:
         found = resolve(kernels, "cpu")
         assert found.scan is ssd.scan and found.conv is ssd.conv
         assert (found.backend, found.device, found.triton, found.note) == ("torch native", "cpu", False, "")
-        assert found.versions == {"torch": torch.__version__}
         assert found.for_dtype(torch.float64) is found
 
 
@@ -194,7 +193,7 @@ def test_verify_on_a_cpu() -> None:
 
 
 def test_verify_needs_every_error_within_its_tolerance() -> None:
-    row = Check("scan", "one group", "torch native", 1e-7, 5e-6, 0.1, None)
+    row = KernelCheck("scan", "one group", "torch native", 1e-7, 5e-6, 0.1, None)
     assert passed([row]) and not passed([])
     for error in (6e-6, float("nan"), float("inf")):
-        assert not passed([row, Check("conv", "one group", "torch native", error, 5e-6, 0.1, None)])
+        assert not passed([row, KernelCheck("conv", "one group", "torch native", error, 5e-6, 0.1, None)])

@@ -1,4 +1,4 @@
-"""The native block against transformers' Mamba2Block, and its variants against a plain float64 block written here."""
+"""The block on CPU against transformers' Mamba2Block, and its variants against a plain float64 block written here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lscollapse.models.kernels.cpu_block import BlockError, Mamba2Shape, NativeBlock
+from lscollapse.models.kernels.cpu_block import CpuBlock
+from lscollapse.models.kernels.mamba2_block import BlockError, Mamba2Shape
 
 SHAPES = {
     "one group": Mamba2Shape(hidden=24, heads=6, head_dim=8, state=5, groups=1, eps=1e-5),
@@ -103,7 +104,7 @@ def test_unedited_block_is_transformers_block(name: str, N: int) -> None:
     X = stream(s, N=N).float()
     with torch.no_grad():
         expected = reference(X)
-    found = NativeBlock(tensors, s)(X)
+    found = CpuBlock(tensors, s)(X)
     assert found.dtype == torch.float32 and relative_error(found, expected) < 1e-5
 
 
@@ -118,18 +119,18 @@ def test_variants_are_the_plain_block(name: str, skip_site: str, norm_site: str 
     shift = lam if skip_site == "mixer" else 0.0
     O = plain_O(w, s, X, gating, norm_site not in ("both", "block"), norm_site not in ("both", "mixer"), shift)
     expected = (1.0 if skip_site == "mixer" else lam) * X + o_scale * O
-    found = NativeBlock(w, s, torch.float64)(X, lam=lam, o_scale=o_scale, **arm)
+    found = CpuBlock(w, s, torch.float64)(X, lam=lam, o_scale=o_scale, **arm)
     assert found.dtype == torch.float64 and relative_error(found, expected) < 1e-12
-    narrow = NativeBlock(w, s, torch.float32)(X, lam=lam, o_scale=o_scale, **arm)
+    narrow = CpuBlock(w, s, torch.float32)(X, lam=lam, o_scale=o_scale, **arm)
     assert narrow.dtype == torch.float32 and relative_error(narrow, expected) < 1e-5
     # bfloat16 has 8 bits: two products with rounded factors and results
-    coarse = NativeBlock(w, s, torch.bfloat16)(X, lam=lam, o_scale=o_scale, **arm)
+    coarse = CpuBlock(w, s, torch.bfloat16)(X, lam=lam, o_scale=o_scale, **arm)
     assert coarse.dtype == torch.float32 and relative_error(coarse, expected) < 0.05
 
 
 def test_lambda_zero_is_exactly_the_scaled_mixer_output() -> None:
     s = SHAPES["two groups"]
-    block, X = NativeBlock(weights(s), s, torch.float64), stream(s)
+    block, X = CpuBlock(weights(s), s, torch.float64), stream(s)
     O = block(X, lam=0.0)
     assert relative_error(O, plain_O(weights(s), s, X, True, True, True, 0.0)) < 1e-12
     assert torch.equal(block(X, lam=0.0, o_scale=0.5), 0.5 * O)
@@ -146,10 +147,10 @@ def test_skip_stands_in_the_place_of_lambda_on_the_residual_excerpt_by_excerpt(s
     shift, gating = (1.5, False) if skip_site == "mixer" else (0.0, True)
     expected = skip * X + scale * plain_O(w, s, X, gating, True, True, shift)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-        block = NativeBlock(w, s, dtype)
+        block = CpuBlock(w, s, dtype)
         found = block(X, lam=shift or lam, gating=gating, skip_site=skip_site, skip=skip, o_scale=scale)
         assert relative_error(found, expected) < tolerance
-    assert torch.isinf(NativeBlock(w, s, torch.float32)(X, lam=lam)).all()  # not carried, it leaves float32
+    assert torch.isinf(CpuBlock(w, s, torch.float32)(X, lam=lam)).all()  # not carried, it leaves float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -157,7 +158,7 @@ def test_skip_stands_in_the_place_of_lambda_on_the_residual_excerpt_by_excerpt(s
 def test_an_excerpt_gives_the_same_in_any_batch(dtype: torch.dtype, gating: bool) -> None:
     """Bit-identical by construction but for the two matrix products, of which only the rounding may differ."""
     s = Mamba2Shape(hidden=96, heads=6, head_dim=32, state=16)
-    block, X = NativeBlock(weights(s), s, dtype), stream(s, batch=7, N=19)
+    block, X = CpuBlock(weights(s), s, dtype), stream(s, batch=7, N=19)
     together = block(X, lam=0.5, gating=gating)
     bound = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1e-2}[dtype]
     for part in (slice(0, 1), slice(3, 4), slice(2, 6), slice(6, 7)):
@@ -166,7 +167,7 @@ def test_an_excerpt_gives_the_same_in_any_batch(dtype: torch.dtype, gating: bool
 
 def test_an_excerpt_that_overflows_leaves_the_others_alone() -> None:
     s = SHAPES["one group"]
-    block, X = NativeBlock(weights(s), s), stream(s).float()
+    block, X = CpuBlock(weights(s), s), stream(s).float()
     clean = block(X, lam=1.0, layernorm=False)
     X[1] = torch.inf
     found = block(X, lam=1.0, layernorm=False)
@@ -176,7 +177,7 @@ def test_an_excerpt_that_overflows_leaves_the_others_alone() -> None:
 def test_norm_is_right_where_squares_overflow() -> None:
     """norm(1e25 X) = norm(X) although 1e50 is no float32."""
     s = SHAPES["two groups"]
-    block, X = NativeBlock(weights(s), s), stream(s).float()
+    block, X = CpuBlock(weights(s), s), stream(s).float()
     assert relative_error(block(1e25 * X, lam=0.0), block(X, lam=0.0)) < 1e-4
 
 
@@ -184,14 +185,14 @@ def test_what_is_wrong_is_named() -> None:
     s = SHAPES["one group"]
     w, X = weights(s), stream(s)
     with pytest.raises(BlockError, match=r"no tensor 'mixer.D'"):
-        NativeBlock({name: t for name, t in w.items() if name != "mixer.D"}, s)
+        CpuBlock({name: t for name, t in w.items() if name != "mixer.D"}, s)
     with pytest.raises(BlockError, match=r"unknown tensor 'mixer.E'"):
-        NativeBlock(w | {"mixer.E": X}, s)
+        CpuBlock(w | {"mixer.E": X}, s)
     with pytest.raises(BlockError, match=r"mixer.D has shape \(5,\), expected \(6,\)"):
-        NativeBlock(w | {"mixer.D": torch.zeros(5)}, s)
+        CpuBlock(w | {"mixer.D": torch.zeros(5)}, s)
     with pytest.raises(BlockError, match="float16"):
-        NativeBlock(w, s, torch.float16)
-    block = NativeBlock(w, s)
+        CpuBlock(w, s, torch.float16)
+    block = CpuBlock(w, s)
     with pytest.raises(BlockError, match="skip_site 'gate'"):
         block(X, skip_site="gate")
     with pytest.raises(BlockError, match="norm_site 'none'"):
@@ -203,6 +204,6 @@ def test_what_is_wrong_is_named() -> None:
 def test_workers_leave_the_thread_setting_of_others_alone() -> None:
     s = SHAPES["one group"]
     before = torch.get_num_threads()
-    NativeBlock(weights(s), s)(stream(s))
+    CpuBlock(weights(s), s)(stream(s))
     with ThreadPoolExecutor(1) as pool:
         assert (torch.get_num_threads(), pool.submit(torch.get_num_threads).result()) == (before, before)
