@@ -49,99 +49,50 @@ class Entry:
 def _mamba2(size: str, d_model: int, n_layer: int, n_parameters: int, revision: str = "main") -> Entry:
     """Mamba-2 as released (Dao and Gu, 2024)."""
     config = {
-        "d_model": d_model,
-        "d_intermediate": 0,
-        "n_layer": n_layer,
-        "vocab_size": 50288,
-        "ssm_cfg": {"layer": "Mamba2"},
-        "attn_layer_idx": [],
-        "rms_norm": True,
-        "residual_in_fp32": True,
-        "pad_vocab_size_multiple": 16,
+        "d_model": d_model, "d_intermediate": 0, "n_layer": n_layer, "vocab_size": 50288, "ssm_cfg": {"layer": "Mamba2"},
+        "attn_layer_idx": [], "rms_norm": True, "residual_in_fp32": True, "pad_vocab_size_multiple": 16,
         "tie_embeddings": True,
-    }
-    return Entry(
-        name=f"mamba2-{size}",
-        architecture="mamba2",
-        source="hub",
-        location=f"state-spaces/mamba2-{size}",
-        revision=revision,
-        n_parameters=n_parameters,
-        config=config,
-    )
+    }  # fmt: skip
+    repository = f"state-spaces/mamba2-{size}"
+    return Entry(f"mamba2-{size}", "mamba2", "hub", repository, revision, n_parameters=n_parameters, config=config)
 
 
-def _albert(size: str, version: str, n_parameters: int, revision: str = "main") -> Entry:
+def _albert(size: str, n_parameters: int, revision: str = "main") -> Entry:
     """ALBERT, one shared layer (Lan et al., 2020)."""
-    return Entry(
-        name=f"albert-{size}-{version}",
-        architecture="albert",
-        source="hub",
-        location=f"albert/albert-{size}-{version}",
-        revision=revision,
-        n_parameters=n_parameters,
-    )
+    return Entry(f"albert-{size}", "albert", "hub", f"albert/albert-{size}", revision, n_parameters=n_parameters)
 
-
-_ALBERT_SIZES = {
-    "base": 11_092_992,  # 12 layers, hidden 768
-    "large": 16_634_368,  # 24 layers, hidden 1024
-    "xlarge": 54_528_512,  # 24 layers, hidden 2048
-    "xxlarge": 205_814_272,  # 12 layers, hidden 4096
-}
-_ALBERT_REVISIONS = {("base", "v2"): "8e2f239c5f8a2c0f253781ca60135db913e5c80c"}
 
 _ALL = (
-    Entry(  # Mamba-2 with the BERT vocabulary, trained by scripts/train_tiny_mamba2.py on Wikipedia summaries
-        name="mamba2-tiny",
-        architecture="mamba2",
-        source="package",
-        location="lscollapse",
-        n_parameters=9_547_712,
-    ),
-    Entry(  # S4D, 32 layers, hidden 128, trained by scripts/train_s4d.py on 8x8 digits, not on CIFAR-10
-        name="s4d-digits",
-        architecture="s4d",
-        source="package",
-        location="lscollapse",
-        text="images",
-        n_parameters=1_598_986,
-    ),
-    Entry(  # BERT, 6 layers, hidden 384: all-MiniLM-L6-v2
-        name="minilm-l6",
-        architecture="bert",
-        source="package",
-        location=assets.MINILM,
-        revision="0.1.0",
-        n_parameters=22_565_376,
-    ),
-    Entry(  # ALBERT, 12 layers, hidden 256, trained on chemical reactions (SMILES), not English: rxnmapper
-        name="albert-smiles",
-        architecture="albert",
-        source="package",
-        location=assets.SMILES_WEIGHTS.package,
-        revision="0.4.3",
-        text="smiles",
-        n_parameters=701_824,
-    ),
+    # Mamba-2 with the BERT vocabulary, trained by scripts/train_tiny_mamba2.py on Wikipedia summaries
+    Entry("mamba2-tiny", "mamba2", "package", "lscollapse", n_parameters=9_547_712),
+    # S4D, 32 layers, hidden 128, trained by scripts/train_s4d.py on 8x8 digits, not on CIFAR-10
+    Entry("s4d-digits", "s4d", "package", "lscollapse", text="images", n_parameters=1_598_986),
+    # BERT, 6 layers, hidden 384: all-MiniLM-L6-v2
+    Entry("minilm-l6", "bert", "package", assets.MINILM, "0.1.0", n_parameters=22_565_376),
+    # ALBERT, 12 layers, hidden 256, trained on chemical reactions (SMILES), not English: rxnmapper
+    Entry("albert-smiles", "albert", "package", assets.SMILES_WEIGHTS.package, "0.4.3", "smiles", 701_824),
     _mamba2("130m", 768, 24, 128_989_632),
     _mamba2("370m", 1024, 48, 368_346_624),
     _mamba2("780m", 1536, 48, 780_161_280),
     _mamba2("1.3b", 2048, 48, 1_343_757_312),
     _mamba2("2.7b", 2560, 64, 2_702_599_680, "99b226cc377d131cccc610ed4346db564f381f1e"),
-    *(
-        _albert(size, version, _ALBERT_SIZES[size], _ALBERT_REVISIONS.get((size, version), "main"))
-        for version in ("v1", "v2")
-        for size in _ALBERT_SIZES
-    ),
-    Entry(  # BERT, 12 layers, hidden 768 (Devlin et al., 2019)
-        name="bert-base-uncased",
-        architecture="bert",
-        source="hub",
-        location="google-bert/bert-base-uncased",
-        revision="86b5e0934494bd15c9632b12f734a8a67f723594",
+    _albert("base-v1", 11_092_992),  # 12 layers, hidden 768
+    _albert("large-v1", 16_634_368),  # 24 layers, hidden 1024
+    _albert("xlarge-v1", 54_528_512),  # 24 layers, hidden 2048
+    _albert("xxlarge-v1", 205_814_272),  # 12 layers, hidden 4096
+    _albert("base-v2", 11_092_992, "8e2f239c5f8a2c0f253781ca60135db913e5c80c"),
+    _albert("large-v2", 16_634_368),
+    _albert("xlarge-v2", 54_528_512),
+    _albert("xxlarge-v2", 205_814_272),
+    # BERT, 12 layers, hidden 768 (Devlin et al., 2019)
+    Entry(
+        "bert-base-uncased",
+        "bert",
+        "hub",
+        "google-bert/bert-base-uncased",
+        "86b5e0934494bd15c9632b12f734a8a67f723594",
         n_parameters=108_891_648,
-    ),
+    ),  # fmt: skip
 )
 ENTRIES: dict[str, Entry] = {entry.name: entry for entry in _ALL}
 ALIASES = {"s4d": "s4d-digits"}

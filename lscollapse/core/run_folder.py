@@ -16,13 +16,12 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from lscollapse.core.files import PARTIAL, changes, write_json, write_parquet, write_text
 from lscollapse.core.table import COLUMNS, ORDER
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 NETS = "nets"  # that were trained for the run lie there before it begins
 RECORDED_PACKAGES = (
@@ -94,8 +93,6 @@ class RunFolder:
 
     def finish(self, items: list[str], facts: dict[str, Any]) -> pd.DataFrame:
         """Join the items' rows into rows.parquet and rows.csv and complete the manifest with `facts`."""
-        import pandas as pd
-
         rows = pd.concat([pd.read_parquet(self.parts / f"{item}.parquet") for item in items], ignore_index=True)
         rows = rows.sort_values(list(self.order), kind="stable", key=_rank).reset_index(drop=True)
         rows = rows[list(self.columns)]
@@ -123,8 +120,6 @@ def _rank(column: pd.Series) -> pd.Series:
 
 def read_rows(path: Path) -> pd.DataFrame:
     """The table of a finished run folder."""
-    import pandas as pd
-
     file = path / "rows.parquet"
     if not file.is_file():
         raise RunFolderError(f"{path} has no rows.parquet: give the folder of a finished run")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -31,7 +30,6 @@ class Examples:
 
     def batch(self, rows: slice | np.ndarray, device: str) -> tuple[Tensor, Tensor, Tensor | None]:
         """ids, labels and at of some rows as int64 on the device."""
-        import torch
 
         def take(values: np.ndarray) -> Tensor:
             return torch.from_numpy(values[rows].astype(np.int64)).to(device)

@@ -11,19 +11,19 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch import Tensor
 
 from lscollapse.core.files import first_line
 from lscollapse.core.table import PIXELS
 from lscollapse.data.corpus import Corpus, Excerpt
 from lscollapse.data.examples import Split
 from lscollapse.data.texts import CorpusError
-
-if TYPE_CHECKING:
-    from PIL import Image
-    from torch import Tensor
 
 DIGITS_SOURCE = "handwritten digits (scikit-learn load_digits)"
 HELD_OUT = 360  # of the 1,797 digits
@@ -161,8 +161,6 @@ def corpus_of(source: str, names: Sequence[str], read: Callable[[int], np.ndarra
 
 def digits(split: str) -> Images:
     """scikit-learn's 8x8 grey digits of 17 levels; 1,437 train and 360 test images, divided once and for all."""
-    from sklearn.datasets import load_digits
-
     data = load_digits()
     chosen = _division(len(data.target), HELD_OUT, split)
     names = tuple(f"digit {i}" for i in chosen)
@@ -182,8 +180,6 @@ def cropped(ids: Tensor, seed: Any) -> Tensor:
 
     What nets are trained with on CIFAR-10: a random crop after padding by 4, and a random flip. The seed decides.
     """
-    import torch
-
     side = math.isqrt(ids.shape[1])
     rng = np.random.default_rng(seed)
     up, left = rng.integers(-SHIFT, SHIFT + 1, (2, len(ids), 1))
@@ -249,8 +245,6 @@ def _decoded(rows: Any, split: str) -> Iterator[tuple[np.ndarray, int, str]]:
 
 def _pictures(folder: Path, split: str) -> Iterator[tuple[np.ndarray, int, str]]:
     """Every picture at SIDE x SIDE; of a folder without train/ and test/ a fifth is held out."""
-    from PIL import Image
-
     names = sorted(pictures_in(folder))
     divided = (folder / "train").is_dir() and (folder / "test").is_dir()
     kinds = {name: "/".join(name.parts[divided:-1]) for name in names}
@@ -275,8 +269,6 @@ def open_picture(file: Path) -> Image.Image:
     Raises:
         CorpusError: it cannot be read.
     """
-    from PIL import Image
-
     try:
         with Image.open(file) as picture:
             return picture.convert("RGB")

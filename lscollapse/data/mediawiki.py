@@ -8,13 +8,12 @@ from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import httpx
 
 from lscollapse.core.files import first_line, write_text
 from lscollapse.data.texts import CorpusError
-
-if TYPE_CHECKING:
-    import httpx
 
 LONGEST_WAIT = 300  # seconds; a server that asks for more is not waited for
 PARTS = 50  # continuations followed for one article
@@ -32,8 +31,6 @@ class Transport:
     """
 
     def __init__(self, endpoint: str | None, cache: Cache) -> None:
-        import httpx
-
         self.endpoint, self.cache = endpoint, cache
         self.problem = self.retrieved = ""
         self.inner = httpx.Client(timeout=TIMEOUT, follow_redirects=True)
@@ -43,8 +40,6 @@ class Transport:
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         """The answer to one request of the client; a complete JSON answer, or a failure to be retried."""
-        import httpx
-
         url = httpx.URL(self.endpoint, params=request.url.params) if self.endpoint else request.url
         keep = "titles" in url.params  # what the wiki chooses itself (random titles) is another thing every time
         cached = self.cache.get(str(url)) if keep else None
@@ -76,8 +71,6 @@ class Transport:
 
     def _get(self, url: httpx.URL, agent: str) -> dict[str, Any]:
         """One GET: the JSON object that came back, if it is an answer and no error."""
-        import httpx
-
         try:
             response = self.inner.get(url, headers={"User-Agent": agent})
         except httpx.TransportError as error:

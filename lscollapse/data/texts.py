@@ -11,6 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from lscollapse.core import assets
 from lscollapse.core.config import CC_BY_SA
 from lscollapse.core.files import first_line, read_text
@@ -105,7 +107,6 @@ def parquet_stream(path: Path | None, seed: int, language: str = "en") -> Iterat
         CorpusError: the hub or the file cannot be read, or a column is missing.
     """
     import datasets
-    import httpx
 
     name = str(path) if path else f"wikimedia/wikipedia {DUMP}.{language}"
     revision, licence = ("", "") if path else (f"{DUMP}.{language}", DUMP_LICENCE)

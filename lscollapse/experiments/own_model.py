@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import pandas as pd
 
 from lscollapse.core.config import Experiment
 from lscollapse.core.progress import SILENT, Progress
 from lscollapse.data.corpus import is_frozen
 from lscollapse.experiments.paper import sweep_variants
 from lscollapse.runs.run import run
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 def measure_own(config: Experiment, out: Path, progress: Progress = SILENT) -> pd.DataFrame:

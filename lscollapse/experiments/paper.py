@@ -5,21 +5,18 @@ from __future__ import annotations
 import itertools
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import pandas as pd
 
 from lscollapse.core import registry
 from lscollapse.core.config import ConfigError, Experiment
 from lscollapse.core.files import read_text
 from lscollapse.core.progress import SILENT, Progress
+from lscollapse.instrument.identity import LayerDifference, differences
 from lscollapse.instrument.surgery import Variant, without_gate
+from lscollapse.models.adapters.adapter import Adapter
 from lscollapse.runs.loading import load_tasks
 from lscollapse.runs.run import run
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from lscollapse.instrument.identity import LayerDifference
-    from lscollapse.models.adapters.adapter import Adapter
 
 
 def sweep_lambda(config: Experiment, out: Path, progress: Progress = SILENT) -> pd.DataFrame:
@@ -99,8 +96,6 @@ def with_gated_models(config: Experiment) -> Experiment:
 
 def check_identity(config: Experiment, progress: Progress = SILENT) -> list[LayerDifference]:
     """How far the instrumented model (lambda = 1) is from the untouched one, layer by layer, for every model."""
-    from lscollapse.instrument.identity import differences
-
     subjects = load_tasks(config, lambda adapter, config: [Variant()], progress)
     return [difference for subject in subjects for difference in differences(subject.adapter, subject.ids)]
 
@@ -112,8 +107,6 @@ def _needs_gate(adapter: Adapter) -> None:
 
 def read_lambdas(file: Path, n_layers: int) -> tuple[float, ...]:
     """Per-layer lambdas from a CSV with columns layer,lam and one line for each layer 1..K."""
-    import pandas as pd
-
     try:
         table = pd.read_csv(StringIO(read_text(file, ConfigError))).sort_values("layer")
         layers, lams = table["layer"].tolist(), table["lam"].astype(float).tolist()

@@ -6,8 +6,9 @@ import hashlib
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
 from safetensors.torch import save_file
 
@@ -17,16 +18,12 @@ from lscollapse.core.progress import SILENT, Progress
 from lscollapse.data import images
 from lscollapse.data.examples import Data, Examples
 from lscollapse.instrument.surgery import Variant
+from lscollapse.models.adapters.adapter import Adapter
 from lscollapse.models.nets.s4d import S4D, S4DConfig
 from lscollapse.runs import processes
 from lscollapse.runs.devices import device, training_workers
 from lscollapse.runs.run import run
 from lscollapse.runs.training import LOG, STATE, Diverged, Outcome, Settings, evaluate, fit
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from lscollapse.models.adapters.adapter import Adapter
 
 ARMS = tuple(itertools.product((1.0, 0.0), (True, False)))  # lam, layernorm
 KEPT_WHOLE = ("log_dt", "A_imag")  # float32 in a checkpoint: in half precision their product, a phase, would be off
@@ -38,8 +35,6 @@ def ablate_s4d(config: Experiment, out: Path, progress: Progress = SILENT) -> pd
     `config.retrain` says how they are trained. An arm whose training diverged is left out, and named. The nets are in
     `out`/nets, where a training that was killed continues, with their accuracies in arms.csv.
     """
-    import pandas as pd
-
     training, nets = config.retrain, out / "nets"
     name = f"s4d-{Path(training.data).name}-retrained"
     arms = [ArmToTrain(training, lam, norm, nets / _arm_name(lam, norm) / name, device(config)) for lam, norm in ARMS]

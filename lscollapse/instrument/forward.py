@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -15,9 +16,6 @@ from lscollapse.instrument.stream import Engines, Stream
 from lscollapse.instrument.surgery import Variant
 from lscollapse.models.adapt import adapt
 from lscollapse.models.adapters.adapter import Adapter
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 LOG10_2 = float(np.log10(2.0))
 
@@ -149,8 +147,6 @@ class Table:
             self.columns.setdefault(key, []).extend(column)
 
     def frame(self) -> pd.DataFrame:
-        import pandas as pd
-
         return pd.DataFrame(self.columns).astype({"gating": "boolean", "lam": "float64", "bound": "float64"})
 
 

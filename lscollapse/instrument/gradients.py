@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -22,9 +23,6 @@ from lscollapse.instrument.stream import Stream
 from lscollapse.instrument.surgery import Variant, check
 from lscollapse.models.adapt import adapt
 from lscollapse.models.adapters.adapter import Adapter, Head, Scores, UnsupportedModel
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 class State(NamedTuple):

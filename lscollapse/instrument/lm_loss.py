@@ -17,9 +17,10 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,9 +34,6 @@ from lscollapse.models.adapters.heads import missing
 from lscollapse.models.checkpoints.tensors import forget
 from lscollapse.models.numerics.carried import HIGH
 from lscollapse.models.numerics.widened import computing_in
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 MASKED = 0.15  # share of the tokens that an encoder has to fill in
 BLOCK = 4096  # vocabulary entries that are scored at a time

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import pandas as pd
 
 from lscollapse.core.files import changes
 from lscollapse.core.run_folder import RunFolderError, read_manifest, read_rows
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 ARM = ["model", "init", "arm", "lam"]
 CELL = ["name", "measure", "layer"]  # name: the arm in words
@@ -177,8 +177,6 @@ def _moments(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _differences(a: pd.DataFrame, b: pd.DataFrame, paired: set[str]) -> pd.DataFrame:
     """The largest difference of every arm and measure; see Comparison.differences."""
-    import numpy as np
-
     cells = _moments(a).merge(_moments(b), on=CELL, suffixes=("_a", "_b"))
     cells = cells[(cells["n_a"] > 0) & (cells["n_b"] > 0)]
     both = a.merge(b, on=[*CELL, "excerpt"], suffixes=("_a", "_b"))

@@ -17,18 +17,16 @@ want of anything to lose: read the verdict beside the accuracy.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, variance
-from typing import TYPE_CHECKING
+
+import pandas as pd
+from scipy.stats import t
 
 from lscollapse.core.files import write_text
 from lscollapse.reports.verdict import AGREE, DISAGREE
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    import pandas as pd
 
 LEVEL = 0.05
 NO_WORSE, WORSE, UNDECIDED = "no worse", "worse", "undecided"
@@ -69,8 +67,6 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     Accuracies are in percent. `lr` is the learning rate that validation chose; `validation` its mean validation accuracy;
     `paper` the paper's figure (it trained once: no spread), of its own task and sizes.
     """
-    import pandas as pd
-
     test = rows[rows["measure"] == "test_accuracy"]
     validation = rows[rows["measure"] == "validation_accuracy"].groupby(["task", "mixer", "lam", "lr"])["value"].mean()
     seen = validation.to_dict()
@@ -92,8 +88,6 @@ def welch_bounds(pairs: Sequence[Pair], level: float) -> tuple[float, float]:
 
     Welch's t with the degrees of freedom of Welch and Satterthwaite; infinite with fewer than two values in an arm.
     """
-    from scipy.stats import t
-
     arms = [arm for pair in pairs for arm in pair]
     if min(map(len, arms)) < 2:
         return -math.inf, math.inf
@@ -209,8 +203,6 @@ def latex(rows: pd.DataFrame) -> str:
 
 def write(rows: pd.DataFrame, margin: float, folder: Path) -> list[Path]:
     """table1.md, .tex and .csv, and table1-test.csv with every comparison, into `folder`."""
-    import pandas as pd
-
     folder.mkdir(parents=True, exist_ok=True)
     test = pd.DataFrame([asdict(each) for each in contrasts(rows, margin)])
     texts = {

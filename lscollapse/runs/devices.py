@@ -6,6 +6,8 @@ import os
 from functools import cache
 from pathlib import Path
 
+import torch
+
 from lscollapse.core.config import Compute, ConfigError, Experiment, parse_memory
 
 THREADED_WIDTH = 1024  # narrower models run on one thread: faster there, and the same bits whatever the number of cores
@@ -14,16 +16,12 @@ GPU_SHARE = 0.8  # of the free device memory that is planned with
 
 def set_threads(width: int) -> None:
     """Let torch use one thread for a model of this hidden size, or all that this process has."""
-    import torch
-
     threads = _all_threads()  # asked before it is changed
     torch.set_num_threads(1 if width < THREADED_WIDTH else threads)
 
 
 @cache
 def _all_threads() -> int:
-    import torch
-
     return torch.get_num_threads()
 
 
@@ -33,8 +31,6 @@ def device(config: Compute) -> str:
     Raises:
         ConfigError: an unknown device, or one that is not there.
     """
-    import torch
-
     cuda = torch.cuda.is_available()
     if config.device == "auto":
         return "cuda" if cuda else "cpu"
@@ -52,8 +48,6 @@ def worker_devices(config: Experiment) -> list[str]:
     Raises:
         ConfigError: more workers than GPUs.
     """
-    import torch
-
     on = device(config)
     gpus = [f"cuda:{k}" for k in range(torch.cuda.device_count())] if on == "cuda" else [on]
     wanted = config.workers or len(gpus)
@@ -71,8 +65,6 @@ def training_workers(config: Compute) -> int:
 
 def allowed_memory(config: Experiment) -> int:
     """Bytes that a process may plan with: on CPU its part of --max-memory, on a GPU what is free of the device's own."""
-    import torch
-
     on = device(config)
     if on == "cpu":
         return parse_memory(config.max_memory) // (config.workers or 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lscollapse.core import registry
 from lscollapse.core.config import Experiment
@@ -13,11 +13,12 @@ from lscollapse.data.corpus import SOURCES, Corpus, draw_excerpts, is_frozen
 from lscollapse.data.images import image_excerpts
 from lscollapse.data.pictures import picture_excerpts
 from lscollapse.data.texts import CorpusError
-
-if TYPE_CHECKING:
-    from lscollapse.data.tokenizers import Tokenizer
-    from lscollapse.models.adapters.adapter import Adapter
-    from lscollapse.models.checkpoints.checkpoint import ModelInfo
+from lscollapse.data.tokenizers import Tokenizer
+from lscollapse.models.adapters.adapter import Adapter
+from lscollapse.models.adapters.vit import VitAdapter
+from lscollapse.models.checkpoints.checkpoint import ModelInfo
+from lscollapse.models.checkpoints.refusals import some_of, zero_rows
+from lscollapse.models.checkpoints.tensors import CheckpointError
 
 PROVENANCE = {
     "title": "titles", "page_id": "page_ids", "revision": "revisions", "url": "urls", "licence": "licences",
@@ -47,8 +48,6 @@ def excerpts_for(info: ModelInfo, adapter: Adapter, config: Experiment, progress
 
 
 def _drawn(info: ModelInfo, adapter: Adapter, config: Experiment, progress: Progress) -> Corpus:
-    from lscollapse.models.adapters.vit import VitAdapter
-
     if info.architecture == "s4d":
         source = adapter.config.data if config.source in SOURCES else config.source
         return image_excerpts(source, adapter.config, config.excerpts, config.seed)
@@ -104,9 +103,6 @@ def _check_ids(info: ModelInfo, adapter: Adapter, corpus: Corpus) -> None:
     Raises:
         CorpusError, CheckpointError: one line each.
     """
-    from lscollapse.models.checkpoints.refusals import some_of, zero_rows
-    from lscollapse.models.checkpoints.tensors import CheckpointError
-
     ids = set().union(*(excerpt.ids for excerpt in corpus.excerpts))
     name = corpus.excerpts[0].tokenizer
     if max(ids) >= adapter.vocabulary:

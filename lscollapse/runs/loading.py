@@ -6,24 +6,29 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from lscollapse.core.config import ConfigError, Experiment
 from lscollapse.core.progress import Progress
+from lscollapse.data.corpus import Corpus
+from lscollapse.instrument import early_exit
+from lscollapse.instrument.forward import checked_ids
 from lscollapse.instrument.surgery import Variant, check
+from lscollapse.models.adapt import adapt
+from lscollapse.models.adapters.adapter import Adapter
+from lscollapse.models.adapters.heads import missing
+from lscollapse.models.adapters.mamba2 import Mamba2Adapter
+from lscollapse.models.adapters.streamed import StreamedMamba2, Upload
+from lscollapse.models.checkpoints import checkpoint
+from lscollapse.models.checkpoints.checkpoint import ModelInfo
+from lscollapse.models.kernels.backends import resolve
 from lscollapse.runs.devices import device, set_threads
 from lscollapse.runs.excerpts import excerpts_for
 from lscollapse.runs.memory import MemoryPlanError, Plan, is_streamed, plan_run
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from lscollapse.data.corpus import Corpus
-    from lscollapse.models.adapters.adapter import Adapter
-    from lscollapse.models.checkpoints.checkpoint import ModelInfo
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,6 @@ class Task:
     @property
     def compute_dtype(self) -> torch.dtype | None:
         """What every arm computes in; None: each its own default (see forward.measure)."""
-        import torch
-
         return None if self.dtype == "auto" else getattr(torch, self.dtype)
 
     @property
@@ -87,10 +90,6 @@ Variants = Callable[["Adapter", Experiment], list[Variant]]
 
 def load_tasks(config: Experiment, variants: Variants, progress: Progress) -> Iterator[LoadedTask]:
     """Every model of `config`, trained and, if asked for, freshly initialised, with its excerpts and variants."""
-    from lscollapse.instrument import early_exit
-    from lscollapse.instrument.forward import checked_ids
-    from lscollapse.models.adapters.heads import missing
-
     inits = ("trained", "random") if config.random_init else ("trained",)
     scored = not needs_head(config)
     unscored: dict[str, str] = {}  # why, by model
@@ -116,8 +115,6 @@ def load_tasks(config: Experiment, variants: Variants, progress: Progress) -> It
 
 def _try(adapter: Adapter, tokens: Tensor) -> None:
     """Embed one excerpt, so that what cannot be measured is refused before anything is written."""
-    import torch
-
     try:
         with torch.no_grad():
             adapter.embed(tokens)
@@ -132,11 +129,6 @@ def needs_head(config: Experiment) -> bool:
 
 def load_adapter(name: str, init: str, config: Experiment, progress: Progress) -> tuple[Adapter, ModelInfo]:
     """A model on the configured device with its kernels chosen; streamed where its weights do not fit there."""
-    import torch
-
-    from lscollapse.models.adapt import adapt
-    from lscollapse.models.adapters.streamed import StreamedMamba2, Upload
-    from lscollapse.models.checkpoints import checkpoint
 
     where, on = _where(config), device(config)
     if on.startswith("cuda:"):
@@ -184,9 +176,6 @@ def _attach_head(adapter: Adapter, name: str, init: str, config: Experiment) -> 
 
 
 def _choose_kernels(adapter: Adapter, config: Experiment, progress: Progress) -> None:
-    from lscollapse.models.adapters.mamba2 import Mamba2Adapter
-    from lscollapse.models.kernels.backends import resolve
-
     if isinstance(adapter, Mamba2Adapter):
         adapter.kernels = resolve(config.kernels, adapter.device)
         if adapter.kernels.note:

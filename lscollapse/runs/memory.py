@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
+
+import torch
 
 from lscollapse.core.config import Experiment
 from lscollapse.core.progress import Progress
+from lscollapse.data.corpus import Corpus
+from lscollapse.instrument.surgery import Variant
+from lscollapse.models.adapters.adapter import Adapter
+from lscollapse.models.adapters.mamba2 import Mamba2Adapter
+from lscollapse.models.adapters.streamed import StreamedMamba2
+from lscollapse.models.checkpoints.checkpoint import ModelInfo
 from lscollapse.models.kernels.mamba2_block import Mamba2Shape
 from lscollapse.runs.devices import allowed_memory, worker_devices
-
-if TYPE_CHECKING:
-    from lscollapse.data.corpus import Corpus
-    from lscollapse.instrument.surgery import Variant
-    from lscollapse.models.adapters.adapter import Adapter
-    from lscollapse.models.checkpoints.checkpoint import ModelInfo
 
 T = TypeVar("T")
 
@@ -62,9 +65,6 @@ def plan_run(
     Raises:
         MemoryPlanError: as `plan_streamed`.
     """
-    from lscollapse.models.adapters.mamba2 import Mamba2Adapter
-    from lscollapse.models.adapters.streamed import StreamedMamba2
-
     itemsize = bytes_of_a_weight(config)
     if config.dtype == "auto" and any(arm.removes_block_norm for arm in arms):
         itemsize += 8  # those arms compute in float64, beside the float32 ones
@@ -151,8 +151,6 @@ def in_halves(tile: Callable[[range, range], T], excerpts: range, variants: rang
     Raises:
         MemoryPlanError: one excerpt of one variant is too much.
     """
-    import torch
-
     try:
         return [tile(excerpts, variants)]
     except torch.OutOfMemoryError:
@@ -173,9 +171,6 @@ def in_halves(tile: Callable[[range, range], T], excerpts: range, variants: rang
 
 def release() -> None:
     """Give GPU memory that nothing uses back, so that other processes and larger blocks can have it."""
-    import gc
-
-    import torch
 
     if torch.cuda.is_available():
         gc.collect()

@@ -13,9 +13,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from lscollapse.core import registry
+import httpx
+
+from lscollapse.core import hub, registry
 from lscollapse.core.config import Experiment
 from lscollapse.core.registry import Entry
+from lscollapse.models.checkpoints import checkpoint, mamba_ssm
+from lscollapse.models.kernels.mamba2_block import Mamba2Shape
 from lscollapse.runs.devices import allowed_memory, available_memory, device
 from lscollapse.runs.memory import BASE, MemoryPlanError, bytes_of_a_weight, is_streamed, plan_streamed
 
@@ -57,8 +61,6 @@ def model_findings(config: Experiment) -> Iterator[Finding]:
 
 def asked(url: str, query: dict[str, str], headers: dict[str, str]) -> str:
     """Nothing where an HTTP server answers without complaint, else what happened."""
-    import httpx
-
     try:
         answer = httpx.get(url, params=query, headers=headers, timeout=TIMEOUT, follow_redirects=True)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -76,8 +78,6 @@ def _stored(entry: Entry, config: Experiment, fault: str, needs: dict[Path, int]
         HubError: the hub has no such model, or does not give it.
     """
     from huggingface_hub import constants
-
-    from lscollapse.core import hub
 
     if entry.source != "hub":
         return EMBEDDED if entry.embedded else FOLDER, ""
@@ -104,8 +104,6 @@ def _fits(name: str, entry: Entry, config: Experiment, offline: bool, here: bool
         AssetError: an embedded file is missing.
         CheckpointError: config.json cannot be read, or the weights are not there or not those that it describes.
     """
-    from lscollapse.models.checkpoints import checkpoint
-
     where: Any = {"revision": config.revision, "cache_dir": config.cache_dir, "offline": offline or here}
     architecture, n_parameters = (checkpoint.inspect if here else checkpoint.describe)(name, **where)
     on, limit, streamed = device(config), allowed_memory(config), is_streamed(architecture, n_parameters, config)
@@ -132,9 +130,6 @@ def _peak(entry: Entry, config: Experiment, limit: int) -> int:
     Raises:
         MemoryPlanError: `--max-memory` is less than one layer and one excerpt take.
     """
-    from lscollapse.models.checkpoints import mamba_ssm
-    from lscollapse.models.kernels.mamba2_block import Mamba2Shape
-
     if entry.config is None:
         return limit
     c = mamba_ssm.read_config(entry.config, entry.name)

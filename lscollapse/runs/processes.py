@@ -10,14 +10,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
+
+import pandas as pd
+import torch
 
 from lscollapse.core import allocation
 from lscollapse.core.config import Experiment
 from lscollapse.runs.work import Item, WorkerError, rows_here, worker_for
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -72,16 +72,12 @@ def measure_on(
 
 
 def _start(free: Any, n_workers: int) -> None:
-    import torch
-
     begin(max(1, torch.get_num_threads() // n_workers))
     worker_for(free.get())
 
 
 def begin(threads: int) -> None:
     """What a new process does first: end with the one that started it, keep freed memory, compute with `threads`."""
-    import torch
-
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the process that started this one tells the user
     threading.Thread(target=_end_with_parent, daemon=True).start()
     allocation.keep_freed_memory()

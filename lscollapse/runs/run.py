@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import pandas as pd
 
 from lscollapse.core.config import Experiment
 from lscollapse.core.progress import Progress
@@ -14,9 +15,6 @@ from lscollapse.runs.excerpts import record
 from lscollapse.runs.loading import Variants, load_tasks
 from lscollapse.runs.memory import release
 from lscollapse.runs.work import Item, items, measure_item
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 # Settings that do not decide the rows. What `wikipedia` led to is in the tasks' identities; the rest of it, a contact and
 # perhaps a private endpoint, is nobody's business.

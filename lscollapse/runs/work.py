@@ -8,20 +8,22 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from lscollapse.core import allocation
 from lscollapse.core.config import Experiment
 from lscollapse.core.progress import SILENT, Progress
 from lscollapse.core.table import COLUMNS
+from lscollapse.instrument.forward import measure
+from lscollapse.instrument.gradients import grad_norm
+from lscollapse.instrument.lm_loss import lm_loss
+from lscollapse.instrument.stream import Stream
+from lscollapse.models.adapters.adapter import Adapter
 from lscollapse.runs.devices import set_threads
 from lscollapse.runs.loading import Task, load_adapter, needs_head
 from lscollapse.runs.memory import in_halves
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from lscollapse.models.adapters.adapter import Adapter
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,6 @@ def measure_item(item: Item, adapter: Adapter, config: Experiment, progress: Pro
     Raises:
         MemoryPlanError: the device has no room for one excerpt of one variant.
     """
-    import pandas as pd
 
     def tile(excerpts: range, variants: range) -> pd.DataFrame:
         return _measure(item, excerpts, variants, adapter, config, progress)
@@ -71,13 +72,6 @@ def measure_item(item: Item, adapter: Adapter, config: Experiment, progress: Pro
 def _measure(
     item: Item, excerpts: range, variants: range, adapter: Adapter, config: Experiment, progress: Progress
 ) -> pd.DataFrame:
-    import pandas as pd
-
-    from lscollapse.instrument.forward import measure
-    from lscollapse.instrument.gradients import grad_norm
-    from lscollapse.instrument.lm_loss import lm_loss
-    from lscollapse.instrument.stream import Stream
-
     task, info = item.task, item.task.info
     set_threads(task.width)
     ids, arms = task.ids[excerpts.start : excerpts.stop], task.variants[variants.start : variants.stop]

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+
+import pandas as pd
+from rich.table import Table
 
 from lscollapse.cli.terminal.printing import lambda_word, model_word, plain_console, plain_table
 from lscollapse.core.table import reads_pixels
 from lscollapse.models.adapters.generic import BACKEND
 from lscollapse.reports.figures.wording import describe
 from lscollapse.reports.verdict import ArmCurves, arms, verdict
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from rich.table import Table
 
 
 def show(rows: pd.DataFrame, own_tokens: bool) -> None:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+import pandas as pd
 from rich.console import Console
 
 from lscollapse.cli.terminal.printing import lambda_word, model_word, plain_console, plain_table
 from lscollapse.reports.claims.sentences import judge, judge_readings
 from lscollapse.reports.verdict import AGREE, DISAGREE, NOT_MEASURED
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 def last_layer_table(rows: pd.DataFrame) -> None:

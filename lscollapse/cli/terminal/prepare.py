@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
@@ -10,12 +10,8 @@ from rich.table import Table
 
 from lscollapse.cli.terminal.printing import plain_table
 from lscollapse.core.registry import ENTRIES
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from lscollapse.instrument.identity import LayerDifference
-    from lscollapse.models.kernels.verify import KernelCheck
+from lscollapse.instrument.identity import LayerDifference
+from lscollapse.models.kernels.verify import KernelCheck
 
 
 def identity_table(differences: list[LayerDifference], tolerance: float = 1e-5) -> bool:

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+
+import pandas as pd
+from rich.console import Console
 
 from lscollapse.cli.terminal.printing import plain_console, plain_table
+from lscollapse.reports.compare import Comparison
 from lscollapse.reports.verdict import AGREE, DISAGREE, NOT_MEASURED
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    import pandas as pd
-    from rich.console import Console
-
-    from lscollapse.reports.compare import Comparison
-    from lscollapse.runs.model_checks import Finding
+from lscollapse.runs.model_checks import Finding
 
 VERDICTS = (AGREE, DISAGREE, NOT_MEASURED)
 WIDEST_VERDICT = max(map(len, VERDICTS))

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from rich.console import Console
 
 from lscollapse.cli.terminal.printing import plain_console, plain_table
-from lscollapse.theory.stretches import in_words
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from lscollapse.theory.checking import Verdict
-    from lscollapse.theory.stretches import Found, Report
+from lscollapse.theory.checking import Verdict
+from lscollapse.theory.stretches import Found, Report, in_words
 
 NAMES = {"relative_mu": "relative mu", "rank1_residual": "rank-1 residual"}
 CONSTANTS = {

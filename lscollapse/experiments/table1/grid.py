@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
+
+import pandas as pd
 
 from lscollapse.core.config import Compute, ConfigError
 from lscollapse.core.files import atomic, write_json, write_text
@@ -23,9 +25,6 @@ from lscollapse.experiments.table1.schema import Table1
 from lscollapse.runs import processes
 from lscollapse.runs.devices import training_workers
 from lscollapse.runs.training import STATE, Diverged
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 COLUMNS = (
     "task", "data", "mixer", "lam", "lr", "seed", "dtype", "when", "layer", "excerpt", "measure", "value", "status",
@@ -138,8 +137,6 @@ def choose(folder: RunFolder, every: list[Cell]) -> list[Cell]:
     A rate at which a net of some seed diverged is not chosen; an arm without any other has no test accuracy. Of equal
     rates the lowest is chosen.
     """
-    import pandas as pd
-
     rows = pd.concat([pd.read_parquet(folder.parts / f"{cell.key}.parquet") for cell in every])
     accuracy = rows[rows["measure"] == "validation_accuracy"]
     means = accuracy.groupby([*ARM, "lr"])["value"].apply(lambda values: values.mean(skipna=False)).dropna()
@@ -149,8 +146,6 @@ def choose(folder: RunFolder, every: list[Cell]) -> list[Cell]:
 
 def frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """The rows of one work item."""
-    import pandas as pd
-
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"layer": "Int64", "excerpt": "Int64"})
 
 

@@ -11,13 +11,12 @@ import torch
 from lscollapse.models.checkpoints import mamba_ssm
 from lscollapse.models.checkpoints.located import Located
 from lscollapse.models.checkpoints.tensors import CheckpointError
+from lscollapse.models.nets.s4d import S4D, S4DConfig
 
 
 def classes() -> dict[str, tuple[Any, Any, dict[str, Any]]]:
     """model_type -> (config class, base model class, arguments that leave out its pooler)."""
     from transformers import AlbertConfig, AlbertModel, BertConfig, BertModel, Mamba2Config, Mamba2Model
-
-    from lscollapse.models.nets.s4d import S4D, S4DConfig
 
     return {
         "mamba2": (Mamba2Config, Mamba2Model, {}),

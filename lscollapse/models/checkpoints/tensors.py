@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lscollapse.core.files import first_line, read_text, sha256_file
@@ -104,8 +105,6 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file is cut off, damaged, or holds anything but tensors.
     """
-    from safetensors.torch import load_file
-
     try:
         if file.suffix == ".safetensors":
             return load_file(file)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+
+import pandas as pd
 
 from lscollapse.core.table import reads_pixels
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 class NotMeasured(Exception):

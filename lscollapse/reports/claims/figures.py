@@ -6,14 +6,13 @@ A predicate returns whether it holds and the numbers, and raises NotMeasured whe
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+import pandas as pd
 
 from lscollapse.core.table import COLLAPSED, RISE
 from lscollapse.reports.claims.curves import Curves, NotMeasured
 from lscollapse.theory.theorem41 import lambda_star
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 # |lambda| counts as small up to SMALL; a lambda is much lower than a bound when it is at most the share MUCH of it.
 SMALL, MUCH = 0.5, 0.1

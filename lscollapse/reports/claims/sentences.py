@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import pandas as pd
 
 from lscollapse.core.run_folder import RunFolderError, read_manifest, read_rows
 from lscollapse.reports.claims import table1 as on_table1
@@ -17,9 +18,6 @@ from lscollapse.reports.claims import theory as on_theory
 from lscollapse.reports.claims.curves import Curves, NotMeasured
 from lscollapse.reports.claims.figures import CLAIMS
 from lscollapse.reports.verdict import AGREE, DISAGREE, NOT_MEASURED, Finding
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 COLUMNS = ("run", "reading", "claim", "sentence", "model", "verdict", "numbers")
 NEEDS_GATE = ("figure 1", "figure 3")
@@ -49,8 +47,6 @@ def judge_readings(rows: pd.DataFrame) -> pd.DataFrame:
 
     Of a reading (skip_site, norm_site), the arms with LayerNorm are those of its skip_site, whatever norm_site they carry.
     """
-    import pandas as pd
-
     found = []
     without = rows[~rows["layernorm"].astype(bool)]
     for skip_site, norm_site in dict.fromkeys(zip(without["skip_site"], without["norm_site"], strict=True)):
@@ -75,8 +71,6 @@ def judged(runs: Sequence[Path], theory: bool = False) -> pd.DataFrame:
     Raises:
         RunFolderError: a folder that holds none of these.
     """
-    import pandas as pd
-
     found = [(str(run), reading, finding) for run in runs for reading, finding in findings(run)]
     found += [("", "", finding) for finding in (on_theory.statements_now() if theory else ())]
     spoken, order = {finding.claim for _, _, finding in found}, catalogue()
@@ -97,8 +91,6 @@ def catalogue() -> dict[str, tuple[str, str]]:
 
 def sentences() -> pd.DataFrame:
     """The catalogue as a table: columns claim, sentence, threshold."""
-    import pandas as pd
-
     lines = [(name, *words) for name, words in catalogue().items()]
     return pd.DataFrame(lines, columns=["claim", "sentence", "threshold"])
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+
+import pandas as pd
 
 from lscollapse.core.table import MARGIN
 from lscollapse.reports.table1 import ALL, MIXERS, TASKS, contrasts, verdicts
 from lscollapse.reports.verdict import AGREE, DISAGREE, NOT_MEASURED, Finding
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 SENTENCES = {  # name -> (sentence, threshold)
     "table 1a": (

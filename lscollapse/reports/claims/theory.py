@@ -13,9 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lscollapse.core.run_folder import RunFolderError
 from lscollapse.reports.claims.figures import CLAIMS, MUCH
 from lscollapse.reports.verdict import AGREE, DISAGREE, NOT_MEASURED, Finding
+from lscollapse.theory import verify
+from lscollapse.theory.arrays import mu
 
 VERIFY, BOUNDS, CHANNELS = "verify.json", "bounds.csv", "channels.csv"
 PRINTED = {"holds": AGREE, "fails": DISAGREE, "void": NOT_MEASURED, "existence only": NOT_MEASURED}
@@ -58,8 +62,6 @@ def verified(folder: Path) -> Iterator[Finding]:
 
 def statements_now() -> Iterator[Finding]:
     """The same, put to the test now with the instances of `theory verify`."""
-    from lscollapse.theory import verify
-
     yield from statements([vars(verdict) for verdict in verify.run()])
 
 
@@ -132,9 +134,6 @@ def adversarial_input() -> Finding:
     M = [[1, 0], [2, 1]] is that of Proposition 4.3.1, so M^-K = [[1, 0], [-2K, 1]] exactly. The same input exists for
     every M with a non-zero diagonal. It is one for that depth: a deeper net tears the rows apart again.
     """
-    import numpy as np
-
-    from lscollapse.theory.arrays import mu
 
     M = np.array([[1.0, 0.0], [2.0, 1.0]])
     first = np.array([[1.0], [1.0 - 2.0 * DEPTH]])

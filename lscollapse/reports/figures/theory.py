@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import textwrap
-from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,10 +12,8 @@ from matplotlib.figure import Figure
 
 from lscollapse.reports.figures.style import PAGE, PALETTE, SMALL, canvas, styled, title
 from lscollapse.reports.figures.wording import NAMES, SIGNS, number
-
-if TYPE_CHECKING:
-    from lscollapse.theory.examples import ExamplesTable
-    from lscollapse.theory.stretches import Line, Report
+from lscollapse.theory.examples import ExamplesTable
+from lscollapse.theory.stretches import Line, Report
 
 SYSTEMS = {"sys1": "Sys-1 (LTI SSM)", "sys2": "Sys-2 (selective SSM)"}
 LABEL = 56  # characters of a line of the legend

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
@@ -14,10 +14,8 @@ from lscollapse.reports import table1 as table1_report
 from lscollapse.reports.claims.sentences import catalogue, judged
 from lscollapse.reports.figures import wording
 from lscollapse.reports.figures.points import groups_of, summarise
+from lscollapse.reports.page.folders import Bounds, Run
 from lscollapse.reports.verdict import DISAGREE, VERDICTS
-
-if TYPE_CHECKING:
-    from lscollapse.reports.page.folders import Bounds, Run
 
 PRIVATE = ("contact", "cache_dir")  # settings that say who ran it and where, not what
 MANY = 5  # names that are counted, not listed

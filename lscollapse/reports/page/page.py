@@ -12,8 +12,11 @@ from collections.abc import Sequence
 from importlib import metadata, resources
 from pathlib import Path
 
+import jinja2
+
 from lscollapse.core.files import write_text
 from lscollapse.core.run_folder import read_manifest, read_rows
+from lscollapse.reports.page import facts, plots
 from lscollapse.reports.page.folders import ReportError, Run, named, read_bounds
 
 SCRIPTS = ("scales.js", "plot.js", "page.js")
@@ -42,9 +45,6 @@ def write(runs: Sequence[Path], out: Path) -> Path:
 
 def page(folders: Sequence[Path]) -> str:
     """The page as text; arguments and errors as `write`."""
-    import jinja2
-
-    from lscollapse.reports.page import facts, plots
 
     names = named(folders)
     finished = {path: name for path, name in names.items() if (path / "manifest.json").exists()}

@@ -12,7 +12,7 @@ import colorsys
 import math
 import zlib
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,9 +22,7 @@ from lscollapse.reports.figures import wording
 from lscollapse.reports.figures.points import KEYS, NEEDED, STATUSES, groups_of, numbers, summarise
 from lscollapse.reports.figures.style import PALETTE, lambda_colour
 from lscollapse.reports.figures.theory import CURVES
-
-if TYPE_CHECKING:
-    from lscollapse.reports.page.folders import Bounds, Run
+from lscollapse.reports.page.folders import Bounds, Run
 
 ARM = ("model", "init", "arm", "gating", "layernorm", "skip_site", "norm_site")  # one curve over lambda
 SWEPT = 3  # lambdas from which an arm is a sweep
