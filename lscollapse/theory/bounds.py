@@ -68,6 +68,15 @@ def attention_layernorm(Ms: ArrayLike, phi0: float, r: int = 1) -> Array:
     return _contraction([overlap(B) for B in products], phi0, Ms.shape[1])
 
 
+def attention_layernorm_a_priori(N: int, K: int, r: int, C: float, d_qk: int, phi0: float) -> float:
+    """Theorem A.2's own form: sqrt(N (1 - phi0)) (1 - eps^(2r))^(floor(K/r)/2), eps = exp(-2 C^2 / sqrt(d_qk)) / N.
+
+    C bounds the spectral norms of W_Q and W_K, so that eps is the least weight that attention can give a token.
+    """
+    eps = np.exp(-2 * C**2 / np.sqrt(d_qk)) / N
+    return float(_contraction(np.full(K // r, eps ** (2 * r)), phi0, N)[-1])
+
+
 def printed_theorem43(N: int, c: float, lam_min: float, alpha: float, K: int) -> float:
     """Theorem 4.3 as printed, sqrt(N) (1 - c^2 lam_min^2 alpha^(2N))^K: fails. For reproduction only."""
     return float(np.sqrt(N) * (1.0 - c**2 * lam_min**2 * alpha ** (2 * N)) ** K)

@@ -206,9 +206,14 @@ def test_a_priori_form_of_theorem_a2_is_weaker_than_the_measured_one(seed, N, d,
     for _ in range(K):
         Ms.append(softmax(Y @ W_Q @ W_K.T @ Y.T / np.sqrt(d), axis=1))
         Y = layer(Y, Ms[-1], 0.0)
-    eps = np.exp(-2 * C**2 / np.sqrt(d)) / N  # no weight of attention is smaller
-    a_priori = np.sqrt(N * (1 - phi0)) * (1 - eps**2) ** (K / 2)
+    a_priori = bounds.attention_layernorm_a_priori(N, K, 1, C, d, phi0)
     assert bounds.attention_layernorm(Ms, phi0)[-1] <= a_priori * (1 + 1e-9)
+
+
+def test_a_priori_form_of_theorem_a2_by_hand():
+    eps = np.exp(-2 * 0.5**2 / 2) / 3
+    expected = np.sqrt(3 * 0.9) * (1 - eps**4) ** (3 / 2)  # K = 7 layers are three blocks of r = 2
+    assert bounds.attention_layernorm_a_priori(3, 7, 2, 0.5, 4, 0.1) == pytest.approx(expected)
 
 
 def test_theorem_42_by_hand():
