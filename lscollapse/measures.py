@@ -13,9 +13,8 @@ A layer output that holds NaN or infinity gives NaN; `status` says which it was.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from functools import cache
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -23,35 +22,10 @@ from scipy.linalg.lapack import dsyevr
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
-MEASURES = ("mu", "relative_mu", "rank1_residual", "stable_rank", "mean_cosine", "dong_residual")
-STATUSES = ("ok", "below_floor", "overflow", "nan")
-
-# Measures that a finite precision cannot tell from zero below its floor.
-VANISHING = ("mu", "relative_mu", "rank1_residual", "dong_residual")
-
 # Powers of two up to this, and one over them, are normal float64 numbers.
 LARGEST_POWER = 1022
 # Rows shorter than this, relative to the largest entry, get a scale of their own before they are squared.
 SHORT = 2.0**-500
-
-
-class Scaled(NamedTuple):
-    """A finite Y as unit * scale, where scale is a power of two: nothing is rounded on the way."""
-
-    unit: Tensor  # (..., N, d), float64, largest entry about 1 (2^-52 where Y is subnormal); NaN where Y is not finite
-    scale: Tensor  # (...)
-    largest: Tensor  # (..., N), the largest entry of each row of Y, in float64
-
-
-def _scaled(Y: Tensor) -> Scaled:
-    largest = Y.abs().amax(-1).to(torch.float64)  # (..., N, d) -> (..., N)
-    whole = largest.amax(-1)  # (..., N) -> (...), NaN where an entry is NaN
-    power = _exponent(whole)
-    unit = _times_two_to(Y, -power[..., None, None])
-    finite = torch.isfinite(whole)
-    if not finite.all():
-        unit = unit.masked_fill(~finite[..., None, None], math.nan)
-    return Scaled(unit, torch.ldexp(torch.ones_like(whole), power), largest)
 
 
 def _exponent(size: Tensor) -> Tensor:
@@ -78,6 +52,45 @@ def _centred(unit: Tensor) -> Tensor:
     return R
 
 
+class Shared:
+    """What the measures share of one Y, (..., N, d); each further pass over it is made once, when it is first asked for.
+
+    A finite Y is unit * scale, where scale is a power of two, so that nothing is rounded on the way.
+
+    Attributes:
+        unit: (..., N, d) in float64, largest entry about 1 (2^-52 where Y is subnormal); NaN where Y is not finite.
+        scale: (...).
+        largest: (..., N), the largest entry of each row of Y, in float64.
+    """
+
+    def __init__(self, Y: Tensor) -> None:
+        self.Y = Y
+        self.largest = Y.abs().amax(-1).to(torch.float64)  # (..., N, d) -> (..., N)
+        whole = self.largest.amax(-1)  # (..., N) -> (...), NaN where an entry is NaN
+        power = _exponent(whole)
+        self.unit = _times_two_to(Y, -power[..., None, None])
+        self.scale = torch.ldexp(torch.ones_like(whole), power)
+        finite = torch.isfinite(whole)
+        if not finite.all():
+            self.unit = self.unit.masked_fill(~finite[..., None, None], math.nan)
+
+    @cached_property
+    def R(self) -> Tensor:  # (..., N, d), Y minus its mean row
+        return _centred(self.unit)
+
+    @cached_property
+    def size(self) -> Tensor:  # (...), the norm of Y
+        return _norm(self.unit)
+
+    @cached_property
+    def centred(self) -> Tensor:  # (...), the norm of R
+        return _norm(self.R)
+
+    @cached_property
+    def rank1_residual(self) -> Tensor:  # (...)
+        return _divide(_norm(_deflated(self.unit)), self.size)
+
+
 def _divide(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(b > 0, a / b, torch.nan)
 
@@ -87,14 +100,12 @@ def mu(Y: Tensor) -> Tensor:
 
     Deviation: the text says "mean of columns"; the formula, and this function, subtract the mean row.
     """
-    scaled = _scaled(Y)
-    return _norm(_centred(scaled.unit)) * scaled.scale
+    return MEASURES["mu"](Shared(Y))
 
 
 def relative_mu(Y: Tensor) -> Tensor:
     """mu(Y) / ||Y||_F, in [0, 1]; 1 when the mean row is zero, NaN for Y = 0. What the paper's figures plot."""
-    unit = _scaled(Y).unit
-    return _divide(_norm(_centred(unit)), _norm(unit)).clamp(max=1.0)
+    return MEASURES["relative_mu"](Shared(Y))
 
 
 def rank1_residual(Y: Tensor) -> Tensor:
@@ -102,19 +113,17 @@ def rank1_residual(Y: Tensor) -> Tensor:
 
     Sees the collapse of rows to +u and -u that mu cannot. Never larger than relative mu.
     """
-    unit = _scaled(Y).unit
-    return _divide(_norm(_deflated(unit)), _norm(unit))
+    return Shared(Y).rank1_residual
 
 
 def stable_rank(Y: Tensor) -> Tensor:
     """||Y||_F^2 / sigma_1^2, from 1 to min(N, d)."""
-    residual = rank1_residual(Y)
-    return 1.0 / (1.0 - residual.square())
+    return MEASURES["stable_rank"](Shared(Y))
 
 
 def mean_cosine(Y: Tensor) -> Tensor:
     """Mean cosine between distinct rows, in [-1/(N-1), 1]. NaN when a row is zero or there is one row only."""
-    return _mean_cosine(Y, _scaled(Y))
+    return _mean_cosine(Shared(Y))
 
 
 def dong_residual(Y: Tensor) -> Tensor:
@@ -123,8 +132,7 @@ def dong_residual(Y: Tensor) -> Tensor:
     The residual of Dong et al. (2021, arXiv:2103.03404), whose minimiser over rank-1 matrices 1x^T is replaced by the
     mean row; it may therefore exceed 1 (never 2).
     """
-    unit = _scaled(Y).unit
-    return _divide(_norm_1_inf(_centred(unit)), _norm_1_inf(unit))
+    return MEASURES["dong_residual"](Shared(Y))
 
 
 def _norm_1_inf(A: Tensor) -> Tensor:
@@ -173,35 +181,37 @@ def _thread_pools() -> ThreadpoolController:
     return ThreadpoolController()
 
 
-def _mean_cosine(Y: Tensor, scaled: Scaled) -> Tensor:
+def _mean_cosine(shared: Shared) -> Tensor:
     """Of unit rows u_i: (||sum u_i||^2 - N) / (N (N - 1)), whatever the lengths of the rows of Y are."""
-    unit, n = scaled.unit, Y.shape[-2]
-    if (scaled.largest < scaled.scale[..., None] * SHORT).any():
-        unit = _times_two_to(Y, -_exponent(scaled.largest)[..., None])
-    lengths = torch.linalg.vector_norm(unit, dim=-1)  # (..., N, d) -> (..., N)
-    total = (lengths.reciprocal()[..., None, :] @ unit).square().sum((-2, -1))
+    unit, n = shared.unit, shared.Y.shape[-2]
+    if (shared.largest < shared.scale[..., None] * SHORT).any():
+        unit = _times_two_to(shared.Y, -_exponent(shared.largest)[..., None])
+    lengths = torch.linalg.vector_norm(unit, dim=-1)  # (..., N)
+    total = (lengths.reciprocal()[..., None, :] @ unit).square().sum((-2, -1))  # (..., 1, d) -> (...)
     return _divide(total - n, torch.full_like(total, float(n * (n - 1)))).clamp(max=1.0)
+
+
+MEASURES: dict[str, Callable[[Shared], Tensor]] = {  # in the order of the table's rows
+    "mu": lambda shared: shared.centred * shared.scale,
+    "relative_mu": lambda shared: _divide(shared.centred, shared.size).clamp(max=1.0),
+    "rank1_residual": lambda shared: shared.rank1_residual,
+    "stable_rank": lambda shared: 1.0 / (1.0 - shared.rank1_residual.square()),
+    "mean_cosine": _mean_cosine,
+    "dong_residual": lambda shared: _divide(_norm_1_inf(shared.R), _norm_1_inf(shared.unit)),
+}
+# Those that a finite precision cannot tell from zero below its floor.
+VANISHING = ("mu", "relative_mu", "rank1_residual", "dong_residual")
 
 
 def measure_all(Y: Tensor) -> dict[str, Tensor]:
     """Every measure of MEASURES at once, {name: (...)}, sharing the passes over Y."""
-    scaled = _scaled(Y)
-    unit = scaled.unit
-    R = _centred(unit)
-    size, centred = _norm(unit), _norm(R)
-    residual = _divide(_norm(_deflated(unit)), size)
-    return {
-        "mu": centred * scaled.scale,
-        "relative_mu": _divide(centred, size).clamp(max=1.0),
-        "rank1_residual": residual,
-        "stable_rank": 1.0 / (1.0 - residual.square()),
-        "mean_cosine": _mean_cosine(Y, scaled),
-        "dong_residual": _divide(_norm_1_inf(R), _norm_1_inf(unit)),
-    }
+    shared = Shared(Y)
+    return {name: measure(shared) for name, measure in MEASURES.items()}
 
 
 def bounds(values: Mapping[str, np.ndarray], change: np.ndarray, n: int, d: int) -> dict[str, np.ndarray]:
-    """The most by which each measure of Y (n, d) can differ from that of Y + E, given ||E_i|| <= b ||Y_i|| for every row i.
+    """The most by which each measure of Y (n, d) can differ from that of Y + E, given ||E_i|| <= b ||Y_i|| for every row i;
+    infinite where that is not known.
 
     Args:
         values: the measures of Y, one array over excerpts each.
@@ -227,7 +237,7 @@ def bounds(values: Mapping[str, np.ndarray], change: np.ndarray, n: int, d: int)
         over = (spread + D**2 * (columns + rows - columns * rows)) / (shrunk * (np.sqrt((D**2 + spread) / shrunk) + D))
         under = (least + D**2 * (columns + rows + columns * rows)) / (grown * (np.sqrt((D**2 - least) / grown) + D))
         dong = np.where(columns < 1, np.minimum(np.fmax(over, under), 2.0), 2.0)
-        return {
+        known = {
             "mu": np.where(b < values["relative_mu"], -np.log1p(-b / values["relative_mu"]) / math.log(10), np.inf + b),
             "relative_mu": b,
             "rank1_residual": b,
@@ -235,6 +245,7 @@ def bounds(values: Mapping[str, np.ndarray], change: np.ndarray, n: int, d: int)
             "mean_cosine": 2 * b,
             "dong_residual": np.where(b > 0, dong, b),
         }
+    return {name: known.get(name, np.inf + b) for name in MEASURES}
 
 
 def floor(dtype: torch.dtype) -> float:

@@ -62,6 +62,7 @@ def _albert(size: str, n_parameters: int, revision: str = "main") -> Entry:
     return Entry(f"albert-{size}", "albert", "hub", f"albert/albert-{size}", revision, n_parameters=n_parameters)
 
 
+_BERT = "86b5e0934494bd15c9632b12f734a8a67f723594"  # of the hub repository
 _ALL = (
     # Mamba-2 with the BERT vocabulary, trained by scripts/train_tiny_mamba2.py on Wikipedia summaries
     Entry("mamba2-tiny", "mamba2", "package", "lscollapse", n_parameters=9_547_712),
@@ -85,14 +86,7 @@ _ALL = (
     _albert("xlarge-v2", 54_528_512),
     _albert("xxlarge-v2", 205_814_272),
     # BERT, 12 layers, hidden 768 (Devlin et al., 2019)
-    Entry(
-        "bert-base-uncased",
-        "bert",
-        "hub",
-        "google-bert/bert-base-uncased",
-        "86b5e0934494bd15c9632b12f734a8a67f723594",
-        n_parameters=108_891_648,
-    ),  # fmt: skip
+    Entry("bert-base-uncased", "bert", "hub", "google-bert/bert-base-uncased", _BERT, n_parameters=108_891_648),
 )
 ENTRIES: dict[str, Entry] = {entry.name: entry for entry in _ALL}
 ALIASES = {"s4d": "s4d-digits"}

@@ -93,7 +93,7 @@ def test_vector_with_unit_rows() -> None:
 
 def test_every_function_agrees_with_measure_all() -> None:
     together = measure_all(TV1)
-    assert tuple(together) == measures.MEASURES == tuple(FUNCTIONS)
+    assert tuple(together) == tuple(measures.MEASURES) == tuple(FUNCTIONS)
     for name, function in FUNCTIONS.items():
         assert torch.equal(function(TV1), together[name]), name
 
