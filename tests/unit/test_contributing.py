@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import re
 import sys
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 import lscollapse
-from lscollapse import Variant
+from lscollapse import Variant, measures
 from lscollapse.models import adapt
+from lscollapse.reports.figures import draw
 from tests import ROOT
 
 WIDTH, LAYERS, VOCABULARY = 8, 3, 20
+IDS = np.random.default_rng(0).integers(0, VOCABULARY, (2, 6))
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
@@ -30,9 +35,19 @@ def block_after(words: str) -> str:
 
 def entry_after(words: str) -> str:
     """The line of code, indented by four spaces, that the guide says is to be added, after some words of it."""
-    found = re.search(r"^    (\S.*)$", GUIDE.partition(words)[2], re.MULTILINE)
+    found = re.search(r"^    (\S.*),$", GUIDE.partition(words)[2], re.MULTILINE)
     assert found, words
     return found[1]
+
+
+def test_every_file_that_it_names_is_there() -> None:
+    named = set(re.findall(r"`((?:lscollapse|tests|models|reports)/[\w/]+\.py)`", GUIDE))
+    invented = {"models/adapters/NAME.py", "models/nets/NAME.py", "models/adapters/toy.py", "reports/figures/NAME.py",
+                "reports/figures/dong.py"}  # fmt: skip
+    assert invented < named
+    assert [
+        name for name in named - invented if not any((root / name).is_file() for root in (ROOT, ROOT / "lscollapse"))
+    ] == []
 
 
 # --- a model ---
@@ -99,22 +114,79 @@ def plain(model: ToyModel, ids: np.ndarray, lam: float) -> list[np.ndarray]:
     return outputs
 
 
-def test_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = "### A model"
-    toy = ModuleType("lscollapse.models.adapters.toy")
-    exec(block_after(words), toy.__dict__)
-    monkeypatch.setitem(sys.modules, toy.__name__, toy)
-    name, place = re.findall(r'"([^"]+)"', entry_after("one line of `ADAPTERS`"))
-    monkeypatch.setitem(adapt.ADAPTERS, name, place)
-
+@pytest.fixture
+def model() -> ToyModel:
     torch.manual_seed(0)
-    model = ToyModel(ToyConfig()).eval()
-    ids = np.random.default_rng(0).integers(0, VOCABULARY, (2, 6))
-    assert type(adapt.adapt(model)).__module__ == toy.__name__
-    rows = lscollapse.measure(model, ids, [Variant(), Variant(lam=-0.5), Variant(lam=3.0)], dtype=torch.float64)
+    return ToyModel(ToyConfig()).eval()
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The adapter of the guide, where a file of it would be; its module's name."""
+    module = ModuleType("lscollapse.models.adapters.toy")
+    exec(block_after("### A model"), module.__dict__)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    name, place = re.findall(r'"([^"]+)"', entry_after("one line of `ADAPTERS`, by"))
+    monkeypatch.setitem(adapt.ADAPTERS, name, place)
+    return module.__name__
+
+
+def test_the_model(model: ToyModel, toy: str) -> None:
+    assert type(adapt.adapt(model)).__module__ == toy
+    rows = lscollapse.measure(model, IDS, [Variant(), Variant(lam=-0.5), Variant(lam=3.0)], dtype=torch.float64)
     for number, lam in enumerate((1.0, -0.5, 3.0)):
-        found = rows[(rows["variant"] == number) & (rows["measure"] == "relative_mu")]
-        found = found.sort_values(["layer", "excerpt"])["value"].to_numpy().reshape(LAYERS + 1, -1)
-        for layer, Y in enumerate(plain(model, ids, lam)):
+        found = values(rows[rows["variant"] == number], "relative_mu")
+        for layer, Y in enumerate(plain(model, IDS, lam)):
             spread = np.linalg.norm(Y - Y.mean(1, keepdims=True), axis=(1, 2)) / np.linalg.norm(Y, axis=(1, 2))
             np.testing.assert_allclose(found[layer], spread, rtol=1e-12)
+
+
+def values(rows: pd.DataFrame, measure: str) -> np.ndarray:
+    """(layers + 1, excerpts)."""
+    part = rows[rows["measure"] == measure].sort_values(["layer", "excerpt"])
+    return part["value"].to_numpy().reshape(LAYERS + 1, -1)
+
+
+# --- a measure ---
+
+
+def test_the_measure(model: ToyModel, toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    function: dict[str, Any] = {}
+    exec(block_after("### A measure"), measures.__dict__, function)
+    entry = eval(f"{{{entry_after('one entry of `MEASURES`, of')}}}", measures.__dict__)
+    for name, measure in entry.items():
+        monkeypatch.setitem(measures.MEASURES, name, measure)
+    rows = lscollapse.measure(model, IDS, [Variant(lam=0.5)], dtype=torch.float64)
+    found = values(rows, "longest_share")
+    for layer, Y in enumerate(plain(model, IDS, 0.5)):
+        lengths = (Y**2).sum(-1)
+        np.testing.assert_allclose(found[layer], lengths.max(-1) / lengths.sum(-1), rtol=1e-12)
+    alone = torch.zeros(4, 3, dtype=torch.float64)
+    alone[2] = torch.tensor([3.0, 4.0, 0.0]).double() * 1e-200
+    assert float(function["longest_share"](alone)) == pytest.approx(1.0, abs=1e-15)
+
+
+# --- a figure ---
+
+
+def test_the_figure(model: ToyModel, toy: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module: dict[str, Any] = {}
+    exec(block_after("### A figure"), module)
+    drawing = eval(entry_after("one line of `DRAWINGS`, which"), {**draw.__dict__, **module})
+    monkeypatch.setattr(draw, "DRAWINGS", (drawing,))
+    rows = lscollapse.measure(model, IDS, [Variant(), Variant(lam=0.5)])
+    rows = rows.assign(
+        model="toy", init="trained", text="random ids", revision="", backend="", tokenizer="none", seed=0
+    )
+    files = draw.draw("ablate-gating", rows, tmp_path)
+    assert {file.name for file in files} == {"dong.csv", "dong.png", "dong.pdf"}
+    plotted = pd.read_csv(tmp_path / "dong.csv")
+    for lam, part in plotted.groupby("lam"):
+        residuals = [dong(Y - Y.mean(1, keepdims=True)) / dong(Y) for Y in plain(model, IDS, float(lam))]
+        expected = [residual.mean() for residual in residuals]
+        np.testing.assert_allclose(part.sort_values("layer")["mean"], expected, rtol=1e-5)
+
+
+def dong(Y: np.ndarray) -> np.ndarray:
+    """sqrt(||Y||_1 ||Y||_inf) of every excerpt."""
+    return np.sqrt(np.abs(Y).sum(1).max(-1) * np.abs(Y).sum(2).max(-1))

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lscollapse.reports.figures.style import SMALL, THIN, Label, canvas, label_ends, log_ticks, panel_height, title
-from lscollapse.reports.figures.wording import NAMES, ends_with, number
+from lscollapse.reports.figures.wording import ends_with, measure_word, number
 
 Curve = tuple[str, str, Any, pd.DataFrame]  # name, colour, line style, points
 
@@ -120,9 +120,9 @@ def against_layer(
     labels: dict[Axes, list[Label]] = {ax: [] for ax in axes}
     for letter, ax, (measure, yscale) in zip("abc", axes, panels, strict=False):
         parts = [points[points["measure"] == measure] for *_, points in curves]
-        again = "log scale" if measure == panels[0][0] else NAMES[measure]
+        again = "log scale" if measure == panels[0][0] else measure_word(measure)
         title(ax, letter, heading if letter == "a" else again)
-        limits(ax, parts, yscale, NAMES[measure])
+        limits(ax, parts, yscale, measure_word(measure))
         ax.set_xlim(0, max(1, max(part["layer"].max() for part in parts)))
         for (name, colour, dash, _), part in zip(curves, parts, strict=True):
             x, y = layer_curve(ax, part, colour, dash)

@@ -22,6 +22,10 @@ SITES = {
 NORMS = {"mixer": "the mixer's norm", "block": "the block's norm", "both": "both norms"}
 
 
+def measure_word(measure: str) -> str:
+    return NAMES.get(measure, measure.replace("_", " "))
+
+
 def number(lam: float) -> str:
     """As short as it can be, with a true minus sign."""
     return f"{lam:g}".replace("-", "\N{MINUS SIGN}")
