@@ -74,7 +74,7 @@ def ablate_s4d(
 
     out = out or Path("runs/ablate-s4d-retrained" if train_arms else "runs/ablate-s4d")
     with Bar("training" if train_arms else "measuring") as bar:
-        rows = (retrain.ablate_s4d if train_arms else paper.ablate_s4d)(experiment, out, bar)
+        rows = (retrain.ablate_retrained if train_arms else paper.ablate_s4d)(experiment, out, bar)
     arms_table(rows)
     claims_table(rows)
     _draw(rows, out, "linear")

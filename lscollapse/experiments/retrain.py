@@ -29,7 +29,7 @@ ARMS = tuple(itertools.product((1.0, 0.0), (True, False)))  # lam, layernorm
 KEPT_WHOLE = ("log_dt", "A_imag")  # float32 in a checkpoint: in half precision their product, a phase, would be off
 
 
-def ablate_s4d(config: Experiment, out: Path, progress: Progress = SILENT) -> pd.DataFrame:
+def ablate_retrained(config: Experiment, out: Path, progress: Progress = SILENT) -> pd.DataFrame:
     """Figure 4 with each arm trained: skip x LayerNorm, four nets from the same seed, on the same held-out images.
 
     `config.retrain` says how they are trained. An arm whose training diverged is left out, and named. The nets are in

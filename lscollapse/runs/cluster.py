@@ -40,7 +40,7 @@ class ClusterError(ValueError):
     """No Ray, no cluster at the address, no room for an item on it, or an item that was lost too often."""
 
 
-def map_items(
+def map_on_nodes(
     function: Callable[[T], R],
     items: Sequence[T],
     *,
@@ -85,7 +85,7 @@ def map_items(
 
 @contextmanager
 def connection(address: str | None) -> Iterator[Any]:
-    """The module ray, connected to `address` (see `map_items`) until the end of the block."""
+    """The module ray, connected to `address` (see `map_on_nodes`) until the end of the block."""
     if "ray" not in sys.modules:  # which reads these when it is imported
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of items that fail after the one that is reported
@@ -144,7 +144,7 @@ def measure_on_nodes(
             f"{len(items)} work items on {sum(node['Alive'] for node in ray.nodes())} nodes with {has.get('CPU', 0):g} CPUs"
             f" and {has.get('GPU', 0):g} GPUs in all; an item takes 1 CPU and {gpus:g} GPU"
         )
-        map_items(partial(_measure, on), items, on_result=count, address=config.address, num_gpus=gpus)
+        map_on_nodes(partial(_measure, on), items, on_result=count, address=config.address, num_gpus=gpus)
     return {"device": on.device, "engine": "ray", "items_of_node": dict(sorted(measured.items()))}
 
 

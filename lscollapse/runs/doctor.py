@@ -16,7 +16,7 @@ from lscollapse.core.config import ConfigError, Experiment, WikipediaSection
 from lscollapse.data import corpus, texts, wikipedia
 from lscollapse.data.texts import CorpusError
 from lscollapse.runs import devices
-from lscollapse.runs.model_checks import Finding, asked, model_findings
+from lscollapse.runs.model_checks import Diagnosis, asked, model_findings
 
 if TYPE_CHECKING:
     from lscollapse.models.kernels.backends import Kernels
@@ -28,10 +28,10 @@ PINNED = (
 )  # fmt: skip
 
 
-def examine(config: Experiment) -> list[Finding]:
+def examine(config: Experiment) -> list[Diagnosis]:
     """Everything that decides whether `config` runs here, in the order in which a run would meet it."""
     return [
-        Finding("versions", _versions()),
+        Diagnosis("versions", _versions()),
         *_devices(config),
         *_engine(config),
         _allocator(),
@@ -49,29 +49,29 @@ def _versions() -> str:
     )
 
 
-def _devices(config: Experiment) -> Iterator[Finding]:
+def _devices(config: Experiment) -> Iterator[Diagnosis]:
     import torch
 
-    from lscollapse.models.kernels.backends import KernelError, resolve
+    from lscollapse.models.kernels.backends import KernelError, resolve_kernels
 
     try:
         on = devices.worker_devices(config)
     except ConfigError as error:
-        yield Finding("device", "not there", str(error))
+        yield Diagnosis("device", "not there", str(error))
         return
     gpus = [torch.cuda.get_device_name(name) for name in on if name != "cpu"]
     cpu = f"cpu ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
-    yield Finding("device", ", ".join(gpus) or cpu + (f", {len(on)} processes" if len(on) > 1 else ""))
+    yield Diagnosis("device", ", ".join(gpus) or cpu + (f", {len(on)} processes" if len(on) > 1 else ""))
     try:
-        kernels = resolve(config.kernels, on[0])
+        kernels = resolve_kernels(config.kernels, on[0])
     except KernelError as error:
-        yield Finding("kernels", f"{config.kernels} cannot run", str(error))
+        yield Diagnosis("kernels", f"{config.kernels} cannot run", str(error))
     else:
         paths = ", ".join(f"{what} {_path(getattr(kernels, what))}" for what in ("scan", "conv", "gated_norm"))
-        yield Finding("kernels", f"{paths} ({kernels.backend}): {_why(kernels, config)}", good=not kernels.note)
+        yield Diagnosis("kernels", f"{paths} ({kernels.backend}): {_why(kernels, config)}", good=not kernels.note)
     bf16 = _bf16(on[0])
     slow = "" if bf16 or config.dtype != "bfloat16" else ": bfloat16 runs here, but slower than float32"
-    yield Finding("bfloat16", ("in hardware" if bf16 else "no instructions for it") + slow, good=not slow)
+    yield Diagnosis("bfloat16", ("in hardware" if bf16 else "no instructions for it") + slow, good=not slow)
 
 
 def _why(kernels: Kernels, config: Experiment) -> str:
@@ -95,15 +95,15 @@ def _bf16(device: str) -> bool:
     return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
-def _engine(config: Experiment) -> Iterator[Finding]:
+def _engine(config: Experiment) -> Iterator[Diagnosis]:
     if config.engine == "ray":
         there = util.find_spec("ray") is not None
-        yield Finding(
+        yield Diagnosis(
             "ray", "installed" if there else "not installed", "" if there else 'pip install "lscollapse[cluster]"'
         )
 
 
-def _allocator() -> Finding:
+def _allocator() -> Diagnosis:
     """Whether the setting took effect: a large block that is taken again and again soon brings no new pages."""
     import torch
 
@@ -113,12 +113,12 @@ def _allocator() -> Finding:
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
     kept = allocation.keep_freed_memory() and min(faults() for _ in range(5)) < BLOCK // resource.getpagesize() // 10
-    return Finding(
+    return Diagnosis(
         "malloc", "keeps freed memory" if kept else "returns freed memory: a CPU pass runs slower", good=kept
     )
 
 
-def _embedded(config: Experiment) -> Finding:
+def _embedded(config: Experiment) -> Diagnosis:
     """Whether the files of the data packages are as pinned, and above all those that the configuration needs."""
     missing = []
     for asset in PINNED:
@@ -137,11 +137,11 @@ def _embedded(config: Experiment) -> Finding:
         for asset in needed:
             assets.locate(asset)
     except assets.AssetError as error:
-        return Finding("embedded data", found, str(error))
-    return Finding("embedded data", found, good=not missing)
+        return Diagnosis("embedded data", found, str(error))
+    return Diagnosis("embedded data", found, good=not missing)
 
 
-def _source(config: Experiment) -> Iterator[Finding]:
+def _source(config: Experiment) -> Iterator[Diagnosis]:
     source = None if config.source in corpus.SOURCES else Path(config.source)
     for name, file in (("titles", config.wikipedia.titles), ("lambdas", config.lambdas_file), ("source", source)):
         if file is not None:
@@ -149,20 +149,20 @@ def _source(config: Experiment) -> Iterator[Finding]:
     yield _wikipedia(config.wikipedia, config.source == "wikipedia", config.offline)
 
 
-def _file(name: str, file: Path) -> Finding:
+def _file(name: str, file: Path) -> Diagnosis:
     """A file that a person gave; text is read, pictures and Parquet are left to their readers."""
     if not file.exists():
         instead = f", or a source of {', '.join(corpus.SOURCES)}" if name == "source" else ""
-        return Finding(name, f"no {file}", f"give a file{instead}")
+        return Diagnosis(name, f"no {file}", f"give a file{instead}")
     try:
         if file.is_file() and file.suffix != ".parquet":
             files.read_text(file, texts.CorpusError)
     except CorpusError as error:
-        return Finding(name, "cannot be read", str(error))
-    return Finding(name, f"{file} is there")
+        return Diagnosis(name, "cannot be read", str(error))
+    return Diagnosis(name, f"{file} is there")
 
 
-def _wikipedia(wiki: WikipediaSection, needed: bool, offline: bool) -> Finding:
+def _wikipedia(wiki: WikipediaSection, needed: bool, offline: bool) -> Diagnosis:
     name, agent, mend = "Wikipedia", "", ""
     try:
         settings = wiki.model_copy(update={"cache_dir": None})
@@ -176,4 +176,4 @@ def _wikipedia(wiki: WikipediaSection, needed: bool, offline: bool) -> Finding:
     fault = "not asked (offline)" if offline else asked(url, query, {"User-Agent": wikipedia.user_agent(agent)})
     if needed and fault and not offline and not mend:
         mend = "use --source packaged or a frozen file, or run where it can be reached"
-    return Finding("Wikipedia", f"{name}: {fault or 'answers'}", mend, good=offline or not fault)
+    return Diagnosis("Wikipedia", f"{name}: {fault or 'answers'}", mend, good=offline or not fault)

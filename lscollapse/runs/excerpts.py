@@ -143,7 +143,7 @@ def native_tokenizer(info: ModelInfo) -> str:
     return f"{info.location}@{info.revision}" if info.revision else info.location
 
 
-def record(corpus: Corpus) -> dict[str, Any]:
+def provenance(corpus: Corpus) -> dict[str, Any]:
     """What the manifest keeps of the excerpts: where they came from, not their text."""
     columns = {name: [getattr(excerpt, name) for excerpt in corpus.excerpts] for name in PROVENANCE}
     return {

@@ -25,7 +25,7 @@ from lscollapse.models.adapters.mamba2 import Mamba2Adapter
 from lscollapse.models.adapters.streamed import StreamedMamba2, Upload
 from lscollapse.models.checkpoints import checkpoint
 from lscollapse.models.checkpoints.checkpoint import ModelInfo
-from lscollapse.models.kernels.backends import resolve
+from lscollapse.models.kernels.backends import resolve_kernels
 from lscollapse.runs.devices import device, set_threads
 from lscollapse.runs.excerpts import excerpts_for
 from lscollapse.runs.memory import MemoryPlanError, Plan, is_streamed, plan_run
@@ -133,7 +133,7 @@ def load_adapter(name: str, init: str, config: Experiment, progress: Progress) -
     where, on = _where(config), device(config)
     if on.startswith("cuda:"):
         torch.cuda.set_device(on)  # kernels run on the current device, whatever that of their tensors
-    architecture, n_parameters = checkpoint.describe(name, **where)
+    architecture, n_parameters = checkpoint.outline(name, **where)
     if is_streamed(architecture, n_parameters, config) and init == "trained":
         if config.gradients:
             raise ConfigError(f"gradients need all of {name} in memory, and it is streamed: use --stream never")
@@ -177,6 +177,6 @@ def _attach_head(adapter: Adapter, name: str, init: str, config: Experiment) -> 
 
 def _choose_kernels(adapter: Adapter, config: Experiment, progress: Progress) -> None:
     if isinstance(adapter, Mamba2Adapter):
-        adapter.kernels = resolve(config.kernels, adapter.device)
+        adapter.kernels = resolve_kernels(config.kernels, adapter.device)
         if adapter.kernels.note:
             progress.note(adapter.kernels.note)

@@ -30,7 +30,7 @@ HERE = (CACHED, EMBEDDED, FOLDER)  # where the files of a model can be looked at
 
 
 @dataclass(frozen=True)
-class Finding:
+class Diagnosis:
     """One thing that was looked at. `mend`: what to do where the configuration cannot run; `good`: nothing to remark."""
 
     name: str
@@ -39,23 +39,23 @@ class Finding:
     good: bool = True
 
 
-def model_findings(config: Experiment) -> Iterator[Finding]:
+def model_findings(config: Experiment) -> Iterator[Diagnosis]:
     """Hub, every model, and the disk for what is not there yet."""
     from huggingface_hub import constants
 
     offline = config.offline or bool(constants.HF_HUB_OFFLINE)
     fault = "not asked (offline)" if offline else asked(constants.ENDPOINT, {}, {})
     host = str(urlsplit(constants.ENDPOINT).hostname)
-    yield Finding("hub", f"{host}: {fault or 'answers'}", good=offline or not fault)
+    yield Diagnosis("hub", f"{host}: {fault or 'answers'}", good=offline or not fault)
     needs: dict[Path, int] = {}
     for name in config.models:
         try:
             entry = registry.resolve(name)
             where, mend = _stored(entry, config, fault, needs)
             fits = "" if mend and not entry.n_parameters else _fits(name, entry, config, offline, where in HERE)
-            yield Finding(name, "; ".join(filter(None, (where, fits))), mend)
+            yield Diagnosis(name, "; ".join(filter(None, (where, fits))), mend)
         except ValueError as error:
-            yield Finding(name, "cannot be used", str(error).replace(constants.ENDPOINT, host))
+            yield Diagnosis(name, "cannot be used", str(error).replace(constants.ENDPOINT, host))
     yield from _disk(needs)
 
 
@@ -105,7 +105,7 @@ def _fits(name: str, entry: Entry, config: Experiment, offline: bool, here: bool
         CheckpointError: config.json cannot be read, or the weights are not there or not those that it describes.
     """
     where: Any = {"revision": config.revision, "cache_dir": config.cache_dir, "offline": offline or here}
-    architecture, n_parameters = (checkpoint.inspect if here else checkpoint.describe)(name, **where)
+    architecture, n_parameters = (checkpoint.inspect if here else checkpoint.outline)(name, **where)
     on, limit, streamed = device(config), allowed_memory(config), is_streamed(architecture, n_parameters, config)
     needed = bytes_of_a_weight(config) * n_parameters + BASE
     if streamed:
@@ -138,7 +138,7 @@ def _peak(entry: Entry, config: Experiment, limit: int) -> int:
     return plan_streamed(shape, config.tokens, config.excerpts, arms, bytes_of_a_weight(config), limit).bytes
 
 
-def _disk(needs: dict[Path, int]) -> Iterator[Finding]:
+def _disk(needs: dict[Path, int]) -> Iterator[Diagnosis]:
     """Free space for what is fetched, added up for each file system; and for the run folder."""
     places: dict[int, tuple[Path, int]] = {}
     for folder, size in [(Path(), 0), *needs.items()]:
@@ -150,4 +150,4 @@ def _disk(needs: dict[Path, int]) -> Iterator[Finding]:
         free = shutil.disk_usage(place).free
         found = f"{free / GIB:.1f} GiB free" + (f", {size / GIB:.1f} GiB needed" if size else "")
         short = f"free {(size - free) / GIB:.1f} GiB, or choose another disk with cache_dir" if size > free else ""
-        yield Finding("disk", found, short)
+        yield Diagnosis("disk", found, short)

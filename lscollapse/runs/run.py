@@ -11,7 +11,7 @@ from lscollapse.core.progress import Progress
 from lscollapse.core.run_folder import RunFolder, read_rows
 from lscollapse.runs import cluster, processes
 from lscollapse.runs.devices import device, worker_devices
-from lscollapse.runs.excerpts import record
+from lscollapse.runs.excerpts import provenance
 from lscollapse.runs.loading import Variants, load_tasks
 from lscollapse.runs.memory import release
 from lscollapse.runs.work import Item, items, measure_item
@@ -53,7 +53,7 @@ def _run(name: str, config: Experiment, out: Path, variants: Variants, progress:
     if len(missing) < len(all_items):
         progress.note(f"{out} is continued: {len(all_items) - len(missing)} of {len(all_items)} work items are there")
     progress.start(sum(item.cost for item in missing))
-    facts = {"excerpts": {task.info.name: record(task.corpus) for task in tasks}, "device": device(here)}
+    facts = {"excerpts": {task.info.name: provenance(task.corpus) for task in tasks}, "device": device(here)}
 
     def keep(item: Item, rows: pd.DataFrame) -> None:
         folder.add(item.key, rows)

@@ -12,7 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lscollapse.models.kernels.backends import KernelError, Kernels, causal_conv, chunked_scan, gated_norm, resolve
+from lscollapse.models.kernels.backends import (
+    KernelError,
+    Kernels,
+    causal_conv,
+    chunked_scan,
+    gated_norm,
+    resolve_kernels,
+)
 from lscollapse.models.kernels.gpu_block import GpuBlock
 from lscollapse.models.kernels.mamba2_block import Mamba2Shape
 from tests.unit.models.kernels.test_cpu_block import plain_norm, plain_O, relative_error, stream, weights
@@ -25,7 +32,7 @@ SIZES = [  # batch, L, heads, head_dim, groups, state, chunk
     (1, 3, 2, 16, 1, 16, 16),
     (1, 130, 2, 64, 1, 128, 64),
 ]
-KERNELS = resolve("triton", "cpu")
+KERNELS = resolve_kernels("triton", "cpu")
 
 
 def n_configurations() -> int:
@@ -41,11 +48,11 @@ def n_configurations() -> int:
 def test_what_is_bound_says_so() -> None:
     assert KERNELS.triton and KERNELS.device == "cpu"
     assert KERNELS.backend == "mamba-ssm 2.3.1 triton interpreted + torch conv"
-    assert resolve("auto", "cpu").backend == "torch native"  # by device, not by what is installed
+    assert resolve_kernels("auto", "cpu").backend == "torch native"  # by device, not by what is installed
     assert KERNELS.for_dtype(torch.float32) is KERNELS
     assert KERNELS.for_dtype(torch.float64).backend == "torch native"
     with pytest.raises(KernelError, match="new process"):
-        resolve("triton", "cpu", allow_tf32=True)
+        resolve_kernels("triton", "cpu", allow_tf32=True)
 
 
 @pytest.mark.parametrize("decay", ["weak", "usual"])

@@ -22,7 +22,6 @@ def _report(tally: fuzz.Tally, capsys: pytest.CaptureFixture[str], what: str) ->
     assert tally.amplified < 0.02 * sum(tally.rows.values())
 
 
-@pytest.mark.slow
 def test_native_architectures(capsys: pytest.CaptureFixture[str]) -> None:
     tally = fuzz.Tally()
     for number in range(CONFIGURATIONS):
@@ -31,7 +30,6 @@ def test_native_architectures(capsys: pytest.CaptureFixture[str]) -> None:
     assert tally.configs == CONFIGURATIONS and not tally.refused
 
 
-@pytest.mark.slow
 def test_classes_under_the_generic_adapter(capsys: pytest.CaptureFixture[str]) -> None:
     tally = fuzz.Tally()
     for number, name in enumerate(fuzz_classes.GENERIC):

@@ -12,7 +12,7 @@ from rich.console import Console
 from lscollapse.cli.terminal.printing import plain_console, plain_table
 from lscollapse.reports.compare import Comparison
 from lscollapse.reports.verdict import AGREE, DISAGREE, NOT_MEASURED
-from lscollapse.runs.model_checks import Finding
+from lscollapse.runs.model_checks import Diagnosis
 
 VERDICTS = (AGREE, DISAGREE, NOT_MEASURED)
 WIDEST_VERDICT = max(map(len, VERDICTS))
@@ -94,7 +94,7 @@ def _listed(console: Console, title: str, lines: Sequence[str]) -> None:
         console.print(f"  {line}", markup=False)
 
 
-def show_checks(checks: Sequence[Finding]) -> None:
+def show_checks(checks: Sequence[Diagnosis]) -> None:
     """Print what was found, one line each, with the mend under what does not work, and the verdict."""
     console = plain_console()
     width = max(len(check.name) for check in checks)

@@ -37,7 +37,7 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
 class MapItems(Protocol):
-    """Calls a function on items, and `on_result(item, result)` here: `processes.map_items` or `cluster.map_items`."""
+    """Calls a function on items, and `on_result(item, result)` here: `processes.map_items` or `cluster.map_on_nodes`."""
 
     def __call__(
         self, function: Callable[[T], R], items: Sequence[T], *, on_result: Callable[[T, R], None]
@@ -154,7 +154,7 @@ def map_items_of(config: Table1) -> MapItems:
     if config.engine == "ray":
         from lscollapse.runs import cluster
 
-        return partial(cluster.map_items, address=config.address, num_gpus=config.gpus_per_item or 0)
+        return partial(cluster.map_on_nodes, address=config.address, num_gpus=config.gpus_per_item or 0)
     return partial(processes.map_items, workers=training_workers(config))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lscollapse.models.adapters.adapter import Adapter
 from lscollapse.models.adapters.edit import Args, Edit, HookSet, Kwargs
-from lscollapse.models.kernels.backends import Kernels, resolve
+from lscollapse.models.kernels.backends import Kernels, resolve_kernels
 from lscollapse.models.kernels.cpu_block import CpuBlock, Workers
 from lscollapse.models.kernels.gpu_block import GpuBlock
 from lscollapse.models.kernels.mamba2_block import Mamba2Block, Mamba2Shape
@@ -65,7 +65,7 @@ class Mamba2Adapter(MambaStack):
     @cached_property
     def kernels(self) -> Kernels:
         """What scan, conv and gated norm run on; `resolve` for the weights' device unless set to another choice."""
-        return resolve("auto", self.device)
+        return resolve_kernels("auto", self.device)
 
     def mixer_bound(self, layer: int, spectral_bound: Callable[[Tensor], float]) -> float:
         """sqrt(d_inner) ||W_out diag(w_norm)||_2 + ||bias||: an RMS-normed row has norm sqrt(d_inner) at most."""

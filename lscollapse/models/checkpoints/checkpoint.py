@@ -163,7 +163,7 @@ def load_with_head(name_or_path: str | Path, kind: Any, *, dtype: torch.dtype, *
     return auto.with_head(kind, config, found.weights[0].parent, found.where, dtype)
 
 
-def describe(name_or_path: str | Path, **where: Unpack[Where]) -> tuple[str, int]:
+def outline(name_or_path: str | Path, **where: Unpack[Where]) -> tuple[str, int]:
     """Architecture and number of parameters, from the registry or from config.json alone."""
     entry = registry.resolve(name_or_path)
     if entry.architecture and entry.n_parameters:

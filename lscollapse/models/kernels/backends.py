@@ -1,6 +1,6 @@
 """Which code computes the scan, the causal convolution and the gated norm of Mamba-2; the one importer of kernels.
 
-    kernels = resolve("auto", "cuda")
+    kernels = resolve_kernels("auto", "cuda")
     kernels.backend      # "mamba-ssm 2.3.1 triton + causal-conv1d 1.6.1 cuda, ieee fp32"
 
 On CPU it is `lscollapse.models.kernels.ssd`; on a GPU mamba-ssm's Triton kernels and causal-conv1d's CUDA kernel, or
@@ -71,7 +71,7 @@ class Kernels:
         return _torch_kernels(self.device) if self.triton and dtype == torch.float64 else self
 
 
-def resolve(kernels: str = "auto", device: str | torch.device = "cpu", *, allow_tf32: bool = False) -> Kernels:
+def resolve_kernels(kernels: str = "auto", device: str | torch.device = "cpu", *, allow_tf32: bool = False) -> Kernels:
     """The operations for `device`; sets torch and Triton to IEEE float32 products unless `allow_tf32`.
 
     Args:
@@ -111,7 +111,7 @@ def differentiable(kind: str) -> Kernels:
     """The operations with a backward pass, for training on `cpu` or `cuda`: those of `auto`, and on a CPU torch's."""
     if kind == "cpu":
         return Kernels(chunked_scan, causal_conv, gated_norm, "torch chunked", kind)
-    return resolve("auto", kind)
+    return resolve_kernels("auto", kind)
 
 
 def selective_scan_kernel() -> Callable[..., Tensor] | None:

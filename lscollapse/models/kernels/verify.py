@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lscollapse.models.kernels.backends import KernelError, Kernels, resolve
+from lscollapse.models.kernels.backends import KernelError, Kernels, resolve_kernels
 from lscollapse.models.kernels.gpu_block import GpuBlock
 from lscollapse.models.kernels.mamba2_block import Mamba2Shape
 
@@ -96,14 +96,14 @@ def verify(device: str = "cpu", kernels: str = "auto", cases: Sequence[Case] | N
         KernelError: the kernels asked for cannot be had; or on a CPU Triton was imported, not interpreted, before.
     """
     on_gpu = torch.device(device).type == "cuda"
-    torch_kernels = resolve("torch", device)
+    torch_kernels = resolve_kernels("torch", device)
     found = [] if kernels == "triton" else [torch_kernels]
     if kernels != "torch":
         if not on_gpu and (kernels == "triton" or util.find_spec("mamba_ssm") is not None):
             _interpret()
-            found.append(resolve("triton", device))
+            found.append(resolve_kernels("triton", device))
         elif on_gpu:
-            chosen = resolve(kernels, device)
+            chosen = resolve_kernels(kernels, device)
             found += [chosen] if chosen.triton else []
     if cases is None:
         cases = TOY + PAPER if on_gpu else TOY

@@ -26,7 +26,6 @@ from lscollapse.core.table import reads_pixels
 from lscollapse.reports.figures import style, wording
 from lscollapse.reports.figures.lines import Curve, against_lambda, against_layer, lambda_axis, layer_curve, limits
 from lscollapse.reports.figures.points import (
-    checked,
     default_reading,
     groups_of,
     is_gated,
@@ -34,6 +33,7 @@ from lscollapse.reports.figures.points import (
     of_model,
     summarise,
     trained,
+    with_columns,
 )
 from lscollapse.reports.figures.style import PALETTE, THIN, Label, canvas, styled
 
@@ -76,7 +76,7 @@ def figure2(rows: pd.DataFrame, yscale: str = "linear", note: str = "") -> tuple
 
     The rank-1 residual is the thin dashed line of the same colour. Raises FigureError without such rows.
     """
-    rows = checked(rows)
+    rows = with_columns(rows)
     rows = rows[rows["layernorm"].astype(bool) & rows["lam"].notna()]
     rows = default_reading(trained(last_layer(rows)))
     data = summarise(rows, tuple(wording.NAMES))

@@ -44,7 +44,7 @@ def numbers(rows: pd.DataFrame) -> pd.Series:
     return known.mask(rows["status"].eq("below_floor"), rows["floor"].fillna(rows["value"]))
 
 
-def checked(rows: pd.DataFrame) -> pd.DataFrame:
+def with_columns(rows: pd.DataFrame) -> pd.DataFrame:
     missing = [name for name in NEEDED if name not in rows]
     if missing:
         raise FigureError(f"the table has no column {', '.join(missing)}: give the rows of a run folder")
@@ -52,7 +52,7 @@ def checked(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def of_model(rows: pd.DataFrame, model: str) -> pd.DataFrame:
-    rows = checked(rows)
+    rows = with_columns(rows)
     if model not in set(rows["model"]):
         known = ", ".join(sorted(set(rows["model"]))) or "none"
         raise FigureError(f"no rows of model {model!r}: the table has {known}")

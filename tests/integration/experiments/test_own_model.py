@@ -187,7 +187,7 @@ def test_a_checkpoint_is_the_model_that_was_saved() -> None:
         assert torch.equal(loaded.model(ids).last_hidden_state, model.base_model(ids).last_hidden_state)
     n_parameters = sum(p.numel() for p in model.base_model.parameters())
     assert (loaded.info.architecture, loaded.info.n_layers, loaded.info.n_parameters) == ("opt", 3, n_parameters)
-    assert checkpoint.describe("opt") == ("opt", n_parameters)
+    assert checkpoint.outline("opt") == ("opt", n_parameters)
     fresh = [checkpoint.load("opt", random_init=seed).model.decoder.layers[0].fc1.weight for seed in (1, 1, 2)]
     assert torch.equal(fresh[0], fresh[1]) and not torch.equal(fresh[0], fresh[2])
 

@@ -354,7 +354,7 @@ def test_figure4_draws_the_means_and_says_what_was_done(figure4_run: tuple[S4D, 
 def test_every_arm_is_trained_as_it_is_measured(tmp_path: Path) -> None:
     few = FEW.model_copy(update={"epochs": 1})
     config = Experiment(models=["mamba2-tiny"], excerpts=2, retrain=few, workers=1)
-    rows = retrain.ablate_s4d(config, tmp_path / "run")
+    rows = retrain.ablate_retrained(config, tmp_path / "run")
     arms = pd.read_csv(tmp_path / "run" / "nets" / "arms.csv").set_index("arm")
     assert set(rows["model"]) == {"s4d-digits-retrained"} and rows["checkpoint_sha256"].nunique() == 4
     assert set(zip(rows["lam"], rows["layernorm"], strict=True)) == {(1, True), (1, False), (0, True), (0, False)}
@@ -376,13 +376,13 @@ def test_every_arm_is_trained_as_it_is_measured(tmp_path: Path) -> None:
         )  # the file is in half precision
     figure, data = figures.figure4(rows, "s4d-digits-retrained")
     assert "4 nets, each arm retrained" in " ".join(figure.get_supxlabel().split()) and len(data) == 2 * 4 * 3
-    pd.testing.assert_frame_equal(retrain.ablate_s4d(config, tmp_path / "run"), rows)
+    pd.testing.assert_frame_equal(retrain.ablate_retrained(config, tmp_path / "run"), rows)
 
 
 def test_an_arm_that_diverged_is_named_and_left_out(tmp_path: Path) -> None:
     config = Experiment(excerpts=2, retrain=FEW.model_copy(update={"epochs": 1, "lr": 1e30, "warmup": 0.0}), workers=1)
     with pytest.raises(TrainingError, match="no arm could be trained"):
-        retrain.ablate_s4d(config, tmp_path / "run")
+        retrain.ablate_retrained(config, tmp_path / "run")
     assert pd.read_csv(tmp_path / "run" / "nets" / "arms.csv")["note"].str.contains("training stopped").all()
 
 

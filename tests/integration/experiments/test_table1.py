@@ -222,14 +222,6 @@ def test_a_killed_grid_continues_and_processes_change_nothing(
         table1.run(config.model_copy(update={"seeds": [7]}), whole)
 
 
-@pytest.mark.slow
-def test_ray_gives_the_same_rows(grid: tuple[Table1, Path, pd.DataFrame], tmp_path: Path) -> None:
-    pytest.importorskip("ray")
-    config, whole, _ = grid
-    table1.run(config.model_copy(update={"engine": "ray", "workers": None}), tmp_path / "run")
-    assert (whole / "rows.parquet").read_bytes() == (tmp_path / "run" / "rows.parquet").read_bytes()
-
-
 def test_a_rate_that_diverged_is_not_chosen(tmp_path: Path) -> None:
     limits = ("mqar.lrs=[1e-3, 1e30]", "mqar.training.steps=3", "mqar.training.clip=1e30")
     config = tiny("mixers=[linear]", "lams=[1]", "seeds=[0]", *limits)

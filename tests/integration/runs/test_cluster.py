@@ -179,7 +179,7 @@ def attempt(folder: Path, item: int) -> Any:
 def test_ray_is_started_here(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TMPDIR", str(nodes.temp))
     found: dict[int, int] = {}
-    cluster.map_items(abs, [-1, -2], on_result=found.__setitem__)
+    cluster.map_on_nodes(abs, [-1, -2], on_result=found.__setitem__)
     assert found == {-1: 1, -2: 2} and not ray.is_initialized()
 
 
@@ -278,7 +278,7 @@ def test_cells_of_table_1(address: str, connected: None, tmp_path: Path) -> None
 def test_items_run_on_both_nodes_at_once(connected: None, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     found: dict[int, Any] = {}
-    cluster.map_items(partial(meet, tmp_path), [0, 1], on_result=found.__setitem__)
+    cluster.map_on_nodes(partial(meet, tmp_path), [0, 1], on_result=found.__setitem__)
     assert len({node for node, _ in found.values()}) == 2
     assert {tuple(gpus) for _, gpus in found.values()} == {()}
 
@@ -286,13 +286,13 @@ def test_items_run_on_both_nodes_at_once(connected: None, tmp_path: Path) -> Non
 def test_items_share_a_gpu(connected: None, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     found: dict[int, Any] = {}
-    cluster.map_items(partial(meet, tmp_path), [0, 1], on_result=found.__setitem__, num_cpus=0.5, num_gpus=0.5)
+    cluster.map_on_nodes(partial(meet, tmp_path), [0, 1], on_result=found.__setitem__, num_cpus=0.5, num_gpus=0.5)
     assert [gpus for _, gpus in found.values()] == [[0], [0]]
 
 
 def test_errors_are_those_of_the_function(connected: None, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
-        cluster.map_items(partial(attempt, tmp_path), [2], on_result=print)
+        cluster.map_on_nodes(partial(attempt, tmp_path), [2], on_result=print)
     assert str(error.value) == "item 2 is of no use"
     assert (tmp_path / "2").read_text() == "x"  # which trying again does not mend
 
@@ -300,7 +300,7 @@ def test_errors_are_those_of_the_function(connected: None, tmp_path: Path) -> No
 def test_an_item_that_fits_nowhere(connected: None) -> None:
     for room in ({"num_cpus": 2}, {"num_gpus": 2}):
         with pytest.raises(cluster.ClusterError, match="no node has as many"):
-            cluster.map_items(abs, [-1], on_result=print, **room)  # type: ignore[arg-type]
+            cluster.map_on_nodes(abs, [-1], on_result=print, **room)  # type: ignore[arg-type]
 
 
 @pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="the pretended GPU is a real one")
@@ -325,7 +325,7 @@ def test_a_node_that_dies_in_the_middle(
 
 def test_an_item_that_kills_its_process_is_tried_again_then_one_line(connected: None, tmp_path: Path) -> None:
     with pytest.raises(cluster.ClusterError, match="the same command continues"):
-        cluster.map_items(partial(attempt, tmp_path), [1], on_result=print, retries=1)
+        cluster.map_on_nodes(partial(attempt, tmp_path), [1], on_result=print, retries=1)
     assert (tmp_path / "1").read_text() == "xx"
 
 
@@ -338,10 +338,10 @@ def test_stopping_cancels_the_rest(connected: None, tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cluster.map_items(partial(attempt, tmp_path), [3, 4], on_result=stop, num_cpus=0.5)  # 3 has no end
+        cluster.map_on_nodes(partial(attempt, tmp_path), [3, 4], on_result=stop, num_cpus=0.5)  # 3 has no end
     assert found == [os.getcwd()]  # a relative path means on a node what it means here
     # Neither takes up room any more.
-    cluster.map_items(partial(meet, tmp_path), [0, 1], on_result=lambda *_: None, num_cpus=0.5)
+    cluster.map_on_nodes(partial(meet, tmp_path), [0, 1], on_result=lambda *_: None, num_cpus=0.5)
 
 
 def test_a_node_without_the_package_is_one_line(nodes: Nodes, address: str, connected: None, tmp_path: Path) -> None:
@@ -349,4 +349,4 @@ def test_a_node_without_the_package_is_one_line(nodes: Nodes, address: str, conn
     nodes.start("bare", f"--address={address}", PYTHONPATH=str(tmp_path))
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match=r"node \S+ has lscollapse none, this machine has \d"):
-        cluster.map_items(partial(meet, tmp_path), [0, 1], on_result=lambda *_: None)  # needs both
+        cluster.map_on_nodes(partial(meet, tmp_path), [0, 1], on_result=lambda *_: None)  # needs both

@@ -19,7 +19,7 @@ from lscollapse.core import assets, hub
 from lscollapse.core.config import Experiment
 from lscollapse.runs import doctor
 from lscollapse.runs.devices import available_memory
-from lscollapse.runs.model_checks import Finding
+from lscollapse.runs.model_checks import Diagnosis
 from tests.equivalence.layouts import D_MODEL, N_LAYER, PADDED, hf_state, original_state, write_hf, write_original
 from tests.servers.hub import HubServer
 from tests.servers.mediawiki import MediaWikiServer, Page
@@ -60,13 +60,13 @@ def offline(*models: str, **more: object) -> Experiment:
     return Experiment.model_validate({"models": list(models or ["mamba2-tiny"]), "offline": True} | more)
 
 
-def found(config: Experiment) -> dict[str, Finding]:
+def found(config: Experiment) -> dict[str, Diagnosis]:
     checks = doctor.examine(config)
     assert not any("\n" in check.found + check.mend for check in checks)
     return {check.name: check for check in checks}
 
 
-def mends(checks: dict[str, Finding]) -> set[str]:
+def mends(checks: dict[str, Diagnosis]) -> set[str]:
     return {name for name, check in checks.items() if check.mend}
 
 

@@ -223,7 +223,7 @@ def late(config: Experiment) -> StreamedMamba2:
     adapter = StreamedMamba2(checkpoint.open_layers(config.models[0]), Late())
     # A GpuBlock with torch operations: what a GPU runs, without the GPU.
     adapter.kernels = replace(
-        backends.resolve("torch", "cpu"), scan=backends.chunked_scan, conv=backends.causal_conv, triton=True
+        backends.resolve_kernels("torch", "cpu"), scan=backends.chunked_scan, conv=backends.causal_conv, triton=True
     )
     return adapter
 

@@ -14,7 +14,6 @@ import transformers
 
 from lscollapse.cli.terminal import theory as console_theory
 from lscollapse.cli.terminal.theory import sentence
-from lscollapse.core import assets, registry
 from lscollapse.core.config import Experiment
 from lscollapse.experiments.bounds import find_lambda, gains
 from lscollapse.instrument.sublayers import sublayers
@@ -239,26 +238,6 @@ def test_flow_of_layers_that_take_keys_and_values_of_others() -> None:
     for layer in model.layers:
         layer._forward_pre_hooks.clear()
     np.testing.assert_allclose(mixer(Y0), (sum(seen[:6]) / 6 / size).numpy(), atol=1e-6)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["mamba2-tiny", "minilm-l6", "albert-smiles"])
-def test_the_embedded_models_keep_what_was_found(name: str) -> None:
-    """A sweep on the same excerpts without certified exit (BERT and ALBERT in float64), from the found lambda upwards."""
-    try:
-        registry.embedded_files(registry.resolve(name))
-    except assets.AssetError as error:
-        pytest.skip(str(error))
-    gating = False if name == "mamba2-tiny" else None
-    settings: dict[str, Any] = {"models": [name], "excerpts": 8, "gating": gating}
-    found = find_lambda.find(find_lambda.load_with_grid(Experiment(**settings)), 0.5)
-    exact = find_lambda.load_with_grid(Experiment(**settings, dtype="float64", certified_exit=False))
-    for sign in SIGNS:
-        for measure in MEASURES:
-            lam = found.smallest(sign, measure)
-            sizes = [find_lambda.LARGEST] if math.isinf(lam) else [lam, 1.5 * lam, 3.0 * lam, 10.0 * lam]
-            for point in find_lambda.last_means(exact, [sign * size for size in sizes]).values():
-                assert (point[measure] >= 0.5 - 1e-3) != math.isinf(lam)
 
 
 def test_the_dtype_asked_for_is_the_one_computed_in(tmp_path: Path) -> None:

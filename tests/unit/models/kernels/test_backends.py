@@ -13,7 +13,14 @@ import torch
 import torch.nn.functional as F
 
 from lscollapse.models.kernels import ssd
-from lscollapse.models.kernels.backends import KernelError, Kernels, causal_conv, chunked_scan, gated_norm, resolve
+from lscollapse.models.kernels.backends import (
+    KernelError,
+    Kernels,
+    causal_conv,
+    chunked_scan,
+    gated_norm,
+    resolve_kernels,
+)
 from lscollapse.models.kernels.gpu_block import GpuBlock
 from lscollapse.models.kernels.mamba2_block import BlockError
 from lscollapse.models.kernels.verify import TOY, KernelCheck, passed, verify
@@ -25,7 +32,7 @@ CHUNKED = Kernels(chunked_scan, causal_conv, gated_norm, "torch chunked", "cpu")
 
 def test_on_a_cpu_auto_is_the_native_code() -> None:
     for kernels in ("auto", "torch"):
-        found = resolve(kernels, "cpu")
+        found = resolve_kernels(kernels, "cpu")
         assert found.scan is ssd.scan and found.conv is ssd.conv
         assert (found.backend, found.device, found.triton, found.note) == ("torch native", "cpu", False, "")
         assert found.for_dtype(torch.float64) is found
@@ -33,10 +40,10 @@ def test_on_a_cpu_auto_is_the_native_code() -> None:
 
 def test_products_are_ieee_unless_tf32_is_asked_for() -> None:
     try:
-        resolve("torch", "cpu", allow_tf32=True)
+        resolve_kernels("torch", "cpu", allow_tf32=True)
         assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
     finally:
-        resolve("torch", "cpu")
+        resolve_kernels("torch", "cpu")
     assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
 
 
@@ -50,14 +57,14 @@ def test_products_are_ieee_unless_tf32_is_asked_for() -> None:
 )
 def test_what_cannot_be_had_is_refused(kernels: str, device: str, message: str) -> None:
     with pytest.raises(KernelError, match=message):
-        resolve(kernels, device)
+        resolve_kernels(kernels, device)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu_is_said() -> None:
     for kernels in ("auto", "torch", "triton"):
         with pytest.raises(KernelError, match="torch sees no GPU"):
-            resolve(kernels, "cuda:0")
+            resolve_kernels(kernels, "cuda:0")
 
 
 def in_a_process(program: str, path: Path) -> str:
@@ -74,12 +81,12 @@ def test_triton_not_installed_says_how_to_install(tmp_path: Path) -> None:
     (tmp_path / "mamba_ssm").mkdir()
     (tmp_path / "mamba_ssm" / "__init__.py").write_text("raise ImportError('undefined symbol')")
     program = """
-        from lscollapse.models.kernels.backends import KernelError, resolve
+        from lscollapse.models.kernels.backends import KernelError, resolve_kernels
         try:
-            resolve("triton", "cpu")
+            resolve_kernels("triton", "cpu")
         except KernelError as error:
             print(error)
-        print(resolve("auto", "cpu").backend)
+        print(resolve_kernels("auto", "cpu").backend)
     """
     refusal, auto = in_a_process(program, tmp_path).splitlines()
     for part in ("cannot be imported", "CUDA build of torch", "pip install setuptools wheel packaging ninja",
@@ -144,7 +151,7 @@ def test_gated_norm_leaves_what_is_not_finite_visible() -> None:
     assert torch.equal(found[0], torch.ones(4)) and not torch.isfinite(found[1]).all()
 
 
-@pytest.mark.parametrize("kernels", [CHUNKED, resolve("torch", "cpu")], ids=lambda kernels: kernels.backend)
+@pytest.mark.parametrize("kernels", [CHUNKED, resolve_kernels("torch", "cpu")], ids=lambda kernels: kernels.backend)
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("skip_site", ["residual", "mixer"])
 @pytest.mark.parametrize("norm_site", ["both", "mixer", "block", None])
