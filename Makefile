@@ -57,5 +57,5 @@ bench: setup  ## timings
 	$(BIN)/python scripts/bench.py
 
 clean:  ## caches and build outputs; results/, runs/ and .venv stay
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find lscollapse scripts tests -name __pycache__ -prune -exec rm -rf {} +
