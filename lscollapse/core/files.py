@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # every verb loads this file for its --help, which needs no pandas
     import pandas as pd
 
 PARTIAL = ".partial"  # how the name of a file ends that is not whole yet

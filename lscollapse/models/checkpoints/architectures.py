@@ -7,23 +7,23 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AlbertConfig, AlbertModel, AutoModel, BertConfig, BertModel, Mamba2Config, Mamba2Model
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from lscollapse.models.checkpoints import mamba_ssm
 from lscollapse.models.checkpoints.located import Located
 from lscollapse.models.checkpoints.tensors import CheckpointError
 from lscollapse.models.nets.s4d import S4D, S4DConfig
 
-
-def classes() -> dict[str, tuple[Any, Any, dict[str, Any]]]:
-    """model_type -> (config class, base model class, arguments that leave out its pooler)."""
-    from transformers import AlbertConfig, AlbertModel, BertConfig, BertModel, Mamba2Config, Mamba2Model
-
-    return {
-        "mamba2": (Mamba2Config, Mamba2Model, {}),
-        "albert": (AlbertConfig, AlbertModel, {"add_pooling_layer": False}),
-        "bert": (BertConfig, BertModel, {"add_pooling_layer": False}),
-        "s4d": (S4DConfig, S4D, {}),
-    }
+# model_type -> (config class, base model class, arguments that leave out its pooler).
+CLASSES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "mamba2": (Mamba2Config, Mamba2Model, {}),
+    "albert": (AlbertConfig, AlbertModel, {"add_pooling_layer": False}),
+    "bert": (BertConfig, BertModel, {"add_pooling_layer": False}),
+    "s4d": (S4DConfig, S4D, {}),
+}
 
 
 def config_of(found: Located) -> Any:
@@ -32,15 +32,13 @@ def config_of(found: Located) -> Any:
     Raises:
         CheckpointError: it is not valid, or not of the architecture that the registry names.
     """
-    from huggingface_hub.errors import StrictDataclassError
-
-    raw, known = found.config, classes()
+    raw = found.config
     model_type = raw.get("model_type")
     try:
         if mamba_ssm.is_own_layout(raw, found.where):
             config = mamba_ssm.read_config(raw, found.where)
-        elif model_type in known:
-            config = known[model_type][0].from_dict(dict(raw))
+        elif model_type in CLASSES:
+            config = CLASSES[model_type][0].from_dict(dict(raw))
         else:
             config = _transformers_config(raw, found.where)
     except CheckpointError:
@@ -58,9 +56,6 @@ def _transformers_config(raw: Mapping[str, Any], where: str) -> Any:
     Raises:
         CheckpointError: no architecture of the installed transformers, or quantised weights.
     """
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_MAPPING
-
     model_type = str(raw.get("model_type", ""))
     if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in MODEL_MAPPING:
         came = f"model_type {model_type!r}" if model_type else "neither model_type nor d_model and n_layer"
@@ -75,12 +70,10 @@ def _transformers_config(raw: Mapping[str, Any], where: str) -> Any:
 
 
 def built(config: Any) -> Any:
-    """The base model with its initial weights, float32; of those in `classes` without the pooler."""
-    if config.model_type in classes():
-        _, model_class, arguments = classes()[config.model_type]
+    """The base model with its initial weights, float32; of those in `CLASSES` without the pooler."""
+    if config.model_type in CLASSES:
+        _, model_class, arguments = CLASSES[config.model_type]
         return model_class(config, **arguments)
-    from transformers import AutoModel
-
     from_config: Callable[..., Any] = AutoModel.from_config
     return from_config(config, dtype=torch.float32)
 
@@ -92,7 +85,7 @@ def on_meta(config: Any) -> Any:
 
 
 def count_parameters(config: Any) -> int:
-    """Of the base model, without pooler."""
+    """How many numbers the weights of the base model are, without its pooler."""
     named = on_meta(config).named_parameters()
     return sum(parameter.numel() for name, parameter in named if not name.startswith("pooler."))
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModel
+from transformers.utils import logging
 
 from lscollapse.core.files import first_line
 from lscollapse.core.hub import PICTURES
@@ -23,8 +25,6 @@ def filled(config: Any, files: Sequence[Path], where: str, dtype: torch.dtype) -
     Raises:
         CheckpointError: the weights are damaged, some are missing, left over or of another shape, or are no floats.
     """
-    from transformers import AutoModel
-
     folder = files[0].parent
     model, report = _read(AutoModel, config, folder, where, dtype)
     missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
@@ -122,8 +122,6 @@ def _note_pixels(config: Any, file: Path) -> None:
 @contextmanager
 def quietly() -> Iterator[None]:
     """Without transformers' progress bar and its report of unused heads, which are left out on purpose."""
-    from transformers.utils import logging
-
     library: Any = logging  # parts of it have no types
     shown, verbosity = library.is_progress_bar_enabled(), library.get_verbosity()
     library.disable_progress_bar()

@@ -3,7 +3,7 @@
 Every way in ends in the same two things: a transformers config built here, and the tensors of the base model under
 transformers' names, memory mapped. Heads and poolers are left out; of the rest nothing may be missing, left over, or of
 another shape, and every value must be a finite floating-point number. Code from a repository is never run, pickles are
-read with `weights_only=True`. Other architectures than those of `architectures.classes` are read by transformers
+read with `weights_only=True`. Other architectures than those of `architectures.CLASSES` are read by transformers
 (auto.py) under the same rules.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lscollapse.core import registry
 from lscollapse.models.checkpoints import auto
-from lscollapse.models.checkpoints.architectures import built, classes, config_of, count_parameters, on_meta, seeded
+from lscollapse.models.checkpoints.architectures import CLASSES, built, config_of, count_parameters, on_meta, seeded
 from lscollapse.models.checkpoints.located import Located, Where, locate_checkpoint
 from lscollapse.models.checkpoints.refusals import (
     other_shapes,
@@ -106,7 +106,7 @@ def load(
     found = locate_checkpoint(registry.resolve(name_or_path), config_only=random_init is not None, **where)
     config = config_of(found)
     if random_init is None:
-        if config.model_type in classes():
+        if config.model_type in CLASSES:
             tensors = _tensors(found)
             _match(found, config, tensors)
             model = _filled(config, tensors, dtype)
@@ -153,12 +153,12 @@ def open_head(name_or_path: str | Path, **where: Unpack[Where]) -> dict[str, Ten
 def load_with_head(name_or_path: str | Path, kind: Any, *, dtype: torch.dtype, **where: Unpack[Where]) -> Any:
     """The whole model as transformers' class `kind` reads it; None where the checkpoint lacks the head.
 
-    For heads whose tensors have other names in the file than in the model; `open_head` knows those of `classes`. Other
+    For heads whose tensors have other names in the file than in the model; `open_head` knows those of `CLASSES`. Other
     arguments and errors as for `load`.
     """
     found = locate_checkpoint(registry.resolve(name_or_path), **where)
     config = config_of(found)
-    if config.model_type in classes():
+    if config.model_type in CLASSES:
         return None
     return auto.with_head(kind, config, found.weights[0].parent, found.where, dtype)
 
@@ -179,7 +179,7 @@ def inspect(name_or_path: str | Path, **where: Unpack[Where]) -> tuple[str, int]
     """
     found = locate_checkpoint(registry.resolve(name_or_path), **where)
     config = config_of(found)
-    if config.model_type in classes():
+    if config.model_type in CLASSES:
         _match(found, config, _tensors(found))
     else:
         auto.inspect_headers(config, found.weights, found.where)
@@ -218,7 +218,7 @@ def _check_values(model: Any, where: str) -> None:
 
 
 def _filled(config: Any, tensors: dict[str, Tensor], dtype: torch.dtype) -> Any:
-    _, model_class, arguments = classes()[config.model_type]
+    _, model_class, arguments = CLASSES[config.model_type]
     if config.model_type == "s4d":
         model = model_class(config)
         model.load_state_dict(tensors)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from transformers import Mamba2Config
+
 from lscollapse.models.checkpoints.tensors import CheckpointError
 
 # mamba_ssm's Mamba2 arguments: name -> (name in Mamba2Config, default).
@@ -54,8 +56,6 @@ def read_config(raw: Mapping[str, Any], where: str) -> Any:
     Raises:
         CheckpointError: Mamba-1, hybrids with attention or MLPs, and options that transformers' Mamba-2 does not have.
     """
-    from transformers import Mamba2Config
-
     ssm = dict(raw.get("ssm_cfg") or {})
     ssm.setdefault("layer", "Mamba1")  # mamba_ssm's default
     refused = [f"ssm_cfg.{key}={ssm[key]!r}" for key, value in _SSM_FIXED.items() if ssm.get(key, value) != value]
