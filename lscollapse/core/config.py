@@ -218,8 +218,8 @@ def checked(schema: type[Schema], values: Mapping[str, Any], error: type[ValueEr
     """`values` as the schema describes them; else `error`, in one line."""
     try:
         return schema.model_validate(dict(values))
-    except ValidationError as found:
-        raise error(_one_line(found)) from None
+    except ValidationError as invalid:
+        raise error(_one_line(invalid)) from None
 
 
 def shipped(name: str) -> Path:

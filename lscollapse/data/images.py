@@ -136,17 +136,17 @@ def image_excerpts(source: str, model: Any, n_images: int, seed: int) -> Corpus:
     Raises:
         CorpusError: as `read_images`, or images of another kind, or too few.
     """
-    found = read_images(source, "test")
-    if (found.levels, found.channels) != (model.levels, model.channels):
+    images = read_images(source, "test")
+    if (images.levels, images.channels) != (model.levels, model.channels):
         raise CorpusError(
-            f"{found.source} has {found.channels} channels of {found.levels} levels, the model reads {model.channels} of"
+            f"{images.source} has {images.channels} channels of {images.levels} levels, the model reads {model.channels} of"
             f" {model.levels}: choose the data it was trained on ({model.data}) with --source"
         )
-    if n_images > len(found.ids):
+    if n_images > len(images.ids):
         raise CorpusError(
-            f"{found.source} has {len(found.ids)} held-out images, {n_images} were asked: lower --excerpts"
+            f"{images.source} has {len(images.ids)} held-out images, {n_images} were asked: lower --excerpts"
         )
-    return corpus_of(f"{found.source}, held out", found.names, found.ids.__getitem__, n_images, seed)
+    return corpus_of(f"{images.source}, held out", images.names, images.ids.__getitem__, n_images, seed)
 
 
 def corpus_of(source: str, names: Sequence[str], read: Callable[[int], np.ndarray], n_images: int, seed: int) -> Corpus:

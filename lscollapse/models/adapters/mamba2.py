@@ -30,6 +30,8 @@ class MambaStack(Adapter):
 
 
 class Mamba2Adapter(MambaStack):
+    """Blocks with the usual activation are computed by the package itself (kernels/), in any dtype, others by their modules."""
+
     norm_sites = ("both", "mixer", "block")
     bounded_mixer = True
 

@@ -77,6 +77,7 @@ class Recording:
 
 
 def first_argument(args: Args, kwargs: Kwargs) -> Any:
+    """The first argument of a call, which of a block is its input X; None where there is none."""
     return args[0] if args else next(iter(kwargs.values()), None)
 
 

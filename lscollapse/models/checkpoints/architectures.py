@@ -26,27 +26,27 @@ CLASSES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 }
 
 
-def config_of(found: Located) -> Any:
+def config_of(files: Located) -> Any:
     """The transformers config, from either layout of config.json.
 
     Raises:
         CheckpointError: it is not valid, or not of the architecture that the registry names.
     """
-    raw = found.config
+    raw = files.config
     model_type = raw.get("model_type")
     try:
-        if mamba_ssm.is_own_layout(raw, found.where):
-            config = mamba_ssm.read_config(raw, found.where)
+        if mamba_ssm.is_own_layout(raw, files.where):
+            config = mamba_ssm.read_config(raw, files.where)
         elif model_type in CLASSES:
             config = CLASSES[model_type][0].from_dict(dict(raw))
         else:
-            config = _transformers_config(raw, found.where)
+            config = _transformers_config(raw, files.where)
     except CheckpointError:
         raise
     except (StrictDataclassError, ValueError, TypeError, ZeroDivisionError) as error:  # transformers' own validation
-        raise CheckpointError(f"config.json of {found.where} is not valid: {' '.join(str(error).split())}") from error
-    if found.entry.architecture not in ("", config.model_type):
-        raise CheckpointError(f"{found.where} holds {config.model_type}, expected {found.entry.architecture}")
+        raise CheckpointError(f"config.json of {files.where} is not valid: {' '.join(str(error).split())}") from error
+    if files.entry.architecture not in ("", config.model_type):
+        raise CheckpointError(f"{files.where} holds {config.model_type}, expected {files.entry.architecture}")
     return config
 
 
@@ -59,10 +59,10 @@ def _transformers_config(raw: Mapping[str, Any], where: str) -> Any:
     model_type = str(raw.get("model_type", ""))
     if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in MODEL_MAPPING:
         came = f"model_type {model_type!r}" if model_type else "neither model_type nor d_model and n_layer"
-        own = "; it needs code from its repository, which is never run" if "auto_map" in raw else ""
+        code = "; it needs code from its repository, which is never run" if "auto_map" in raw else ""
         raise CheckpointError(
             f"config.json of {where} has {came}: readable are the architectures of the installed transformers and"
-            f" mamba_ssm's own layout{own}"
+            f" mamba_ssm's own layout{code}"
         )
     if "quantization_config" in raw:
         raise CheckpointError(f"{where} holds quantised weights: give the checkpoint they were made from")

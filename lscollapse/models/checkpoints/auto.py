@@ -89,13 +89,13 @@ def _weights(read: Mapping[str, torch.Tensor], model: Any) -> dict[str, torch.Te
     """Of the tensors of a file those that become weights of the base model: what is a number in it is a float there."""
     state = model.state_dict()
     counters = {name.rpartition(".")[2] for name, buffer in model.named_buffers() if not buffer.is_floating_point()}
-    found = {}
+    weights = {}
     for name, tensor in read.items():
-        own = state.get(_own_name(name, model))
-        renamed = own is None and tensor.ndim >= 2 and name.rpartition(".")[2] not in counters
-        if (renamed or (own is not None and own.is_floating_point())) and not is_old_buffer(name):
-            found[name] = tensor
-    return found
+        weight = state.get(_own_name(name, model))  # None where transformers renames or joins it while it reads
+        renamed = weight is None and tensor.ndim >= 2 and name.rpartition(".")[2] not in counters
+        if (renamed or (weight is not None and weight.is_floating_point())) and not is_old_buffer(name):
+            weights[name] = tensor
+    return weights
 
 
 def _own_name(name: str, model: Any) -> str:

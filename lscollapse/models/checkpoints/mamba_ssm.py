@@ -38,14 +38,14 @@ def is_own_layout(raw: Mapping[str, Any], where: str) -> bool:
     Raises:
         CheckpointError: it gives the sizes of both layouts.
     """
-    own = "d_model" in raw and "n_layer" in raw and raw.get("model_type") in (None, "mamba", "mamba2")
+    is_own = "d_model" in raw and "n_layer" in raw and raw.get("model_type") in (None, "mamba", "mamba2")
     both = sorted(_SIZES & set(raw))
-    if own and both:
+    if is_own and both:
         raise CheckpointError(
             f"config.json of {where} mixes two layouts: mamba_ssm's d_model and n_layer, and transformers'"
             f" {', '.join(both)}: leave those of one"
         )
-    return own
+    return is_own
 
 
 def read_config(raw: Mapping[str, Any], where: str) -> Any:
