@@ -59,7 +59,7 @@ class Shared:
 
     Attributes:
         unit: (..., N, d) in float64, largest entry about 1 (2^-52 where Y is subnormal); NaN where Y is not finite.
-        scale: (...).
+        scale: (...), that power of two.
         largest: (..., N), the largest entry of each row of Y, in float64.
     """
 
@@ -152,7 +152,7 @@ def _deflated(unit: Tensor) -> Tensor:
     finite = Z if Z.isfinite().all() else torch.nan_to_num(Z)
     u = _leading_eigenvector(finite @ finite.mT)[..., None]  # (B, n, 1)
     w = u.mT @ Z  # (B, 1, m)
-    R = torch.baddbmm(Z, u, w, alpha=-1)
+    R = torch.baddbmm(Z, u, w, alpha=-1)  # Z - u w, (B, n, m)
     e = R @ w.mT / w.square().sum(-1, keepdim=True)  # (B, n, 1)
     rest = u.mT @ R - (u.mT @ e) * w  # (B, 1, m)
     return torch.baddbmm(R, torch.cat([e, u], -1), torch.cat([w, rest], -2), alpha=-1).reshape(unit.shape)
@@ -177,12 +177,12 @@ def _leading_eigenvector(gram: Tensor) -> Tensor:
 
 @cache
 def _thread_pools() -> ThreadpoolController:
-    """The thread pools of the libraries loaded; looking for them takes longer than the eigenvector."""
+    """The thread pools of the libraries loaded, looked for once: that takes longer than the eigenvector."""
     return ThreadpoolController()
 
 
 def _mean_cosine(shared: Shared) -> Tensor:
-    """Of unit rows u_i: (||sum u_i||^2 - N) / (N (N - 1)), whatever the lengths of the rows of Y are."""
+    """With u_i the rows of Y scaled to length 1, whatever their lengths are: (||sum u_i||^2 - N) / (N (N - 1))."""
     unit, n = shared.unit, shared.Y.shape[-2]
     if (shared.largest < shared.scale[..., None] * SHORT).any():
         unit = _times_two_to(shared.Y, -_exponent(shared.largest)[..., None])
@@ -199,7 +199,7 @@ MEASURES: dict[str, Callable[[Shared], Tensor]] = {  # in the order of the table
     "mean_cosine": _mean_cosine,
     "dong_residual": lambda shared: _divide(_norm_1_inf(shared.R), _norm_1_inf(shared.unit)),
 }
-# Those that a finite precision cannot tell from zero below its floor.
+# Those that go to zero as a net collapses: under the floor of its precision they cannot be told from zero.
 VANISHING = ("mu", "relative_mu", "rank1_residual", "dong_residual")
 
 

@@ -19,6 +19,8 @@ class AssetError(ValueError):
 
 
 class Asset(NamedTuple):
+    """A file of an installed data package, by its path in it, and the sha256 that it was pinned with."""
+
     package: str
     path: str
     sha256: str

@@ -17,8 +17,6 @@ from lscollapse.core.files import read_text
 
 EMBEDDED_MODELS = ["mamba2-tiny", "minilm-l6", "albert-smiles"]
 DEFAULT_LAMBDAS = [-8.0, -4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0]
-
-
 CC_BY_SA = "CC BY-SA 4.0"
 
 
@@ -37,9 +35,8 @@ class Section(BaseModel):
         unknown = [str(key) for key in values if key not in cls.model_fields] if isinstance(values, dict) else []
         if unknown:
             near = difflib.get_close_matches(unknown[0], cls.model_fields, n=1)
-            known = sorted(
-                cls.model_fields, key=lambda name: name not in cls.__annotations__
-            )  # its own before inherited
+            # Fields of the section itself come before those that it inherits.
+            known = sorted(cls.model_fields, key=lambda name: name not in cls.__annotations__)
             hint = f", did you mean {near[0]!r}?" if near else f": known are {', '.join(known)}"
             raise PydanticCustomError("unknown_key", "{key}", {"key": unknown[0], "hint": hint})
         return values
@@ -84,7 +81,7 @@ class S4DTraining(Section):
 
 
 class Compute(Section):
-    """By what the rows are computed; it decides none of them."""
+    """What computes the rows: device, processes or cluster. It decides none of them."""
 
     device: str = Field(default="auto", description="auto, cpu or cuda.")
     engine: Literal["local", "ray"] = Field(
@@ -102,7 +99,7 @@ class Compute(Section):
 
 
 class Experiment(Compute):
-    """Everything that decides the rows of a run."""
+    """Everything that decides the rows of a run, and what computes them."""
 
     models: list[str] = Field(
         default=EMBEDDED_MODELS, min_length=1, description="Short name, folder or hub id; repeat for several."
@@ -221,8 +218,8 @@ def checked(schema: type[Schema], values: Mapping[str, Any], error: type[ValueEr
     """`values` as the schema describes them; else `error`, in one line."""
     try:
         return schema.model_validate(dict(values))
-    except ValidationError as found:
-        raise error(_one_line(found)) from None
+    except ValidationError as invalid:
+        raise error(_one_line(invalid)) from None
 
 
 def shipped(name: str) -> Path:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # every verb loads this file for its --help, which needs no pandas
     import pandas as pd
 
 PARTIAL = ".partial"  # how the name of a file ends that is not whole yet
@@ -31,16 +31,19 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8, whole or not at all."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_parquet(path: Path, rows: pd.DataFrame) -> None:
+    """Write a table as Parquet, whole or not at all."""
     with atomic(path) as temporary:
         rows.to_parquet(temporary, compression="zstd", index=False)
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a JSON value, indented, whole or not at all."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""What long work tells while it goes on."""
+"""What work that takes long tells while it goes on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """What `run` tells while it works; the CLI draws it. As they are here, the methods say nothing."""
+    """What a run tells while it works; the command line draws it. As they are here, the methods say nothing."""
 
     def note(self, message: str) -> None:
         return None

@@ -1,4 +1,4 @@
-"""Text -> excerpts -> token ids, each with where it came from."""
+"""From texts to excerpts of token ids, each with where it came from; and excerpts frozen in a file."""
 
 from __future__ import annotations
 
@@ -134,17 +134,17 @@ def draw_excerpts(
         return replace(corpus, titles=tuple(articles.titles))
     if path is not None:
         reader = {".txt": texts.plain_file, ".jsonl": texts.jsonl_file, ".parquet": texts.parquet_stream}[path.suffix]
-        found, name = reader(path, seed), path.name
+        stream, name = reader(path, seed), path.name
     elif source == "packaged":
-        found, name = texts.packaged(seed), PACKAGED_SOURCE
+        stream, name = texts.packaged(seed), PACKAGED_SOURCE
     else:
-        found = texts.parquet_stream(None, seed, settings.language)
+        stream = texts.parquet_stream(None, seed, settings.language)
         name = f"wikimedia/wikipedia {texts.DUMP}.{settings.language}"
-    return _take(found, n_excerpts, n_tokens, tokenizer, name)
+    return _take(stream, n_excerpts, n_tokens, tokenizer, name)
 
 
 def _take(
-    texts: Iterable[Text],
+    stream: Iterable[Text],
     n_excerpts: int,
     n_tokens: int,
     tokenizer: Tokenizer,
@@ -154,6 +154,7 @@ def _take(
     """The first `n_excerpts` texts of at least `n_tokens` tokens, cut to `n_tokens`; shorter ones are counted.
 
     Args:
+        stream: the texts in the order in which they are drawn.
         counts: what else the source passed over; read when the texts have been taken.
 
     Raises:
@@ -161,7 +162,7 @@ def _take(
     """
     excerpts: list[Excerpt] = []
     skipped = 0
-    for text in texts:
+    for text in stream:
         ids = tokenizer.encode_batch([text.text])[0]
         if len(ids) < n_tokens:
             skipped += 1
@@ -186,7 +187,7 @@ def _take(
 
 
 def freeze(corpus: Corpus, path: str | Path) -> None:
-    """Writes one excerpt a line as JSON, atomically. `draw_excerpts` of that file gives the same excerpts on any machine."""
+    """Write one excerpt a line as JSON, atomically. `draw_excerpts` of that file gives the same excerpts on any machine."""
     path = Path(path)
     special = {"unknown_id": corpus.unknown, "mask_id": corpus.mask}
     known = {name: number for name, number in special.items() if number is not None}

@@ -105,19 +105,19 @@ def grey(source: str, split: Split, seed: int = 0) -> Images:
     return part_in_grey(read_images(source, "test" if split == "test" else "train"), split, seed)
 
 
-def part_in_grey(found: Images, split: Split, seed: int = 0) -> Images:
+def part_in_grey(images: Images, split: Split, seed: int = 0) -> Images:
     """What `grey` gives for `split`, from the source's test images or, for the other two, its training images."""
-    n_images, test = len(found.ids), split == "test"
+    n_images, test = len(images.ids), split == "test"
     order = np.random.default_rng(0 if test else seed).permutation(n_images)[: TAKEN.get(n_images, n_images)]
     held = round(VALIDATION * len(order))
     if not held and not test:
         raise CorpusError(
-            f"{found.source} has {n_images} training images: too few to hold out {VALIDATION:.0%} of them"
+            f"{images.source} has {n_images} training images: too few to hold out {VALIDATION:.0%} of them"
         )
     chosen = np.sort({"train": order[held:], "validation": order[:held], "test": order}[split])
-    ids = np.stack([luma(found.ids[i]) if found.channels == 3 else found.ids[i] for i in chosen]).astype(np.uint8)
-    names = tuple(found.names[i] for i in chosen)
-    return replace(found, ids=ids, labels=found.labels[chosen], names=names, channels=1)
+    ids = np.stack([luma(images.ids[i]) if images.channels == 3 else images.ids[i] for i in chosen]).astype(np.uint8)
+    names = tuple(images.names[i] for i in chosen)
+    return replace(images, ids=ids, labels=images.labels[chosen], names=names, channels=1)
 
 
 def luma(ids: np.ndarray) -> np.ndarray:
@@ -136,17 +136,17 @@ def image_excerpts(source: str, model: Any, n_images: int, seed: int) -> Corpus:
     Raises:
         CorpusError: as `read_images`, or images of another kind, or too few.
     """
-    found = read_images(source, "test")
-    if (found.levels, found.channels) != (model.levels, model.channels):
+    images = read_images(source, "test")
+    if (images.levels, images.channels) != (model.levels, model.channels):
         raise CorpusError(
-            f"{found.source} has {found.channels} channels of {found.levels} levels, the model reads {model.channels} of"
+            f"{images.source} has {images.channels} channels of {images.levels} levels, the model reads {model.channels} of"
             f" {model.levels}: choose the data it was trained on ({model.data}) with --source"
         )
-    if n_images > len(found.ids):
+    if n_images > len(images.ids):
         raise CorpusError(
-            f"{found.source} has {len(found.ids)} held-out images, {n_images} were asked: lower --excerpts"
+            f"{images.source} has {len(images.ids)} held-out images, {n_images} were asked: lower --excerpts"
         )
-    return corpus_of(f"{found.source}, held out", found.names, found.ids.__getitem__, n_images, seed)
+    return corpus_of(f"{images.source}, held out", images.names, images.ids.__getitem__, n_images, seed)
 
 
 def corpus_of(source: str, names: Sequence[str], read: Callable[[int], np.ndarray], n_images: int, seed: int) -> Corpus:

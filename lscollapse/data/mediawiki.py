@@ -85,10 +85,10 @@ class Transport:
         except ValueError as error:
             kind = response.headers.get("Content-Type", "").split(";")[0] or "no type"
             raise _Transient(f"an answer that is not JSON ({kind}, {len(response.content)} bytes)", wait) from error
-        found: dict[str, Any] = answer if isinstance(answer, dict) else {"error": {"code": "no JSON object"}}
-        fault = found.get("error")
+        content: dict[str, Any] = answer if isinstance(answer, dict) else {"error": {"code": "no JSON object"}}
+        fault = content.get("error")
         if fault is None:
-            return found
+            return content
         problem = f"the API's error {fault.get('code')!r} ({fault.get('info', '')})"
         if fault.get("code") in TRANSIENT_CODES or str(fault.get("code")).startswith("internal_api_error"):
             raise _Transient(problem, wait)

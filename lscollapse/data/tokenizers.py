@@ -37,7 +37,7 @@ def named(spec: str, native: str | None = None, *, cache_dir: Path | None = None
     Args:
         spec: a hub name may end in @REVISION; the commit that it stood for becomes part of the tokenizer's name.
         native: what `native` stands for: the model's own tokenizer, as a spec.
-        cache_dir, offline: as for `checkpoint.load`.
+        cache_dir, offline: as for `core.hub.fetch`.
 
     Raises:
         CorpusError: there is no such tokenizer, or it needs code from the hub (which is never run).

@@ -8,7 +8,8 @@ X_{k+1} = lam_k X_k + O_k, the rest of the net maps X_k to (lam_k ... lam_{K-1})
 
 So once e_k < eps * min_i ||x_i||, every row of every later layer is, up to the common factor, within a relative eps of its
 value now: relative mu and rank1_residual move by at most e_k / min_i ||x_i|| (both are 1-Lipschitz in the relative change of
-X), and the remaining blocks need not be computed. Sharper than the sum of angles that it replaces: it holds row by row.
+X), and the remaining blocks need not be computed. It holds row by row, which a sum of angles (theory/certificates.py)
+does not.
 """
 
 from __future__ import annotations

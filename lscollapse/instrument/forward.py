@@ -136,14 +136,14 @@ class Table:
             "floor": floor,
             "measure": measure,
         }
-        own: dict[str, Any] = {
+        per_excerpt: dict[str, Any] = {
             "excerpt": range(len(value)),
             "value": value,
             "log10": log10,
             "status": status,
             "bound": bound,
         }
-        for key, column in ({key: [constant] * len(value) for key, constant in common.items()} | own).items():
+        for key, column in ({key: [constant] * len(value) for key, constant in common.items()} | per_excerpt).items():
             self.columns.setdefault(key, []).extend(column)
 
     def frame(self) -> pd.DataFrame:

@@ -37,7 +37,7 @@ from lscollapse.models.numerics.widened import computing_in
 
 MASKED = 0.15  # share of the tokens that an encoder has to fill in
 BLOCK = 4096  # vocabulary entries that are scored at a time
-STREAM = int.from_bytes(b"masked")  # names the stream of random numbers that hides tokens
+HIDING = int.from_bytes(b"masked")  # names the random numbers that decide which tokens are hidden
 
 
 class LossError(ValueError):
@@ -131,7 +131,7 @@ def targets_of(adapter: Adapter, tokens: Tensor, mask_token: int | None, seed: i
         )
     hidden = max(1, round(MASKED * N))
     chosen = [
-        np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(STREAM, first + b))).permutation(N)[:hidden]
+        np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(HIDING, first + b))).permutation(N)[:hidden]
         for b in range(batch)
     ]
     at = torch.as_tensor(np.sort(chosen, axis=1), device=tokens.device)
@@ -159,7 +159,7 @@ def losses(head: Head | Scores, X: Tensor, targets: Targets) -> Tensor:
         if not isinstance(head, Head):
             excerpts = zip(X, targets.inputs, targets.at, targets.labels, strict=True)
             scores = ((head.scores(x[None], ids[None])[0, at], labels) for x, ids, at, labels in excerpts)
-            return torch.stack([F.cross_entropy(own, labels) for own, labels in scores])  # (P, V) and (P,) -> ()
+            return torch.stack([F.cross_entropy(logits, labels) for logits, labels in scores])  # (P, V) and (P,) -> ()
         at = targets.at[..., None].expand(-1, -1, X.shape[-1])  # (B, P) -> (B, P, d)
         transform = copy.deepcopy(head.transform).to(X.device, X.dtype)
         per_excerpt = zip(X.gather(1, at), targets.labels, strict=True)  # (P, d), (P,)
@@ -168,16 +168,16 @@ def losses(head: Head | Scores, X: Tensor, targets: Targets) -> Tensor:
 
 def cross_entropy(Z: Tensor, labels: Tensor, head: Head) -> Tensor:
     """-log softmax(Z @ weight.T + bias)[labels], (P, e) and (P,) -> (P,), over blocks of the vocabulary."""
-    total = Z.new_full(labels.shape, -math.inf)  # log of the sum of exp(scores)
-    wanted = Z.new_zeros(labels.shape)
+    total = Z.new_full(labels.shape, -math.inf)  # (P,), log of the sum of exp(scores) over the blocks so far
+    wanted = Z.new_zeros(labels.shape)  # (P,), the scores of the labels
     for start, weight in _blocks(head):
         scores = Z @ weight.to(Z).T  # (P, e) -> (P, block)
         if head.bias is not None:
             scores = scores + head.bias[start : start + BLOCK].to(Z)
         total = torch.logaddexp(total, scores.logsumexp(-1))
         inside = (labels >= start) & (labels < start + scores.shape[-1])
-        own = scores.gather(1, (labels - start).clamp(0, scores.shape[-1] - 1)[:, None])[:, 0]  # (P,)
-        wanted = torch.where(inside, own, wanted)
+        here = scores.gather(1, (labels - start).clamp(0, scores.shape[-1] - 1)[:, None])[:, 0]  # (P,)
+        wanted = torch.where(inside, here, wanted)
     return total - wanted
 
 
@@ -192,9 +192,8 @@ def _blocks(head: Head) -> Iterator[tuple[int, Tensor]]:
 
 def _steepness(head: Head | Scores) -> tuple[float, float, float]:
     """sqrt(d), max|g| and the longest row of the output matrix, for the bound of certified excerpts (see the module)."""
-    assert isinstance(
-        head, Head
-    )  # as of every architecture whose excerpts are certified; its transform is a norm alone
+    # Every architecture whose excerpts are certified has its head in parts, with a transform that is a norm alone.
+    assert isinstance(head, Head)
     g = next(head.transform.parameters()).detach()
     longest = max(float(torch.linalg.vector_norm(block.float(), dim=-1).max()) for _, block in _blocks(head))
     return math.sqrt(len(g)), float(g.abs().max()), longest

@@ -1,7 +1,7 @@
 """A model in another dtype, and the dtype that its operations then really compute in.
 
 The float64 copy of a model computes in float64 whatever its modules ask for (models/numerics/widened.py), with constants
-made anew in float64. Whether that is all of it, a probe finds out, which watches what comes out of each operation.
+made anew in float64. Whether all of it does is found out by a probe, which watches what each operation takes and gives.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def _compute_constants(model: Any) -> None:
 
     One that comes out as another number than it was, rounding aside, was set by someone, and is kept.
     """
-    from transformers import PreTrainedModel
+
+    from transformers import PreTrainedModel  # not above, as in models/adapt.py
     from transformers.initialization import guard_torch_init_functions
 
     def visit(owner: Any, module: nn.Module) -> None:

@@ -99,12 +99,12 @@ class Stream:
         if self._left is not None:
             self.bound = np.where(self.settled, self.bound, self._proved)
 
-    def step(self, adapter: Adapter, layer: int, own: Mamba2Block | None) -> None:
-        """X <- block `layer` of this variant, (B, N, d) -> (B, N, d)."""
+    def step(self, adapter: Adapter, layer: int, block: Mamba2Block | None) -> None:
+        """X <- block `layer` of this variant, (B, N, d) -> (B, N, d); by `block`, or the model's module where that is None."""
         if not self.carries_scale and not self.variant.removes_block_norm:
             self.X = lose_unsquarable(self.X)
         before, exponent = self.X, self.carried.exponent
-        self.X = self._block(adapter, layer, own)
+        self.X = self._output(adapter, layer, block)
         if self.carries_scale:
             self.X = self.carried.fit(self.X)
         settled = self.settled
@@ -112,23 +112,23 @@ class Stream:
             frozen = torch.from_numpy(settled).to(before.device)
             self.X[frozen] = before[frozen]
             self.carried.exponent = np.where(settled, exponent, self.carried.exponent)
-        for i, found in enumerate(measures.status(self.X)):
-            if self.status[i] == "ok" and found != "ok":
+        for i, status in enumerate(measures.status(self.X)):
+            if self.status[i] == "ok" and status != "ok":
                 self.status[i] = "overflow"  # a finite input under finite weights becomes NaN only by way of infinity
 
-    def _block(self, adapter: Adapter, layer: int, own: Mamba2Block | None) -> Tensor:
+    def _output(self, adapter: Adapter, layer: int, block: Mamba2Block | None) -> Tensor:
         """The block's output, (B, N, d), in the scale that it is carried in from then on."""
         variant = self.variant
         lam = variant.lam_at(layer) if variant.acts else 1.0
-        own_scale = not self.carries_scale or (lam == 1.0 and not self.carried.exponent.any())
-        if own is None:
+        unscaled = not self.carries_scale or (lam == 1.0 and not self.carried.exponent.any())
+        if block is None:
             watched = scores_in_range() if variant.removes_block_norm else nullcontext()
-            with watched, surgery_on_layer(adapter, layer, variant, None if own_scale else self.carried):
+            with watched, surgery_on_layer(adapter, layer, variant, None if unscaled else self.carried):
                 return adapter.run(layer, self.X, self.handed)
         # At skip_site `mixer` lambda is inside O, and the sum round the block is X + O.
         on_mixer = variant.acts and variant.skip_site == "mixer"
-        factors = {} if own_scale else self.carried.plan(self.X, 1.0 if on_mixer else lam)._asdict()
-        return own(
+        factors = {} if unscaled else self.carried.plan(self.X, 1.0 if on_mixer else lam)._asdict()
+        return block(
             self.X,
             lam=lam,
             gating=variant.gating,
@@ -156,10 +156,10 @@ class Engines:
         self._dtypes = [dtype or (torch.float64 if v.removes_block_norm else adapter.dtype) for v in variants]
 
     def adapter(self, dtype: torch.dtype) -> Adapter:
-        """The model in `dtype`: itself, or a converted copy where its modules have to compute in another one."""
+        """The model in `dtype`: itself, or a copy in that dtype where the model's own modules compute the blocks."""
         if dtype not in self._adapters:
-            own = self._original
-            self._adapters[dtype] = own if own.has_own_blocks else precision.converted(own, dtype)
+            original = self._original
+            self._adapters[dtype] = original if original.has_own_blocks else precision.converted(original, dtype)
         return self._adapters[dtype]
 
     def streams(self, tokens: Tensor, gains: Sequence[float] | None = None) -> list[Stream]:

@@ -1,4 +1,4 @@
-"""A transformers model -> the adapter of its architecture."""
+"""From a transformers model to the adapter of its architecture."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def adapt(model: Any) -> Adapter:
     Raises:
         UnsupportedModel: no model of transformers, or the generic adapter finds no blocks that it can edit.
     """
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel  # not above: Table 1's workers and `verify-kernels` do without it
 
     if isinstance(model, Adapter):
         return model
@@ -47,10 +47,10 @@ def adapt(model: Any) -> Adapter:
     if place is None:
         raise UnsupportedModel(f"no adapter for architecture {model_type!r}: supported are {', '.join(ADAPTERS)}")
     module, _, name = place.partition(":")
-    kind = getattr(import_module(f"lscollapse.models.adapters.{module}"), name)
+    adapter_class = getattr(import_module(f"lscollapse.models.adapters.{module}"), name)
     base = getattr(model, "base_model", model)
     with computing_in(getattr(base, "dtype", None)):  # some adapters try the model out
-        adapter: Adapter = kind(base)
+        adapter: Adapter = adapter_class(base)
     adapter.whole = model
     if adapter.dtype == torch.float64:
         for function in ("embed", "run"):

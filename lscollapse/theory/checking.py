@@ -76,7 +76,7 @@ def equal(actual: float, expected: float) -> float:
 
 
 def smallest(margins: list[float | None]) -> float | None:
-    """The smallest margin; None when there is none."""
+    """The smallest of several margins; None when all of them are."""
     return min((margin for margin in margins if margin is not None), default=None)
 
 
@@ -137,5 +137,5 @@ def fails_unless(holds: bool, text: str) -> tuple[str, str]:
 
 
 def new() -> tuple[str, str]:
-    """What is printed of a statement that is not the paper's."""
+    """The printed verdict of a statement that is not the paper's."""
     return "new", "not in the paper"

@@ -14,7 +14,7 @@ Instance = dict[str, Any]
 
 
 def shape(rng: Rng) -> tuple[int, int]:
-    """A small (N, d)."""
+    """A small N and d, as random instances have them."""
     return int(rng.integers(2, 8)), int(rng.integers(1, 6))
 
 

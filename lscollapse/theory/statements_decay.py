@@ -75,11 +75,11 @@ def _draw_lti(rng: Rng) -> Instance:
 
 
 def _lti_margin(Y: Array, Ws: Array) -> float | None:
-    found = bounds.lti(Ws, float(np.linalg.norm(Y)))
+    limits = bounds.lti(Ws, float(np.linalg.norm(Y)))
     for W in Ws:
         Y = W @ Y
-    floor = 1e-4 * float(np.exp(found.spectral))
-    return smallest([_log_margin(mu(Y), bound, floor) for bound in found])
+    floor = 1e-4 * float(np.exp(limits.spectral))
+    return smallest([_log_margin(mu(Y), bound, floor) for bound in limits])
 
 
 def _lemma_a9() -> tuple[str, str]:

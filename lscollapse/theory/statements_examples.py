@@ -51,8 +51,8 @@ def _proposition1_margin(lam: float, K: int) -> float | None:
     if abs(lam + 1) < 1e-2 or abs(lam) > 10:
         return None
     limit = 0.0 if lam > -1.0 else np.sqrt(2.0)
-    found = _limits(limit, limit, 0.0, examples.sys1_exact(lam, 400))
-    return min(found, _closed_form(examples.sys1(lam, K), examples.sys1_exact(lam, K)))
+    limits = _limits(limit, limit, 0.0, examples.sys1_exact(lam, 400))
+    return min(limits, _closed_form(examples.sys1(lam, K), examples.sys1_exact(lam, K)))
 
 
 def _proposition2_margin(lam: float, K: int, a0: float, b0: float) -> float | None:
@@ -60,8 +60,8 @@ def _proposition2_margin(lam: float, K: int, a0: float, b0: float) -> float | No
         return None
     root = np.sqrt(2.0)
     even, odd, r1 = (0.0, 0.0, 0.0) if lam > -1.0 else (0.0, root, 0.0) if lam > -1.5 else (1.0, 1.0, np.sqrt(0.5))
-    found = _limits(even, odd, r1, examples.sys2_exact(lam, 2000, a0, b0))
-    return min(found, _closed_form(examples.sys2(lam, K, a0, b0), examples.sys2_exact(lam, K, a0, b0)))
+    limits = _limits(even, odd, r1, examples.sys2_exact(lam, 2000, a0, b0))
+    return min(limits, _closed_form(examples.sys2(lam, K, a0, b0), examples.sys2_exact(lam, K, a0, b0)))
 
 
 # --- new ---
@@ -94,8 +94,8 @@ def _gains_margin(Y: Array, logits: Array, W_V: Array, W_O: Array) -> float | No
     """Multi-head attention on unit rows against its bounds, row by row and in Frobenius norm."""
     Y, Ms = unit_rows(Y), np.array([softmax(A) for A in logits])
     limit = constants.attention(Ms, W_V, W_O)
-    found = constants.measured(Y, np.einsum("hij,jd,hde,hef->if", Ms, Y, W_V, W_O))
-    return smallest([upper(found.frobenius, limit.frobenius, 1e-4), upper(found.row, limit.row, 1e-4)])
+    gain = constants.measured(Y, np.einsum("hij,jd,hde,hef->if", Ms, Y, W_V, W_O))
+    return smallest([upper(gain.frobenius, limit.frobenius, 1e-4), upper(gain.row, limit.row, 1e-4)])
 
 
 def _draw_kernel(rng: Rng) -> Instance:
@@ -106,8 +106,8 @@ def _kernel_margin(kernel: Array, D: Array) -> float | None:
     """One S4D channel: the spectral norm of its Toeplitz matrix under the padded FFT, the Frobenius norm exact."""
     N = kernel.shape[1]
     M = np.tril(kernel[0][np.abs(np.subtract.outer(np.arange(N), np.arange(N)))]) + D * np.eye(N)
-    found = constants.s4d(kernel, D)
-    return smallest([upper(spectral_norm(M), float(found.spectral[0])), equal(float(np.linalg.norm(M)), found.C_M)])
+    norms = constants.s4d(kernel, D)
+    return smallest([upper(spectral_norm(M), float(norms.spectral[0])), equal(float(np.linalg.norm(M)), norms.C_M)])
 
 
 def _kernel() -> tuple[str, str]:

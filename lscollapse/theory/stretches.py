@@ -1,4 +1,4 @@
-"""Stretches of |lambda|: on which a measured net keeps a target, and on which a theorem promises that it does."""
+"""Stretches of |lambda| on which a measured net keeps a target, or a theorem promises that it does, and the report of both."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Estimate(NamedTuple):
 
 @dataclass
 class Found:
-    """What `find` measured.
+    """What the search for lambda (`find-lambda`) measured of one model and arm.
 
     Attributes:
         arm: in words, without lambda.

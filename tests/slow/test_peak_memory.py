@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from tests.equivalence.layouts import VOCAB, write_original
-from tests.integration.models.test_streamed import RUN, child, folder, settings
+from tests.integration.models.adapters.test_streamed import RUN, child, folder, settings
 
 __all__ = ["folder"]  # the fixture
 

@@ -40,6 +40,11 @@ def entry_after(words: str) -> str:
     return found[1]
 
 
+def test_every_heading_is_there_once() -> None:
+    headings = re.findall(r"^#+ .*", GUIDE, re.MULTILINE)
+    assert len(headings) == len(set(headings)) > 5
+
+
 def test_every_file_that_it_names_is_there() -> None:
     named = set(re.findall(r"`((?:lscollapse|tests|models|reports)/[\w/]+\.py)`", GUIDE))
     invented = {"models/adapters/NAME.py", "models/nets/NAME.py", "models/adapters/toy.py", "reports/figures/NAME.py",

@@ -170,7 +170,7 @@ class Adapter(ABC):
     @property
     def _classes_with_head(self) -> tuple[str | None, str | None]:
         """The classes of this architecture that predict the next token, and that fill in hidden ones."""
-        from transformers.models.auto.modeling_auto import (
+        from transformers.models.auto.modeling_auto import (  # not above, as in models/adapt.py
             MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
             MODEL_FOR_MASKED_LM_MAPPING_NAMES,
         )
@@ -192,7 +192,7 @@ class Adapter(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights; where they differ the narrowest, which is as good as what they compute."""
+        """The dtype of the weights; where they differ the narrowest, since what they compute is no better than that."""
         dtypes: set[torch.dtype] = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
         return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
@@ -203,7 +203,7 @@ class Adapter(ABC):
 
     @property
     def backend(self) -> str:
-        """What computes the blocks, for the record."""
+        """What computes the blocks, as the table records it."""
         return "transformers"
 
     @property

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.masking_utils import create_causal_mask
 
 from lscollapse.models.adapters.post_norm import PostNormAdapter
 
@@ -21,8 +22,6 @@ class BertAdapter(PostNormAdapter):
     def mask(self, X: Tensor) -> Any:
         if not self.causal:
             return None
-        from transformers.masking_utils import create_causal_mask
-
         return create_causal_mask(config=self.config, inputs_embeds=X, attention_mask=None, past_key_values=None)
 
     def before_output(self) -> nn.Module:

@@ -18,7 +18,7 @@ CALLS = "block"  # the name under which HookSet.counts has how often the edited 
 
 
 def first_of(output: Any) -> Any:
-    """What a module gives, or the first of several things that it gives."""
+    """What a module returns; of several things the first."""
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -30,7 +30,7 @@ class Edit:
         lam: the lambda of the layer that the current call of the block stands for.
         changes_sum: the block's own X + O must become lam*X + O, formed anew.
         changes_mixer: lam*V must be added to the scan output (skip_site `mixer`).
-        carried: the scale that X is carried in (see carried.py); None where it is in its own.
+        carried: the scale that X is carried in (numerics/carried.py); None where it is in its own.
     """
 
     lam: Callable[[], float]
@@ -124,7 +124,7 @@ def edited(
         for block in blocks:
             hooks = HookSet()
             installed.append(hooks)
-            hooks.before(block, CALLS, lambda args, kwargs: None)  # before all others, which ask for the count
+            hooks.before(block, CALLS, lambda args, kwargs: None)  # the first hook: the others ask for its count
             install(block, edit_of(block, hooks), hooks)
         yield installed
     finally:

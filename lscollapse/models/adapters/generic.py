@@ -200,17 +200,17 @@ def _name(dtype: torch.dtype) -> str:
 
 def _stack(model: Any) -> list[Any]:
     """The longest of the lists of modules that lie in no other list."""
-    found: list[list[nn.Module]] = [[]]
+    lists: list[list[nn.Module]] = [[]]
 
     def search(module: nn.Module) -> None:
         for child in module.children():
             if isinstance(child, nn.ModuleList):
-                found.append(list(child))
+                lists.append(list(child))
             else:
                 search(child)
 
     search(model)
-    return max(found, key=len)
+    return max(lists, key=len)
 
 
 @contextmanager
@@ -220,11 +220,11 @@ def _replaced_sum(block: Any, add: Add, casts: list[torch.dtype] | None = None) 
     Args:
         casts: gets the dtype of every sum with X converted to another dtype, which is left as it is.
     """
-    own = block.forward
+    untouched = block.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         with _Sums(first_argument(args, kwargs), add, [] if casts is None else casts):
-            return own(*args, **kwargs)
+            return untouched(*args, **kwargs)
 
     with forward_of(block, forward):
         yield

@@ -1,10 +1,11 @@
-"""The language-model head of a checkpoint, for runs that ask for it; `checkpoint.load` leaves heads out."""
+"""The language-model head of a checkpoint, for runs that ask for it: `load` of checkpoints/checkpoint.py leaves heads out."""
 
 from __future__ import annotations
 
 from typing import Any, Unpack
 
 import torch
+import transformers
 
 from lscollapse.models.adapters.adapter import Adapter
 from lscollapse.models.adapters.streamed import StreamedMamba2
@@ -17,11 +18,9 @@ def attach(adapter: Adapter, name_or_path: str, random_init: int | None = None, 
     """Give `adapter` the head of its checkpoint, so that `adapter.head` is there; False where it has none.
 
     Args:
-        name_or_path, where: as for checkpoint.load; nothing is read where the embeddings are the head.
+        name_or_path, where: as for `checkpoint.load`; nothing is read where the embeddings are the head.
         random_init: a seed; the head is initialised by transformers and nothing is read.
     """
-    import transformers
-
     if isinstance(adapter, StreamedMamba2):
         if adapter.output is None:
             adapter.output = checkpoint.open_head(name_or_path, **where).get("lm_head.weight")

@@ -14,12 +14,12 @@ OPEN = 1.2784645427610738  # silu(OPEN) = 1: a gate that changes nothing
 
 
 class MambaAdapter(MambaStack):
-    """Deviation: without its gate the mixer is given one that multiplies by 1, to the rounding of the dtype."""
+    """Deviation: without its gate the mixer is given one that multiplies by 1 up to the rounding of the dtype."""
 
     norm_sites = ("both", "block")
 
     def install(self, block: Any, edit: Edit, hooks: HookSet) -> None:
-        # Always: with residual_in_fp32 the block itself rounds a float64 X to float32.
+        # At lambda = 1 too: with residual_in_fp32 the block itself rounds a float64 X to float32.
         residual_skip(block, edit, hooks)
         if edit.changes_mixer:
             mixer_skip(block.mixer, edit, hooks)
@@ -30,6 +30,6 @@ class MambaAdapter(MambaStack):
 
 
 def _open_gate(projected: Tensor) -> Tensor:
-    """The second half of in_proj's output (B, N, 2 * inner) is the gate."""
+    """in_proj's output (B, N, 2 * inner), whose second half is the gate, with the gate at OPEN."""
     value, gate = projected.chunk(2, dim=-1)
-    return torch.cat([value, torch.full_like(gate, OPEN)], dim=-1)
+    return torch.cat([value, torch.full_like(gate, OPEN)], dim=-1)  # (B, N, 2 * inner)

@@ -30,6 +30,8 @@ class MambaStack(Adapter):
 
 
 class Mamba2Adapter(MambaStack):
+    """Blocks with the usual activation are computed by the package itself (kernels/), in any dtype, others by their modules."""
+
     norm_sites = ("both", "mixer", "block")
     bounded_mixer = True
 
@@ -64,7 +66,7 @@ class Mamba2Adapter(MambaStack):
 
     @cached_property
     def kernels(self) -> Kernels:
-        """What scan, conv and gated norm run on; `resolve` for the weights' device unless set to another choice."""
+        """What scan, convolution and gated norm run on: what `auto` means on the weights' device, unless set to another choice."""
         return resolve_kernels("auto", self.device)
 
     def mixer_bound(self, layer: int, spectral_bound: Callable[[Tensor], float]) -> float:

@@ -1,4 +1,4 @@
-"""Post-norm: LayerNorm(X + O); in ALBERT and BERT for attention and for the feed-forward part."""
+"""Post-norm blocks, LayerNorm(X + O): one such sum in S4D, in ALBERT and BERT one for attention and one for the feed-forward."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class PostNormAdapter(Adapter):
         return Y
 
     def mask(self, X: Tensor) -> Any:
-        """As the model makes it for excerpts without padding; None where its attention needs none."""
+        """The attention mask, as the model makes it for excerpts without padding; None where it needs none."""
         return None
 
     @abstractmethod

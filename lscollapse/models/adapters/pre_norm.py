@@ -55,5 +55,5 @@ def _sums(block: Any, attention: Any, second_norm: Any, mlp: Any, edit: Edit, ho
 
 
 def _add(edit: Edit, X: Tensor, O: Tensor, site: str) -> Tensor:
-    """lam*X + O where lambda acts at `site`, else X + O."""
+    """The sum at one skip: lam*X + O where lambda acts at `site`, else X + O."""
     return edit.add(X, O) if edit.skip_site in (site, "both") else edit.sum(1.0, X, O)

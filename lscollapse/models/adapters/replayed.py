@@ -55,7 +55,7 @@ class Call:
 
 @dataclass
 class Recording:
-    """The calls of the blocks in one forward.
+    """The calls of the blocks in one forward, in order.
 
     Attributes:
         containers: every container among the arguments, by its id: as it was before the first block got it, and itself.
@@ -77,6 +77,7 @@ class Recording:
 
 
 def first_argument(args: Args, kwargs: Kwargs) -> Any:
+    """The first argument of a call, which of a block is its input X; None where there is none."""
     return args[0] if args else next(iter(kwargs.values()), None)
 
 
@@ -84,28 +85,28 @@ def uncached(model: Any, ids: Tensor) -> Any:
     """The model's own forward without a cache: a block called again would go on where its first call left the cache."""
     if "use_cache" in inspect.signature(model.forward).parameters:
         return model(ids, use_cache=False)
-    own = getattr(model.config, "use_cache", None)
-    if own is None:
+    setting = getattr(model.config, "use_cache", None)
+    if setting is None:
         return model(ids)
     model.config.use_cache = False  # of wrappers that hand their arguments on
     try:
         return model(ids)
     finally:
-        model.config.use_cache = own
+        model.config.use_cache = setting
 
 
 @contextmanager
 def forward_of(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
     """Let `module` compute `forward` instead of its own, which is put back on exit."""
-    own = vars(module).get("forward")
+    before = vars(module).get("forward")  # None where the class's method is what runs
     module.forward = forward
     try:
         yield
     finally:
-        if own is None:
+        if before is None:
             del module.forward
         else:
-            module.forward = own
+            module.forward = before
 
 
 def record(blocks: Iterable[Any], forward: Callable[[], Any], compute: bool) -> Recording:
@@ -114,22 +115,22 @@ def record(blocks: Iterable[Any], forward: Callable[[], Any], compute: bool) -> 
     Args:
         compute: False hands each block's input on as its output, so that only what lies around the blocks is computed.
     """
-    found = Recording()
+    recording = Recording()
 
-    def recording(block: Any, own: Callable[..., Any]) -> Callable[..., Any]:
+    def noted(block: Any, untouched: Callable[..., Any]) -> Callable[..., Any]:
         def called(*args: Any, **kwargs: Any) -> Any:
-            found.note((*args, *kwargs.values()))
-            output = own(*args, **kwargs) if compute else first_argument(args, kwargs)
-            found.calls.append(Call(block, args, kwargs, output))
+            recording.note((*args, *kwargs.values()))
+            output = untouched(*args, **kwargs) if compute else first_argument(args, kwargs)
+            recording.calls.append(Call(block, args, kwargs, output))
             return output
 
         return called
 
     with ExitStack() as stack:
         for block in {id(block): block for block in blocks}.values():
-            stack.enter_context(forward_of(block, recording(block, block.forward)))
+            stack.enter_context(forward_of(block, noted(block, block.forward)))
         forward()
-    return found
+    return recording
 
 
 class ReplayedAdapter(Adapter):
@@ -163,11 +164,11 @@ class ReplayedAdapter(Adapter):
     def run(self, layer: int, X: Tensor, handed: dict[int, Any] | None = None) -> Tensor:
         call, handed = self.calls[layer], self._alone if handed is None else handed
         args, kwargs = call.others
-        own_args = tuple(self._own(value, handed) for value in args)
-        output = call.again(X, (own_args, {name: self._own(value, handed) for name, value in kwargs.items()}))
-        for recorded, own in zip(_tensors(call.output), _tensors(output), strict=False):
+        args = tuple(self._of_arm(value, handed) for value in args)
+        output = call.again(X, (args, {name: self._of_arm(value, handed) for name, value in kwargs.items()}))
+        for recorded, computed in zip(_tensors(call.output), _tensors(output), strict=False):
             if id(recorded) in self._given:
-                handed[id(recorded)] = own
+                handed[id(recorded)] = computed
         Y: Tensor = first_of(output)  # (B, N, d)
         return Y
 
@@ -183,18 +184,18 @@ class ReplayedAdapter(Adapter):
         self._recording, self.calls, self._given = recording, recording.calls, recording.given()
         self._alone: dict[int, Any] = {}  # of an arm that runs by itself
 
-    def _own(self, value: Any, handed: dict[int, Any]) -> Any:
-        """An argument of a block as one arm has it: its own outputs and containers in place of the recorded ones."""
+    def _of_arm(self, value: Any, handed: dict[int, Any]) -> Any:
+        """An argument of a block as one arm has it: the arm's outputs and containers in place of the recorded ones."""
         if isinstance(value, Tensor):
             return handed.get(id(value), value)
         if type(value) is tuple:
-            return tuple(self._own(part, handed) for part in value)
+            return tuple(self._of_arm(part, handed) for part in value)
         if not _is_container(value):
             return value
         if id(value) not in handed:
-            own = handed[id(value)] = copy.copy(self._recording.containers[id(value)][0])
-            for key in list(own) if isinstance(own, MutableMapping) else range(len(own)):
-                own[key] = self._own(own[key], handed)
+            fresh = handed[id(value)] = copy.copy(self._recording.containers[id(value)][0])
+            for key in list(fresh) if isinstance(fresh, MutableMapping) else range(len(fresh)):
+                fresh[key] = self._of_arm(fresh[key], handed)
         return handed[id(value)]
 
     def _filled(self) -> Iterator[Any]:
@@ -212,14 +213,14 @@ class ReplayedAdapter(Adapter):
         for layer in range(self.n_layers):
             for arm, lam in enumerate(REPLAYED):
                 with edited(self.install, [self.block(layer)], self._with(lam)):
-                    found = self.run(layer, inputs[arm], arms[arm])
+                    output = self.run(layer, inputs[arm], arms[arm])
                 inputs[arm] = expected[arm][layer]
-                self._compare(found, inputs[arm], layer, lam)
+                self._compare(output, inputs[arm], layer, lam)
 
-    def _compare(self, found: Tensor, expected: Tensor, layer: int, lam: float) -> None:
+    def _compare(self, output: Tensor, expected: Tensor, layer: int, lam: float) -> None:
         if not torch.isfinite(expected).all():
-            return  # values that left the dtype are the rows' to say
-        difference = relative_difference(found, expected)
+            return  # values that left the dtype get their status in the rows
+        difference = relative_difference(output, expected)
         if not difference <= rounding(expected.dtype):
             what = f"{type(self.block(layer)).__name__} {layer + 1}"
             raise self._not_by_layers(

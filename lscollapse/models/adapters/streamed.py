@@ -108,7 +108,7 @@ class StreamedMamba2(Mamba2Adapter):
         return self.reader.tensors["embeddings.weight"][ids.cpu()].float().to(self.device)  # (B, N, d)
 
     def tensors(self, layer: int) -> dict[str, Tensor]:
-        """In float32 as `dtype` says, whatever the file holds: what is made of them is that of the loaded model."""
+        """In float32 as `dtype` says, whatever the file holds, so that blocks of them are those of the loaded model."""
         return {name: tensor.float() for name, tensor in self.held(layer).items()}
 
     def held(self, layer: int) -> dict[str, Tensor]:

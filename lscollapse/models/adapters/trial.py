@@ -12,7 +12,7 @@ from lscollapse.core.files import first_line
 from lscollapse.models.adapters.adapter import UnsupportedModel
 
 ROUNDING = 64  # times the dtype's spacing: how far what is computed again may be off, relative to its norm
-LARGEST_ROUNDING = 2.0**-5  # the same at most, in dtypes of few digits
+LARGEST_ROUNDING = 2.0**-5  # the most that is ever allowed, which matters in dtypes of few digits
 
 
 @contextmanager
@@ -27,7 +27,7 @@ def failures_as(refusal: Callable[[str], UnsupportedModel]) -> Iterator[None]:
 
 
 def relative_difference(found: Tensor, expected: Tensor) -> float:
-    """In the Frobenius norm; 0 where both are 0."""
+    """||found - expected|| / ||expected|| in the Frobenius norm; 0 where both are 0."""
     difference = float(torch.linalg.vector_norm(found.double() - expected.double()))
     size = float(torch.linalg.vector_norm(expected.double()))
     return difference / size if size else float("inf") if difference else 0.0

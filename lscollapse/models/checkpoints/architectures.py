@@ -7,48 +7,46 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AlbertConfig, AlbertModel, AutoModel, BertConfig, BertModel, Mamba2Config, Mamba2Model
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from lscollapse.models.checkpoints import mamba_ssm
 from lscollapse.models.checkpoints.located import Located
 from lscollapse.models.checkpoints.tensors import CheckpointError
 from lscollapse.models.nets.s4d import S4D, S4DConfig
 
-
-def classes() -> dict[str, tuple[Any, Any, dict[str, Any]]]:
-    """model_type -> (config class, base model class, arguments that leave out its pooler)."""
-    from transformers import AlbertConfig, AlbertModel, BertConfig, BertModel, Mamba2Config, Mamba2Model
-
-    return {
-        "mamba2": (Mamba2Config, Mamba2Model, {}),
-        "albert": (AlbertConfig, AlbertModel, {"add_pooling_layer": False}),
-        "bert": (BertConfig, BertModel, {"add_pooling_layer": False}),
-        "s4d": (S4DConfig, S4D, {}),
-    }
+# model_type -> (config class, base model class, arguments that leave out its pooler).
+CLASSES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "mamba2": (Mamba2Config, Mamba2Model, {}),
+    "albert": (AlbertConfig, AlbertModel, {"add_pooling_layer": False}),
+    "bert": (BertConfig, BertModel, {"add_pooling_layer": False}),
+    "s4d": (S4DConfig, S4D, {}),
+}
 
 
-def config_of(found: Located) -> Any:
+def config_of(files: Located) -> Any:
     """The transformers config, from either layout of config.json.
 
     Raises:
         CheckpointError: it is not valid, or not of the architecture that the registry names.
     """
-    from huggingface_hub.errors import StrictDataclassError
-
-    raw, known = found.config, classes()
+    raw = files.config
     model_type = raw.get("model_type")
     try:
-        if mamba_ssm.is_own_layout(raw, found.where):
-            config = mamba_ssm.read_config(raw, found.where)
-        elif model_type in known:
-            config = known[model_type][0].from_dict(dict(raw))
+        if mamba_ssm.is_own_layout(raw, files.where):
+            config = mamba_ssm.read_config(raw, files.where)
+        elif model_type in CLASSES:
+            config = CLASSES[model_type][0].from_dict(dict(raw))
         else:
-            config = _transformers_config(raw, found.where)
+            config = _transformers_config(raw, files.where)
     except CheckpointError:
         raise
     except (StrictDataclassError, ValueError, TypeError, ZeroDivisionError) as error:  # transformers' own validation
-        raise CheckpointError(f"config.json of {found.where} is not valid: {' '.join(str(error).split())}") from error
-    if found.entry.architecture not in ("", config.model_type):
-        raise CheckpointError(f"{found.where} holds {config.model_type}, expected {found.entry.architecture}")
+        raise CheckpointError(f"config.json of {files.where} is not valid: {' '.join(str(error).split())}") from error
+    if files.entry.architecture not in ("", config.model_type):
+        raise CheckpointError(f"{files.where} holds {config.model_type}, expected {files.entry.architecture}")
     return config
 
 
@@ -58,16 +56,13 @@ def _transformers_config(raw: Mapping[str, Any], where: str) -> Any:
     Raises:
         CheckpointError: no architecture of the installed transformers, or quantised weights.
     """
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_MAPPING
-
     model_type = str(raw.get("model_type", ""))
     if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in MODEL_MAPPING:
         came = f"model_type {model_type!r}" if model_type else "neither model_type nor d_model and n_layer"
-        own = "; it needs code from its repository, which is never run" if "auto_map" in raw else ""
+        code = "; it needs code from its repository, which is never run" if "auto_map" in raw else ""
         raise CheckpointError(
             f"config.json of {where} has {came}: readable are the architectures of the installed transformers and"
-            f" mamba_ssm's own layout{own}"
+            f" mamba_ssm's own layout{code}"
         )
     if "quantization_config" in raw:
         raise CheckpointError(f"{where} holds quantised weights: give the checkpoint they were made from")
@@ -75,12 +70,10 @@ def _transformers_config(raw: Mapping[str, Any], where: str) -> Any:
 
 
 def built(config: Any) -> Any:
-    """The base model with its initial weights, float32; of those in `classes` without the pooler."""
-    if config.model_type in classes():
-        _, model_class, arguments = classes()[config.model_type]
+    """The base model with its initial weights, float32; of those in `CLASSES` without the pooler."""
+    if config.model_type in CLASSES:
+        _, model_class, arguments = CLASSES[config.model_type]
         return model_class(config, **arguments)
-    from transformers import AutoModel
-
     from_config: Callable[..., Any] = AutoModel.from_config
     return from_config(config, dtype=torch.float32)
 
@@ -92,7 +85,7 @@ def on_meta(config: Any) -> Any:
 
 
 def count_parameters(config: Any) -> int:
-    """Of the base model, without pooler."""
+    """How many numbers the weights of the base model are, without its pooler."""
     named = on_meta(config).named_parameters()
     return sum(parameter.numel() for name, parameter in named if not name.startswith("pooler."))
 

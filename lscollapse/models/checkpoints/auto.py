@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModel
+from transformers.utils import logging
 
 from lscollapse.core.files import first_line
 from lscollapse.core.hub import PICTURES
@@ -23,8 +25,6 @@ def filled(config: Any, files: Sequence[Path], where: str, dtype: torch.dtype) -
     Raises:
         CheckpointError: the weights are damaged, some are missing, left over or of another shape, or are no floats.
     """
-    from transformers import AutoModel
-
     folder = files[0].parent
     model, report = _read(AutoModel, config, folder, where, dtype)
     missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
@@ -89,13 +89,13 @@ def _weights(read: Mapping[str, torch.Tensor], model: Any) -> dict[str, torch.Te
     """Of the tensors of a file those that become weights of the base model: what is a number in it is a float there."""
     state = model.state_dict()
     counters = {name.rpartition(".")[2] for name, buffer in model.named_buffers() if not buffer.is_floating_point()}
-    found = {}
+    weights = {}
     for name, tensor in read.items():
-        own = state.get(_own_name(name, model))
-        renamed = own is None and tensor.ndim >= 2 and name.rpartition(".")[2] not in counters
-        if (renamed or (own is not None and own.is_floating_point())) and not is_old_buffer(name):
-            found[name] = tensor
-    return found
+        weight = state.get(_own_name(name, model))  # None where transformers renames or joins it while it reads
+        renamed = weight is None and tensor.ndim >= 2 and name.rpartition(".")[2] not in counters
+        if (renamed or (weight is not None and weight.is_floating_point())) and not is_old_buffer(name):
+            weights[name] = tensor
+    return weights
 
 
 def _own_name(name: str, model: Any) -> str:
@@ -122,8 +122,6 @@ def _note_pixels(config: Any, file: Path) -> None:
 @contextmanager
 def quietly() -> Iterator[None]:
     """Without transformers' progress bar and its report of unused heads, which are left out on purpose."""
-    from transformers.utils import logging
-
     library: Any = logging  # parts of it have no types
     shown, verbosity = library.is_progress_bar_enabled(), library.get_verbosity()
     library.disable_progress_bar()

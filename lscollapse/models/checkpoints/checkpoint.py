@@ -3,7 +3,7 @@
 Every way in ends in the same two things: a transformers config built here, and the tensors of the base model under
 transformers' names, memory mapped. Heads and poolers are left out; of the rest nothing may be missing, left over, or of
 another shape, and every value must be a finite floating-point number. Code from a repository is never run, pickles are
-read with `weights_only=True`. Other architectures than those of `architectures.classes` are read by transformers
+read with `weights_only=True`. Other architectures than those of `architectures.CLASSES` are read by transformers
 (auto.py) under the same rules.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lscollapse.core import registry
 from lscollapse.models.checkpoints import auto
-from lscollapse.models.checkpoints.architectures import built, classes, config_of, count_parameters, on_meta, seeded
+from lscollapse.models.checkpoints.architectures import CLASSES, built, config_of, count_parameters, on_meta, seeded
 from lscollapse.models.checkpoints.located import Located, Where, locate_checkpoint
 from lscollapse.models.checkpoints.refusals import (
     other_shapes,
@@ -103,64 +103,64 @@ def load(
     Raises:
         CheckpointError, ModelNameError, HubError, AssetError: one line each.
     """
-    found = locate_checkpoint(registry.resolve(name_or_path), config_only=random_init is not None, **where)
-    config = config_of(found)
+    files = locate_checkpoint(registry.resolve(name_or_path), config_only=random_init is not None, **where)
+    config = config_of(files)
     if random_init is None:
-        if config.model_type in classes():
-            tensors = _tensors(found)
-            _match(found, config, tensors)
+        if config.model_type in CLASSES:
+            tensors = _tensors(files)
+            _match(files, config, tensors)
             model = _filled(config, tensors, dtype)
         else:
-            model = auto.filled(config, found.weights, found.where, dtype)
-        _check_values(model, found.where)
-        digest = sha256(found.weights)
+            model = auto.filled(config, files.weights, files.where, dtype)
+        _check_values(model, files.where)
+        digest = sha256(files.weights)
     else:
         with seeded(random_init):
             model = built(config).to(dtype)
         digest = f"random-init-{random_init}"
-    return Checkpoint(model.eval(), _info(found, config, digest))
+    return Checkpoint(model.eval(), _info(files, config, digest))
 
 
 def open_layers(name_or_path: str | Path, **where: Unpack[Where]) -> LayerReader:
     """A Mamba-2 checkpoint to be read layer by layer; arguments and errors as for `load`."""
-    found = locate_checkpoint(registry.resolve(name_or_path), **where)
-    config = config_of(found)
+    files = locate_checkpoint(registry.resolve(name_or_path), **where)
+    config = config_of(files)
     if config.model_type != "mamba2":
-        raise CheckpointError(f"{found.where} is {config.model_type}: only Mamba-2 checkpoints are read layer by layer")
-    whole = next((file for file in found.weights if not is_mapped(file)), None)
+        raise CheckpointError(f"{files.where} is {config.model_type}: only Mamba-2 checkpoints are read layer by layer")
+    whole = next((file for file in files.weights if not is_mapped(file)), None)
     if whole is not None:
         raise CheckpointError(
             f"{whole} is a pickle from before PyTorch 1.6, which is read whole or not at all: use --stream never, or save"
             " its tensors as model.safetensors"
         )
-    tensors = _tensors(found)
-    _match(found, config, tensors)
-    refuse_values(tensors, found.where, mapped=True)
-    refuse_zeros("embeddings.weight", tensors["embeddings.weight"], found.where)
-    return LayerReader(config, _info(found, config, sha256(found.weights)), tensors)
+    tensors = _tensors(files)
+    _match(files, config, tensors)
+    refuse_values(tensors, files.where, mapped=True)
+    refuse_zeros("embeddings.weight", tensors["embeddings.weight"], files.where)
+    return LayerReader(config, _info(files, config, sha256(files.weights)), tensors)
 
 
 def open_head(name_or_path: str | Path, **where: Unpack[Where]) -> dict[str, Tensor]:
     """The tensors of heads and poolers, which `load` leaves out, memory mapped; arguments and errors as for `load`."""
-    found = locate_checkpoint(registry.resolve(name_or_path), **where)
-    heads = {name: tensor for file in found.weights for name, tensor in head_tensors(read_tensors(file)).items()}
+    files = locate_checkpoint(registry.resolve(name_or_path), **where)
+    heads = {name: tensor for file in files.weights for name, tensor in head_tensors(read_tensors(file)).items()}
     scoring = {name: tensor for name, tensor in heads.items() if "lm_head" in name or "predictions" in name}
-    refuse_kinds(scoring, found.where)
-    refuse_values(scoring, found.where)
+    refuse_kinds(scoring, files.where)
+    refuse_values(scoring, files.where)
     return heads
 
 
 def load_with_head(name_or_path: str | Path, kind: Any, *, dtype: torch.dtype, **where: Unpack[Where]) -> Any:
     """The whole model as transformers' class `kind` reads it; None where the checkpoint lacks the head.
 
-    For heads whose tensors have other names in the file than in the model; `open_head` knows those of `classes`. Other
+    For heads whose tensors have other names in the file than in the model; `open_head` knows those of `CLASSES`. Other
     arguments and errors as for `load`.
     """
-    found = locate_checkpoint(registry.resolve(name_or_path), **where)
-    config = config_of(found)
-    if config.model_type in classes():
+    files = locate_checkpoint(registry.resolve(name_or_path), **where)
+    config = config_of(files)
+    if config.model_type in CLASSES:
         return None
-    return auto.with_head(kind, config, found.weights[0].parent, found.where, dtype)
+    return auto.with_head(kind, config, files.weights[0].parent, files.where, dtype)
 
 
 def outline(name_or_path: str | Path, **where: Unpack[Where]) -> tuple[str, int]:
@@ -177,32 +177,32 @@ def inspect(name_or_path: str | Path, **where: Unpack[Where]) -> tuple[str, int]
 
     Arguments and errors as for `load`; of what `load` refuses, values that are not finite are found only there.
     """
-    found = locate_checkpoint(registry.resolve(name_or_path), **where)
-    config = config_of(found)
-    if config.model_type in classes():
-        _match(found, config, _tensors(found))
+    files = locate_checkpoint(registry.resolve(name_or_path), **where)
+    config = config_of(files)
+    if config.model_type in CLASSES:
+        _match(files, config, _tensors(files))
     else:
-        auto.inspect_headers(config, found.weights, found.where)
+        auto.inspect_headers(config, files.weights, files.where)
     return config.model_type, count_parameters(config)
 
 
-def _tensors(found: Located) -> dict[str, Tensor]:
+def _tensors(files: Located) -> dict[str, Tensor]:
     """Tensors of the base model under transformers' names, memory mapped: nothing is read before it is used."""
-    return {name: tensor for file in found.weights for name, tensor in base_tensors(read_tensors(file)).items()}
+    return {name: tensor for file in files.weights for name, tensor in base_tensors(read_tensors(file)).items()}
 
 
-def _match(found: Located, config: Any, tensors: Mapping[str, Tensor]) -> None:
+def _match(files: Located, config: Any, tensors: Mapping[str, Tensor]) -> None:
     """Raise unless the tensors are those of the config's base model in name, shape and number of parameters."""
     expected = {name: tuple(tensor.shape) for name, tensor in on_meta(config).state_dict().items()}
-    refuse_kinds({name: tensor for name, tensor in tensors.items() if name in expected}, found.where)
+    refuse_kinds({name: tensor for name, tensor in tensors.items() if name in expected}, files.where)
     missing = [name for name in expected if name not in tensors]
     unexpected = [name for name in tensors if name not in expected]
     shapes = other_shapes(tensors, expected)
-    refuse_misfits({"missing": missing, "unexpected": unexpected, "of another shape": shapes}, found.where)
-    n_parameters, published = count_parameters(config), found.entry.n_parameters
+    refuse_misfits({"missing": missing, "unexpected": unexpected, "of another shape": shapes}, files.where)
+    n_parameters, published = count_parameters(config), files.entry.n_parameters
     if published not in (None, n_parameters):
         raise CheckpointError(
-            f"{found.where} has {n_parameters:,} parameters, {found.entry.name} should have {published:,}"
+            f"{files.where} has {n_parameters:,} parameters, {files.entry.name} should have {published:,}"
         )
 
 
@@ -218,7 +218,7 @@ def _check_values(model: Any, where: str) -> None:
 
 
 def _filled(config: Any, tensors: dict[str, Tensor], dtype: torch.dtype) -> Any:
-    _, model_class, arguments = classes()[config.model_type]
+    _, model_class, arguments = CLASSES[config.model_type]
     if config.model_type == "s4d":
         model = model_class(config)
         model.load_state_dict(tensors)
@@ -227,14 +227,14 @@ def _filled(config: Any, tensors: dict[str, Tensor], dtype: torch.dtype) -> Any:
         return model_class.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, **arguments)
 
 
-def _info(found: Located, config: Any, digest: str) -> ModelInfo:
+def _info(files: Located, config: Any, digest: str) -> ModelInfo:
     return ModelInfo(
-        name=found.entry.name,
+        name=files.entry.name,
         architecture=config.model_type,
-        location=found.entry.location,
-        revision=found.revision,
+        location=files.entry.location,
+        revision=files.revision,
         sha256=digest,
-        text=found.entry.text,
+        text=files.entry.text,
         n_layers=getattr(config, "num_hidden_layers", 0),
         n_parameters=count_parameters(config),
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from transformers import Mamba2Config
+
 from lscollapse.models.checkpoints.tensors import CheckpointError
 
 # mamba_ssm's Mamba2 arguments: name -> (name in Mamba2Config, default).
@@ -36,14 +38,14 @@ def is_own_layout(raw: Mapping[str, Any], where: str) -> bool:
     Raises:
         CheckpointError: it gives the sizes of both layouts.
     """
-    own = "d_model" in raw and "n_layer" in raw and raw.get("model_type") in (None, "mamba", "mamba2")
+    is_own = "d_model" in raw and "n_layer" in raw and raw.get("model_type") in (None, "mamba", "mamba2")
     both = sorted(_SIZES & set(raw))
-    if own and both:
+    if is_own and both:
         raise CheckpointError(
             f"config.json of {where} mixes two layouts: mamba_ssm's d_model and n_layer, and transformers'"
             f" {', '.join(both)}: leave those of one"
         )
-    return own
+    return is_own
 
 
 def read_config(raw: Mapping[str, Any], where: str) -> Any:
@@ -54,8 +56,6 @@ def read_config(raw: Mapping[str, Any], where: str) -> Any:
     Raises:
         CheckpointError: Mamba-1, hybrids with attention or MLPs, and options that transformers' Mamba-2 does not have.
     """
-    from transformers import Mamba2Config
-
     ssm = dict(raw.get("ssm_cfg") or {})
     ssm.setdefault("layer", "Mamba1")  # mamba_ssm's default
     refused = [f"ssm_cfg.{key}={ssm[key]!r}" for key, value in _SSM_FIXED.items() if ssm.get(key, value) != value]

@@ -29,19 +29,19 @@ def some_of(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
-def refuse_misfits(found: Mapping[str, Sequence[str]], where: str) -> None:
+def refuse_misfits(misfits: Mapping[str, Sequence[str]], where: str) -> None:
     """Raise a CheckpointError if there are tensors `missing`, `unexpected` or `of another shape`, with their names."""
-    parts = [f"{len(names)} {what} ({some_of(names)})" for what, names in found.items() if names]
+    parts = [f"{len(names)} {what} ({some_of(names)})" for what, names in misfits.items() if names]
     if parts:
         raise CheckpointError(f"the weights of {where} do not fit its config.json: tensors " + ", ".join(parts))
 
 
-def other_shapes(found: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+def other_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
     """Which tensors are `of another shape` than expected, and which shape they have, as `refuse_misfits` takes them."""
     return [
-        f"{name} {tuple(found[name].shape)} instead of {shape}"
+        f"{name} {tuple(tensors[name].shape)} instead of {shape}"
         for name, shape in expected.items()
-        if name in found and tuple(found[name].shape) != shape
+        if name in tensors and tuple(tensors[name].shape) != shape
     ]
 
 

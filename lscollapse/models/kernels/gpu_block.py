@@ -30,9 +30,9 @@ class GpuBlock(Mamba2Block):
         """
         super().__init__(tensors, shape, dtype)
         self.kernels = kernels.for_dtype(dtype)
-        found = self._norm.device.type
-        if found != kernels.device:
-            raise BlockError(f"the tensors are on {found}, the kernels for {kernels.device}: move the tensors there")
+        device = self._norm.device.type
+        if device != kernels.device:
+            raise BlockError(f"the tensors are on {device}, the kernels for {kernels.device}: move the tensors there")
 
     def _compute(self, X: Tensor, what: BlockCall) -> Tensor:
         normed = gated_norm(X, None, self._norm, self.shape.eps) if what.block_norm else X  # (B, N, hidden)

@@ -101,8 +101,8 @@ def scan(
             raw = raw + dt_bias.to(dtype)[:, None]
         step = F.softplus(raw, threshold=40.0).clamp_(*dt_limit)  # torch's threshold of 20 is coarse for float64
         x_heads, B_groups, C_groups = (t.to(dtype).transpose(0, 1) for t in (one_x, one_B, one_C))
-        excerpt = _Tokens(x_heads, step, B_groups, C_groups, one_y.transpose(0, 1))
-        _scan_excerpt(excerpt, A, D, chunk, workspace)
+        tokens = _Tokens(x_heads, step, B_groups, C_groups, one_y.transpose(0, 1))
+        _scan_excerpt(tokens, A, D, chunk, workspace)
     return y
 
 
@@ -134,12 +134,12 @@ class _Tokens(NamedTuple):
     y: Tensor  # (heads, Q, head_dim), to be filled
 
 
-def _scan_excerpt(all_: _Tokens, A: Tensor, D: Tensor | None, chunk: int, workspace: Workspace) -> None:
-    """Fills y; A (heads, 1), in float64."""
-    heads, L, head_dim = all_.x.shape
+def _scan_excerpt(excerpt: _Tokens, A: Tensor, D: Tensor | None, chunk: int, workspace: Workspace) -> None:
+    """Fill y of one excerpt chunk by chunk; A (heads, 1), in float64."""
+    heads, L, head_dim = excerpt.x.shape
     state = None
     for start in range(0, L, chunk):
-        part = _Tokens(*(tensor[:, start : start + chunk] for tensor in all_))
+        part = _Tokens(*(tensor[:, start : start + chunk] for tensor in excerpt))
         cum = (part.dt.to(torch.float64) * A).cumsum(1)  # (heads, Q), log of the decay since the start of the chunk
         _chunk(part, cum, D, state, workspace)
         if start + chunk < L:
@@ -149,7 +149,7 @@ def _scan_excerpt(all_: _Tokens, A: Tensor, D: Tensor | None, chunk: int, worksp
 
 
 def _chunk(part: _Tokens, cum: Tensor, D: Tensor | None, state: Tensor | None, workspace: Workspace) -> None:
-    """Fills y of one chunk of Q tokens, that begins with the state (heads, state, head_dim); None stands for 0."""
+    """Fill y of one chunk of Q tokens that begins with the state (heads, state, head_dim); None stands for 0."""
     x, dt, B, C, y = part
     heads, Q, head_dim = x.shape
     scores = workspace.take("scores", (len(B), Q, Q), x.dtype)
@@ -161,7 +161,7 @@ def _chunk(part: _Tokens, cum: Tensor, D: Tensor | None, state: Tensor | None, w
         torch.bmm(M, x[:, :stop], out=result)
         if state is not None:
             carried = workspace.take("carried", result.shape, x.dtype)
-            _by_group(carried, C[:, start:stop], state, accumulate=False)
+            _by_group(carried, C[:, start:stop], state, accumulate=False)  # C_i^T S, (heads, rows, head_dim)
             result.addcmul_(carried, _exp(cum[:, start:stop], x.dtype)[:, :, None])
         y[:, start:stop].copy_(result)
 
@@ -184,9 +184,8 @@ def _rows_of_M(
     torch.mul(grouped(decay), by_group[..., start:stop], out=grouped(diagonal))
     if D is not None:  # D x_t is one more term of row t
         diagonal.diagonal(dim1=1, dim2=2).add_(D.to(dtype)[:, None])
-    if (
-        start
-    ):  # exp(cum_i - cum_j) as a product of two vectors, from the token before this block of rows on and up to it
+    if start:
+        # exp(cum_i - cum_j) as a product of two vectors: up to the token before this block of rows, and from it on
         border = cum[:, start - 1 : start]
         after, before = _exp(rows - border, dtype), _exp(border - cum[:, :start], dtype).mul_(dt[:, :start])
         torch.mul(grouped(after)[..., None], by_group[..., :start], out=grouped(left))
@@ -195,7 +194,7 @@ def _rows_of_M(
 
 
 def _hand_over(state: Tensor, part: _Tokens, cum: Tensor, workspace: Workspace) -> None:
-    """Moves the state (heads, state, head_dim) from the start to the end of a chunk."""
+    """Move the state (heads, state, head_dim) from the start to the end of a chunk."""
     x, last = part.x, cum[:, -1:]
     scaled = workspace.take("scaled", x.shape, x.dtype)
     torch.mul(x, _exp(last - cum, x.dtype).mul_(part.dt)[:, :, None], out=scaled)

@@ -1,4 +1,4 @@
-"""Are the kernels right on this machine? Each against the definition in float64: the recurrence, token by token.
+"""Are the kernels right on this machine? Each is held against its definition in float64: the recurrence, token by token.
 
     rows = verify("cuda")
     passed(rows)
@@ -97,23 +97,23 @@ def verify(device: str = "cpu", kernels: str = "auto", cases: Sequence[Case] | N
     """
     on_gpu = torch.device(device).type == "cuda"
     torch_kernels = resolve_kernels("torch", device)
-    found = [] if kernels == "triton" else [torch_kernels]
+    checked = [] if kernels == "triton" else [torch_kernels]
     if kernels != "torch":
         if not on_gpu and (kernels == "triton" or util.find_spec("mamba_ssm") is not None):
             _interpret()
-            found.append(resolve_kernels("triton", device))
+            checked.append(resolve_kernels("triton", device))
         elif on_gpu:
             chosen = resolve_kernels(kernels, device)
-            found += [chosen] if chosen.triton else []
+            checked += [chosen] if chosen.triton else []
     if cases is None:
         cases = TOY + PAPER if on_gpu else TOY
     rows = []
     for case in cases:
         for name, run in _operations(case, torch.device(device)).items():
             expected = run(None)
-            for kernel in found:
-                if kernel.differentiable or name != "scan backward":
-                    rows.append(_check(name, run, case, kernel, torch_kernels, expected))
+            for candidate in checked:
+                if candidate.differentiable or name != "scan backward":
+                    rows.append(_check(name, run, case, candidate, torch_kernels, expected))
     return rows
 
 

@@ -58,14 +58,13 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, chunk: int =
     """
     v = F.pad(v, (0, 1), value=1.0)  # the last column sums the weights
     if not causal:
-        o = q @ (k.mT @ v)
+        o = q @ (k.mT @ v)  # (B, h, N, m + 1)
     else:
         N = q.shape[2]
         size = min(chunk, N)
-        q, k, v = (
-            torch.unflatten(F.pad(t, (0, 0, 0, -N % size)), 2, (-1, size)) for t in (q, k, v)
-        )  # (B, h, c, size, .)
+        # (B, h, N, .) -> (B, h, c, size, .): c chunks of `size` positions
+        q, k, v = (torch.unflatten(F.pad(t, (0, 0, 0, -N % size)), 2, (-1, size)) for t in (q, k, v))
         states = k.mT @ v  # (B, h, c, p, m + 1), the sum over each chunk
         before = states.cumsum(2) - states  # (B, h, c, p, m + 1), the sum over earlier chunks
-        o = ((q @ k.mT).tril() @ v + q @ before).flatten(2, 3)[:, :, :N]
+        o = ((q @ k.mT).tril() @ v + q @ before).flatten(2, 3)[:, :, :N]  # (B, h, N, m + 1)
     return o[..., :-1] / o[..., -1:]

@@ -168,7 +168,7 @@ class Block(nn.Module):
         else:
             self.mlp = None
 
-    def forward(self, X: Tensor) -> Tensor:
+    def forward(self, X: Tensor) -> Tensor:  # (B, N, d) -> (B, N, d)
         if self.pre:
             X = self.lam * X + self.dropout(self.mixer(self.norm(X)))
             return X if self.mlp is None else X + self.dropout(self.mlp(self.mlp_norm(X)))
@@ -198,11 +198,9 @@ class Net(nn.Module):
         X: Tensor
         if self.config.reads == "tokens":
             X = self.encoder(ids)  # (B, N, d)
-        else:  # grey scaled to [-1, 1]
+        else:  # grey scaled to [-1, 1], (B, N, 1) -> (B, N, d)
             dtype = self.encoder.weight.dtype
-            X = self.encoder(
-                ids[..., None].to(dtype) * (2 / (self.config.vocab_size - 1)) - 1
-            )  # (B, N, 1) -> (B, N, d)
+            X = self.encoder(ids[..., None].to(dtype) * (2 / (self.config.vocab_size - 1)) - 1)
         if self.positions is None:
             return X
         N, longest = ids.shape[1], self.config.max_positions

@@ -61,10 +61,10 @@ class Mamba(nn.Module):
 
     def forward(self, X: Tensor) -> Tensor:
         x, gate = self.in_proj(X).chunk(2, -1)  # (B, N, inner) each
-        x = differentiable(X.device.type).conv(x, self.conv1d.weight, self.conv1d.bias)
+        x = differentiable(X.device.type).conv(x, self.conv1d.weight, self.conv1d.bias)  # (B, N, inner)
         low, B, C = self.x_proj(x).split(self.sizes, -1)  # (B, N, rank), (B, N, state) each
         dt = F.softplus(self.dt_proj(low))  # (B, N, inner)
-        y = selective_scan(x, dt, -self.A_log.exp(), B, C, self.D)
+        y = selective_scan(x, dt, -self.A_log.exp(), B, C, self.D)  # (B, N, inner)
         Y: Tensor = self.out_proj(y * F.silu(gate))  # (B, N, d)
         return Y
 
@@ -118,8 +118,8 @@ def _pieces(t: Tensor) -> Tensor:  # (b, Q, ...) -> (b, c, PIECE, ...)
 
 def _states(drive: Tensor, steps: Tensor, A: Tensor, B: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     """Decays and states (b, Q, n, d) of a chunk that begins with the state `start` (b, n, d)."""
-    a = _decay(steps, A)
-    h = drive[:, :, None] * B[..., None]
+    a = _decay(steps, A)  # (b, Q, n, d)
+    h = drive[:, :, None] * B[..., None]  # (b, Q, n, d), what each token adds
     h[:, 0].addcmul_(a[:, 0], start)
     decays, states = _pieces(a).unbind(2), _pieces(h).unbind(2)  # PIECE of (b, c, n, d)
     for i in range(1, PIECE):
@@ -161,7 +161,7 @@ class _SelectiveScan(torch.autograd.Function):
             for k, part in enumerate(chunks):
                 tile = row, part
                 _, h = _states(drive[tile], steps[tile], A, B[tile], starts[k, row])
-                y[tile] = (C[tile][:, :, None] @ h)[:, :, 0]
+                y[tile] = (C[tile][:, :, None] @ h)[:, :, 0]  # (b, Q, n, d) -> (b, Q, d)
                 starts[k + 1, row] = h[:, -1]
         ctx.save_for_backward(*inputs, starts)
         return y

@@ -49,8 +49,8 @@ class Mamba2(SSD):
     def forward(self, X: Tensor) -> Tensor:
         gate, xBC, dt = self.in_proj(X).split(self.sizes, -1)  # (B, N, inner), (B, N, inner + 2 state), (B, N, heads)
         kernels = differentiable(X.device.type)
-        xBC = kernels.conv(xBC, self.conv1d.weight, self.conv1d.bias)
-        x, B, C = torch.split(xBC, [gate.shape[-1], self.state, self.state], -1)
+        xBC = kernels.conv(xBC, self.conv1d.weight, self.conv1d.bias)  # (B, N, inner + 2 state)
+        x, B, C = torch.split(xBC, [gate.shape[-1], self.state, self.state], -1)  # (B, N, inner), (B, N, state) each
         y = kernels.gated_norm(self.scan(x, B, C, dt), gate, self.norm.weight, EPS)  # (B, N, inner)
         Y: Tensor = self.out_proj(y)  # (B, N, d)
         return Y

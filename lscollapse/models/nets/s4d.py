@@ -92,13 +92,13 @@ class S4DMixer(nn.Module):
         taken, not N length.
         """
         real = torch.promote_types(self.C.dtype, torch.float32)
-        C = torch.view_as_complex(self.C.to(real))
+        C = torch.view_as_complex(self.C.to(real))  # (d, n)
         A = torch.complex(-self.log_A_real.to(real).exp(), self.A_imag.to(real))
         dtA = A * self.log_dt.to(real).exp()[:, None]  # (d, n)
         t = math.isqrt(length - 1) + 1
         steps = torch.arange(t, device=C.device, dtype=real)
         fine = torch.exp(dtA[:, :, None] * steps)  # (d, n, t)
-        coarse = torch.exp(dtA[:, :, None] * (steps * t))
+        coarse = torch.exp(dtA[:, :, None] * (steps * t))  # (d, n, t)
         weight = C * torch.expm1(dtA) / A  # (d, n); expm1, since exp(dt A) - 1 would lose the digits of a small step
         K = 2 * ((weight[:, :, None] * coarse).mT @ fine).real  # (d, t, t)
         return K.flatten(1)[:, :length].T
@@ -115,7 +115,7 @@ def causal_convolution(u: Tensor, K: Tensor) -> Tensor:
 
 
 class S4DBlock(nn.Module):
-    """norm(lam X + O), O = dropout(mixer(X))."""
+    """norm(lam X + O) with O = dropout(mixer(X))."""
 
     def __init__(self, config: S4DConfig) -> None:
         super().__init__()

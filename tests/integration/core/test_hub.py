@@ -1,3 +1,5 @@
+"""Fetching from a hub on loopback: cuts, wrong bytes, busy servers, refusals, and the cache of the stock client."""
+
 import hashlib
 import os
 import subprocess

@@ -1,5 +1,5 @@
 """The page of a report: numbers against plain numpy, escaping, provenance, warnings. What a browser makes of it is in
-test_report_browser.py."""
+test_browser.py."""
 
 from __future__ import annotations
 

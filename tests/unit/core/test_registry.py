@@ -1,3 +1,5 @@
+"""The registry: published sizes against closed forms, and what a name, a folder or a hub id stands for."""
+
 import subprocess
 import sys
 

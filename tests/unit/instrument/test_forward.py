@@ -82,7 +82,8 @@ def _embedded_or_skip(name: str) -> Any:
     return checkpoint.load(name).model
 
 
-OF_TRANSFORMERS = ("mamba2", "albert", "bert")  # the S4D is the package's own net: tests/test_s4d.py
+# The S4D is the package's own net: tests/integration/experiments/test_retrain.py.
+OF_TRANSFORMERS = ("mamba2", "albert", "bert")
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+"""Both layouts of a checkpoint give the model of transformers, and what cannot be read is one line."""
+
 import hashlib
 import json
 import subprocess
