@@ -134,7 +134,7 @@ def contrast(arm: tuple[str, str, str], pairs: Sequence[Pair], margin: float, n_
 
 
 def verdicts(found: list[Contrast]) -> dict[str, tuple[str, str]]:
-    """The paper's statements -> verdict and its numbers."""
+    """The paper's statements, each with its verdict and the numbers behind it."""
     each, average = [c for c in found if c.task != ALL], [c for c in found if c.task == ALL]
     better = [c for c in each if c.corrected_low > 0]
     names = ", ".join(f"{TASKS[c.task]} {MIXERS[c.mixer]} ({mode_name(c.lam)})" for c in better)

@@ -18,7 +18,7 @@ RECIPE = ("net", "training", "lrs")  # what `per_mixer` can change
 
 
 class TrainingSection(Optimisation):
-    """How the nets of a task are trained: for so many `steps`, or else `epochs`."""
+    """How the nets of a task are trained: for `steps` where they are given, else for `epochs`."""
 
     epochs: float = Field(default=64.0, gt=0)
     steps: int | None = None
@@ -56,7 +56,7 @@ class Recipe(Section):
 
 
 class TaskSection(Recipe):
-    """A recipe, and for some mixers what differs from it."""
+    """A recipe, and in `per_mixer` what differs from it for some mixers."""
 
     per_mixer: dict[Mixer, Recipe] = Field(default={})
 
@@ -88,7 +88,7 @@ class Table1(Compute):
         lams: lambda modes: numbers, fixed for all layers, and `learnable`.
         lam_inits: where a learnable lambda starts; each is a mode of its own.
         measured: held-out inputs on which relative mu is measured before and after training.
-        margin: points of test accuracy (of 1) under which a loss does not count: see `claims.table1`.
+        margin: points of test accuracy (of 1) under which a loss does not count: see `reports.table1`.
     """
 
     mixers: list[Mixer] = Field(default=["attention", "linear", "mamba", "mamba2"], min_length=1)

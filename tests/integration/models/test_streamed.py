@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from lscollapse.core import registry
 from lscollapse.core.config import Experiment
-from lscollapse.experiments import paper as experiments
+from lscollapse.experiments import paper
 from lscollapse.models.adapters.mamba2 import Mamba2Adapter
 from lscollapse.models.adapters.streamed import StreamedMamba2
 from lscollapse.models.checkpoints import checkpoint
@@ -37,7 +37,7 @@ registry.ENTRIES["a-mamba2"] = registry.Entry("a-mamba2", "mamba2", "folder", fo
 RUN = """
 from pathlib import Path
 from lscollapse.core.config import Experiment
-from lscollapse.experiments import paper as experiments
+from lscollapse.experiments import paper
 
 class Killed:
     def __init__(self, passes): self.left = passes
@@ -49,7 +49,7 @@ class Killed:
             os.kill(os.getpid(), signal.SIGKILL)
 
 settings, out, passes = arguments
-experiments.sweep_lambda(Experiment(**json.loads(settings)), Path(out), Killed(int(passes)))
+paper.sweep_lambda(Experiment(**json.loads(settings)), Path(out), Killed(int(passes)))
 """
 COMMAND = """
 from lscollapse.cli.app import main
@@ -144,7 +144,7 @@ def test_rows_are_those_of_the_loaded_model(tmp_path: Path, folder: Path, layout
     for name, (changes, tiles) in runs.items():
         notes, cache = Notes(), tmp_path / "cache" / name
         config = Experiment(**settings(tmp_path, cache_dir=cache, **changes))
-        rows = experiments.sweep_lambda(config, tmp_path / name, notes)
+        rows = paper.sweep_lambda(config, tmp_path / name, notes)
         assert any(tiles in said for said in notes.said) if tiles else not notes.said
         assert (rows["status"] == "certified").any()
     expected = (tmp_path / "loaded" / "rows.parquet").read_bytes()
@@ -156,7 +156,7 @@ def test_rows_are_those_of_the_loaded_model(tmp_path: Path, folder: Path, layout
 def test_rows_of_other_precisions(tmp_path: Path, folder: Path, dtype: str) -> None:
     write_hf(folder)
     for stream in ("never", "always"):
-        experiments.sweep_lambda(Experiment(**settings(tmp_path, dtype=dtype, stream=stream)), tmp_path / stream)
+        paper.sweep_lambda(Experiment(**settings(tmp_path, dtype=dtype, stream=stream)), tmp_path / stream)
     assert (tmp_path / "never" / "rows.parquet").read_bytes() == (tmp_path / "always" / "rows.parquet").read_bytes()
 
 
@@ -164,7 +164,7 @@ def test_a_folder_is_streamed_when_asked_for(tmp_path: Path) -> None:
     write_hf(tmp_path / "model")
     notes = Notes()
     config = Experiment(**settings(tmp_path, models=[str(tmp_path / "model")], stream="always"))
-    experiments.sweep_lambda(config, tmp_path / "run", notes)
+    paper.sweep_lambda(config, tmp_path / "run", notes)
     assert any("is streamed" in said for said in notes.said)
 
 
@@ -221,7 +221,7 @@ def test_killed_in_the_middle_and_continued_on_a_full_disk(tmp_path: Path, folde
     notes = Notes()
     for out, changes in (("run", {"stream": "always", "max_memory": memory[1]}), ("whole", {"stream": "never"})):
         config = Experiment(**settings(tmp_path, gating=False, cache_dir=tmp_path / "cache", **changes))
-        experiments.sweep_lambda(config, tmp_path / out, notes)
+        paper.sweep_lambda(config, tmp_path / out, notes)
     assert any("3 of 33 work items are there" in said for said in notes.said)
     assert (tmp_path / "run" / "rows.parquet").read_bytes() == (tmp_path / "whole" / "rows.parquet").read_bytes()
 

@@ -14,8 +14,7 @@ from lscollapse.core.config import Experiment
 from lscollapse.core.files import read_text
 from lscollapse.data import corpus, tokenizers
 from lscollapse.data.texts import CorpusError
-from lscollapse.experiments import own_model
-from lscollapse.experiments import paper as experiments
+from lscollapse.experiments import own_model, paper
 from lscollapse.runs.excerpts import load_corpus
 from tests.servers.mediawiki import MediaWikiServer, Page
 
@@ -47,7 +46,7 @@ KINDS: dict[str, tuple[str, str, Callable[[Path, MediaWikiServer], Any], Any]] =
     "frozen": ("a.jsonl", json.dumps(FROZEN, ensure_ascii=False),
                lambda file, _: (corpus.draw_excerpts(str(file), 1, 3).excerpts[0].ids,
                                 own_model.reads_own_tokens(Experiment(source=str(file)))), ((3, 4, 5), False)),
-    "lambdas": ("a.csv", "layer,lam,é\n1,0.5,\n2,-2,\n", lambda file, _: experiments.read_lambdas(file, 2), (0.5, -2.0)),
+    "lambdas": ("a.csv", "layer,lam,é\n1,0.5,\n2,-2,\n", lambda file, _: paper.read_lambdas(file, 2), (0.5, -2.0)),
     "configuration": ("a.yaml", "models: [é]\n", lambda file, _: config.configure(Experiment, file).models, ["é"]),
 }  # fmt: skip
 

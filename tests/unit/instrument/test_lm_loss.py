@@ -33,7 +33,7 @@ from transformers import (
 import lscollapse
 from lscollapse import Variant
 from lscollapse.core.config import ConfigError, Experiment
-from lscollapse.experiments import paper as experiments
+from lscollapse.experiments import paper
 from lscollapse.instrument import early_exit
 from lscollapse.instrument.lm_loss import LossError, cross_entropy, lm_loss, targets_of
 from lscollapse.models.adapt import adapt
@@ -540,7 +540,7 @@ def sweep(tmp_path: Path, model: Path, out: str, **changes: Any) -> tuple[pd.Dat
         "models": [str(model)], "lambdas": [-1000.0, 0.0, 1.0], "excerpts": 11, "tokens": 8, "offline": True,
         "device": "cpu", "quality": True, "cache_dir": tmp_path / "cache", "source": str(tmp_path / "frozen.jsonl"),
     }  # fmt: skip
-    rows = experiments.sweep_lambda(Experiment(**settings | changes), tmp_path / out, notes)
+    rows = paper.sweep_lambda(Experiment(**settings | changes), tmp_path / out, notes)
     return rows[rows["measure"] == "lm_loss"], notes.lines
 
 
