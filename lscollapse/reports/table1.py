@@ -74,7 +74,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     for (task, mixer, lam), part in test.groupby(["task", "mixer", "lam"], sort=False):
         lr, accuracy = part["lr"].iloc[0], part["value"]
         stated = is_learnt(str(lam)) or lam == FIXED  # the paper has lambda = 1 and learnt
-        paper = PAPER[(str(task), str(mixer))][is_learnt(str(lam))] if stated else None
+        paper = PAPER.get((str(task), str(mixer)), (None, None))[is_learnt(str(lam))] if stated else None
         lines.append({
             "task": task, "mixer": mixer, "lam": lam, "lr": lr, "seeds": len(part), "test_mean": 100 * accuracy.mean(),
             "test_sd": 100 * accuracy.std(), "validation": 100 * seen[(task, mixer, lam, lr)], "paper": paper,
@@ -169,7 +169,8 @@ def table(rows: pd.DataFrame) -> list[list[str]]:
     lines = [["task", "mixer", *map(mode_name, lams), "paper: λ = 1", "paper: λ learnt"]]
     for task, mixer in dict.fromkeys(arm[:2] for arm in cells):
         values = [cells.get((task, mixer, lam), "-") for lam in lams]
-        lines.append([TASKS[task], MIXERS[mixer], *values, *(f"{v:g}" for v in PAPER[(task, mixer)])])
+        paper = [f"{v:g}" for v in PAPER.get((task, mixer), ())] or ["-", "-"]
+        lines.append([TASKS[task], MIXERS[mixer], *values, *paper])
     return lines
 
 
