@@ -1,4 +1,4 @@
-"""The verbs of the paper's experiments: Figures 1 to 4."""
+"""The verbs of the paper's experiments, Figures 1 to 4, and `figures`, which draws them again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verbs that look at what is there: `claims`, `compare`, `doctor`."""
+"""The verbs that look at what is there: `claims`, `compare`, `report`, and `doctor` at the machine."""
 
 from __future__ import annotations
 

@@ -43,12 +43,12 @@ def verify(
 ) -> None:
     """Put every statement of the paper, and what replaces it, to the test; exit 1 when a corrected one is violated."""
     from lscollapse.cli.terminal.theory import verdicts_table
-    from lscollapse.theory import verify as checks
+    from lscollapse.theory.verify import run, to_json, to_markdown
 
-    verdicts = checks.run(instances, seed)
+    verdicts = run(instances, seed)
     verdicts_table(verdicts)
     if out is not None:
-        _write(out, {"verify.json": checks.to_json(verdicts), "verify.md": checks.to_markdown(verdicts)})
+        _write(out, {"verify.json": to_json(verdicts), "verify.md": to_markdown(verdicts)})
     bad = [verdict.statement for verdict in verdicts if verdict.violated]
     typer.echo(f"{len(verdicts) - len(bad)} of {len(verdicts)} hold as corrected" + "".join(f"; NOT: {n}" for n in bad))
     if bad:

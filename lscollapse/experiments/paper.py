@@ -96,8 +96,8 @@ def with_gated_models(config: Experiment) -> Experiment:
 
 def check_identity(config: Experiment, progress: Progress = SILENT) -> list[LayerDifference]:
     """How far the instrumented model (lambda = 1) is from the untouched one, layer by layer, for every model."""
-    subjects = load_tasks(config, lambda adapter, config: [Variant()], progress)
-    return [difference for subject in subjects for difference in differences(subject.adapter, subject.ids)]
+    tasks = load_tasks(config, lambda adapter, config: [Variant()], progress)
+    return [difference for task in tasks for difference in differences(task.adapter, task.ids)]
 
 
 def _needs_gate(adapter: Adapter) -> None:

@@ -56,7 +56,7 @@ def ablate_retrained(config: Experiment, out: Path, progress: Progress = SILENT)
 
 
 def own_variant(adapter: Adapter, config: Experiment) -> list[Variant]:
-    """The arm that a net was trained as."""
+    """The one variant of a net: the arm that it was trained as."""
     return [Variant(lam=adapter.config.lam, layernorm=adapter.config.layernorm)]
 
 

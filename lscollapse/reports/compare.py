@@ -105,7 +105,7 @@ def _lambda(lam: float) -> str:
 
 
 def _configuration(a: dict[str, Any], b: dict[str, Any], renamed: dict[str, str]) -> list[str]:
-    """What differs between the manifests, of the models those that are compared."""
+    """What differs between the manifests; of the models only those that are compared."""
     theirs = {(s["model"], s["init"]): s for s in _loaded(b)}
     old, new = ({**m["identity"], "subjects": {}, **{key: m.get(key) for key in RECORDED}} for m in (a, b))
     for ours in _loaded(a):
@@ -127,7 +127,7 @@ def _init(init: str) -> str:
 
 
 def _paired(a: dict[str, Any], b: dict[str, Any], renamed: dict[str, str]) -> set[str]:
-    """The models of A that read in B what they read in A."""
+    """The models of A that read the same excerpts in B."""
     read = [{s["model"]: s.get("excerpts_sha256") for s in _loaded(m)} for m in (a, b)]
     return {model for model, digest in read[0].items() if digest and digest == read[1].get(renamed.get(model, model))}
 
@@ -156,7 +156,7 @@ def _one_depth(a: pd.DataFrame, b: pd.DataFrame, notes: list[str]) -> tuple[pd.D
 
 
 def _named(rows: pd.DataFrame) -> pd.DataFrame:
-    """With a column `name`: the arm in words."""
+    """The rows with a column `name`, the arm in words."""
     arms = rows[ARM].drop_duplicates()
     names = [f"{model}{_init(init)}: {arm}, lambda {lam}" for model, init, arm, lam in arms.itertuples(index=False)]
     return rows.merge(arms.assign(name=names), on=ARM, how="left")

@@ -74,7 +74,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     for (task, mixer, lam), part in test.groupby(["task", "mixer", "lam"], sort=False):
         lr, accuracy = part["lr"].iloc[0], part["value"]
         stated = is_learnt(str(lam)) or lam == FIXED  # the paper has lambda = 1 and learnt
-        paper = PAPER[(str(task), str(mixer))][is_learnt(str(lam))] if stated else None
+        paper = PAPER.get((str(task), str(mixer)), (None, None))[is_learnt(str(lam))] if stated else None
         lines.append({
             "task": task, "mixer": mixer, "lam": lam, "lr": lr, "seeds": len(part), "test_mean": 100 * accuracy.mean(),
             "test_sd": 100 * accuracy.std(), "validation": 100 * seen[(task, mixer, lam, lr)], "paper": paper,
@@ -134,7 +134,7 @@ def contrast(arm: tuple[str, str, str], pairs: Sequence[Pair], margin: float, n_
 
 
 def verdicts(found: list[Contrast]) -> dict[str, tuple[str, str]]:
-    """The paper's statements -> verdict and its numbers."""
+    """The paper's statements, each with its verdict and the numbers behind it."""
     each, average = [c for c in found if c.task != ALL], [c for c in found if c.task == ALL]
     better = [c for c in each if c.corrected_low > 0]
     names = ", ".join(f"{TASKS[c.task]} {MIXERS[c.mixer]} ({mode_name(c.lam)})" for c in better)
@@ -169,7 +169,8 @@ def table(rows: pd.DataFrame) -> list[list[str]]:
     lines = [["task", "mixer", *map(mode_name, lams), "paper: λ = 1", "paper: λ learnt"]]
     for task, mixer in dict.fromkeys(arm[:2] for arm in cells):
         values = [cells.get((task, mixer, lam), "-") for lam in lams]
-        lines.append([TASKS[task], MIXERS[mixer], *values, *(f"{v:g}" for v in PAPER[(task, mixer)])])
+        paper = [f"{v:g}" for v in PAPER.get((task, mixer), ())] or ["-", "-"]
+        lines.append([TASKS[task], MIXERS[mixer], *values, *paper])
     return lines
 
 

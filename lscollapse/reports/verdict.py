@@ -62,7 +62,7 @@ class ArmCurves(NamedTuple):
 
 
 def arms(rows: pd.DataFrame) -> Iterator[ArmCurves]:
-    """Every variant of a table."""
+    """Every variant of a table, as its curves."""
     keys = ["model", "init", "arm", "lam", "dtype"]
     for key, part in rows.groupby(keys, sort=False, dropna=False):
         model, init, arm, lam, dtype = cast("tuple[str, str, str, float, str]", key)  # the stubs know one key only

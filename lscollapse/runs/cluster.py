@@ -15,16 +15,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
+
+import pandas as pd
 
 from lscollapse import __version__
 from lscollapse.core.config import ConfigError, Experiment
 from lscollapse.core.files import first_line
 from lscollapse.core.progress import Progress
 from lscollapse.runs.work import Item, worker_for
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 T = TypeVar("T")
 R = TypeVar("R")

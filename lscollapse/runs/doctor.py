@@ -9,17 +9,16 @@ import resource
 from collections.abc import Iterator
 from importlib import util
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from lscollapse.core import allocation, assets, files, registry, run_folder
 from lscollapse.core.config import ConfigError, Experiment, WikipediaSection
-from lscollapse.data import corpus, texts, wikipedia
+from lscollapse.data import corpus, wikipedia
 from lscollapse.data.texts import CorpusError
+from lscollapse.models.kernels.backends import KernelError, Kernels, resolve_kernels
 from lscollapse.runs import devices
 from lscollapse.runs.model_checks import Diagnosis, asked, model_findings
-
-if TYPE_CHECKING:
-    from lscollapse.models.kernels.backends import Kernels
 
 BLOCK = 64 * 2**20  # bytes, to see whether freed memory is kept
 PINNED = (
@@ -50,10 +49,6 @@ def _versions() -> str:
 
 
 def _devices(config: Experiment) -> Iterator[Diagnosis]:
-    import torch
-
-    from lscollapse.models.kernels.backends import KernelError, resolve_kernels
-
     try:
         on = devices.worker_devices(config)
     except ConfigError as error:
@@ -86,8 +81,6 @@ def _path(function: object) -> str:
 
 def _bf16(device: str) -> bool:
     """Whether products of bfloat16 have instructions of their own; on a CPU as Linux lists them."""
-    import torch
-
     if device != "cpu":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     listed = Path("/proc/cpuinfo")
@@ -105,7 +98,6 @@ def _engine(config: Experiment) -> Iterator[Diagnosis]:
 
 def _allocator() -> Diagnosis:
     """Whether the setting took effect: a large block that is taken again and again soon brings no new pages."""
-    import torch
 
     def faults() -> int:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -156,7 +148,7 @@ def _file(name: str, file: Path) -> Diagnosis:
         return Diagnosis(name, f"no {file}", f"give a file{instead}")
     try:
         if file.is_file() and file.suffix != ".parquet":
-            files.read_text(file, texts.CorpusError)
+            files.read_text(file, CorpusError)
     except CorpusError as error:
         return Diagnosis(name, "cannot be read", str(error))
     return Diagnosis(name, f"{file} is there")

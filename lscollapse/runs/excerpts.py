@@ -59,7 +59,7 @@ def _drawn(info: ModelInfo, adapter: Adapter, config: Experiment, progress: Prog
 
 
 def _tokenizer(info: ModelInfo, adapter: Adapter, config: Experiment, progress: Progress) -> Tokenizer | None:
-    """The tokenizer of a model's text; None: BERT's, or a frozen file's."""
+    """The tokenizer of a model's text; None stands for BERT's, or for a frozen file's."""
     native = native_tokenizer(info)
     where: Any = {"cache_dir": config.cache_dir, "offline": config.offline}
     tokenizer = tokenizers.named(config.tokenizer, native, **where) if config.tokenizer else None

@@ -17,10 +17,11 @@ from lscollapse.core.progress import Progress
 from lscollapse.data.corpus import Corpus
 from lscollapse.instrument import early_exit
 from lscollapse.instrument.forward import checked_ids
+from lscollapse.instrument.gradients import check_chain
 from lscollapse.instrument.surgery import Variant, check
 from lscollapse.models.adapt import adapt
+from lscollapse.models.adapters import heads
 from lscollapse.models.adapters.adapter import Adapter
-from lscollapse.models.adapters.heads import missing
 from lscollapse.models.adapters.mamba2 import Mamba2Adapter
 from lscollapse.models.adapters.streamed import StreamedMamba2, Upload
 from lscollapse.models.checkpoints import checkpoint
@@ -55,7 +56,7 @@ class Task:
 
     @property
     def ids(self) -> np.ndarray:
-        """Token ids of the excerpts, (excerpts, N)."""
+        """The token ids of the excerpts, (excerpts, N)."""
         return np.array([excerpt.ids for excerpt in self.corpus.excerpts])
 
     @property
@@ -85,7 +86,7 @@ class LoadedTask(Task):
         return Task(**{field.name: getattr(self, field.name) for field in fields(Task)})
 
 
-Variants = Callable[["Adapter", Experiment], list[Variant]]
+Variants = Callable[[Adapter, Experiment], list[Variant]]
 
 
 def load_tasks(config: Experiment, variants: Variants, progress: Progress) -> Iterator[LoadedTask]:
@@ -102,7 +103,7 @@ def load_tasks(config: Experiment, variants: Variants, progress: Progress) -> It
         _try(adapter, checked_ids(adapter, [corpus.excerpts[0].ids]))
         scored = scored or adapter.head is not None
         if needs_head(config) and adapter.head is None:
-            unscored[name] = missing(adapter)
+            unscored[name] = heads.missing(adapter)
         tiles = plan_run(adapter, info, corpus, arms, config, progress)
         gains = early_exit.gains(adapter, info.sha256, config.cache_dir) if config.certified_exit else None
         width = adapter.config.hidden_size
@@ -129,7 +130,6 @@ def needs_head(config: Experiment) -> bool:
 
 def load_adapter(name: str, init: str, config: Experiment, progress: Progress) -> tuple[Adapter, ModelInfo]:
     """A model on the configured device with its kernels chosen; streamed where its weights do not fit there."""
-
     where, on = _where(config), device(config)
     if on.startswith("cuda:"):
         torch.cuda.set_device(on)  # kernels run on the current device, whatever that of their tensors
@@ -162,17 +162,12 @@ def _where(config: Experiment) -> dict[str, Any]:
 
 
 def _attach_head(adapter: Adapter, name: str, init: str, config: Experiment) -> None:
-    """Where the configuration asks for what needs a language-model head."""
+    """Give the adapter its language-model head where the configuration asks for what needs one."""
     if not needs_head(config):
         return
-    from lscollapse.instrument.gradients import check_chain
-    from lscollapse.models.adapters import heads
-
     if config.gradients:
         check_chain(adapter)
-    where = _where(config)
-    seed = config.seed if init == "random" else None
-    heads.attach(adapter, name, seed, **where)
+    heads.attach(adapter, name, config.seed if init == "random" else None, **_where(config))
 
 
 def _choose_kernels(adapter: Adapter, config: Experiment, progress: Progress) -> None:

@@ -23,7 +23,7 @@ from lscollapse.runs.devices import allowed_memory, worker_devices
 T = TypeVar("T")
 
 BASE = 600 * 2**20  # interpreter, torch, transformers, pandas and the table, measured
-KEPT = 3  # times what a tile uses: freed blocks that the allocator keeps (allocation.py), measured at the shape of 2.7B
+KEPT = 3  # times what a tile uses: freed blocks that the allocator keeps (core/allocation.py), measured at the shape of 2.7B
 LARGEST_TILE = 8  # excerpts; more make the products no faster
 
 
@@ -48,7 +48,7 @@ def is_streamed(architecture: str, n_parameters: int, config: Experiment) -> boo
 
 
 def bytes_of_a_weight(config: Experiment) -> int:
-    """While it is computed with."""
+    """How many bytes one weight takes while it is computed with."""
     return {"float64": 8, "bfloat16": 2}.get(config.dtype, 4)
 
 
@@ -171,7 +171,6 @@ def in_halves(tile: Callable[[range, range], T], excerpts: range, variants: rang
 
 def release() -> None:
     """Give GPU memory that nothing uses back, so that other processes and larger blocks can have it."""
-
     if torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()

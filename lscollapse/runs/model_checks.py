@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+from huggingface_hub import constants
 
 from lscollapse.core import hub, registry
 from lscollapse.core.config import Experiment
@@ -40,9 +41,7 @@ class Diagnosis:
 
 
 def model_findings(config: Experiment) -> Iterator[Diagnosis]:
-    """Hub, every model, and the disk for what is not there yet."""
-    from huggingface_hub import constants
-
+    """Examine the hub, every model, and the disk for what is not there yet."""
     offline = config.offline or bool(constants.HF_HUB_OFFLINE)
     fault = "not asked (offline)" if offline else asked(constants.ENDPOINT, {}, {})
     host = str(urlsplit(constants.ENDPOINT).hostname)
@@ -77,8 +76,6 @@ def _stored(entry: Entry, config: Experiment, fault: str, needs: dict[Path, int]
     Raises:
         HubError: the hub has no such model, or does not give it.
     """
-    from huggingface_hub import constants
-
     if entry.source != "hub":
         return EMBEDDED if entry.embedded else FOLDER, ""
     revision = config.revision or entry.revision or None

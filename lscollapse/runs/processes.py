@@ -85,7 +85,7 @@ def begin(threads: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """Wait for the process that started this one to end, then end."""
+    """Wait until the process that started this one ends, then end too."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])

@@ -37,19 +37,19 @@ class Item:
 
     @property
     def key(self) -> str:
-        """What its rows are filed under."""
+        """The name under which the run folder files its rows."""
         e, v = self.excerpts, self.variants
         return f"{self.number:02d}-{e.start:05d}-{e.stop:05d}-{v.start:03d}-{v.stop:03d}"
 
     @property
     def cost(self) -> float:
-        """Passes through a block, each as dear as its weight matrices are large."""
+        """How much work it is: passes through a block, each as dear as its weight matrices are large."""
         passes = len(self.excerpts) * len(self.variants) * self.task.info.n_layers
         return passes * float(self.task.width) ** 2
 
 
 def items(number: int, task: Task) -> Iterator[Item]:
-    """The items of a task, in order."""
+    """Cut a task into its items, in order, each a tile of its plan."""
     excerpts, variants, tile = range(len(task.corpus.excerpts)), range(len(task.variants)), task.plan
     for i, j in itertools.product(excerpts[:: tile.excerpts], variants[:: tile.variants]):
         yield Item(number, task, excerpts[i : i + tile.excerpts], variants[j : j + tile.variants])

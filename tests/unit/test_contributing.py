@@ -46,13 +46,22 @@ def test_every_heading_is_there_once() -> None:
 
 
 def test_every_file_that_it_names_is_there() -> None:
-    named = set(re.findall(r"`((?:lscollapse|tests|models|reports)/[\w/]+\.py)`", GUIDE))
+    named = set(re.findall(r"`((?:[a-z]\w*/)+\w+\.py)`", GUIDE))
     invented = {"models/adapters/NAME.py", "models/nets/NAME.py", "models/adapters/toy.py", "reports/figures/NAME.py",
-                "reports/figures/dong.py"}  # fmt: skip
+                "reports/figures/dong.py", "data/NAME.py", "experiments/NAME.py"}  # fmt: skip
     assert invented < named
     assert [
         name for name in named - invented if not any((root / name).is_file() for root in (ROOT, ROOT / "lscollapse"))
     ] == []
+
+
+def test_the_table_of_the_house_has_every_file_of_a_room() -> None:
+    rows = dict(re.findall(r"^\| \d \| `(\w+)/` \|[^|]*\|(.*)\|$", GUIDE, re.MULTILINE))
+    assert len(rows) == 9
+    for room, inside in rows.items():
+        named = {word.rstrip("/") for ticked in re.findall("`([^`]+)`", inside) for word in ticked.split()}
+        stems = {path.stem for path in (ROOT / "lscollapse" / room).iterdir() if not path.name.startswith("__")}
+        assert named == {re.sub("^statements_.*", "statements_*", stem) for stem in stems}, room
 
 
 # --- a model ---

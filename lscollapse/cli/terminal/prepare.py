@@ -51,7 +51,7 @@ def kernels_table(rows: Sequence[KernelCheck]) -> None:
 
 
 def models_table() -> None:
-    """Print the registry."""
+    """Print every model that can be loaded by a short name, and where its weights come from."""
     table = Table(box=box.SIMPLE)
     for heading in ("name", "architecture", "parameters", "weights from", "reads"):
         table.add_column(heading, overflow="fold", justify="right" if heading == "parameters" else "left")

@@ -10,7 +10,7 @@ from rich.table import Table
 
 
 def plain_console() -> Console:
-    """Prints sentences as they are: lines are not cut, numbers not coloured."""
+    """A console that prints sentences as they are: lines are not cut, numbers not coloured."""
     return Console(soft_wrap=True, highlight=False)
 
 
@@ -23,10 +23,10 @@ def plain_table(title: str | None, *headings: str, left: Collection[str] = (), r
 
 
 def lambda_word(lam: float) -> str:
-    """NaN stands for lambdas that differ from layer to layer."""
+    """A lambda in words; NaN stands for lambdas that differ from layer to layer."""
     return "per layer" if lam != lam else f"{lam:g}"
 
 
 def model_word(model: str, init: str) -> str:
-    """A model with random weights says so."""
+    """The name of a model, which says so where its weights are random."""
     return f"{model} (random)" if init == "random" else model

@@ -11,10 +11,9 @@ from rich.console import Console
 
 from lscollapse.cli.terminal.printing import plain_console, plain_table
 from lscollapse.reports.compare import Comparison
-from lscollapse.reports.verdict import AGREE, DISAGREE, NOT_MEASURED
+from lscollapse.reports.verdict import VERDICTS
 from lscollapse.runs.model_checks import Diagnosis
 
-VERDICTS = (AGREE, DISAGREE, NOT_MEASURED)
 WIDEST_VERDICT = max(map(len, VERDICTS))
 
 

@@ -44,7 +44,7 @@ LIMIT = 2.0**24  # of the search for a certified |lambda|
 
 
 def report(
-    subject: LoadedTask, target: float = 0.5, a: float = 0.9, tol: float = 0.02, progress: Progress = SILENT
+    task: LoadedTask, target: float = 0.5, a: float = 0.9, tol: float = 0.02, progress: Progress = SILENT
 ) -> Report:
     """Bounds and the measured critical lambda of one loaded model (find_lambda.load_with_grid).
 
@@ -57,27 +57,27 @@ def report(
         TheoryError, SearchError: a, target or tol outside (0, 1).
         UnsupportedModel: none of Mamba-2, BERT, ALBERT and S4D, or another skip than the residual.
     """
-    adapter, K = subject.adapter, subject.adapter.n_layers
+    adapter, K = task.adapter, task.adapter.n_layers
     if not isinstance(adapter, Mamba2Adapter | BertAdapter | AlbertAdapter | S4DAdapter):
         raise UnsupportedModel(f"no bounds for {adapter.config.model_type}: they are for Mamba-2, BERT, ALBERT and S4D")
-    if subject.variants[0].skip_site != "residual":
+    if task.variants[0].skip_site != "residual":
         raise UnsupportedModel("the bounds are about the residual skip: leave skip_site out")
     theorem41.lambda_star(a, 1.0)  # refuses a before anything is computed
-    found = find(subject, target, tol, progress=progress)
-    progress.note(f"{subject.info.name}: gains and mixing matrices")
-    own = gains_at(subject, 1.0)
+    found = find(task, target, tol, progress=progress)
+    progress.note(f"{task.info.name}: gains and mixing matrices")
+    own = gains_at(task, 1.0)
     is_s4d = isinstance(adapter, S4DAdapter)
-    heads = s4d.channel_rows(adapter, subject.ids.shape[1]) if is_s4d else list(head_rows(subject))
+    heads = s4d.channel_rows(adapter, task.ids.shape[1]) if is_s4d else list(head_rows(task))
     layers = _layer_rows(own, heads)
     C_M = max(row["C_M"] for row in heads)
     first = float(own.first.min())
     remarks = [_remark(C_M, K, first)]
     if is_s4d:
-        layers = [row | more for row, more in zip(layers, s4d.layer_rows(subject, heads), strict=True)]
+        layers = [row | more for row, more in zip(layers, s4d.layer_rows(task, heads), strict=True)]
         remarks += s4d.remarks(heads, layers)
     lines = _theorem41(a, K, C_M, first, heads)
-    progress.note(f"{subject.info.name}: certificates")
-    lines += _prenorm(subject, target) if adapter.pre_norm else _angles(subject, target, first, layers)
+    progress.note(f"{task.info.name}: certificates")
+    lines += _prenorm(task, target) if adapter.pre_norm else _angles(task, target, first, layers)
     lines += [line for name in MEASURES for sign in SIGNS for line in _measured(found, sign, name)]
     return Report(found, a, C_M, first, lines, layers, heads, remarks)
 
@@ -123,14 +123,14 @@ def _remark(C_M: float, K: int, first: float) -> str:
     )
 
 
-def _prenorm(subject: LoadedTask, target: float) -> list[Line]:
-    if not subject.adapter.bounded_mixer:
+def _prenorm(task: LoadedTask, target: float) -> list[Line]:
+    if not task.adapter.bounded_mixer:
         return []
-    adapter, N = subject.adapter, subject.ids.shape[1]
-    rows = subject.gains or [adapter.mixer_bound(k, spectral_bound) for k in range(adapter.n_layers)]
+    adapter, N = task.adapter, task.ids.shape[1]
+    rows = task.gains or [adapter.mixer_bound(k, spectral_bound) for k in range(adapter.n_layers)]
     G = np.array(rows) * math.sqrt(N)
     largest = float(G.max())
-    X = adapter.embed(checked_ids(adapter, subject.ids)).double()
+    X = adapter.embed(checked_ids(adapter, task.ids)).double()
     pairs = list(zip(measures.relative_mu(X).tolist(), torch.linalg.vector_norm(X, dim=(1, 2)).tolist(), strict=True))
     here = max(certificates.prenorm_lambda_required(m, target, G, r) for m, r in pairs)
     ever = max(certificates.prenorm_lambda_required_infinite(m, target, largest, r) for m, r in pairs)
@@ -144,8 +144,8 @@ def _prenorm(subject: LoadedTask, target: float) -> list[Line]:
         return _keeps(run, run.frobenius, np.array(beyond))
 
     name = "pre-norm certificate, measured gains"
-    lines += _certified(subject, target, f"{name}, this depth", lambda run: _keeps(run, run.frobenius))
-    return lines + _certified(subject, target, f"{name}, every depth", keeps_ever)
+    lines += _certified(task, target, f"{name}, this depth", lambda run: _keeps(run, run.frobenius))
+    return lines + _certified(task, target, f"{name}, every depth", keeps_ever)
 
 
 def _keeps(run: Pass, gains: Array, beyond: Array | float = 0.0) -> Array:
@@ -154,7 +154,7 @@ def _keeps(run: Pass, gains: Array, beyond: Array | float = 0.0) -> Array:
     return np.sin(np.maximum(0.0, np.arcsin(ends) - beyond))
 
 
-def _angles(subject: LoadedTask, target: float, first: float, layers: list[dict[str, Any]]) -> list[Line]:
+def _angles(task: LoadedTask, target: float, first: float, layers: list[dict[str, Any]]) -> list[Line]:
     if "feed_forward_gain" in layers[0]:
         alone, largest = "attention sublayers alone", max(row["feed_forward_gain"] for row in layers)
         turn = f"the feed-forward part, with skip 1, has row gains up to {largest:.2f} whatever lambda is"
@@ -165,23 +165,23 @@ def _angles(subject: LoadedTask, target: float, first: float, layers: list[dict[
             f"the norms' weights and biases turn rows by up to {turned:.0f} degrees in all, whatever lambda is, and"
             f" {max(0.0, spare):.1f} may be lost"
         )
-    lines = _certified(subject, target, f"Theorem 4.1*, {alone}", lambda run: _keeps(run, run.row))
+    lines = _certified(task, target, f"Theorem 4.1*, {alone}", lambda run: _keeps(run, run.row))
     return [*lines, Line("Theorem 4.1*, whole blocks", 0, NOTHING, turn)]
 
 
-def _certified(subject: LoadedTask, target: float, bound: str, keeps: Callable[[Pass], Array]) -> list[Line]:
+def _certified(task: LoadedTask, target: float, bound: str, keeps: Callable[[Pass], Array]) -> list[Line]:
     """One line a sign; `keeps` is what the gains measured at a lambda certify of each excerpt."""
-    return [Line(bound, sign, *_smallest_certified(subject, target, sign, keeps)) for sign in SIGNS]
+    return [Line(bound, sign, *_smallest_certified(task, target, sign, keeps)) for sign in SIGNS]
 
 
 def _smallest_certified(
-    subject: LoadedTask, target: float, sign: int, keeps: Callable[[Pass], Array]
+    task: LoadedTask, target: float, sign: int, keeps: Callable[[Pass], Array]
 ) -> tuple[float, str]:
     """Smallest |lambda| whose own pass certifies the target on every excerpt, to 5 %, and what is certified there."""
     certified: dict[float, float] = {}
 
     def holds(size: float) -> bool:
-        certified[size] = float(keeps(gains_at(subject, sign * size)).min())
+        certified[size] = float(keeps(gains_at(task, sign * size)).min())
         return certified[size] >= target
 
     high = 16.0

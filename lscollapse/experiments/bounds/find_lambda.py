@@ -49,7 +49,7 @@ def _grid_variants(adapter: Adapter, config: Experiment) -> list[Variant]:
 
 
 def find(
-    subject: LoadedTask, target: float, tol: float = 0.02, estimate_only: bool = False, progress: Progress = SILENT
+    task: LoadedTask, target: float, tol: float = 0.02, estimate_only: bool = False, progress: Progress = SILENT
 ) -> Found:
     """Estimate, then bracket and bisect with real forwards, both signs at once.
 
@@ -63,17 +63,17 @@ def find(
     """
     if not (0.0 < target < 1.0 and 0.0 < tol < 1.0):
         raise SearchError(f"target = {target}, tol = {tol}: both lie strictly between 0 and 1")
-    arm = subject.variants[0].arm(subject.adapter.has_gate)
-    n_excerpts, n_tokens = subject.ids.shape
-    found = Found(subject.info.name, arm, subject.adapter.n_layers, n_excerpts, n_tokens, target, tol)
-    found.estimates = estimates(subject, target)
+    arm = task.variants[0].arm(task.adapter.has_gate)
+    n_excerpts, n_tokens = task.ids.shape
+    found = Found(task.info.name, arm, task.adapter.n_layers, n_excerpts, n_tokens, target, tol)
+    found.estimates = estimates(task, target)
     if estimate_only:
         return found
     near = [e.lam * factor for e in found.estimates.values() for factor in (0.8, 1.25) if 0.0 < e.lam < LARGEST]
     wanted: Iterable[float] = {sign * size for sign in SIGNS for size in (*GRID, *near)}
     while wanted:
-        progress.note(f"{subject.info.name}: measuring {len(set(wanted))} values of lambda")
-        found.points |= last_means(subject, wanted)
+        progress.note(f"{task.info.name}: measuring {len(set(wanted))} values of lambda")
+        found.points |= last_means(task, wanted)
         wanted = {lam for sign in SIGNS for name in MEASURES for lam in _midpoints(found, sign, name)}
     return found
 
@@ -91,19 +91,17 @@ def _midpoints(found: Found, sign: int, name: str) -> list[float]:
     ]
 
 
-def last_means(
-    subject: LoadedTask, lams: Iterable[float], excerpts: int | None = None
-) -> dict[float, dict[str, float]]:
+def last_means(task: LoadedTask, lams: Iterable[float], excerpts: int | None = None) -> dict[float, dict[str, float]]:
     """Last-layer means over the first `excerpts` excerpts (all by default) for every lambda, several a pass."""
-    first = subject.variants[0]
+    first = task.variants[0]
     variants = [Variant(lam=lam, gating=first.gating, skip_site=first.skip_site) for lam in sorted(set(lams))]
-    ids, tile = subject.ids[:excerpts], subject.plan
+    ids, tile = task.ids[:excerpts], task.plan
     parts = []
     for low, start in itertools.product(range(0, len(variants), tile.variants), range(0, len(ids), tile.excerpts)):
         part = variants[low : low + tile.variants]
         own = ids[start : start + tile.excerpts]
-        rows = measure(subject.adapter, own, part, subject.compute_dtype, gains=subject.gains)
-        parts.append(rows[(rows["layer"] == subject.adapter.n_layers) & rows["measure"].isin(MEASURES)])
+        rows = measure(task.adapter, own, part, task.compute_dtype, gains=task.gains)
+        parts.append(rows[(rows["layer"] == task.adapter.n_layers) & rows["measure"].isin(MEASURES)])
     values = np.stack([np.concatenate([p.loc[p["measure"] == n, "value"] for p in parts]) for n in MEASURES])
     lams = np.concatenate([p.loc[p["measure"] == MEASURES[0], "lam"] for p in parts])
     return {
@@ -114,7 +112,7 @@ def last_means(
 # --- estimates ---
 
 
-def estimates(subject: LoadedTask, target: float) -> dict[int, Estimate]:
+def estimates(task: LoadedTask, target: float) -> dict[int, Estimate]:
     """The critical |lambda| of each sign from CHEAP excerpts.
 
     Post-norm: K / tau* of the flow that the attention sublayers follow for large |lambda| (theory.flow); feed-forward and
@@ -122,13 +120,13 @@ def estimates(subject: LoadedTask, target: float) -> dict[int, Estimate]:
     instead of 1/|lambda|, so that there is no such flow; the grid itself is passed through the net. So it is for S4D,
     where a step of the flow takes all 32 mixers, and a flow that never crosses the target takes longer than the search.
     """
-    if subject.adapter.pre_norm or isinstance(subject.adapter, S4DAdapter):
-        return _estimates_forward(subject, target)
-    return {sign: _estimate_flow(subject, target, sign) for sign in SIGNS}
+    if task.adapter.pre_norm or isinstance(task.adapter, S4DAdapter):
+        return _estimates_forward(task, target)
+    return {sign: _estimate_flow(task, target, sign) for sign in SIGNS}
 
 
-def _estimates_forward(subject: LoadedTask, target: float) -> dict[int, Estimate]:
-    points = last_means(subject, (sign * size for sign in SIGNS for size in GRID), CHEAP)
+def _estimates_forward(task: LoadedTask, target: float) -> dict[int, Estimate]:
+    points = last_means(task, (sign * size for sign in SIGNS for size in GRID), CHEAP)
     rough = Found("", "", 0, 0, 0, target, 1.0, points=points)
     out = {}
     for sign in SIGNS:
@@ -141,11 +139,11 @@ def _estimates_forward(subject: LoadedTask, target: float) -> dict[int, Estimate
     return out
 
 
-def _estimate_flow(subject: LoadedTask, target: float, sign: int) -> Estimate:
+def _estimate_flow(task: LoadedTask, target: float, sign: int) -> Estimate:
     """The largest over the excerpts of K / tau*; the time is cut where |lambda| would be under 1/2."""
-    adapter = subject.adapter
+    adapter = task.adapter
     K, lams = adapter.n_layers, []
-    for ids in subject.ids[:CHEAP]:
+    for ids in task.ids[:CHEAP]:
         X = adapter.embed(checked_ids(adapter, ids[None])).detach()
         mixer, Y0 = attention_flow(adapter, X)
         lams.append(flow.critical_lambda(mixer, Y0, K, target, sign, FLOW_STEP, tau_max=2.0 * K).lam)

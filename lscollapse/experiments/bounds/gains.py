@@ -54,20 +54,20 @@ class Pass:
     final_norm: Array
 
 
-def gains_at(subject: LoadedTask, lam: float) -> Pass:
-    """Gains of every layer under `lam`, on all excerpts of the subject."""
-    tile = subject.plan.excerpts
-    parts = [_tile_gains(subject, subject.ids[i : i + tile], lam) for i in range(0, len(subject.ids), tile)]
+def gains_at(task: LoadedTask, lam: float) -> Pass:
+    """Gains of every layer under `lam`, on all excerpts of the task."""
+    tile = task.plan.excerpts
+    parts = [_tile_gains(task, task.ids[i : i + tile], lam) for i in range(0, len(task.ids), tile)]
     columns = zip(*parts, strict=True)
     first, row, frobenius, second, final = (np.concatenate(column, axis=-1) for column in columns)
     return Pass(lam, first, row, frobenius, second if len(second) else None, final)
 
 
-def _tile_gains(subject: LoadedTask, ids: Any, lam: float) -> tuple[Array, ...]:
-    adapter = subject.adapter
+def _tile_gains(task: LoadedTask, ids: Any, lam: float) -> tuple[Array, ...]:
+    adapter = task.adapter
     centre = not adapter.pre_norm
     rows, frobenius, second, final = [], [], [], np.empty(0)
-    for layer, step in enumerate(trace(adapter, ids, lam, subject.variants[0].gating, subject.compute_dtype)):
+    for layer, step in enumerate(trace(adapter, ids, lam, task.variants[0].gating, task.compute_dtype)):
         if layer == 0:
             X = normalised(step.X) if centre else step.X
             first = measures.relative_mu(X).numpy(force=True)
@@ -109,25 +109,25 @@ def trace(
         (stream,) = engines.streams(checked_ids(adapter, ids))
         adapter = engines.adapter(stream.dtype)
         for layer in range(adapter.n_layers):
-            X, native = stream.X, engines.block(layer, stream.dtype)  # (B, N, d)
-            if native is None:
+            X, own = stream.X, engines.block(layer, stream.dtype)  # (B, N, d)
+            if own is None:
                 parts = sublayers(adapter, layer, X, lam)
             else:
-                O = native(X, lam=0.0, gating=gating, layernorm=True, skip_site="residual", norm_site="both")
+                O = own(X, lam=0.0, gating=gating, layernorm=True, skip_site="residual", norm_site="both")
                 parts = [(X, O)]
             yield Step(X, parts, stream.carried.exponent)
-            stream.step(adapter, layer, native)
+            stream.step(adapter, layer, own)
         yield Step(stream.X, [], stream.carried.exponent)
 
 
-def head_rows(subject: LoadedTask) -> Iterator[dict[str, Any]]:
+def head_rows(task: LoadedTask) -> Iterator[dict[str, Any]]:
     """One row a layer and head: C_M = max over the excerpts of ||M||_F at lambda = 1; for attention S and c too."""
-    gating = subject.variants[0].gating
-    ids = subject.ids[: subject.plan.excerpts]
-    for layer, step in enumerate(trace(subject.adapter, ids, 1.0, gating, subject.compute_dtype)):
+    gating = task.variants[0].gating
+    ids = task.ids[: task.plan.excerpts]
+    for layer, step in enumerate(trace(task.adapter, ids, 1.0, gating, task.compute_dtype)):
         if not step.parts:
             return
-        Ms, S = mixing_matrices(subject.adapter, layer, step.X.double())
+        Ms, S = mixing_matrices(task.adapter, layer, step.X.double())
         sizes = np.linalg.norm(Ms, axis=(2, 3))  # (B, h)
         for head, C_M in enumerate(sizes.max(0)):
             row = {"layer": layer + 1, "head": head, "C_M": float(C_M)}

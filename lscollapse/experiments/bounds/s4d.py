@@ -54,17 +54,17 @@ def channel_rows(adapter: Adapter, length: int) -> list[dict[str, Any]]:
     return rows
 
 
-def layer_rows(subject: LoadedTask, channels: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def layer_rows(task: LoadedTask, channels: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row a layer, to stand beside its gains.
 
     Columns: spectral, the largest of the channels; under_1, how many channels have ||M||_F < 1; norm_turn, degrees by
     which the affine weights of the norm turn a row at most (lambda = 1); mu_ratio, mu(O) / mu(X), largest over the
     excerpts, and relative_mu, mean, of the net with neither skip nor LayerNorm.
     """
-    adapter, rows = subject.adapter, []
-    turns = norm_turns(subject)
+    adapter, rows = task.adapter, []
+    turns = norm_turns(task)
     with torch.no_grad():
-        X = adapter.embed(checked_ids(adapter, subject.ids)).double()
+        X = adapter.embed(checked_ids(adapter, task.ids)).double()
         for layer in range(adapter.n_layers):
             O = _double(adapter, layer)(X)
             own = [row for row in channels if row["layer"] == layer + 1]
@@ -81,14 +81,14 @@ def layer_rows(subject: LoadedTask, channels: list[dict[str, Any]]) -> list[dict
     return rows
 
 
-def norm_turns(subject: LoadedTask) -> Array:
+def norm_turns(task: LoadedTask) -> Array:
     """Degrees by which weight and bias of each layer's norm turn a row at most, (K,), at lambda = 1.
 
     Between the unit rows without channel mean that the norm makes of X + O, and those of its output. Lambda does not act
     on it, so no |lambda| makes whole blocks turn rows by little.
     """
     turns, before = [], None
-    for step in trace(subject.adapter, subject.ids[: subject.plan.excerpts], 1.0, dtype=subject.compute_dtype):
+    for step in trace(task.adapter, task.ids[: task.plan.excerpts], 1.0, dtype=task.compute_dtype):
         if before is not None:
             chord = torch.linalg.vector_norm(normalised(step.X) - before, dim=-1).max()
             turns.append(math.degrees(2.0 * math.asin(min(1.0, float(chord) / 2.0))))
@@ -99,7 +99,7 @@ def norm_turns(subject: LoadedTask) -> Array:
 
 
 def remarks(channels: list[dict[str, Any]], layers: list[dict[str, Any]]) -> list[str]:
-    """Figure 4's explanation and footnote 3 against the rows of this net."""
+    """What the rows of this net say of the paper's explanation of Figure 4, and of footnote 3."""
     largest = [max(row["C_M"] for row in channels if row["layer"] == layer["layer"]) for layer in layers]
     met = sum(size < 1.0 for size in largest)
     under = sum(layer["under_1"] for layer in layers)

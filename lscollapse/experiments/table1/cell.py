@@ -16,9 +16,8 @@ from safetensors.torch import save as save_tensors
 from lscollapse import measures
 from lscollapse.core.config import Compute
 from lscollapse.core.progress import SILENT, Progress
-from lscollapse.data import images, mqar
-from lscollapse.data.examples import Data, Examples, Split
-from lscollapse.experiments.table1.schema import ImageData, MqarData, Table1, TrainingSection
+from lscollapse.data.examples import Data
+from lscollapse.experiments.table1.schema import Table1, TaskData, TrainingSection
 from lscollapse.models.nets.lambda_net import LEARNABLE, Net, NetConfig
 from lscollapse.runs.devices import device
 from lscollapse.runs.training import Diverged, Settings, evaluate, fit
@@ -45,7 +44,7 @@ class Cell:
     lam: str
     lr: float
     seed: int
-    data: MqarData | ImageData
+    data: TaskData
     net: dict[str, Any]
     training: TrainingSection
     measured: int
@@ -130,7 +129,7 @@ def test_cell(trained: tuple[Cell, bytes]) -> dict[str, Any]:
     torch.set_num_threads(1)
     net = make_net(cell, drawn_task(cell.data))
     net.load_state_dict(load_tensors(weights))
-    accuracy, _ = evaluate(net.to(cell.on), _examples(cell.data, "test"), cell.on)
+    accuracy, _ = evaluate(net.to(cell.on), cell.data.examples("test"), cell.on)
     return {"rows": [_row(cell, AFTER, "test_accuracy", accuracy)]}
 
 
@@ -151,27 +150,11 @@ def make_settings(cell: Cell, task: DrawnTask) -> Settings:
 
 
 @lru_cache(maxsize=2)
-def drawn_task(data: MqarData | ImageData) -> DrawnTask:
+def drawn_task(data: TaskData) -> DrawnTask:
     """The training and validation data of a cell; a process that trains several cells draws them once."""
-    train, held_out = _examples(data, "train"), _examples(data, "validation")
-    length = train.ids.shape[1]
-    if isinstance(data, MqarData):
-        V = data.vocab_size
-        source = f"MQAR, L = {length}, {data.pairs} pairs, vocabulary {V}, data seed {data.seed}"
-        net = {"reads": "tokens", "output": "each", "vocab_size": V, "n_labels": V, "max_positions": length}
-    else:
-        found = images.grey(data.source, "train", data.seed)
-        source = f"{found.source}, grey, {length} pixels"
-        net = {"reads": "pixels", "output": "pooled", "vocab_size": found.levels, "n_labels": found.n_labels}
-        net["max_positions"] = length
-    return DrawnTask(Data(train, held_out, source), net)
-
-
-def _examples(data: MqarData | ImageData, split: Split) -> Examples:
-    if isinstance(data, MqarData):
-        return mqar.sequences(data, split, getattr(data, split), data.seed)
-    found = images.grey(data.source, split, data.seed)
-    return Examples(found.ids, found.labels)
+    train, held_out = data.examples("train"), data.examples("validation")
+    source, net = data.facts()
+    return DrawnTask(Data(train, held_out, source), {**net, "max_positions": train.ids.shape[1]})
 
 
 # --- what is measured ---

@@ -22,7 +22,7 @@ from lscollapse.data import images
 from lscollapse.data.examples import SPLITS
 from lscollapse.experiments.table1.cell import Cell, cells, test_cell, train_cell
 from lscollapse.experiments.table1.schema import Table1
-from lscollapse.runs import processes
+from lscollapse.runs import cluster, processes
 from lscollapse.runs.devices import training_workers
 from lscollapse.runs.training import STATE, Diverged
 
@@ -124,7 +124,7 @@ def store(folder: RunFolder, cell: Cell, result: dict[str, Any]) -> None:
 
 
 def write_net(folder: Path, result: dict[str, Any]) -> None:
-    """What `train_cell` gave, as config.json and model.safetensors."""
+    """Write the net that `train_cell` gave as config.json and model.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / CONFIG, result["config"])
     with atomic(folder / WEIGHTS) as temporary:
@@ -145,21 +145,19 @@ def choose(folder: RunFolder, every: list[Cell]) -> list[Cell]:
 
 
 def frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """The rows of one work item."""
+    """The rows of one work item as a part of the table."""
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"layer": "Int64", "excerpt": "Int64"})
 
 
 def map_items_of(config: Table1) -> MapItems:
-    """Processes of this machine, or Ray."""
+    """What shares the cells out: the processes of this machine, or Ray."""
     if config.engine == "ray":
-        from lscollapse.runs import cluster
-
         return partial(cluster.map_on_nodes, address=config.address, num_gpus=config.gpus_per_item or 0)
     return partial(processes.map_items, workers=training_workers(config))
 
 
 def _images_record(config: Table1) -> dict[str, Any]:
-    """Source and checksum of the images trained and tested on."""
+    """What the manifest keeps of the images trained and tested on: their source, number and checksum."""
     if config.image is None:
         return {}
     data = config.image.data

@@ -1,30 +1,30 @@
-"""The schema of configs/table1/*.yaml: which nets are trained on which task, how, and how often."""
+"""The schema of configs/table1/*.yaml: which nets are trained, how and how often, and on what; a task draws its data."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from lscollapse.core.config import Compute, Section
 from lscollapse.core.table import MARGIN
-from lscollapse.data.mqar import MqarConfig
-from lscollapse.models.nets.lambda_net import NetSection
+from lscollapse.data import images, mqar
+from lscollapse.data.examples import Examples, Split
+from lscollapse.models.nets.lambda_net import Mixer, NetSection
 from lscollapse.runs.training import Optimisation
 
-Mixer = Literal["attention", "linear", "mamba", "mamba2"]
 LamMode = float | Literal["learnable"]
 RECIPE = ("net", "training", "lrs")  # what `per_mixer` can change
 
 
 class TrainingSection(Optimisation):
-    """How the nets of a task are trained: for so many `steps`, or else `epochs`."""
+    """How the nets of a task are trained: for `steps` where they are given, else for `epochs`."""
 
     epochs: float = Field(default=64.0, gt=0)
     steps: int | None = None
 
 
-class MqarData(MqarConfig):
+class MqarData(mqar.MqarConfig):
     """The task, how many sequences each split has, and the seed that they are drawn from."""
 
     train: int = Field(default=100_000, ge=1)
@@ -32,12 +32,36 @@ class MqarData(MqarConfig):
     test: int = Field(default=3000, ge=1)
     seed: int = Field(default=0, ge=0)
 
+    def examples(self, split: Split) -> Examples:
+        """The examples of a split."""
+        return mqar.sequences(self, split, getattr(self, split), self.seed)
+
+    def facts(self) -> tuple[str, dict[str, Any]]:
+        """The source in words, and the fields of a NetConfig that it decides."""
+        V = self.vocab_size
+        source = f"MQAR, L = {self.seq_len}, {self.pairs} pairs, vocabulary {V}, data seed {self.seed}"
+        return source, {"reads": "tokens", "output": "each", "vocab_size": V, "n_labels": V}
+
 
 class ImageData(Section):
     """`source` is digits, cifar10 or a folder, as `data.images.grey` takes it."""
 
     source: str = "digits"
     seed: int = Field(default=0, ge=0)
+
+    def examples(self, split: Split) -> Examples:
+        """The examples of a split."""
+        found = images.grey(self.source, split, self.seed)
+        return Examples(found.ids, found.labels)
+
+    def facts(self) -> tuple[str, dict[str, Any]]:
+        """The source in words, and the fields of a NetConfig that it decides."""
+        found = images.grey(self.source, "train", self.seed)
+        net = {"reads": "pixels", "output": "pooled", "vocab_size": found.levels, "n_labels": found.n_labels}
+        return f"{found.source}, grey, {found.ids.shape[1]} pixels", net
+
+
+TaskData = MqarData | ImageData
 
 
 class Recipe(Section):
@@ -56,7 +80,7 @@ class Recipe(Section):
 
 
 class TaskSection(Recipe):
-    """A recipe, and for some mixers what differs from it."""
+    """A recipe, and in `per_mixer` what differs from it for some mixers."""
 
     per_mixer: dict[Mixer, Recipe] = Field(default={})
 
@@ -88,10 +112,10 @@ class Table1(Compute):
         lams: lambda modes: numbers, fixed for all layers, and `learnable`.
         lam_inits: where a learnable lambda starts; each is a mode of its own.
         measured: held-out inputs on which relative mu is measured before and after training.
-        margin: points of test accuracy (of 1) under which a loss does not count: see `claims.table1`.
+        margin: points of test accuracy (of 1) under which a loss does not count: see `reports.table1`.
     """
 
-    mixers: list[Mixer] = Field(default=["attention", "linear", "mamba", "mamba2"], min_length=1)
+    mixers: list[Mixer] = Field(default=list(get_args(Mixer)), min_length=1)
     lams: list[LamMode] = Field(default=[1.0, "learnable"], min_length=1)
     lam_inits: list[float] = Field(default=[-1.0], min_length=1)
     seeds: list[int] = Field(default=[0, 1, 2], min_length=1)

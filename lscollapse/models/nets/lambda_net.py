@@ -24,6 +24,7 @@ from lscollapse.models.nets.mamba import Mamba
 from lscollapse.models.nets.mamba2 import BareSSD, Mamba2
 
 LEARNABLE = "learnable"
+Mixer = Literal["attention", "linear", "mamba", "mamba2"]
 # The order of config.json, in which a mixer comes first and the settings that a section does not have lie between.
 ORDER = (
     "model_type", "mixer", "hidden_size", "num_hidden_layers", "state_size", "heads", "head_dim", "expand", "vocab_size",
@@ -91,7 +92,7 @@ class NetConfig(NetSection):
     """
 
     model_type: Literal["lambda_net"] = "lambda_net"
-    mixer: Literal["attention", "linear", "mamba", "mamba2"] = "attention"
+    mixer: Mixer = "attention"
     vocab_size: int = Field(default=8192, ge=2)
     n_labels: int = Field(default=8192, ge=1)
     reads: Literal["tokens", "pixels"] = "tokens"

@@ -46,7 +46,7 @@ def claim(name: str, sentence: str, threshold: str) -> Callable[[Predicate], Pre
 
 
 def _measured(*found: pd.Series) -> tuple[pd.Series, ...]:
-    """The same, where none is empty."""
+    """The curves that were found, if none is empty; else NotMeasured is raised."""
     if not all(map(len, found)):
         raise NotMeasured
     return found

@@ -134,7 +134,6 @@ def adversarial_input() -> Finding:
     M = [[1, 0], [2, 1]] is that of Proposition 4.3.1, so M^-K = [[1, 0], [-2K, 1]] exactly. The same input exists for
     every M with a non-zero diagonal. It is one for that depth: a deeper net tears the rows apart again.
     """
-
     M = np.array([[1.0, 0.0], [2.0, 1.0]])
     first = np.array([[1.0], [1.0 - 2.0 * DEPTH]])
     last = np.linalg.matrix_power(M, DEPTH) @ first

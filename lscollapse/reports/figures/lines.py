@@ -113,7 +113,7 @@ def layer_curve(ax: Axes, points: pd.DataFrame, colour: str, dash: Any = "-") ->
 def against_layer(
     curves: Sequence[Curve], panels: Sequence[tuple[str, str]], heading: str, words: Sequence[str], header: str = ""
 ) -> Figure:
-    """Panels (measure, yscale) of the curves against layer."""
+    """A figure of the curves against layer, with a panel for each of `panels` (measure, yscale)."""
     lines = sum(1 + bool(ends_with(points)) for _, _, _, points in curves)
     figure, axes = canvas(len(panels), panel_height(lines), words)
     axes = axes[:, 0]

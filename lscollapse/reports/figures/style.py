@@ -76,7 +76,7 @@ def spread(wanted: Sequence[float], heights: Sequence[float], low: float, high: 
 
 
 def _wrap(text: str, width: float) -> str:
-    """Lines of at most `width` points in the caption's font."""
+    """The text in lines of at most `width` points in the caption's font."""
     measure, font = TextToPath(), FontProperties(family="DejaVu Sans", size=SMALL - 0.5)
     lines = [""]
     for word in text.split(" "):
@@ -87,7 +87,7 @@ def _wrap(text: str, width: float) -> str:
 
 
 def panel_height(label_lines: int) -> float:
-    """Room for so many lines of label beside a panel, in inches."""
+    """The height of a panel, in inches, with room for so many lines of label beside it."""
     return max(PANEL, label_lines * LABEL_LINE)
 
 

@@ -27,12 +27,12 @@ def measure_word(measure: str) -> str:
 
 
 def number(lam: float) -> str:
-    """As short as it can be, with a true minus sign."""
+    """A lambda as short as it can be, with a true minus sign."""
     return f"{lam:g}".replace("-", "\N{MINUS SIGN}")
 
 
 def lam_word(lam: float) -> str:
-    """Of a legend: λ and its value, or that it is a schedule (NaN)."""
+    """A lambda in a legend: λ and its value, or that it is a schedule (NaN)."""
     return "λ per layer" if lam != lam else f"λ = {number(lam)}"
 
 
@@ -82,7 +82,7 @@ def embedded_note(models: Sequence[str]) -> str:
 
 
 def caption(rows: pd.DataFrame, data: pd.DataFrame) -> list[str]:
-    """The sentences of every caption, before those of one figure."""
+    """The sentences that every caption begins with, before those of one figure."""
     sites = [SITES.get(str(site), str(site)) for site in rows["skip_site"].dropna().unique()]
     drawn, unit = set(data["drawn"]), "images" if reads_pixels(rows) else "excerpts"
     return [

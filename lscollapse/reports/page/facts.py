@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from lscollapse.core.table import reads_pixels
-from lscollapse.reports import table1 as table1_report
+from lscollapse.reports import table1
 from lscollapse.reports.claims.sentences import catalogue, judged
 from lscollapse.reports.figures import wording
 from lscollapse.reports.figures.points import groups_of, summarise
@@ -48,7 +48,7 @@ def verdicts(folders: Mapping[Path, str]) -> list[dict[str, Any]]:
 
 
 def tally(found: Iterable[dict[str, Any]]) -> dict[str, int]:
-    """How many verdicts of each kind."""
+    """How many verdicts of each kind there are."""
     counts = Counter(verdict["verdict"] for finding in found for verdict in finding["verdicts"])
     return {verdict: counts[verdict] for verdict in VERDICTS}
 
@@ -177,9 +177,9 @@ def _words(value: Any) -> str:
 def other_table(run: Run) -> dict[str, Any]:
     """The first rows of a table that is none of measurements; of Table 1 what table1.md shows."""
     if run.experiment == "table1":
-        columns, *cells = table1_report.table(run.rows)
-        caption = f"{table1_report.NOTE} {'; '.join(table1_report.made_from(run.rows))}."
-        return {"name": run.name, "title": table1_report.TITLE, "columns": columns, "cells": cells, "caption": caption}
+        columns, *cells = table1.table(run.rows)
+        caption = f"{table1.NOTE} {'; '.join(table1.made_from(run.rows))}."
+        return {"name": run.name, "title": table1.TITLE, "columns": columns, "cells": cells, "caption": caption}
     rows = run.rows.head(ROWS)
     cells = [[_words(value) for value in row] for row in rows.itertuples(index=False)]
     left_out = len(run.rows) - len(rows)

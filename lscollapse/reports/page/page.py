@@ -45,7 +45,6 @@ def write(runs: Sequence[Path], out: Path) -> Path:
 
 def page(folders: Sequence[Path]) -> str:
     """The page as text; arguments and errors as `write`."""
-
     names = named(folders)
     finished = {path: name for path, name in names.items() if (path / "manifest.json").exists()}
     runs = {path: Run(name, read_rows(path), read_manifest(path)) for path, name in finished.items()}
@@ -81,5 +80,5 @@ def _asset(name: str) -> str:
 
 
 def _hash(text: str) -> str:
-    """Of an inline script or style, as a Content-Security-Policy names it."""
+    """The hash of an inline script or style, as a Content-Security-Policy names it."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -16,7 +16,7 @@ import pytest
 from lscollapse.cli import app
 from lscollapse.core import assets, config, registry
 from lscollapse.core.run_folder import read_rows
-from lscollapse.experiments import paper as experiments
+from lscollapse.experiments import paper
 
 HEAVY = ("torch", "pandas", "transformers", "matplotlib", "pyarrow", "scipy", "datasets", "tokenizers", "numpy")
 DEADLINE = 120.0
@@ -204,7 +204,7 @@ def test_frozen_excerpts_give_the_same_rows(shell: Shell, minilm: str, tmp_path:
     assert code == 0
     assert minilm in said
     settings = {"models": [minilm], "excerpts": 3, "tokens": 8, "lambdas": [-2, 0, 1], "seed": 3}
-    direct = experiments.sweep_lambda(config.configure(config.Experiment, flags=settings), tmp_path / "direct")
+    direct = paper.sweep_lambda(config.configure(config.Experiment, flags=settings), tmp_path / "direct")
     pd.testing.assert_frame_equal(read_rows(out), direct)
     assert len(direct) == 3 * 3 * 7 * 6
 
@@ -246,7 +246,7 @@ def test_kill_9_and_the_same_command_again(shell: Shell, minilm: str, tmp_path: 
     assert code == 0
     assert f"is continued: {there} of 3 work items are there" in " ".join(err.split())
     settings = {"models": [minilm], "excerpts": 24, "tokens": 16, "lambdas": [-4, -1, 0, 1, 4]}
-    experiments.sweep_lambda(config.configure(config.Experiment, flags=settings), whole)
+    paper.sweep_lambda(config.configure(config.Experiment, flags=settings), whole)
     for name in ("rows.parquet", "rows.csv"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
     assert not (killed / "parts").exists()

@@ -12,11 +12,11 @@ import pytest
 
 from lscollapse.cli import app
 from lscollapse.experiments.bounds import find_lambda
-from lscollapse.reports.figures import theory as figures_theory
+from lscollapse.reports.figures.theory import bounds_figure
 from lscollapse.theory import verify
 from lscollapse.theory.checking import Statement
 from lscollapse.theory.stretches import Found
-from tests.integration.experiments.bounds.test_find_lambda import EXCERPTS, TOKENS, made, subject_of
+from tests.integration.experiments.bounds.test_find_lambda import EXCERPTS, TOKENS, made, task_of
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
 @pytest.fixture
 def little(tmp_path: Path) -> list[object]:
     """Arguments that read a tiny saved ALBERT and frozen excerpts."""
-    subject_of(made("albert"), tmp_path)
+    task_of(made("albert"), tmp_path)
     source = ["--source", tmp_path / "excerpts.jsonl", "--excerpts", EXCERPTS, "--tokens", TOKENS, "--offline"]
     return [tmp_path / "model", *source]
 
@@ -114,7 +114,7 @@ def test_the_figure_shows_every_bound_once() -> None:
         Line("A", 0, 1234.0), Line("B", -1, math.inf), Line("C", 0, 1238540.49), Line("measured, relative mu", 1, 0.5),
         Line("measured, rank-1 residual", -1, 0.25, to=0.5), Line("measured, rank-1 residual", -1, 2.0),
     ]  # fmt: skip
-    figure = figures_theory.bounds_figure(Report(found, 0.9, 1.0, 1.0, lines, [], [], []))
+    figure = bounds_figure(Report(found, 0.9, 1.0, 1.0, lines, [], [], []))
     labels = figure.axes[0].get_legend_handles_labels()[1]
     assert labels[4:] == ["A: 1,234", "B, λ < 0: certifies nothing", "C: 1,239,000"]
     assert labels[0] == "relative μ, λ > 0: from 0.5" and labels[3] == "rank-1 residual, λ < 0: 0.25 to 0.5 or from 2"

@@ -17,8 +17,7 @@ from transformers import BambaConfig, BambaForCausalLM
 from lscollapse.core.config import ConfigError, Experiment
 from lscollapse.core.run_folder import RunFolderError
 from lscollapse.core.table import COLUMNS
-from lscollapse.experiments import own_model
-from lscollapse.experiments import paper as experiments
+from lscollapse.experiments import own_model, paper
 from lscollapse.experiments.bounds import find_lambda
 from tests.equivalence import plain_models, tiny
 from tests.equivalence.compare import assert_rows_match
@@ -60,7 +59,7 @@ def config(models: dict[str, Any], frozen: tuple[Path, np.ndarray]) -> Experimen
 @pytest.fixture(scope="module")
 def run(config: Experiment, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pd.DataFrame]:
     out = tmp_path_factory.mktemp("runs") / "whole"
-    return out, experiments.sweep_lambda(config, out)
+    return out, paper.sweep_lambda(config, out)
 
 
 class Stop(Exception):
@@ -136,11 +135,11 @@ def test_manifest_of_a_run(run: Any, models: dict[str, Any], frozen: Any) -> Non
 def test_stopped_anywhere_and_continued(config: Experiment, run: Any, tmp_path: Path, patience: int) -> None:
     """Stopped inside the first work item, in later ones, and in the second model."""
     with pytest.raises(Stop):
-        experiments.sweep_lambda(config, tmp_path / "run", Recorder(patience))
+        paper.sweep_lambda(config, tmp_path / "run", Recorder(patience))
     assert not (tmp_path / "run" / "rows.parquet").exists()
     there = len(list((tmp_path / "run").glob("parts/*.parquet")))
     again = Recorder()
-    experiments.sweep_lambda(config, tmp_path / "run", again)
+    paper.sweep_lambda(config, tmp_path / "run", again)
     assert bool(again.notes) == (there > 0)
     assert again.done == pytest.approx(again.total)  # and what was there is not computed again
     for name in ("rows.parquet", "rows.csv"):
@@ -150,7 +149,7 @@ def test_stopped_anywhere_and_continued(config: Experiment, run: Any, tmp_path: 
 def test_a_finished_run_is_not_computed_again(config: Experiment, run: Any) -> None:
     again = Recorder(patience=0)
     before = (run[0] / "manifest.json").read_bytes()
-    pd.testing.assert_frame_equal(experiments.sweep_lambda(config, run[0], again), run[1])
+    pd.testing.assert_frame_equal(paper.sweep_lambda(config, run[0], again), run[1])
     assert again.total is None
     assert "complete" in again.notes[0]
     assert (run[0] / "manifest.json").read_bytes() == before
@@ -162,7 +161,7 @@ def test_a_finished_run_is_not_computed_again(config: Experiment, run: Any) -> N
 )
 def test_a_run_of_another_configuration_is_refused(config: Experiment, run: Any, named: str, value: Any) -> None:
     with pytest.raises(RunFolderError, match=rf"another configuration \(config\.{named}: "):
-        experiments.sweep_lambda(config.model_copy(update={named: value}), run[0])
+        paper.sweep_lambda(config.model_copy(update={named: value}), run[0])
 
 
 def test_other_weights_are_refused(config: Experiment, run: Any, tmp_path: Path) -> None:
@@ -170,7 +169,7 @@ def test_other_weights_are_refused(config: Experiment, run: Any, tmp_path: Path)
     tiny.mamba2(2, 2, seed=5).save_pretrained(tmp_path / "little-mamba")
     other = config.model_copy(update={"models": [str(tmp_path / "little-mamba"), config.models[1]]})
     with pytest.raises(RunFolderError, match="sha256"):
-        experiments.sweep_lambda(other, run[0])
+        paper.sweep_lambda(other, run[0])
 
 
 def per_layer_file(path: Path, lams: list[float]) -> Path:
@@ -183,7 +182,7 @@ def test_per_layer_lambdas_from_a_file(config: Experiment, models: dict[str, Any
     file = per_layer_file(tmp_path / "lams.csv", lams)
     changes = {"lambdas": [1.0], "excerpts": 2, "lambdas_file": file, "gating": False, "models": config.models[:1]}
     small = config.model_copy(update=changes)
-    rows = experiments.sweep_lambda(small, tmp_path / "run")
+    rows = paper.sweep_lambda(small, tmp_path / "run")
     model = models["little-mamba"][1]
     found = rows[(rows["model"] == "little-mamba") & rows["lam"].isna()]
     outputs = plain_models.mamba2(plain_models.weights_of(model), model.config, frozen[1][:2], lams, gating=False)
@@ -194,10 +193,10 @@ def test_a_changed_file_of_lambdas_is_another_configuration(config: Experiment, 
     """The rows of per-layer lambdas carry no number, so a stale table could not be told from a new one."""
     file = per_layer_file(tmp_path / "lams.csv", [1.5, -0.5])
     small = config.model_copy(update={"lambdas": [1.0], "excerpts": 1, "lambdas_file": file})
-    experiments.sweep_lambda(small, tmp_path / "run")
+    paper.sweep_lambda(small, tmp_path / "run")
     per_layer_file(file, [3.0, 0.25])
     with pytest.raises(RunFolderError, match="another configuration"):
-        experiments.sweep_lambda(small, tmp_path / "run")
+        paper.sweep_lambda(small, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -207,7 +206,7 @@ def test_bad_files_of_lambdas(config: Experiment, tmp_path: Path, lines: list[st
     file = tmp_path / "bad.csv"
     file.write_text("\n".join(["layer,lam", *lines] if lines else []), encoding="utf-8")
     with pytest.raises(ValueError) as caught:
-        experiments.sweep_lambda(config.model_copy(update={"lambdas_file": file}), tmp_path / "run")
+        paper.sweep_lambda(config.model_copy(update={"lambdas_file": file}), tmp_path / "run")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
 
@@ -215,24 +214,24 @@ def test_bad_files_of_lambdas(config: Experiment, tmp_path: Path, lines: list[st
 def test_lambdas_file_in_any_order(tmp_path: Path) -> None:
     file = tmp_path / "lams.csv"
     file.write_text("layer,lam\n3,0.5\n1,-1\n2,2e0\n", encoding="utf-8")
-    assert experiments.read_lambdas(file, 3) == (-1.0, 2.0, 0.5)
+    assert paper.read_lambdas(file, 3) == (-1.0, 2.0, 0.5)
     with pytest.raises(ConfigError, match=r"1\.\.4"):
-        experiments.read_lambdas(file, 4)
+        paper.read_lambdas(file, 4)
     with pytest.raises(ConfigError, match=r"nothing\.csv cannot be read: there is no such file"):
-        experiments.read_lambdas(tmp_path / "nothing.csv", 3)
+        paper.read_lambdas(tmp_path / "nothing.csv", 3)
     file.write_text("layer;lam\n1;2\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="not a CSV"):
-        experiments.read_lambdas(file, 1)
+        paper.read_lambdas(file, 1)
 
 
 def test_random_weights_beside_the_trained_ones(config: Experiment, tmp_path: Path) -> None:
     update = {"lambdas": [1.0], "excerpts": 1, "random_init": True, "models": config.models[1:]}
     small = config.model_copy(update=update)
-    rows = experiments.sweep_lambda(small, tmp_path / "run")
+    rows = paper.sweep_lambda(small, tmp_path / "run")
     assert list(dict.fromkeys(rows["init"])) == ["trained", "random"]
-    again = experiments.sweep_lambda(small, tmp_path / "again")
+    again = paper.sweep_lambda(small, tmp_path / "again")
     pd.testing.assert_frame_equal(rows, again)
-    other = experiments.sweep_lambda(small.model_copy(update={"seed": 1}), tmp_path / "other")
+    other = paper.sweep_lambda(small.model_copy(update={"seed": 1}), tmp_path / "other")
     for init, same in (("trained", True), ("random", False)):
         ours, theirs = rows[rows["init"] == init]["value"], other[other["init"] == init]["value"]
         assert np.allclose(ours, theirs, equal_nan=True) == same
@@ -256,9 +255,9 @@ def bamba(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 RUNS: dict[str, Callable[[Experiment, Path], Any]] = {
     "measure": own_model.measure_own,
-    "sweep-lambda": experiments.sweep_lambda,
-    "ablate-gating": experiments.ablate_gating,
-    "all-readings": experiments.all_readings,
+    "sweep-lambda": paper.sweep_lambda,
+    "ablate-gating": paper.ablate_gating,
+    "all-readings": paper.all_readings,
     "find-lambda": lambda config, out: find_lambda.load_with_grid(config),
 }
 
@@ -285,7 +284,7 @@ def test_a_gate_that_cannot_be_removed_is_refused_by_every_verb(
 def test_a_gate_that_is_not_known_stays_as_it_is(config: Experiment, bamba: str, tmp_path: Path) -> None:
     """One arm, whose rows say nothing of a gate, with the loss of transformers."""
     settings = config.model_copy(update={"models": [bamba], "excerpts": 2, "lambdas": [1.0], "quality": True})
-    rows = experiments.sweep_lambda(settings, tmp_path / "run")
+    rows = paper.sweep_lambda(settings, tmp_path / "run")
     assert set(rows["arm"]) == {"LN"} and rows["gating"].isna().all()
     ids = torch.tensor([json.loads(line)["ids"][:TOKENS] for line in Path(config.source).read_text().splitlines()[:2]])
     model = BambaForCausalLM.from_pretrained(bamba).eval()
@@ -297,5 +296,5 @@ def test_a_gate_that_is_not_known_stays_as_it_is(config: Experiment, bamba: str,
 @pytest.mark.parametrize(("named", "value"), [("skip_site", "mixer"), ("skip_site", "ffn"), ("device", "tpu")])
 def test_what_cannot_be_measured_leaves_no_folder(config: Experiment, tmp_path: Path, named: str, value: str) -> None:
     with pytest.raises(ValueError, match=value):
-        experiments.sweep_lambda(config.model_copy(update={named: value}), tmp_path / "run")
+        paper.sweep_lambda(config.model_copy(update={named: value}), tmp_path / "run")
     assert not (tmp_path / "run").exists()

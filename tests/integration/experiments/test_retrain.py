@@ -18,8 +18,7 @@ from scipy.signal import cont2discrete
 import lscollapse
 from lscollapse.core.config import ConfigError, Experiment, S4DTraining, configure
 from lscollapse.data import images
-from lscollapse.experiments import paper as experiments
-from lscollapse.experiments import retrain
+from lscollapse.experiments import paper, retrain
 from lscollapse.instrument.forward import measure
 from lscollapse.instrument.identity import differences
 from lscollapse.instrument.surgery import Variant
@@ -27,8 +26,8 @@ from lscollapse.models.adapt import adapt
 from lscollapse.models.checkpoints import checkpoint
 from lscollapse.models.checkpoints.tensors import CheckpointError
 from lscollapse.models.nets.s4d import S4D, S4DConfig, S4DMixer, causal_convolution
-from lscollapse.reports.claims import sentences as claims
-from lscollapse.reports.figures import paper as figures
+from lscollapse.reports.claims import sentences
+from lscollapse.reports.figures.paper import figure2, figure4
 from lscollapse.reports.verdict import AGREE, DISAGREE, NOT_MEASURED
 from lscollapse.runs.training import TrainingError
 from tests import ROOT
@@ -323,7 +322,7 @@ def figure4_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[S4D, pd.DataF
     shape = S4DConfig(hidden_size=6, state_size=4, num_hidden_layers=3, channels=1, levels=17, data="digits")
     net = little(shape)
     config = Experiment(models=["mamba2-tiny", str(write_folder(net, folder / "little"))], excerpts=3)
-    return net, experiments.ablate_s4d(config, folder / "run")
+    return net, paper.ablate_s4d(config, folder / "run")
 
 
 def test_ablate_s4d_measures_skip_by_norm_on_held_out_digits(figure4_run: tuple[S4D, pd.DataFrame]) -> None:
@@ -338,7 +337,7 @@ def test_ablate_s4d_measures_skip_by_norm_on_held_out_digits(figure4_run: tuple[
 
 def test_figure4_draws_the_means_and_says_what_was_done(figure4_run: tuple[S4D, pd.DataFrame]) -> None:
     _, rows = figure4_run
-    figure, data = figures.figure4(rows, "little")
+    figure, data = figure4(rows, "little")
     assert len(data) == 2 * 4 * 4  # measures, arms, layers 0..3
     for _, point in data.iterrows():
         same = rows[(rows["lam"] == point["lam"]) & (rows["layernorm"] == point["layernorm"])]
@@ -374,7 +373,7 @@ def test_every_arm_is_trained_as_it_is_measured(tmp_path: Path) -> None:
         assert arms.loc[arm, "test_accuracy"] == pytest.approx(
             right.mean(), abs=2 / 360
         )  # the file is in half precision
-    figure, data = figures.figure4(rows, "s4d-digits-retrained")
+    figure, data = figure4(rows, "s4d-digits-retrained")
     assert "4 nets, each arm retrained" in " ".join(figure.get_supxlabel().split()) and len(data) == 2 * 4 * 3
     pd.testing.assert_frame_equal(retrain.ablate_retrained(config, tmp_path / "run"), rows)
 
@@ -401,10 +400,10 @@ def test_claim_of_figure_4(last: float, verdict: str) -> None:
         for norm in (True, False)
     ]
     rows = pd.concat(parts).assign(model="net", init="trained", measure="relative_mu", gating=pd.NA, tokenizer="pixels")
-    found = {finding.claim: finding for finding in claims.judge(rows)}
+    found = {finding.claim: finding for finding in sentences.judge(rows)}
     assert found["figure 4"].verdict == verdict
     assert f"{last:.3f}" in found["figure 4"].numbers
-    with_norm = {finding.claim: finding for finding in claims.judge(rows[rows["layernorm"]])}
+    with_norm = {finding.claim: finding for finding in sentences.judge(rows[rows["layernorm"]])}
     assert with_norm["figure 4"].verdict == NOT_MEASURED
     assert set(found) == {"figure 4", "figure 4b"}
 
@@ -412,9 +411,9 @@ def test_claim_of_figure_4(last: float, verdict: str) -> None:
 def test_lambda_is_swept_on_s4d_too(figure4_run: tuple[S4D, pd.DataFrame], tmp_path: Path) -> None:
     net, _ = figure4_run
     folder = write_folder(net, tmp_path / "little")
-    rows = experiments.sweep_lambda(Experiment(models=[str(folder)], lambdas=[-1, 0, 1], excerpts=2), tmp_path / "run")
+    rows = paper.sweep_lambda(Experiment(models=[str(folder)], lambdas=[-1, 0, 1], excerpts=2), tmp_path / "run")
     assert set(rows["lam"]) == {-1, 0, 1} and rows["gating"].isna().all()
-    figure, _ = figures.figure2(rows)
+    figure, _ = figure2(rows)
     assert [ax.get_title("left").split()[-1] for ax in figure.axes] == ["images"]
 
 
@@ -423,5 +422,5 @@ def test_only_s4d_is_ablated_so(tmp_path: Path) -> None:
 
     tiny.mamba2(1, 1).save_pretrained(tmp_path / "mamba")
     with pytest.raises(ConfigError, match="is no S4D"):
-        experiments.ablate_s4d(Experiment(models=[str(tmp_path / "mamba")]), tmp_path / "run")
+        paper.ablate_s4d(Experiment(models=[str(tmp_path / "mamba")]), tmp_path / "run")
     assert adapt(little()).has_gate is False

@@ -21,12 +21,12 @@ from lscollapse.core.config import ConfigError, configure
 from lscollapse.core.run_folder import RunFolderError
 from lscollapse.data import images, mqar
 from lscollapse.data.examples import Examples
-from lscollapse.experiments.table1 import cell as cells
-from lscollapse.experiments.table1 import grid as table1
+from lscollapse.experiments.table1.cell import cells, drawn_task, make_net, modes
+from lscollapse.experiments.table1.grid import run, train_one
 from lscollapse.experiments.table1.schema import Table1
 from lscollapse.models.nets.lambda_net import Net, NetConfig
-from lscollapse.reports import table1 as table1_report
-from lscollapse.reports.figures import table1 as figures_table1
+from lscollapse.reports import table1
+from lscollapse.reports.figures.table1 import draw, lambda_figure, mu_figure
 from lscollapse.runs.training import Diverged
 from tests import ROOT
 
@@ -64,8 +64,8 @@ def test_the_shipped_configurations_start_on_a_tiny_fraction(name: str, tmp_path
         settings += [f"{task}.lrs=[1e-3]", f"{task}.data.source=digits"][: 1 + (task == "image")]
     config = configure(Table1, file, settings=settings)
     assert all(len(recipe.lrs) == 1 for task in config.tasks.values() for recipe in task.per_mixer.values())
-    rows = table1.run(config, tmp_path)
-    arms = 4 * len(cells.modes(config)) * len(config.tasks)
+    rows = run(config, tmp_path)
+    arms = 4 * len(modes(config)) * len(config.tasks)
     assert (rows["measure"] == "test_accuracy").sum() == arms
     assert not (rows["status"] != "ok").any()
 
@@ -74,7 +74,7 @@ def test_the_papers_configuration_is_appendix_a13() -> None:
     config = configure(Table1, CONFIGS / "paper.yaml")
     assert config.mqar is not None and config.image is not None
     np.testing.assert_allclose(config.mqar.lrs, np.logspace(-4, -2, 4), rtol=1e-6)
-    made = {(c.task, c.mixer, c.lam, c.lr): c for c in cells.cells(config, Path("x"))}
+    made = {(c.task, c.mixer, c.lam, c.lr): c for c in cells(config, Path("x"))}
     assert len(made) == 4 * 2 * 4 + 4 * 2
     shape = ("hidden_size", "num_hidden_layers", "state_size")
     mqar_cell = made["mqar", "attention", "1", config.mqar.lrs[0]]
@@ -116,7 +116,7 @@ def test_a_mistake_is_one_clear_line(setting: str, message: str) -> None:
 
 def test_per_mixer_settings_lie_over_the_tasks() -> None:
     config = tiny("mqar.per_mixer.mamba.net.state_size=3", "mqar.per_mixer.mamba.lrs=[0.5]")
-    made = {cell.mixer: cell for cell in cells.cells(config, Path("x"))}
+    made = {cell.mixer: cell for cell in cells(config, Path("x"))}
     assert (made["mamba"].net["state_size"], made["mamba"].net["hidden_size"], made["mamba"].lr) == (3, 8, 0.5)
     assert (made["linear"].net["state_size"], made["linear"].lr) == (4, 0.01)
 
@@ -128,7 +128,7 @@ def test_per_mixer_settings_lie_over_the_tasks() -> None:
 def grid(tmp_path_factory: pytest.TempPathFactory) -> tuple[Table1, Path, pd.DataFrame]:
     config = tiny("mixers=[linear, mamba2]", "mqar.lrs=[1e-3, 3e-2]", "seeds=[0, 1]")
     folder = tmp_path_factory.mktemp("table1") / "run"
-    return config, folder, table1.run(config, folder)
+    return config, folder, run(config, folder)
 
 
 def test_the_best_rate_on_validation_reads_the_test_set_and_no_other(grid: tuple[Table1, Path, pd.DataFrame]) -> None:
@@ -159,8 +159,8 @@ def accuracy_of(folder: Path, test: Examples) -> float:
 
 def test_the_seed_alone_decides_where_a_net_starts(grid: tuple[Table1, Path, pd.DataFrame]) -> None:
     config, folder, _ = grid
-    made = {(c.lam, c.seed): c for c in cells.cells(config, folder) if c.mixer == "mamba2" and c.lr == 1e-3}
-    nets = {key: cells.make_net(cell, cells.drawn_task(cell.data)) for key, cell in made.items()}
+    made = {(c.lam, c.seed): c for c in cells(config, folder) if c.mixer == "mamba2" and c.lr == 1e-3}
+    nets = {key: make_net(cell, drawn_task(cell.data)) for key, cell in made.items()}
     a, b, c = (nets[key].state_dict() for key in (("1", 0), ("learnt from -1", 0), ("1", 1)))
     assert all(torch.equal(a[name], b[name]) for name in a) and not torch.equal(
         a["decoder.weight"], c["decoder.weight"]
@@ -213,26 +213,26 @@ def test_a_killed_grid_continues_and_processes_change_nothing(
 ) -> None:
     config, whole, rows = grid
     with pytest.raises(Stop):
-        table1.run(config, tmp_path / "run", Stopper(5))
-    pd.testing.assert_frame_equal(table1.run(config.model_copy(update={"workers": 2}), tmp_path / "run"), rows)
+        run(config, tmp_path / "run", Stopper(5))
+    pd.testing.assert_frame_equal(run(config.model_copy(update={"workers": 2}), tmp_path / "run"), rows)
     for name in ("rows.parquet", "rows.csv"):
         assert (whole / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
-    pd.testing.assert_frame_equal(table1.run(config, whole), rows)  # complete: nothing is computed
+    pd.testing.assert_frame_equal(run(config, whole), rows)  # complete: nothing is computed
     with pytest.raises(RunFolderError, match="seeds"):
-        table1.run(config.model_copy(update={"seeds": [7]}), whole)
+        run(config.model_copy(update={"seeds": [7]}), whole)
 
 
 def test_a_rate_that_diverged_is_not_chosen(tmp_path: Path) -> None:
     limits = ("mqar.lrs=[1e-3, 1e30]", "mqar.training.steps=3", "mqar.training.clip=1e30")
     config = tiny("mixers=[linear]", "lams=[1]", "seeds=[0]", *limits)
-    rows = table1.run(config, tmp_path / "run")
+    rows = run(config, tmp_path / "run")
     states = rows[rows["measure"] == "validation_accuracy"].set_index("lr")["status"]
     assert states.to_dict() == {1e-3: "ok", 1e30: "nan"}
     assert set(rows.loc[rows["measure"] == "test_accuracy", "lr"]) == {1e-3}
     assert (tmp_path / "run" / "cells" / "mqar-linear-lam_1-lr_1e+30-seed_0" / "diverged.json").exists()
-    cell = next(c for c in cells.cells(config, tmp_path / "run" / "cells") if c.lr == 1e30)
+    cell = next(c for c in cells(config, tmp_path / "run" / "cells") if c.lr == 1e30)
     with pytest.raises(Diverged, match="lower the learning rate"):
-        table1.train_one(cell)
+        train_one(cell)
 
 
 # --- the statistical test ---
@@ -258,7 +258,7 @@ def rows_of(accuracies: dict[tuple[str, str, str], list[float]]) -> pd.DataFrame
 def test_bounds_are_welchs() -> None:
     learnt, fixed = [0.91, 0.95, 0.90, 0.97], [0.88, 0.93, 0.94]
     expected = stats.ttest_ind(learnt, fixed, equal_var=False).confidence_interval(0.90)  # 5 % on either side
-    assert table1_report.welch_bounds([(learnt, fixed)], 0.05) == pytest.approx((expected.low, expected.high))
+    assert table1.welch_bounds([(learnt, fixed)], 0.05) == pytest.approx((expected.low, expected.high))
 
 
 def test_the_bounds_of_an_average_hold_as_often_as_they_say() -> None:
@@ -268,7 +268,7 @@ def test_the_bounds_of_an_average_hold_as_often_as_they_say() -> None:
     over = 0
     for _ in range(2000):
         pairs = [(list(rng.normal(d, sd, n)), list(rng.normal(0, sd, m))) for n, m, sd, d in shapes]
-        over += table1_report.welch_bounds(pairs, 0.05)[0] > 0.01
+        over += table1.welch_bounds(pairs, 0.05)[0] > 0.01
     assert 0.03 < over / 2000 < 0.07
 
 
@@ -277,7 +277,7 @@ def test_a_loss_of_the_margin_passes_as_no_worse_no_more_often_than_the_level() 
     rng = np.random.default_rng(0)
     arm = ("mqar", "mamba", "learnt from -1")
     draws = rng.normal(0.9, 0.01, (2000, 2, 5)) - np.array([[0.02], [0.0]])
-    passed = [table1_report.contrast(arm, [(list(a), list(b))], 0.02, 1).verdict == "no worse" for a, b in draws]
+    passed = [table1.contrast(arm, [(list(a), list(b))], 0.02, 1).verdict == "no worse" for a, b in draws]
     assert 0.03 < np.mean(passed) < 0.07
 
 
@@ -293,7 +293,7 @@ def test_a_loss_of_the_margin_passes_as_no_worse_no_more_often_than_the_level() 
     ],
 )
 def test_verdicts(learnt: list[float], fixed: list[float], verdict: str) -> None:
-    found = table1_report.contrast(("mqar", "mamba", "learnt from -1"), [(learnt, fixed)], 0.02, 8)
+    found = table1.contrast(("mqar", "mamba", "learnt from -1"), [(learnt, fixed)], 0.02, 8)
     assert found.verdict == verdict
     assert found.difference == pytest.approx(np.mean(learnt) - np.mean(fixed))
 
@@ -307,7 +307,7 @@ def test_the_sentence_needs_every_comparison() -> None:
             ("mqar", mixer, "learnt from -1"): values
             for mixer, values in zip(("attention", "mamba"), learnt, strict=True)
         }
-        return [v for v, _ in table1_report.verdicts(table1_report.contrasts(rows_of(arms), 0.02)).values()]
+        return [v for v, _ in table1.verdicts(table1.contrasts(rows_of(arms), 0.02)).values()]
 
     assert verdict(same, same) == ["agrees", "agrees", "undecided"]  # each, on average, outperforms
     assert verdict(same, wide) == ["undecided", "undecided", "undecided"]
@@ -328,20 +328,20 @@ def made_up() -> pd.DataFrame:
 
 
 def test_the_table_says_mean_spread_and_the_papers_figures(made_up: pd.DataFrame) -> None:
-    text = table1_report.markdown(made_up, 0.02)
+    text = table1.markdown(made_up, 0.02)
     assert "| MQAR | Transformer | 91.0 ± 1.4 | 92.0 ± 1.4 | 99.6 | 98.9 |" in text  # sd of two: 0.02 / sqrt(2)
     assert "| MQAR | Lin. Transformer | 11.0 ± 1.4 | 12.0 ± 1.4 | 1.6 | 1.55 |" in text
     assert "| Image | Transformer | 50.0 | 51.0 | 32.64 | 32.85 |" in text
     assert "margin 2 points, level 5 %" in text and "some data" in text and "2 seeds" in text
-    assert "Transformer & 91.0 $\\pm$ 1.4 & 92.0 $\\pm$ 1.4 & 99.6 & 98.9 \\\\" in table1_report.latex(made_up)
-    table = table1_report.summary(made_up).set_index(["task", "mixer", "lam"])
+    assert "Transformer & 91.0 $\\pm$ 1.4 & 92.0 $\\pm$ 1.4 & 99.6 & 98.9 \\\\" in table1.latex(made_up)
+    table = table1.summary(made_up).set_index(["task", "mixer", "lam"])
     assert table.loc[("mqar", "attention", "1"), "test_mean"] == pytest.approx(91.0)  # percent, as the paper's
     assert table.loc[("mqar", "attention", "1"), "test_sd"] == pytest.approx(2.0 / math.sqrt(2))
     assert table.loc[("mqar", "attention", "learnt from -1"), "paper"] == 98.9
 
 
 def test_figures_plot_the_rows_and_say_what_they_are_of(made_up: pd.DataFrame, tmp_path: Path) -> None:
-    figure, data = figures_table1.lambda_figure(made_up)
+    figure, data = lambda_figure(made_up)
     assert set(data["lam"]) == {"learnt from -1"} and set(data["layer"]) == {1, 2}
     panel = next(ax for ax in figure.axes if "Transformer" in ax.get_title("left"))
     assert sorted(y for line in panel.get_lines() if line.get_marker() == "o" for y in line.get_ydata()) == [
@@ -350,13 +350,13 @@ def test_figures_plot_the_rows_and_say_what_they_are_of(made_up: pd.DataFrame, t
         1.1,
         1.2,
     ]
-    figure, data = figures_table1.mu_figure(made_up)
+    figure, data = mu_figure(made_up)
     chosen = data[(data["task"] == "mqar") & (data["mixer"] == "linear") & (data["when"] == "after")]
     assert chosen["mean"].tolist() == pytest.approx([0.6, 0.7, 0.6, 0.7])
     assert chosen["std"].tolist() == pytest.approx([math.sqrt(0.5)] * 4)
     caption = " ".join(figure.get_supxlabel().split())
     assert "some data" in caption and "n = 2 seeds" in caption and "float32" in caption
-    names = {path.name for path in figures_table1.draw(made_up, tmp_path)}
+    names = {path.name for path in draw(made_up, tmp_path)}
     assert {"table1-lambda.png", "table1-mu.png", "table1-mu.csv"} <= names
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lscollapse.reports.page import page as report
+from lscollapse.reports.page.page import write
 from tests import ROOT
 from tests.integration.reports.test_page import EXCERPTS, HOSTILE, LAMBDAS, LAYERS, ablation, arm, sweep, write_run
 
@@ -54,7 +54,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         'bound,sign,lam,reads,note\n"Theorem X, condition (7)",0,204.5,204,\n"measured, relative mu",1,3,3,\n'
     )
     (bounds / "curve.csv").write_text("lam,relative_mu,rank1_residual\n-2,0.5,0.1\n0,0.3,0.2\n2,0.4,0.5\n4,0.7,0.6\n")
-    return report.write([*runs, bounds], base / "report.html")
+    return write([*runs, bounds], base / "report.html")
 
 
 @pytest.fixture(scope="module")
@@ -410,7 +410,7 @@ def test_the_embedded_example_opens(view):
 
 def test_one_excerpt_and_no_spread_draw_too(view, tmp_path):
     rows = pd.concat([arm("one", lam, None).query("excerpt == 0") for lam in LAMBDAS])
-    page = report.write([write_run(tmp_path / "run", "sweep-lambda", rows)], tmp_path / "one.html")
+    page = write([write_run(tmp_path / "run", "sweep-lambda", rows)], tmp_path / "one.html")
     opened = View(view.driver, page)
     figure = opened.figure("Figure 1")
     assert opened.curves(figure) == len(LAMBDAS)

@@ -19,7 +19,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lscollapse.reports.page import page as report
+from lscollapse.reports.page.folders import ReportError
+from lscollapse.reports.page.page import write
 from tests import ROOT
 
 HOSTILE = "</script><img src=x onerror=alert(1)>&\"'"
@@ -155,7 +156,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def page(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Page:
-    return Page(report.write(folders, tmp_path_factory.mktemp("page") / "new" / "report.html"))
+    return Page(write(folders, tmp_path_factory.mktemp("page") / "new" / "report.html"))
 
 
 def mean_and_sd(rows: pd.DataFrame, **arm_of: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -167,14 +168,14 @@ def mean_and_sd(rows: pd.DataFrame, **arm_of: Any) -> tuple[np.ndarray, np.ndarr
 
 def test_the_same_folders_give_the_same_bytes_wherever_they_are(folders, tmp_path):
     copies = [Path(shutil.copytree(folder, tmp_path / "elsewhere" / folder.name)) for folder in folders]
-    first, second = report.write(folders, tmp_path / "a.html"), report.write(copies, tmp_path / "b.html")
+    first, second = write(folders, tmp_path / "a.html"), write(copies, tmp_path / "b.html")
     assert first.read_bytes() == second.read_bytes()
     assert str(tmp_path) not in second.read_text(encoding="utf-8")
 
 
 def test_folders_of_one_name_are_told_apart(folders, tmp_path):
     again = Path(shutil.copytree(folders[1], tmp_path / "other" / folders[1].name))
-    page = Page(report.write([folders[1], again, folders[1]], tmp_path / "r.html"))
+    page = Page(write([folders[1], again, folders[1]], tmp_path / "r.html"))
     assert list(page.data["excerpts"]) == ["gating", "gating (2)"]
     assert len({figure["id"] for figure in page.data["figures"]}) == len(page.data["figures"]) == 2
 
@@ -283,9 +284,7 @@ def test_warnings(page, warning):
 def test_embedded_models_are_named_as_such(tmp_path):
     rows = pd.concat([arm("mamba2-tiny", lam, True) for lam in (0.0, 1.0)])
     run = write_run(tmp_path / "run", "sweep-lambda", rows)
-    assert (
-        "mamba2-tiny is a small embedded model, not the paper's." in Page(report.write([run], tmp_path / "r.html")).text
-    )
+    assert "mamba2-tiny is a small embedded model, not the paper's." in Page(write([run], tmp_path / "r.html")).text
 
 
 def test_provenance_without_what_is_private(page):
@@ -301,7 +300,7 @@ def test_measures_that_nobody_knows_are_offered(tmp_path):
     loss = last.assign(measure="lm_loss", value=5.5, floor=np.nan)
     odd = rows[rows["measure"].eq("mu") & rows["layer"].gt(0)].assign(measure="odd", value=-1.5)
     run = write_run(tmp_path / "run", "something-new", pd.concat([rows, loss, odd]))
-    page = Page(report.write([run], tmp_path / "r.html"))
+    page = Page(write([run], tmp_path / "r.html"))
     assert list(page.data["measures"])[-1] == "odd"
     record = page.figure("Every λ")["tabs"][0]["series"][0]["of"]
     assert record["lm_loss"]["x"] == [LAYERS] and record["lm_loss"]["y"] == [5.5]
@@ -313,7 +312,7 @@ def test_every_reading_has_a_tab(tmp_path):
     parts = [arm("gated", 1.0, True, False, skip_site=skip, norm_site=norm) for skip, norm in sites]
     parts += [arm("gated", lam, False, skip_site=skip) for skip in ("residual", "mixer") for lam in LAMBDAS]
     run = write_run(tmp_path / "run", "all-readings", pd.concat(parts))
-    page = Page(report.write([run], tmp_path / "r.html"))
+    page = Page(write([run], tmp_path / "r.html"))
     assert len(page.figure("Figure 1")["tabs"]) == 2
     tabs = page.figure("Figure 3")["tabs"]
     assert len({tab["name"] for tab in tabs}) == 4
@@ -322,7 +321,7 @@ def test_every_reading_has_a_tab(tmp_path):
 
 def test_random_weights_are_dashed_in_the_colour_of_the_trained(tmp_path):
     rows = pd.concat([arm("gated", 1.0, True, init=init) for init in ("trained", "random")])
-    page = Page(report.write([write_run(tmp_path / "run", "ablate-gating", rows)], tmp_path / "r.html"))
+    page = Page(write([write_run(tmp_path / "run", "ablate-gating", rows)], tmp_path / "r.html"))
     series = {each["name"]: each for each in page.figure("Figure 3")["tabs"][0]["series"]}
     assert series["gate, LN, random weights"]["dash"] and not series["gate, LN"]["dash"]
     assert series["gate, LN, random weights"]["colour"] == series["gate, LN"]["colour"]
@@ -332,7 +331,7 @@ def test_an_s4d_run_names_skips_and_says_that_nothing_was_retrained(tmp_path):
     arms = [(lam, layernorm) for lam in (0.0, 1.0) for layernorm in (True, False)]
     pixels = {"tokenizer": "pixels", "checkpoint_sha256": "c"}
     rows = pd.concat([arm("net", lam, None, layernorm, **pixels) for lam, layernorm in arms])
-    page = Page(report.write([write_run(tmp_path / "run", "ablate-s4d", rows)], tmp_path / "r.html"))
+    page = Page(write([write_run(tmp_path / "run", "ablate-s4d", rows)], tmp_path / "r.html"))
     figure = page.figure("Figure 4")
     names = [series["name"] for series in figure["tabs"][0]["series"]]
     assert names == ["skip, LN", "no skip, LN", "skip, no LN", "no skip, no LN"]
@@ -341,7 +340,7 @@ def test_an_s4d_run_names_skips_and_says_that_nothing_was_retrained(tmp_path):
 
 def test_lambdas_per_layer_have_a_curve(tmp_path):
     rows = pd.concat([*(arm("gated", lam, False) for lam in LAMBDAS), arm("gated", 3.0, False).assign(lam=np.nan)])
-    page = Page(report.write([write_run(tmp_path / "run", "sweep-lambda", rows)], tmp_path / "r.html"))
+    page = Page(write([write_run(tmp_path / "run", "sweep-lambda", rows)], tmp_path / "r.html"))
     assert page.figure("Figure 1")["tabs"][0]["series"][-1]["name"] == "λ per layer"
     assert page.figure("Figure 2")["tabs"][0]["x"] == sorted(LAMBDAS)
 
@@ -356,7 +355,7 @@ def test_theory_bounds_and_their_lines(tmp_path):
     bounds += '"measured, rank-1 residual",1,5.7,8.1,5.7 to 8.1,\n'
     (folder / "bounds.csv").write_text(bounds)
     (folder / "curve.csv").write_text("lam,relative_mu,rank1_residual\n-2,0.5,0.1\n0,0.3,0.2\n2,0.6,0.5\n4,0.7,0.6\n")
-    page = Page(report.write([folder], tmp_path / "r.html"))
+    page = Page(write([folder], tmp_path / "r.html"))
     (tab,) = page.figure("What the theorems")["tabs"]
     assert tab["name"] == "gated" and tab["x"] == [2, 4]
     assert tab["series"][0]["of"]["relative_mu"]["y"] == [0.6, 0.7]
@@ -370,7 +369,7 @@ def test_theory_bounds_and_their_lines(tmp_path):
 
 def test_other_tables_are_shown_as_they_are(tmp_path):
     rows = pd.DataFrame({"mixer": ["mamba", HOSTILE], "accuracy": [0.51234567, 0.25]})
-    page = Page(report.write([write_run(tmp_path / "run", "some-table", rows)], tmp_path / "r.html"))
+    page = Page(write([write_run(tmp_path / "run", "some-table", rows)], tmp_path / "r.html"))
     assert "mixer accuracy mamba 0.512346" in page.text and HOSTILE in page.text
 
 
@@ -381,7 +380,7 @@ def test_statements_of_the_theory_are_lines_of_one_claim(tmp_path):
     }  # fmt: skip
     statements = [{"statement": f"Lemma {n} {HOSTILE}"} | verdict for n in range(6)]
     (tmp_path / "verify.json").write_text(json.dumps(statements))
-    page = Page(report.write([tmp_path], tmp_path / "out" / "r.html"))
+    page = Page(write([tmp_path], tmp_path / "out" / "r.html"))
     assert [page.text.count(f"Lemma {n} {HOSTILE} disagrees a counterexample") for n in range(6)] == [1] * 6
     assert page.text.count("The theorems, lemmas and propositions.") == 1
     assert "theory: 6 of 6" in page.text[: page.text.index("What the paper writes")]
@@ -399,7 +398,7 @@ def test_table_1_is_summed_up_over_seeds(tmp_path):
         for mixer, lam, seed, value in cells
         for measure in ("validation_accuracy", "test_accuracy")
     )  # fmt: skip
-    page = Page(report.write([write_run(tmp_path / "run", "table1", rows)], tmp_path / "r.html"))
+    page = Page(write([write_run(tmp_path / "run", "table1", rows)], tmp_path / "r.html"))
     shown = page.text[page.text.index("Table 1: test accuracy in percent") : page.text.index("Configuration and")]
     assert "task mixer λ = 1 λ learnt from 1 paper: λ = 1 paper: λ learnt" in shown
     assert "MQAR Mamba 60.0 ± 14.1 62.5 ± 3.5 81.5 85.3" in shown  # sd of two: the difference over sqrt(2)
@@ -412,13 +411,13 @@ def test_what_is_no_finished_run_is_refused_in_one_line(tmp_path, content):
     for name, text in content.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=r"^[^\n]+$"):
-        report.write([tmp_path], tmp_path / "out" / "r.html")
+        write([tmp_path], tmp_path / "out" / "r.html")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_report_of_nothing_is_refused(tmp_path):
-    with pytest.raises(report.ReportError, match="at least one run"):
-        report.write([], tmp_path / "r.html")
+    with pytest.raises(ReportError, match="at least one run"):
+        write([], tmp_path / "r.html")
 
 
 def test_the_embedded_example_is_small_and_says_nothing_of_this_machine():

@@ -25,9 +25,8 @@ from lscollapse.core import config
 from lscollapse.core.config import ConfigError, Experiment
 from lscollapse.core.progress import SILENT
 from lscollapse.core.run_folder import read_manifest
-from lscollapse.experiments import paper as experiments
-from lscollapse.experiments.table1 import grid as table1
-from lscollapse.experiments.table1 import schema as table1_config
+from lscollapse.experiments import paper
+from lscollapse.experiments.table1 import grid, schema
 from lscollapse.runs import cluster, work
 from lscollapse.runs.loading import load_tasks
 
@@ -115,7 +114,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def local(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder made without Ray."""
     out = tmp_path_factory.mktemp("local")
-    experiments.sweep_lambda(Experiment(**settings), out)
+    paper.sweep_lambda(Experiment(**settings), out)
     return out
 
 
@@ -189,10 +188,10 @@ def test_no_cluster_is_one_line(settings: dict[str, Any], tmp_path: Path, monkey
     cases = {f"127.0.0.1:{port}": "nothing answers", "no such host:1": "nothing answers", "here": "HOST:PORT"}
     for address, message in cases.items():
         with pytest.raises(cluster.ClusterError, match=message):
-            experiments.sweep_lambda(on_ray(settings, address), tmp_path)
+            paper.sweep_lambda(on_ray(settings, address), tmp_path)
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(cluster.ClusterError, match=r'pip install "lscollapse\[cluster\]"'):
-        experiments.sweep_lambda(on_ray(settings, "auto"), tmp_path)
+        paper.sweep_lambda(on_ray(settings, "auto"), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +214,7 @@ def test_other_weights_than_those_of_the_run_are_refused(settings: dict[str, Any
 
     shutil.copytree(settings["models"][0], tmp_path / "model")
     changed = Experiment(**settings | {"models": [str(tmp_path / "model")]})
-    task = next(load_tasks(changed, experiments.sweep_variants, SILENT)).alone
+    task = next(load_tasks(changed, paper.sweep_variants, SILENT)).alone
     tiny.mamba2(2, 2, seed=1).save_pretrained(tmp_path / "model")
     with pytest.raises(work.WorkerError, match="not the same for every process"):
         work.worker_for(changed).rows(next(work.items(0, task)))
@@ -235,7 +234,7 @@ def test_the_table_is_that_of_one_process(
     settings: dict[str, Any], address: str, connected: None, local: Path, tmp_path: Path
 ) -> None:
     told = Advances()
-    experiments.sweep_lambda(on_ray(settings, address), tmp_path, told)
+    paper.sweep_lambda(on_ray(settings, address), tmp_path, told)
     assert_same_table(tmp_path, local)
     assert len(told.amounts) == 6 and sum(told.amounts) == told.total
     assert "on 2 nodes with 2 CPUs and 1 GPUs" in told.notes[-1]
@@ -249,17 +248,17 @@ def test_a_driver_that_is_killed_is_continued(
     settings: dict[str, Any], address: str, connected: None, local: Path, tmp_path: Path
 ) -> None:
     program = (
-        "import json, os, sys; from pathlib import Path; from lscollapse.experiments import paper as experiments;"
+        "import json, os, sys; from pathlib import Path; from lscollapse.experiments import paper;"
         "from tests.integration.runs.test_cluster import Advances, on_ray;"
         "settings, address, out = json.loads(sys.argv[1]);"
-        "experiments.sweep_lambda(on_ray(settings, address), Path(out), Advances(lambda: os.kill(os.getpid(), 9)))"
+        "paper.sweep_lambda(on_ray(settings, address), Path(out), Advances(lambda: os.kill(os.getpid(), 9)))"
     )
     arguments = json.dumps([settings, address, str(tmp_path / "run")])
     driver = subprocess.run([sys.executable, "-c", program, arguments], capture_output=True, text=True, timeout=300)
     assert driver.returncode == -signal.SIGKILL, driver.stderr
     assert len([*(tmp_path / "run" / "parts").glob("*.parquet")]) == 1
     told = Advances()
-    experiments.sweep_lambda(on_ray(settings, address), tmp_path / "run", told)
+    paper.sweep_lambda(on_ray(settings, address), tmp_path / "run", told)
     assert len(told.amounts) == 5
     assert_same_table(tmp_path / "run", local)
 
@@ -271,7 +270,7 @@ def test_cells_of_table_1(address: str, connected: None, tmp_path: Path) -> None
     small += ["mqar.training.steps=2", "mqar.training.batch=8", "mqar.lrs=[0.01]", "measured=2", "tensorboard=false"]
     small += ["mixers=[mamba2]", "lams=[1.0]", "seeds=[0, 1]", "device=cpu"]
     for name, more in (("one", ["workers=1"]), ("ray", ["engine=ray", f"address={address}"])):
-        table1.run(config.configure(table1_config.Table1, settings=[*small, *more]), tmp_path / name)
+        grid.run(config.configure(schema.Table1, settings=[*small, *more]), tmp_path / name)
     assert_same_table(tmp_path / "ray", tmp_path / "one")
 
 
@@ -307,15 +306,15 @@ def test_an_item_that_fits_nowhere(connected: None) -> None:
 def test_a_gpu_is_taken_where_there_is_one(settings: dict[str, Any], connected: None, tmp_path: Path) -> None:
     """The pretended GPU is given to the item, and torch there says that there is none."""
     with pytest.raises(ConfigError, match="torch sees no GPU"):
-        experiments.sweep_lambda(Experiment(**settings, engine="ray"), tmp_path / "a")
+        paper.sweep_lambda(Experiment(**settings, engine="ray"), tmp_path / "a")
     with pytest.raises(cluster.ClusterError, match="1 CPUs and 2 GPUs"):
-        experiments.sweep_lambda(Experiment(**settings, engine="ray", gpus_per_item=2), tmp_path / "b")
+        paper.sweep_lambda(Experiment(**settings, engine="ray", gpus_per_item=2), tmp_path / "b")
 
 
 def test_a_node_that_dies_in_the_middle(
     settings: dict[str, Any], nodes: Nodes, address: str, connected: None, local: Path, tmp_path: Path
 ) -> None:
-    experiments.sweep_lambda(on_ray(settings, address), tmp_path, Advances(lambda: nodes.kill("second")))
+    paper.sweep_lambda(on_ray(settings, address), tmp_path, Advances(lambda: nodes.kill("second")))
     assert_same_table(tmp_path, local)
     assert [node["Alive"] for node in ray.nodes()].count(False) == 1
 

@@ -14,7 +14,7 @@ import typer
 from huggingface_hub import constants
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lscollapse.cli import results as cli_look
+from lscollapse.cli import results
 from lscollapse.core import assets, hub
 from lscollapse.core.config import Experiment
 from lscollapse.runs import doctor
@@ -274,7 +274,7 @@ def test_no_secret_is_shown(
     endpoint(monkeypatch, server.url.replace("//", "//user:password@"))
     address = wiki.endpoint.replace("//", "//user:password@")
     with pytest.raises(typer.Exit) as stopped:
-        cli_look.doctor(model=["tiny/none"], settings=[f"wikipedia.endpoint={address}", f"wikipedia.contact={CONTACT}"])
+        results.doctor(model=["tiny/none"], settings=[f"wikipedia.endpoint={address}", f"wikipedia.contact={CONTACT}"])
     out = capsys.readouterr().out
     assert stopped.value.exit_code == 1
     assert "this configuration cannot run: 1 to mend" in out and "mend: " in out
@@ -288,5 +288,5 @@ def test_exit_0_where_it_can_run(
     _, wiki = site
     file = tmp_path / "run.yaml"
     file.write_text(f"models: [{HF}]\nwikipedia: {{endpoint: '{wiki.endpoint}'}}\n", encoding="utf-8")
-    cli_look.doctor(config=file)
+    results.doctor(config=file)
     assert "this configuration can run" in capsys.readouterr().out

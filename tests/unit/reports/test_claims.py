@@ -14,14 +14,12 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from lscollapse.cli import paper as cli_paper
-from lscollapse.cli import results as cli_look
+from lscollapse.cli import results
+from lscollapse.cli.paper import figures
 from lscollapse.core.config import Experiment
 from lscollapse.core.run_folder import RunFolderError
-from lscollapse.experiments import paper as experiments
-from lscollapse.reports.claims import sentences as claims
-from lscollapse.reports.claims import table1 as claims_table1
-from lscollapse.reports.claims import theory as claims_theory
+from lscollapse.experiments import paper
+from lscollapse.reports.claims import sentences, table1, theory
 from lscollapse.reports.claims.figures import CLAIMS
 from lscollapse.reports.verdict import AGREE, DISAGREE, NOT_MEASURED
 from lscollapse.theory import verify
@@ -69,7 +67,7 @@ def at_1(
 
 
 def verdict(rows: pd.DataFrame, claim: str) -> tuple[str, str]:
-    (found,) = (finding for finding in claims.judge(rows) if finding.claim == claim)
+    (found,) = (finding for finding in sentences.judge(rows) if finding.claim == claim)
     assert found.verdict == NOT_MEASURED or found.numbers
     return found.verdict, found.numbers
 
@@ -184,7 +182,7 @@ def test_whether_s4d_collapses_for_all_images_or_for_some() -> None:
     )  # fmt: skip
     one = some.assign(value=some["value"].mask(neither & (some["excerpt"] == 1), 0.1))
     assert verdict(one, "figure 4b")[0] == DISAGREE
-    assert {finding.claim for finding in claims.judge(one)} == {"figure 4", "figure 4b"}
+    assert {finding.claim for finding in sentences.judge(one)} == {"figure 4", "figure 4b"}
 
 
 # --- Table 1 -----------------------------------------------------------------------------------
@@ -210,7 +208,7 @@ def trained(learnt: Sequence[float], fixed: Sequence[float]) -> pd.DataFrame:
     ],
 )
 def test_table1(learnt: Sequence[float], fixed: Sequence[float], first: str, second: str) -> None:
-    found = {finding.claim: finding for finding in claims_table1.findings(trained(learnt, fixed))}
+    found = {finding.claim: finding for finding in table1.findings(trained(learnt, fixed))}
     assert (found["table 1a"].verdict, found["table 1b"].verdict) == (first, second)
     points = 100 * (sum(learnt) / len(learnt) - sum(fixed) / len(fixed))
     assert f"MQAR Mamba, learnt from -1: {points:+.1f}" in found["table 1a"].numbers
@@ -219,14 +217,14 @@ def test_table1(learnt: Sequence[float], fixed: Sequence[float], first: str, sec
 def test_table1_of_several_mixers_is_judged_mixer_by_mixer() -> None:
     """Their average, which the `table1` verb adds, is no case of its own."""
     one = trained([0.9, 0.91, 0.9], [0.9, 0.91, 0.9])
-    found = list(claims_table1.findings(pd.concat([one, one.assign(mixer="attention")])))
+    found = list(table1.findings(pd.concat([one, one.assign(mixer="attention")])))
     assert [finding.claim for finding in found] == ["table 1a", "table 1b"]
     assert found[0].model == "MQAR" and found[0].numbers.startswith("of 2: 2 no worse")
 
 
 def test_table1_without_a_pair_of_arms() -> None:
     rows = trained([0.9, 0.9], [])
-    assert [finding.verdict for finding in claims_table1.findings(rows)] == [NOT_MEASURED, NOT_MEASURED]
+    assert [finding.verdict for finding in table1.findings(rows)] == [NOT_MEASURED, NOT_MEASURED]
 
 
 # --- theory ------------------------------------------------------------------------------------
@@ -235,7 +233,7 @@ def test_table1_without_a_pair_of_arms() -> None:
 def test_statements_of_the_theory(tmp_path: Path) -> None:
     verdicts = verify.run(20, 1)
     (tmp_path / "verify.json").write_text(verify.to_json(verdicts), encoding="utf-8")
-    found = {finding.sentence: finding for finding in claims_theory.verified(tmp_path)}
+    found = {finding.sentence: finding for finding in theory.verified(tmp_path)}
     words = {"holds": AGREE, "fails": DISAGREE, "void": NOT_MEASURED, "existence only": NOT_MEASURED}
     for v in verdicts:
         assert (v.statement in found) == (v.printed not in ("new", "definition"))
@@ -247,13 +245,13 @@ def test_statements_of_the_theory(tmp_path: Path) -> None:
 
 def test_an_adversarial_input_of_an_lti_net() -> None:
     """The recurrence in integers, layer by layer: the rows are apart until the last layer, and equal there."""
-    K = claims_theory.DEPTH
+    K = theory.DEPTH
     first, second = 1, 1 - 2 * K
     for _ in range(K):
         assert first != second
         first, second = first, 2 * first + second
     assert first == second == 1
-    finding = claims_theory.adversarial_input()
+    finding = theory.adversarial_input()
     assert finding.verdict == DISAGREE
     assert f"mu {abs(2 * K) / 2**0.5:.3f} -> 0.000" in finding.numbers  # of rows 1 and 1 - 2K
 
@@ -276,7 +274,7 @@ def test_condition_7_with_the_models_own_constants(
     folder = tmp_path / "bound-net"
     folder.mkdir()
     (folder / "bounds.csv").write_text("\n".join(["bound,sign,lam,to,reads,note", *lines]), encoding="utf-8")
-    (finding,) = claims_theory.bounded(folder)
+    (finding,) = theory.bounded(folder)
     assert (finding.claim, finding.model, finding.verdict) == ("figure 2d", "net", expected)
     assert number in finding.numbers
 
@@ -286,7 +284,7 @@ def test_a_bound_beside_a_lambda_that_is_not_known(tmp_path: Path) -> None:
     lines = ["\"Theorem 4.1, condition (7)\",0,900,900,", "\"measured, relative mu\",1,,\"not known, values are missing\",",
              "\"measured, relative mu\",-1,2,2,"]  # fmt: skip
     (tmp_path / "bounds.csv").write_text("\n".join(["bound,sign,lam,reads,note", *lines]), encoding="utf-8")
-    (finding,) = claims_theory.bounded(tmp_path)
+    (finding,) = theory.bounded(tmp_path)
     assert finding.verdict == NOT_MEASURED and "last layer of some lambda is missing" in finding.numbers
 
 
@@ -298,7 +296,7 @@ def test_a_bound_beside_a_lambda_that_is_not_known(tmp_path: Path) -> None:
 def test_norms_of_an_s4d(tmp_path: Path, sizes: list[float], expected: str, number: str) -> None:
     lines = [f"{n // 2 + 1},{n % 2},{size}" for n, size in enumerate(sizes)]
     (tmp_path / "channels.csv").write_text("\n".join(["layer,channel,C_M", *lines]), encoding="utf-8")
-    (finding,) = claims_theory.bounded(tmp_path)
+    (finding,) = theory.bounded(tmp_path)
     assert (finding.claim, finding.verdict) == ("figure 4c", expected) and finding.numbers.startswith(number)
 
 
@@ -307,7 +305,7 @@ def test_norms_of_an_s4d(tmp_path: Path, sizes: list[float], expected: str, numb
 def test_damaged_files_of_the_theory(tmp_path: Path, file: str, text: str) -> None:
     (tmp_path / file).write_text(text, encoding="utf-8")
     with pytest.raises(RunFolderError, match=r"theory (verify|bound)") as caught:
-        claims.judged([tmp_path])
+        sentences.judged([tmp_path])
     assert "\n" not in str(caught.value)
 
 
@@ -335,16 +333,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     }
     mamba = Experiment(models=[str(base / "mamba")], **common)
     folders = [base / name for name in ("sweep", "ablation", "readings", "bert-sweep")]
-    experiments.sweep_lambda(mamba, folders[0])
-    experiments.ablate_gating(mamba, folders[1])
-    experiments.all_readings(mamba, folders[2])
-    experiments.sweep_lambda(Experiment(models=[str(base / "bert")], **common), folders[3])
+    paper.sweep_lambda(mamba, folders[0])
+    paper.ablate_gating(mamba, folders[1])
+    paper.all_readings(mamba, folders[2])
+    paper.sweep_lambda(Experiment(models=[str(base / "bert")], **common), folders[3])
     return folders
 
 
 def test_every_sentence_gets_a_line(runs: list[Path]) -> None:
-    found = claims.judged(runs[:2])
-    assert list(dict.fromkeys(found["claim"])) == list(claims.catalogue())
+    found = sentences.judged(runs[:2])
+    assert list(dict.fromkeys(found["claim"])) == list(sentences.catalogue())
     about = found[found["model"] == "mamba"]
     assert set(about["claim"]) == {name for name in CLAIMS if not name.startswith("figure 4")}
     assert not (about["verdict"] == NOT_MEASURED).any()  # what one run lacks the other has
@@ -353,13 +351,15 @@ def test_every_sentence_gets_a_line(runs: list[Path]) -> None:
 
 
 def test_findings_are_those_of_the_tables(runs: list[Path]) -> None:
-    for run, part in claims.judged(runs[:1]).query("run != ''").groupby("run"):
-        own = {f.claim: (f.verdict, f.numbers) for f in claims.judge(pd.read_parquet(Path(str(run)) / "rows.parquet"))}
+    for run, part in sentences.judged(runs[:1]).query("run != ''").groupby("run"):
+        own = {
+            f.claim: (f.verdict, f.numbers) for f in sentences.judge(pd.read_parquet(Path(str(run)) / "rows.parquet"))
+        }
         assert {row.claim: (row.verdict, row.numbers) for row in part.itertuples()} == own
 
 
 def test_the_default_reading_is_not_told_twice(runs: list[Path]) -> None:
-    found = claims.judged([runs[0], runs[2]])
+    found = sentences.judged([runs[0], runs[2]])
     said = found[found["model"] == "mamba"]
     assert not said.duplicated(["claim", "verdict", "numbers", "reading"]).any()
     of_1b = said[said["claim"] == "figure 1b"]
@@ -369,14 +369,14 @@ def test_the_default_reading_is_not_told_twice(runs: list[Path]) -> None:
 
 
 def test_a_transformer_is_judged_on_figure_2_only(runs: list[Path]) -> None:
-    found = claims.judged(runs[3:])
+    found = sentences.judged(runs[3:])
     assert set(found.loc[found["model"] == "bert", "claim"]) == {"figure 2a", "figure 2b", "figure 2c", "figure 2d"}
 
 
 def test_the_verdicts_on_readings_are_a_file_of_their_own(runs: list[Path], tmp_path: Path) -> None:
     """Beside the figure's numbers, not under their name; sentences 1b and 1d judged here by hand from the table."""
     for folder in (runs[2], tmp_path):
-        cli_paper.figures([runs[2]], to=folder)
+        figures([runs[2]], to=folder)
         verdicts, points = (pd.read_csv(folder / name) for name in ("readings-verdicts.csv", "readings.csv"))
         assert {"claim", "verdict", "skip_site", "norm_site"} <= set(verdicts) and {"mean", "layer"} <= set(points)
         assert "verdict" not in points and "layer" not in verdicts
@@ -392,7 +392,7 @@ def test_the_verdicts_on_readings_are_a_file_of_their_own(runs: list[Path], tmp_
 
 def test_a_folder_of_something_else(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="finished run"):
-        claims.judged([tmp_path])
+        sentences.judged([tmp_path])
 
 
 # --- the verb ----------------------------------------------------------------------------------
@@ -400,12 +400,12 @@ def test_a_folder_of_something_else(tmp_path: Path) -> None:
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: Any, **options: Any) -> str:
     capsys.readouterr()
-    cli_look.claims(*arguments, **options)
+    results.claims(*arguments, **options)
     return capsys.readouterr().out
 
 
 def test_all_formats_say_the_same(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
-    expected = claims.judged(runs[1:2]).to_dict("records")
+    expected = sentences.judged(runs[1:2]).to_dict("records")
     assert json.loads(printed(capsys, runs[1:2], form="json")) == expected
     assert list(csv.DictReader(io.StringIO(printed(capsys, runs[1:2], form="csv")))) == expected
     lines = printed(capsys, runs[1:2], form="markdown").splitlines()
@@ -420,7 +420,7 @@ def test_the_list_of_sentences_is_the_documented_one(capsys: pytest.CaptureFixtu
     documented = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
     assert printed(capsys, form="markdown") in documented
     text = printed(capsys)
-    assert all(sentence in text and threshold in text for sentence, threshold in claims.catalogue().values())
+    assert all(sentence in text and threshold in text for sentence, threshold in sentences.catalogue().values())
 
 
 # --- the embedded runs and the README ------------------------------------------------------------
@@ -437,7 +437,7 @@ def test_the_readme_says_what_the_embedded_figures_show() -> None:
     rows["value"] = rows["value"].where(rows["overflow"] == 0)  # the figures' means are over the excerpts that are left
     rows["status"] = rows["overflow"].gt(0).map({True: "overflow", False: "ok"})
     rows["tokenizer"] = rows["model"].map(lambda name: "pixels" if name == "s4d-digits" else "bert")
-    found = {(f.claim, f.model): f.verdict for f in claims.judge(rows.assign(n_tokens=128, excerpt=0))}
+    found = {(f.claim, f.model): f.verdict for f in sentences.judge(rows.assign(n_tokens=128, excerpt=0))}
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("| the paper writes |"))
     models = [cell.strip() for cell in lines[start].split("|")[2:-1]]

@@ -12,10 +12,10 @@ import pandas as pd
 import pytest
 import typer
 
-from lscollapse.cli import results as cli_look
+from lscollapse.cli import results
 from lscollapse.core.config import Experiment
 from lscollapse.core.run_folder import RunFolderError
-from lscollapse.experiments import paper as experiments
+from lscollapse.experiments import paper
 from lscollapse.reports import compare
 from tests.equivalence import tiny
 
@@ -51,8 +51,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "one-excerpt": {"excerpts": 1, "dtype": "float64"},
     }  # fmt: skip
     for name, change in changes.items():
-        experiments.sweep_lambda(Experiment(**first | change), base / "runs" / name)
-    experiments.ablate_gating(Experiment(**first), base / "runs" / "ablation")
+        paper.sweep_lambda(Experiment(**first | change), base / "runs" / name)
+    paper.ablate_gating(Experiment(**first), base / "runs" / "ablation")
     return {path.name: path for path in (base / "runs").iterdir()}
 
 
@@ -195,10 +195,10 @@ def test_what_is_no_run(runs: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_exit_code_and_what_is_shown(runs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    cli_look.compare(runs["a"], runs["float64"], 3)
+    results.compare(runs["a"], runs["float64"], 3)
     out = capsys.readouterr().out
     assert "within the spread in all 6 arms" in out and 'config.dtype: "auto", now "float64"' in out
     assert sum(", layer " in line for line in out.splitlines()) == 3
     with pytest.raises(typer.Exit) as stopped:
-        cli_look.compare(runs["a"], runs["bert"], 3)
+        results.compare(runs["a"], runs["bert"], 3)
     assert stopped.value.exit_code == 1

@@ -18,7 +18,7 @@ from lscollapse.models.adapters.adapter import UnsupportedModel
 from lscollapse.theory.arrays import TheoryError
 from lscollapse.theory.stretches import Found, Report
 from tests.equivalence import plain_models, tiny
-from tests.integration.experiments.bounds.test_find_lambda import EXCERPTS, TOKENS, made, subject_of
+from tests.integration.experiments.bounds.test_find_lambda import EXCERPTS, TOKENS, made, task_of
 
 IDS = tiny.ids(EXCERPTS, TOKENS, seed=4)
 
@@ -43,9 +43,9 @@ def test_attention_matrices_are_those_transformers_returns() -> None:
 
 
 def test_C_M_of_a_head_is_its_largest_norm_over_the_excerpts(tmp_path: Path) -> None:
-    subject = subject_of(made("bert"), tmp_path)
-    Ms, _ = gains.mixing_matrices(subject.adapter, 0, subject.adapter.embed(torch.tensor(IDS)))
-    found = [row["C_M"] for row in gains.head_rows(subject) if row["layer"] == 1]
+    task = task_of(made("bert"), tmp_path)
+    Ms, _ = gains.mixing_matrices(task.adapter, 0, task.adapter.embed(torch.tensor(IDS)))
+    found = [row["C_M"] for row in gains.head_rows(task) if row["layer"] == 1]
     assert found == pytest.approx(np.sqrt((Ms**2).sum((2, 3))).max(0), rel=1e-6)
 
 
@@ -74,7 +74,7 @@ def test_mamba2_matrices_reproduce_the_recurrence(n_groups: int) -> None:
 def test_gains_of_a_prenorm_net(lam: float, tmp_path: Path) -> None:
     """Against X' - lam X of the plain model; at 2^21 the stream is carried scaled, and only rounding is left of X' - lam X."""
     model = made("mamba2")
-    run = gains.gains_at(subject_of(model, tmp_path), lam)
+    run = gains.gains_at(task_of(model, tmp_path), lam)
     w = plain_models.weights_of(model)
     Xs = plain_models.mamba2(w, model.config, IDS, lam=lam)
     assert run.first == pytest.approx([plain_models.plain_measures(Y)["relative_mu"] for Y in Xs[0]], abs=1e-6)
@@ -95,7 +95,7 @@ def test_gains_of_a_prenorm_net(lam: float, tmp_path: Path) -> None:
 def test_gains_of_a_postnorm_net(tmp_path: Path) -> None:
     """Without the channel mean, which LayerNorm removes."""
     model = made("bert")
-    run = gains.gains_at(subject_of(model, tmp_path), 1.0)
+    run = gains.gains_at(task_of(model, tmp_path), 1.0)
     with torch.no_grad():
         states = model(torch.tensor(IDS), output_hidden_states=True).hidden_states
         for k, X in enumerate(states[:-1]):
@@ -116,7 +116,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Re
     models = {kind: made(kind) for kind in ("mamba2", "bert")}
     folders = {kind: tmp_path_factory.mktemp(kind) for kind in models}
     return {
-        kind: (model, bounds.report(subject_of(model, folders[kind]), 0.6, 0.9, 0.1)) for kind, model in models.items()
+        kind: (model, bounds.report(task_of(model, folders[kind]), 0.6, 0.9, 0.1)) for kind, model in models.items()
     }
 
 
@@ -174,7 +174,7 @@ def test_angle_lines_of_a_postnorm_net(reports: dict[str, tuple[Any, Report]]) -
 
 def test_the_measured_lines_are_those_of_find_lambda(tmp_path: Path, reports: dict[str, tuple[Any, Report]]) -> None:
     model, report = reports["bert"]
-    found = find(subject_of(model, tmp_path), 0.6, 0.1)
+    found = find(task_of(model, tmp_path), 0.6, 0.1)
     for name, words in (("relative_mu", "relative mu"), ("rank1_residual", "rank-1 residual")):
         for sign in (1, -1):
             lines = [i for i in report.lines if (i.bound, i.sign) == (f"measured, {words}", sign)]
@@ -195,7 +195,7 @@ def test_an_interval_has_both_its_ends() -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(TheoryError, match="strictly between 0 and 1"):
-        bounds.report(subject_of(made("bert"), tmp_path), a=1.0)
+        bounds.report(task_of(made("bert"), tmp_path), a=1.0)
     (tmp_path / "b").mkdir()
     with pytest.raises(UnsupportedModel, match="residual skip"):
-        bounds.report(subject_of(made("bert"), tmp_path / "b", skip_site="ffn"))
+        bounds.report(task_of(made("bert"), tmp_path / "b", skip_site="ffn"))

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from lscollapse.cli.terminal import theory as console_theory
+from lscollapse.cli.terminal import theory
 from lscollapse.cli.terminal.theory import sentence
 from lscollapse.core.config import Experiment
 from lscollapse.experiments.bounds import find_lambda, gains
@@ -28,7 +28,7 @@ TARGET, TOL = 0.6, 0.05
 NETS = ("mamba2", "bert", "albert")
 
 
-def subject_of(model: Any, folder: Path, **settings: Any) -> LoadedTask:
+def task_of(model: Any, folder: Path, **settings: Any) -> LoadedTask:
     """A tiny model saved to a folder, with random ids frozen beside it, loaded the way the verbs do."""
     model.save_pretrained(folder / "model")
     ids = tiny.ids(EXCERPTS, TOKENS, seed=4).tolist()
@@ -57,8 +57,8 @@ def plain_last(kind: str, model: Any, lam: float, **arm: Any) -> dict[str, float
 @pytest.fixture(scope="module", params=NETS)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any, Found]:
     model = made(request.param)
-    subject = subject_of(model, tmp_path_factory.mktemp(request.param))
-    return request.param, model, find_lambda.find(subject, TARGET, TOL)
+    task = task_of(model, tmp_path_factory.mktemp(request.param))
+    return request.param, model, find_lambda.find(task, TARGET, TOL)
 
 
 def test_every_point_is_the_plain_model(case: tuple[str, Any, Found]) -> None:
@@ -87,7 +87,7 @@ def test_the_found_lambda_is_confirmed_by_a_sweep(case: tuple[str, Any, Found], 
 
 def test_without_the_gate(tmp_path: Path) -> None:
     model = made("mamba2")
-    found = find_lambda.find(subject_of(model, tmp_path, gating=False), TARGET, 0.3)
+    found = find_lambda.find(task_of(model, tmp_path, gating=False), TARGET, 0.3)
     assert found.arm == "no gate, LN"
     for lam in (-2.0, 0.0, 1.0):
         assert found.points[lam] == pytest.approx(plain_last("mamba2", model, lam, gating=False), abs=2e-4)
@@ -108,14 +108,14 @@ def test_a_curve_that_is_not_monotone() -> None:
     assert found.kept(1, "rank1_residual") == found.intervals(1, "rank1_residual") == [(8.0, 8.0)]
     assert found.smallest(1, "rank1_residual") == math.inf
     told = "|lambda| >= 8 keeps it over the target; over it also for |lambda| 0 only, 2 only"
-    assert console_theory.sentence(found, 1, "relative_mu") == told
+    assert theory.sentence(found, 1, "relative_mu") == told
 
 
 def test_an_answer_that_is_an_interval_is_said_as_one() -> None:
     """As albert-smiles at negative lambda: neither nothing suffices, nor everything from some |lambda| on."""
     found = curve({0.0: (0.1, 0.1), -0.5: (0.4, 0.4), -0.75: (0.8, 0.7), -2.0: (0.79, 0.52), -4.0: (0.75, 0.47)})
     assert found.intervals(-1, "rank1_residual") == [(0.75, 2.0)]
-    told = console_theory.sentence(found, -1, "rank1_residual")
+    told = theory.sentence(found, -1, "rank1_residual")
     assert told == "|lambda| 0.75 to 2 keeps it over the target; 4 does not, where it is 0.470"
     assert "for |lambda| from 0.75, but the rank-1 residual falls to 0.470 (lambda = -4)" in str(found.rank_warning())
     short = curve({0.0: (0.1, 0.1), -1.0: (0.8, 0.3), -2.0: (0.3, 0.2), 1.0: (0.1, 0.1)})
@@ -170,7 +170,7 @@ def test_lambdas_that_overflow_are_no_answer(tmp_path: Path) -> None:
         vocab_size=tiny.VOCABULARY, hidden_size=16, num_hidden_layers=14, num_attention_heads=4, intermediate_size=24,
         max_position_embeddings=32,
     )  # fmt: skip
-    found = find_lambda.find(subject_of(transformers.GPTNeoXModel(config), tmp_path), TARGET, 0.5)
+    found = find_lambda.find(task_of(transformers.GPTNeoXModel(config), tmp_path), TARGET, 0.5)
     assert found.missing(1, "relative_mu")[-1] == 4096.0
     assert math.isnan(found.smallest(1, "relative_mu")) or found.smallest(1, "relative_mu") == math.inf
     assert "not known: the last layer is missing at |lambda| " in sentence(found, 1, "relative_mu")
@@ -186,11 +186,11 @@ def test_rank_warning_only_where_rank_is_lost() -> None:
 @pytest.mark.parametrize("target, tol", [(0.0, 0.1), (1.0, 0.1), (0.5, 0.0), (0.5, 1.0)])
 def test_refuses(target: float, tol: float, tmp_path: Path) -> None:
     with pytest.raises(find_lambda.SearchError, match="strictly between 0 and 1"):
-        find_lambda.find(subject_of(made("bert"), tmp_path), target, tol)
+        find_lambda.find(task_of(made("bert"), tmp_path), target, tol)
 
 
 def test_estimate_only_measures_no_curve(tmp_path: Path) -> None:
-    found = find_lambda.find(subject_of(made("albert"), tmp_path), 0.3, estimate_only=True)
+    found = find_lambda.find(task_of(made("albert"), tmp_path), 0.3, estimate_only=True)
     assert set(found.estimates) == {1, -1} and not found.points
 
 
@@ -243,8 +243,8 @@ def test_flow_of_layers_that_take_keys_and_values_of_others() -> None:
 def test_the_dtype_asked_for_is_the_one_computed_in(tmp_path: Path) -> None:
     """float64 in find-lambda, also of the package's own blocks: to 1e-12 the plain float64 model, which float32 is not."""
     model = tiny.mamba2(2, 4)
-    subject = subject_of(model, tmp_path, dtype="float64")
-    found = find_lambda.last_means(subject, [2.0])[2.0]
+    task = task_of(model, tmp_path, dtype="float64")
+    found = find_lambda.last_means(task, [2.0])[2.0]
     assert found == pytest.approx(plain_last("mamba2", model, 2.0), rel=1e-12)
-    steps = gains.trace(subject.adapter, subject.ids, 2.0, dtype=subject.compute_dtype)
+    steps = gains.trace(task.adapter, task.ids, 2.0, dtype=task.compute_dtype)
     assert {step.X.dtype for step in steps} == {torch.float64}

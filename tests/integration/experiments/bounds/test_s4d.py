@@ -13,7 +13,7 @@ import pytest
 from scipy.signal import cont2discrete
 
 from lscollapse.cli import app
-from lscollapse.cli.terminal import theory as console_theory
+from lscollapse.cli.terminal import theory
 from lscollapse.core import registry
 from lscollapse.core.config import Experiment
 from lscollapse.experiments.bounds import bounds, find_lambda, s4d
@@ -40,10 +40,8 @@ IMAGES, N, TARGET = 2, 64, 0.3
 def case(tmp_path_factory: pytest.TempPathFactory) -> tuple[S4D, Path, LoadedTask, Report]:
     net, folder = little(SHAPE), tmp_path_factory.mktemp("s4d")
     model = write_folder(net, folder / "little")
-    subject = find_lambda.load_with_grid(
-        Experiment(models=[str(model)], excerpts=IMAGES, offline=True, cache_dir=folder)
-    )
-    return net, model, subject, bounds.report(subject, TARGET, 0.9, 0.2)
+    task = find_lambda.load_with_grid(Experiment(models=[str(model)], excerpts=IMAGES, offline=True, cache_dir=folder))
+    return net, model, task, bounds.report(task, TARGET, 0.9, 0.2)
 
 
 def mixer_weights(net: S4D, layer: int) -> dict[str, np.ndarray]:
@@ -91,8 +89,8 @@ def test_footnote_3_as_printed() -> None:
 
 
 def test_the_net_without_skip_and_norm(case: tuple[S4D, Path, LoadedTask, Report]) -> None:
-    net, _, subject, report = case
-    Xs = plain_s4d(weights_of(net), SHAPE, subject.ids, Variant(lam=0.0, layernorm=False))
+    net, _, task, report = case
+    Xs = plain_s4d(weights_of(net), SHAPE, task.ids, Variant(lam=0.0, layernorm=False))
     for row, (X, O) in zip(report.layers, itertools.pairwise(Xs), strict=True):
         before, after = (np.linalg.norm(Y - Y.mean(1, keepdims=True), axis=(1, 2)) for Y in (X, O))
         assert row["mu_ratio"] == pytest.approx((after / before).max(), rel=1e-5)
@@ -116,8 +114,8 @@ def passed(net: S4D, ids: np.ndarray, lam: float) -> list[tuple[np.ndarray, np.n
 
 
 def test_turns_of_the_norms(case: tuple[S4D, Path, LoadedTask, Report]) -> None:
-    net, _, subject, report = case
-    for row, (_, total, output) in zip(report.layers, passed(net, subject.ids, 1.0), strict=True):
+    net, _, task, report = case
+    for row, (_, total, output) in zip(report.layers, passed(net, task.ids, 1.0), strict=True):
         cosines = (unit(total) * unit(output)).sum(-1)
         assert row["norm_turn"] == pytest.approx(math.degrees(math.acos(cosines.min())), abs=0.01)
 
@@ -139,11 +137,11 @@ def test_theorem_41_with_both_norms(case: tuple[S4D, Path, LoadedTask, Report]) 
 
 def test_the_angle_certificate_of_the_mixers(case: tuple[S4D, Path, LoadedTask, Report]) -> None:
     """At the certified lambda the rows turned by the mixers of the plain net stay within the budget."""
-    net, _, subject, report = case
+    net, _, task, report = case
     assert math.isinf(line(report, "Theorem 4.1*, whole blocks"))
     for sign in (1, -1):
         lam = sign * line(report, "Theorem 4.1*, mixers alone", sign)
-        layers = passed(net, subject.ids, lam)
+        layers = passed(net, task.ids, lam)
         start = [math.asin(plain_models.plain_measures(Y)["relative_mu"]) for Y in unit(layers[0][0])]
         turned = np.zeros(IMAGES)
         for X, total, _ in layers:
@@ -158,7 +156,7 @@ def test_what_is_said_and_drawn(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     _, model, _, report = case
-    console_theory.bounds_table(report)
+    theory.bounds_table(report)
     told = capsys.readouterr().out
     under = len([row for row in report.heads if row["C_M"] < 1.0])
     assert f"{under} of 18 channels" in told and "10^" in told and "footnote 3" in told

@@ -18,7 +18,7 @@ from torch import Tensor
 from lscollapse.core.config import ConfigError, Experiment
 from lscollapse.core.progress import SILENT
 from lscollapse.core.table import ORDER
-from lscollapse.experiments import paper as experiments
+from lscollapse.experiments import paper
 from lscollapse.instrument import forward
 from lscollapse.instrument.surgery import Variant
 from lscollapse.models.adapters.mamba2 import Mamba2Adapter
@@ -71,9 +71,9 @@ class Advances:
 
 
 def test_rows_of_two_workers_are_those_of_one(config: Experiment, tmp_path: Path) -> None:
-    experiments.sweep_lambda(config, tmp_path / "one")
+    paper.sweep_lambda(config, tmp_path / "one")
     shared = Advances()
-    experiments.sweep_lambda(config.model_copy(update={"workers": 2}), tmp_path / "two", shared)
+    paper.sweep_lambda(config.model_copy(update={"workers": 2}), tmp_path / "two", shared)
     assert len(shared.amounts) == 4  # two tiles of each model; a process reports whole items
     assert sum(shared.amounts) == shared.total
     for name in ("rows.parquet", "rows.csv"):
@@ -138,15 +138,15 @@ def in_order(rows: pd.DataFrame) -> pd.DataFrame:
 
 @pytest.mark.parametrize("room", [1, 3, 7])
 def test_out_of_memory_halves_the_tile(config: Experiment, room: int) -> None:
-    subject = next(load_tasks(config, experiments.sweep_variants, SILENT))
-    item = work.Item(0, subject.alone, range(8), range(len(subject.variants)))
-    cramped = Cramped(subject.adapter.model, room)
+    task = next(load_tasks(config, paper.sweep_variants, SILENT))
+    item = work.Item(0, task.alone, range(8), range(len(task.variants)))
+    cramped = Cramped(task.adapter.model, room)
     found = work.measure_item(item, cramped, config, SILENT)
-    whole = work.measure_item(item, subject.adapter, config, SILENT)
+    whole = work.measure_item(item, task.adapter, config, SILENT)
     pd.testing.assert_frame_equal(in_order(found), in_order(whole), check_exact=True)
     assert max(cramped.sizes) == 8 and min(cramped.sizes) <= room
     with pytest.raises(memory.MemoryPlanError, match="fewer --tokens"):
-        work.measure_item(item, Cramped(subject.adapter.model, 0), config, SILENT)
+        work.measure_item(item, Cramped(task.adapter.model, 0), config, SILENT)
 
 
 @pytest.mark.parametrize("room", range(1, 8))

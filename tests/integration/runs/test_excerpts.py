@@ -20,7 +20,7 @@ from lscollapse.core.progress import Silent
 from lscollapse.data import corpus, tokenizers
 from lscollapse.data.corpus import Corpus, CorpusError, Excerpt
 from lscollapse.data.tokenizers import Tokenizer
-from lscollapse.experiments import paper as experiments
+from lscollapse.experiments import paper
 from lscollapse.models.checkpoints.tensors import CheckpointError
 from lscollapse.runs import loading
 from tests.equivalence.layouts import VOCAB, write_hf
@@ -46,10 +46,8 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def drawn(model: str, **settings: Any) -> tuple[Corpus, list[str]]:
     """The excerpts of a model, as every verb draws them, and what was said meanwhile."""
     notes, options = Notes(), {"excerpts": 2, "tokens": 8, "offline": True} | settings
-    (subject,) = loading.load_tasks(
-        Experiment(models=[model], lambdas=[1.0], **options), experiments.sweep_variants, notes
-    )
-    return subject.corpus, notes.said  # type: ignore[attr-defined]
+    (task,) = loading.load_tasks(Experiment(models=[model], lambdas=[1.0], **options), paper.sweep_variants, notes)
+    return task.corpus, notes.said  # type: ignore[attr-defined]
 
 
 def text_of(n_unknown: int, length: int = 100, first: int = 2) -> str:
