@@ -20,7 +20,7 @@ from lscollapse.cli import train
 from lscollapse.core.config import ConfigError, configure
 from lscollapse.core.run_folder import RunFolderError
 from lscollapse.data import images, mqar
-from lscollapse.data.examples import Examples
+from lscollapse.data.examples import SPLITS, Examples
 from lscollapse.experiments.table1.cell import cells, drawn_task, make_net, modes
 from lscollapse.experiments.table1.grid import run, train_one
 from lscollapse.experiments.table1.schema import Table1
@@ -402,3 +402,9 @@ def test_verbs(call: Callable[..., str], tmp_path: Path) -> None:
         call("train", "--config", "tiny.yaml", *limits, "--task", "audio")
     with pytest.raises(ConfigError, match=r"mixers\.0"):
         call("train", "--mixer", "rnn")
+
+
+def test_a_split_of_no_size_is_refused() -> None:
+    for split in SPLITS:
+        with pytest.raises(ConfigError, match=f"mqar.data.{split}: input should be greater than or equal to 1, got 0"):
+            configure(Table1, None, {"mqar": {"lrs": [1e-2]}}, [f"mqar.data.{split}=0"])
