@@ -37,9 +37,8 @@ class Section(BaseModel):
         unknown = [str(key) for key in values if key not in cls.model_fields] if isinstance(values, dict) else []
         if unknown:
             near = difflib.get_close_matches(unknown[0], cls.model_fields, n=1)
-            known = sorted(
-                cls.model_fields, key=lambda name: name not in cls.__annotations__
-            )  # its own before inherited
+            # Its own before inherited ones.
+            known = sorted(cls.model_fields, key=lambda name: name not in cls.__annotations__)
             hint = f", did you mean {near[0]!r}?" if near else f": known are {', '.join(known)}"
             raise PydanticCustomError("unknown_key", "{key}", {"key": unknown[0], "hint": hint})
         return values
