@@ -18,10 +18,11 @@ Model = Annotated[str, typer.Argument(help="Short name, folder or hub id.")]
 Models = Annotated[list[str] | None, typer.Option("--model", help=Experiment.model_fields["models"].description)]
 Out = Annotated[Path | None, typer.Option(help="Run folder.  \\[default: runs/VERB]")]
 Yscale = Annotated[str, typer.Option(help="linear or log vertical axis.")]
+FILE = "YAML file as in configs, of `table1` and `train` as in configs/table1; flags override it.  \\[default: the embedded one]"
 SHARED: dict[str, Any] = {
     "model": Model,
     "models": Models,
-    "config": Annotated[Path | None, typer.Option(help="YAML file; flags override it.  \\[default: the embedded one]")],
+    "config": Annotated[Path | None, typer.Option(help=FILE)],
     "titles": Annotated[Path | None, typer.Option(help=WikipediaSection.model_fields["titles"].description)],
     "settings": Annotated[
         list[str] | None, typer.Option("--set", help="key=value, any setting of the configuration; repeat for several.")

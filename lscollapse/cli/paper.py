@@ -98,7 +98,7 @@ def _draw(rows: pd.DataFrame, folder: Path, yscale: str, run: Path | None = None
     from lscollapse.reports.claims.sentences import judge_readings
     from lscollapse.reports.figures import draw
 
-    experiment = read_manifest(run or folder)["identity"]["experiment"]
+    experiment = read_manifest(run or folder)["identity"].get("experiment")
     written = draw.draw(experiment, rows, folder, yscale)
     if experiment == "all-readings":
         written.append(folder / "readings-verdicts.csv")

@@ -130,13 +130,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """What a run folder says of itself.
 
     Raises:
-        RunFolderError: it is none, or its manifest was cut off.
+        RunFolderError: it is none, or its manifest was cut off or is something else.
     """
     try:
-        manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        return manifest
-    except (OSError, json.JSONDecodeError):
-        raise RunFolderError(f"{path}/manifest.json is missing or unreadable: not a run folder") from None
+        manifest: Any = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        manifest = None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("identity"), dict):
+        raise RunFolderError(f"{path}/manifest.json is missing or unreadable: not a run folder")
+    return manifest
 
 
 def environment() -> dict[str, Any]:

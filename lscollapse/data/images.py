@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits
 from torch import Tensor
 
 from lscollapse.core.files import first_line
@@ -161,6 +160,8 @@ def corpus_of(source: str, names: Sequence[str], read: Callable[[int], np.ndarra
 
 def digits(split: str) -> Images:
     """scikit-learn's 8x8 grey digits of 17 levels; 1,437 train and 360 test images, divided once and for all."""
+    from sklearn.datasets import load_digits
+
     data = load_digits()
     chosen = _division(len(data.target), HELD_OUT, split)
     names = tuple(f"digit {i}" for i in chosen)

@@ -23,7 +23,6 @@ from pathlib import Path
 from statistics import mean, variance
 
 import pandas as pd
-from scipy.stats import t
 
 from lscollapse.core.files import write_text
 from lscollapse.reports.verdict import AGREE, DISAGREE
@@ -88,6 +87,8 @@ def welch_bounds(pairs: Sequence[Pair], level: float) -> tuple[float, float]:
 
     Welch's t with the degrees of freedom of Welch and Satterthwaite; infinite with fewer than two values in an arm.
     """
+    from scipy.stats import t
+
     arms = [arm for pair in pairs for arm in pair]
     if min(map(len, arms)) < 2:
         return -math.inf, math.inf

@@ -53,12 +53,7 @@ def bytes_of_a_weight(config: Experiment) -> int:
 
 
 def plan_run(
-    adapter: Adapter,
-    info: ModelInfo,
-    corpus: Corpus,
-    arms: tuple[Variant, ...],
-    config: Experiment,
-    progress: Progress,
+    adapter: Adapter, info: ModelInfo, corpus: Corpus, arms: tuple[Variant, ...], config: Experiment, progress: Progress
 ) -> Plan:
     """The tiles of a model's run on the configured device; where memory limits them, the progress says how.
 

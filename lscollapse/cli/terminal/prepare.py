@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -10,8 +11,10 @@ from rich.table import Table
 
 from lscollapse.cli.terminal.printing import plain_table
 from lscollapse.core.registry import ENTRIES
-from lscollapse.instrument.identity import LayerDifference
-from lscollapse.models.kernels.verify import KernelCheck
+
+if TYPE_CHECKING:
+    from lscollapse.instrument.identity import LayerDifference
+    from lscollapse.models.kernels.verify import KernelCheck
 
 
 def identity_table(differences: list[LayerDifference], tolerance: float = 1e-5) -> bool:
@@ -57,8 +60,7 @@ def models_table() -> None:
         table.add_column(heading, overflow="fold", justify="right" if heading == "parameters" else "left")
     for entry in ENTRIES.values():
         where = f"embedded: {entry.location}" if entry.embedded else f"hub: {entry.location}"
-        table.add_row(
-            entry.name, entry.architecture, f"{entry.n_parameters:,}" if entry.n_parameters else "-", where, entry.text
-        )
+        parameters = f"{entry.n_parameters:,}" if entry.n_parameters else "-"
+        table.add_row(entry.name, entry.architecture, parameters, where, entry.text)
     Console().print(table)
     print("Any hub id or local folder of a transformers model works too.")

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import pandas as pd
 from rich.console import Console
 
 from lscollapse.cli.terminal.printing import plain_console, plain_table
-from lscollapse.reports.compare import Comparison
 from lscollapse.reports.verdict import VERDICTS
-from lscollapse.runs.model_checks import Diagnosis
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lscollapse.reports.compare import Comparison
+    from lscollapse.runs.model_checks import Diagnosis
 
 WIDEST_VERDICT = max(map(len, VERDICTS))
 
@@ -99,12 +103,10 @@ def show_checks(checks: Sequence[Diagnosis]) -> None:
     width = max(len(check.name) for check in checks)
     for check in checks:
         state = "no" if check.mend else "ok" if check.good else "--"
-        console.print(
-            f"{state}  {check.name.ljust(width)}  {check.found}", style="bold" if check.mend else "", markup=False
-        )
+        line = f"{state}  {check.name.ljust(width)}  {check.found}"
+        console.print(line, style="bold" if check.mend else "", markup=False)
         if check.mend:
             console.print(f"    {'':{width}}  mend: {check.mend}", markup=False)
     bad = sum(bool(check.mend) for check in checks)
-    console.print(
-        f"this configuration cannot run: {bad} to mend" if bad else "this configuration can run", style="bold"
-    )
+    verdict = f"this configuration cannot run: {bad} to mend" if bad else "this configuration can run"
+    console.print(verdict, style="bold")

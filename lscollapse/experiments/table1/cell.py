@@ -183,11 +183,6 @@ def _row(
 ) -> Row:  # fmt: skip
     head = {name: getattr(cell, name) for name in ("task", "mixer", "lam", "lr", "seed")}
     dtype = "bfloat16 autocast" if cell.on == "cuda" else "float32"
-    place = {
-        "data": drawn_task(cell.data).data.source,
-        "dtype": dtype,
-        "when": when,
-        "layer": layer,
-        "excerpt": excerpt,
-    }
+    data = drawn_task(cell.data).data.source
+    place = {"data": data, "dtype": dtype, "when": when, "layer": layer, "excerpt": excerpt}
     return {**head, **place, "measure": measure, "value": float(value), "status": status}

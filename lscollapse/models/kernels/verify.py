@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lscollapse.models.kernels.backends import KernelError, Kernels, resolve_kernels
+from lscollapse.models.kernels.backends import CHOICES, KernelError, Kernels, resolve_kernels
 from lscollapse.models.kernels.gpu_block import GpuBlock
 from lscollapse.models.kernels.mamba2_block import Mamba2Shape
 
@@ -93,8 +93,10 @@ def verify(device: str = "cpu", kernels: str = "auto", cases: Sequence[Case] | N
     On a CPU this sets TRITON_INTERPRET=1 for the process, so that nothing can run on its GPU with Triton afterwards.
 
     Raises:
-        KernelError: the kernels asked for cannot be had; or on a CPU Triton was imported, not interpreted, before.
+        KernelError: the kernels or device asked for cannot be had; or on a CPU Triton was imported, not interpreted, before.
     """
+    if kernels not in CHOICES or device.partition(":")[0] not in ("cpu", "cuda"):
+        raise KernelError(f"no kernels {kernels} on {device}: choose {', '.join(CHOICES)}, on cpu or cuda")
     on_gpu = torch.device(device).type == "cuda"
     torch_kernels = resolve_kernels("torch", device)
     checked = [] if kernels == "triton" else [torch_kernels]

@@ -29,6 +29,9 @@ def judge(rows: pd.DataFrame) -> Iterator[Finding]:
     Where an arm that a claim needs lacks layers it is not measured, and the numbers say what is missing and what was seen
     before. S4D is judged on Figure 4 only, a transformer on Figure 2 only.
     """
+    missing = {"model", "measure", "init", "gating", "layernorm", "lam", "layer", "value"} - set(rows)
+    if missing:
+        raise RunFolderError(f"the table has no column {min(missing)}: give the rows of a run folder")
     for model in dict.fromkeys(rows["model"]):
         curves = Curves(rows[rows["model"] == model])
         for claim, (sentence, predicate, _) in CLAIMS.items():

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from lscollapse.reports.figures import style
 from lscollapse.reports.figures.paper import figure1, figure2, figure3, figure4, figure_readings
-from lscollapse.reports.figures.points import FigureError
+from lscollapse.reports.figures.points import FigureError, with_columns
 from lscollapse.reports.figures.quality import figure_quality
 from lscollapse.reports.figures.wording import embedded_note
 
@@ -65,6 +65,7 @@ def draw(experiment: str, rows: pd.DataFrame, folder: str | Path, yscale: str = 
     if not drawings:
         known = ", ".join(dict.fromkeys(name for drawing in DRAWINGS for name in drawing.experiments))
         raise FigureError(f"no figure is drawn of {experiment!r}: only of {known}")
+    rows = with_columns(rows)
     models = list(dict.fromkeys([*rows["model"][rows["gating"].notna()], *rows["model"]]))
     stems = {model: "" if model == models[0] else "-" + re.sub(r"[^\w.-]+", "_", model) for model in models}
     written = []

@@ -85,6 +85,26 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     assert found.stdout.rstrip().endswith("LOADED []")
 
 
+@pytest.mark.parametrize("verb", ["models", "claims"])
+def test_verbs_that_only_list_load_neither_torch_nor_scipy(verb: str) -> None:
+    program = (
+        "import sys\n"
+        f"sys.argv = ['lscollapse', {verb!r}]\n"
+        "from lscollapse.cli.app import main\n"
+        "try:\n    main()\n"
+        "finally:\n"
+        "    print('LOADED', sorted({'torch', 'scipy', 'transformers'} & set(sys.modules)))\n"
+    )
+    found = python("-c", program)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.rstrip().endswith("LOADED []")
+
+
+@pytest.mark.parametrize("arguments", [("--device", "tpu"), ("--kernels", "none")])
+def test_kernels_that_do_not_exist_are_no_kernels_to_verify(shell: Shell, arguments: tuple[str, str]) -> None:
+    assert "choose auto, torch, triton, on cpu or cuda" in shell.refused("verify-kernels", *arguments)
+
+
 def test_debug_shows_the_traceback() -> None:
     found = python("-m", "lscollapse", "--debug", "sweep-lambda", "--lambdas", "one")
     assert found.returncode != 0

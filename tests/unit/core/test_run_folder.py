@@ -163,9 +163,10 @@ def test_reading_what_is_no_run(tmp_path: Path) -> None:
         read_rows(tmp_path)
     with pytest.raises(RunFolderError, match=r"manifest\.json is missing or unreadable"):
         read_manifest(tmp_path)
-    (tmp_path / "manifest.json").write_text("{", encoding="utf-8")
-    with pytest.raises(RunFolderError, match=r"manifest\.json is missing or unreadable"):
-        RunFolder(tmp_path, IDENTITY)
+    for content in ("{", "[1]", "{}", '{"identity": []}'):
+        (tmp_path / "manifest.json").write_text(content, encoding="utf-8")
+        with pytest.raises(RunFolderError, match=r"manifest\.json is missing or unreadable"):
+            RunFolder(tmp_path, IDENTITY)
 
 
 def test_differences() -> None:
