@@ -52,6 +52,11 @@ def weights_files(names: Collection[str]) -> list[str]:
     return [name for name in ("pytorch_model.bin",) if name in names]
 
 
+def storage(cache_dir: str | Path | None) -> Path | None:
+    """Where fetched files lie: `hub` in `cache_dir`, or None for the ordinary cache of huggingface_hub."""
+    return Path(cache_dir).expanduser() / "hub" if cache_dir else None
+
+
 def fetch(
     repo_id: str,
     *,

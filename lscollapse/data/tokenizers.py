@@ -82,9 +82,13 @@ def _loaded(spec: str, cache_dir: Path | None, offline: bool) -> Tokenizer:
 def _files(spec: str, cache_dir: Path | None, offline: bool) -> Path:
     """The folder of a hub repository's tokenizer, named by its commit."""
     repo_id, _, revision = spec.partition("@")
-    cache = cache_dir.expanduser() / "hub" if cache_dir else None
     return hub.fetch(
-        repo_id, revision=revision, files=["config.json"], cache_dir=cache, offline=offline, tokenizer=True
+        repo_id,
+        revision=revision,
+        files=["config.json"],
+        cache_dir=hub.storage(cache_dir),
+        offline=offline,
+        tokenizer=True,
     )
 
 

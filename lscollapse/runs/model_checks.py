@@ -79,7 +79,7 @@ def _stored(entry: Entry, config: Experiment, fault: str, needs: dict[Path, int]
     if entry.source != "hub":
         return EMBEDDED if entry.embedded else FOLDER, ""
     revision = config.revision or entry.revision or None
-    cache = config.cache_dir.expanduser() / "hub" if config.cache_dir else Path(constants.HF_HUB_CACHE)
+    cache = hub.storage(config.cache_dir) or Path(constants.HF_HUB_CACHE)
     try:
         hub.fetch(entry.location, revision=revision, cache_dir=cache, offline=True)
         return CACHED, ""

@@ -60,9 +60,10 @@ def locate_checkpoint(
         config, file = registry.embedded_files(entry)
         return Located(entry, entry.name, revision, read_json(config), (file,))
     if entry.source == "hub":
-        cache = Path(cache_dir).expanduser() / "hub" if cache_dir else None
         files = ["config.json"] if config_only else None
-        folder = hub.fetch(entry.location, revision=revision, files=files, cache_dir=cache, offline=offline)
+        folder = hub.fetch(
+            entry.location, revision=revision, files=files, cache_dir=hub.storage(cache_dir), offline=offline
+        )
         where, revision = entry.location, folder.name
     else:
         folder = Path(entry.location).expanduser()
