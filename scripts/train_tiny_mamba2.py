@@ -31,6 +31,7 @@ from tiny_mamba2 import SEQ_LEN, SHAPE, TinyMamba2, initial_embedding
 from torch import Tensor, nn
 
 from lscollapse.core import allocation
+from lscollapse.core.files import atomic
 from lscollapse.data import corpus, texts, tokenizers
 
 SEP = 102  # BERT's [SEP] between articles
@@ -73,9 +74,8 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def save_atomic(state: object, path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    temporary.replace(path)
+    with atomic(path) as temporary:
+        torch.save(state, temporary)
 
 
 @torch.no_grad()
