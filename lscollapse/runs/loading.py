@@ -26,6 +26,7 @@ from lscollapse.models.adapters.mamba2 import Mamba2Adapter
 from lscollapse.models.adapters.streamed import StreamedMamba2, Upload
 from lscollapse.models.checkpoints import checkpoint
 from lscollapse.models.checkpoints.checkpoint import ModelInfo
+from lscollapse.models.checkpoints.located import Where
 from lscollapse.models.kernels.backends import resolve_kernels
 from lscollapse.runs.devices import device, set_threads
 from lscollapse.runs.excerpts import excerpts_for
@@ -156,8 +157,7 @@ def load_adapter(name: str, init: str, config: Experiment, progress: Progress) -
     return adapter, loaded.info
 
 
-def _where(config: Experiment) -> dict[str, Any]:
-    """What the functions of `checkpoint` are told of the places where weights lie."""
+def _where(config: Experiment) -> Where:
     return {"revision": config.revision, "cache_dir": config.cache_dir, "offline": config.offline}
 
 
