@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -64,10 +65,11 @@ class RunFolder:
             self._refuse_other(read_manifest(path))
         try:
             path.mkdir(parents=True, exist_ok=True)
-            for left in path.rglob(f".*{PARTIAL}"):  # by a kill at that very moment
-                left.unlink()
             if manifest.exists():
+                _clear(path.glob(f".*{PARTIAL}"))
+                _clear(self.parts.glob(f".*{PARTIAL}"))
                 return
+            _clear(path.glob(f".{manifest.name}.*{PARTIAL}"))  # nothing else in a folder that may be no run's
             if any(entry.name != NETS for entry in path.iterdir()):
                 raise RunFolderError(
                     f"{path} is not empty and not a run folder: give an empty or new folder with --out"
@@ -105,12 +107,18 @@ class RunFolder:
         return rows
 
     def _refuse_other(self, manifest: dict[str, Any]) -> None:
-        different = changes(manifest.get("identity", {}), self.identity)
+        different = changes(manifest["identity"], self.identity)
         if different:
             raise RunFolderError(
                 f"{self.path} holds a run of another configuration ({'; '.join(different[:4])}):"
                 " give a new folder with --out, or remove this one"
             )
+
+
+def _clear(left: Iterable[Path]) -> None:
+    """Take away what a kill at that very moment left half-written."""
+    for file in list(left):
+        file.unlink()
 
 
 def _rank(column: pd.Series) -> pd.Series:

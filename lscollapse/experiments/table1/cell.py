@@ -152,9 +152,8 @@ def make_settings(cell: Cell, task: DrawnTask) -> Settings:
 @lru_cache(maxsize=2)
 def drawn_task(data: TaskData) -> DrawnTask:
     """The training and validation data of a cell; a process that trains several cells draws them once."""
-    train, held_out = data.examples("train"), data.examples("validation")
-    source, net = data.facts()
-    return DrawnTask(Data(train, held_out, source), {**net, "max_positions": train.ids.shape[1]})
+    train, source, net = data.training()
+    return DrawnTask(Data(train, data.examples("validation"), source), {**net, "max_positions": train.ids.shape[1]})
 
 
 # --- what is measured ---

@@ -36,11 +36,11 @@ class MqarData(mqar.MqarConfig):
         """The examples of a split."""
         return mqar.sequences(self, split, getattr(self, split), self.seed)
 
-    def facts(self) -> tuple[str, dict[str, Any]]:
-        """The source in words, and the fields of a NetConfig that it decides."""
+    def training(self) -> tuple[Examples, str, dict[str, Any]]:
+        """The examples to train on, their source in words, and the fields of a NetConfig that they decide."""
         V = self.vocab_size
         source = f"MQAR, L = {self.seq_len}, {self.pairs} pairs, vocabulary {V}, data seed {self.seed}"
-        return source, {"reads": "tokens", "output": "each", "vocab_size": V, "n_labels": V}
+        return self.examples("train"), source, {"reads": "tokens", "output": "each", "vocab_size": V, "n_labels": V}
 
 
 class ImageData(Section):
@@ -54,11 +54,11 @@ class ImageData(Section):
         found = images.grey(self.source, split, self.seed)
         return Examples(found.ids, found.labels)
 
-    def facts(self) -> tuple[str, dict[str, Any]]:
-        """The source in words, and the fields of a NetConfig that it decides."""
+    def training(self) -> tuple[Examples, str, dict[str, Any]]:
+        """The examples to train on, their source in words, and the fields of a NetConfig that they decide; read once."""
         found = images.grey(self.source, "train", self.seed)
         net = {"reads": "pixels", "output": "pooled", "vocab_size": found.levels, "n_labels": found.n_labels}
-        return f"{found.source}, grey, {found.ids.shape[1]} pixels", net
+        return Examples(found.ids, found.labels), f"{found.source}, grey, {found.ids.shape[1]} pixels", net
 
 
 TaskData = MqarData | ImageData

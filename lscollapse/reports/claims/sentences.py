@@ -39,8 +39,8 @@ def judge(rows: pd.DataFrame) -> Iterator[Finding]:
                 continue
             try:
                 holds, numbers = predicate(curves)
-            except NotMeasured as missing:
-                yield Finding(claim, sentence, model, NOT_MEASURED, str(missing))
+            except NotMeasured as lacking:
+                yield Finding(claim, sentence, model, NOT_MEASURED, str(lacking))
             else:
                 yield Finding(claim, sentence, model, AGREE if holds else DISAGREE, numbers)
 
@@ -101,7 +101,7 @@ def sentences() -> pd.DataFrame:
 def findings(run: Path) -> Iterator[tuple[str, Finding]]:
     """(reading, finding) of one folder."""
     if (run / "manifest.json").exists():
-        experiment, rows = read_manifest(run).get("identity", {}).get("experiment"), read_rows(run)
+        experiment, rows = read_manifest(run)["identity"].get("experiment"), read_rows(run)
         if experiment == "all-readings":
             yield from _of_readings(rows)
             return

@@ -123,7 +123,7 @@ def _of_code(manifest: dict[str, Any]) -> Iterator[str]:
 def provenance(run: Run) -> dict[str, Any]:
     """Name, experiment, and tables of (what, value) of one run: what decided the rows, and what computed them."""
     manifest = run.manifest
-    identity, git = manifest.get("identity", {}), manifest.get("git") or {}
+    identity, git = manifest["identity"], manifest.get("git") or {}
     peak, wall = manifest.get("peak_rss_bytes"), manifest.get("wall_seconds")
     computed = {
         "commit": f"{git.get('commit', 'unknown')}{' with uncommitted changes' if git.get('dirty') else ''}",

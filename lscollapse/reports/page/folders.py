@@ -27,7 +27,7 @@ class Run:
 
     @property
     def experiment(self) -> str:
-        return str(self.manifest.get("identity", {}).get("experiment", ""))
+        return str(self.manifest["identity"].get("experiment", ""))
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,29 @@ def test_killed_while_the_first_manifest_is_written(tmp_path: Path) -> None:
     assert not left.exists()
 
 
+def test_a_folder_that_is_no_run_keeps_all_it_has(tmp_path: Path) -> None:
+    """Another program's half-written files too, at any depth; of a run only what the run writes itself goes."""
+    others = [tmp_path / ".film.mkv.77.partial", tmp_path / "deep" / ".notes.txt.5.partial"]
+    (tmp_path / "deep").mkdir()
+    for file in others:
+        file.write_text("half")
+    with pytest.raises(RunFolderError, match="not a run folder"):
+        RunFolder(tmp_path, IDENTITY)
+    assert all(file.read_text() == "half" for file in others)
+
+
+def test_what_a_kill_left_of_a_part_goes_when_the_run_goes_on(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run", IDENTITY)
+    folder.add(ITEMS[0], part(0))
+    left, nets = folder.parts / f".{ITEMS[1]}.parquet.9.partial", folder.path / "cells" / ".state.pt.9.partial"
+    nets.parent.mkdir()
+    for file in (left, nets):
+        file.write_bytes(b"PAR1")
+    assert RunFolder(tmp_path / "run", IDENTITY).has(ITEMS[0])
+    assert not left.exists()
+    assert nets.exists()  # of a process that may still train there
+
+
 def test_killed_while_the_parts_are_removed(tmp_path: Path) -> None:
     """The manifest says complete and a part is left over: the run is complete."""
     finished(tmp_path / "run")
