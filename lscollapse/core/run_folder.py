@@ -7,6 +7,7 @@ on the items, so a run that was killed and continued, or tiled otherwise, ends w
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import resource
@@ -131,7 +132,10 @@ def read_rows(path: Path) -> pd.DataFrame:
     file = path / "rows.parquet"
     if not file.is_file():
         raise RunFolderError(f"{path} has no rows.parquet: give the folder of a finished run")
-    return pd.read_parquet(file)
+    rows = pd.read_parquet(file)
+    if "floor" in rows and "rounding" not in rows:  # written before it was estimated
+        rows["rounding"] = math.nan
+    return rows
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

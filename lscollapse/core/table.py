@@ -7,8 +7,13 @@ import pandas as pd
 COLUMNS = (
     "model", "revision", "checkpoint_sha256", "init", "text", "tokenizer", "arm", "lam", "gating", "layernorm", "skip_site",
     "norm_site", "dtype", "backend", "seed", "excerpt", "n_tokens", "layer", "measure", "value", "log10", "status", "bound",
-    "floor",
+    "floor", "rounding",
 )  # fmt: skip
+# `status` of a value that is known: as it stands, up to its bound, or under the floor. Of one that is not, UNRESOLVED or LOST.
+KNOWN = ("ok", "certified", "below_floor")
+UNRESOLVED = "unresolved"  # rounding may have moved it by more than the tolerance
+LOST = ("overflow", "nan")
+STATUSES = (*KNOWN, UNRESOLVED, *LOST)
 ORDER = ("subject", "variant", "layer", "measure", "excerpt")  # of the rows, whatever the work items were
 PIXELS = "pixels"  # stands in the table where a text has its tokenizer
 # Fixed before any run was judged: a layer counts as collapsed when its mean relative mu is under COLLAPSED (iid Gaussian

@@ -142,12 +142,13 @@ class Table:
             "log10": log10,
             "status": status,
             "bound": bound,
+            "rounding": [math.nan] * len(value),
         }
         for key, column in ({key: [constant] * len(value) for key, constant in common.items()} | per_excerpt).items():
             self.columns.setdefault(key, []).extend(column)
 
     def frame(self) -> pd.DataFrame:
-        return pd.DataFrame(self.columns).astype({"gating": "boolean", "lam": "float64", "bound": "float64"})
+        return pd.DataFrame(self.columns).astype({"gating": "boolean", "lam": "float64", "bound": "float64", "rounding": "float64"})
 
 
 def _status(stream: str, below_floor: bool, undefined: bool, settled: bool) -> str:

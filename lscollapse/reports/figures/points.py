@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lscollapse.core.table import STATUSES
+
 KEYS = ("model", "init", "arm", "gating", "layernorm", "skip_site", "norm_site", "lam", "measure", "layer")
 NEEDED = (*KEYS, "text", "dtype", "excerpt", "n_tokens", "value", "status", "floor")
-STATUSES = ("ok", "certified", "below_floor", "overflow", "nan")
 
 
 class FigureError(ValueError):

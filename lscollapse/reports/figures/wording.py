@@ -8,8 +8,8 @@ from typing import Any
 import pandas as pd
 
 from lscollapse.core import registry
-from lscollapse.core.table import reads_pixels
-from lscollapse.reports.figures.points import KEYS, STATUSES, groups_of, last_layer
+from lscollapse.core.table import STATUSES, reads_pixels
+from lscollapse.reports.figures.points import KEYS, groups_of, last_layer
 
 NAMES = {"relative_mu": "relative μ", "rank1_residual": "rank-1 residual"}
 SIGNS = {1: "λ > 0", -1: "λ < 0", 0: "either sign"}

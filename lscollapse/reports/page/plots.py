@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lscollapse.core.table import COLLAPSED, reads_pixels
+from lscollapse.core.table import COLLAPSED, STATUSES, reads_pixels
 from lscollapse.reports.figures import wording
-from lscollapse.reports.figures.points import KEYS, NEEDED, STATUSES, groups_of, numbers, summarise
+from lscollapse.reports.figures.points import KEYS, NEEDED, groups_of, numbers, summarise
 from lscollapse.reports.figures.style import PALETTE, lambda_colour
 from lscollapse.reports.figures.theory import CURVES
 from lscollapse.reports.page.folders import Bounds, Run
