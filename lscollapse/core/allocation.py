@@ -1,4 +1,6 @@
-"""glibc returns every large freed block to the system, and fresh pages are dear: a CPU forward pass runs 2x to 40x slower.
+"""What memory there is, and how torch's allocator keeps it.
+
+glibc returns every large freed block to the system, and fresh pages are dear: a CPU forward pass runs 2x to 40x slower.
 
 `keep_freed_memory` makes the allocator keep what it has. It does nothing on other C libraries.
 """
@@ -6,7 +8,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
+from pathlib import Path
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 LARGE = 2**31 - 1  # mallopt takes a C int
@@ -19,3 +23,16 @@ def keep_freed_memory() -> bool:
     mallopt = ctypes.CDLL(None).mallopt
     settings = ((M_MMAP_THRESHOLD, LARGE), (M_TRIM_THRESHOLD, LARGE), (M_TOP_PAD, 64 * 2**20))
     return all(mallopt(option, value) == 1 for option, value in settings)
+
+
+def available_memory() -> int:
+    """Bytes that processes can still take: what Linux calls available, at most what the container is allowed."""
+    listed = Path("/proc/meminfo")
+    if not listed.is_file():
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    lines = dict(line.split(":", 1) for line in listed.read_text(encoding="ascii").splitlines())
+    free = int(lines["MemAvailable"].split()[0]) * 1024
+    allowed, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if allowed.is_file() and allowed.read_text().strip().isdigit():
+        free = min(free, int(allowed.read_text()) - int(used.read_text()))
+    return free

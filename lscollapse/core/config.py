@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic_core import PydanticCustomError
 
 from lscollapse.core.files import read_text
+from lscollapse.core.table import RESOLVE
 
 EMBEDDED_MODELS = ["mamba2-tiny", "minilm-l6", "albert-smiles"]
 DEFAULT_LAMBDAS = [-8.0, -4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0]
@@ -134,7 +135,14 @@ class Experiment(Compute):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = Field(
         default="auto",
-        description="float32, bfloat16 or float64; auto is float32, and float64 for variants without the norm of the blocks.",
+        description="float32, bfloat16 or float64; auto is float32, and float64 for variants without the norm of the blocks or "
+        "that float32 does not resolve.",
+    )
+    resolve: float = Field(
+        default=RESOLVE,
+        gt=0,
+        lt=1,
+        description="Rounding that leaves a number unresolved: absolute for relative measures, else relative to it.",
     )
     kernels: Literal["auto", "torch", "triton"] = Field(default="auto", description="auto, torch or triton.")
     seed: int = Field(default=0, ge=0, description="Which excerpts are drawn, and random initial weights.")

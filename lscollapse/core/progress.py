@@ -14,6 +14,10 @@ class Progress(Protocol):
     def start(self, total: float) -> None:
         return None
 
+    def grow(self, amount: float) -> None:
+        """There is more to do than `start` was told."""
+        return None
+
     def advance(self, amount: float) -> None:
         return None
 

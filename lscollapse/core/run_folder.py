@@ -89,6 +89,10 @@ class RunFolder:
         """Whether a work item's rows are there."""
         return (self.parts / f"{item}.parquet").exists()
 
+    def part(self, item: str) -> pd.DataFrame:
+        """A work item's rows."""
+        return pd.read_parquet(self.parts / f"{item}.parquet")
+
     def add(self, item: str, rows: pd.DataFrame) -> None:
         """Store one work item's rows, whole or not at all."""
         self.parts.mkdir(exist_ok=True)
@@ -96,7 +100,7 @@ class RunFolder:
 
     def finish(self, items: list[str], facts: dict[str, Any]) -> pd.DataFrame:
         """Join the items' rows into rows.parquet and rows.csv and complete the manifest with `facts`."""
-        rows = pd.concat([pd.read_parquet(self.parts / f"{item}.parquet") for item in items], ignore_index=True)
+        rows = pd.concat([self.part(item) for item in items], ignore_index=True)
         rows = rows.sort_values(list(self.order), kind="stable", key=_rank).reset_index(drop=True)
         rows = rows[list(self.columns)]
         write_parquet(self.path / "rows.parquet", rows)

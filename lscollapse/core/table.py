@@ -14,6 +14,10 @@ KNOWN = ("ok", "certified", "below_floor")
 UNRESOLVED = "unresolved"  # rounding may have moved it by more than the tolerance
 LOST = ("overflow", "nan")
 STATUSES = (*KNOWN, UNRESOLVED, *LOST)
+# Measures whose rounding is held against an absolute tolerance, being fractions; of all others it is relative to the value.
+ABSOLUTE = ("relative_mu", "rank1_residual", "mean_cosine", "dong_residual")
+LOGARITHMIC = ("mu", "grad_norm")  # may leave the range of float64: their `rounding` is that of `log10`
+RESOLVE = 0.01  # the tolerance, where none is given
 ORDER = ("subject", "variant", "layer", "measure", "excerpt")  # of the rows, whatever the work items were
 PIXELS = "pixels"  # stands in the table where a text has its tokenizer
 # Fixed before any run was judged: a layer counts as collapsed when its mean relative mu is under COLLAPSED (iid Gaussian

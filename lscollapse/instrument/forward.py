@@ -1,4 +1,7 @@
-"""The layer-major pass: for each layer, for each variant; made into rows of the long table at once, nothing else kept."""
+"""`measure`: a probe of the first excerpts, then the rest; and the layer-major pass that both are made of.
+
+For each layer, for each variant; made into rows of the long table at once, nothing else kept.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,9 @@ import torch
 from torch import Tensor
 
 from lscollapse import measures
-from lscollapse.instrument.stream import Engines, Stream
+from lscollapse.core.table import RESOLVE
+from lscollapse.instrument import precision, rounding
+from lscollapse.instrument.stream import Engines, Stream, dtypes_of
 from lscollapse.instrument.surgery import Variant
 from lscollapse.models.adapt import adapt
 from lscollapse.models.adapters.adapter import Adapter
@@ -27,20 +32,24 @@ def measure(
     dtype: torch.dtype | None = None,
     progress: Callable[[int], None] | None = None,
     gains: Sequence[float] | None = None,
-    finished: Callable[[Stream], None] | None = None,
+    *,
+    resolve: float = RESOLVE,
+    batch: int | None = None,
 ) -> pd.DataFrame:
-    """Measure every variant of `model` on every excerpt, layer 0 (embeddings) to K.
+    """Measure every variant of `model` on every excerpt, layer 0 (embeddings) to K, each number with its rounding error.
 
     Args:
         model: a transformers model of a supported architecture, in eval mode, or its Adapter.
         ids: token ids, (excerpts, N).
         variants: the arms; each layer's weights are touched once for all of them.
-        dtype: what every arm computes in. Default: the dtype of the model's weights, and float64 for arms whose blocks have
-            lost their norm, since their values leave float32 within a few layers.
+        dtype: what every arm computes in. Default: the dtype of the model's weights; float64 for arms whose blocks have
+            lost their norm, since their values leave float32 within a few layers, and for arms that float32 does not
+            resolve (rounding.py), where there is memory for a float64 copy of the model.
         progress: called after each block pass with the number of excerpts it was for.
         gains: bounds of every layer's mixer (early_exit.gains): a variant then stops where they prove that nothing measured
             can still change by more than the dtype's resolution; its further rows have status `certified` and the bound.
-        finished: called with the stream of each variant, in order, when all layers are done.
+        resolve: rounding over this, absolute or relative by the measure, makes a row `unresolved`.
+        batch: how many excerpts go through the model together; all by default.
 
     Returns:
         One row per arm, excerpt, layer and measure (docs/table.md lists the columns).
@@ -50,11 +59,54 @@ def measure(
         ValueError: ids are not (excerpts, N) or fall outside the vocabulary.
     """
     adapter = adapt(model)
-    engines = Engines(adapter, variants, dtype)
+    tokens = checked_ids(adapter, ids)
+    first = min(rounding.PROBED, len(tokens))
+
+    def twice(dtypes: dict[int, torch.dtype]) -> pd.DataFrame:
+        twins, pairs = rounding.Twins(range(first)), tokens[:first].repeat(rounding.TWINS, 1)
+        arms = [variants[number] for number in dtypes]
+        rows = measure_pass(adapter, pairs, arms, list(dtypes.values()), progress, gains, twins=twins)
+        return rounding.without_twins(rows.assign(variant=rows["variant"].map(dict(enumerate(dtypes)))), first)
+
+    own = dict(enumerate(dtypes_of(variants, dtype, adapter.dtype)))
+    parts = [rounding.probe(twice, own, resolve, dtype is None and precision.fits(adapter, torch.float64))]
+    found = rounding.probed(parts[0])
+    parts[0] = parts[0].drop(columns=["asked", "why"])
+    step = batch or len(tokens)
+    for start in range(first, len(tokens), step):
+        rows = measure_pass(
+            adapter, tokens[start : start + step], variants, list(found.dtypes.values()), progress, gains
+        )
+        parts.append(rounding.written(rows.assign(excerpt=rows["excerpt"] + start), found.rounding, resolve))
+    rows = pd.concat(parts, ignore_index=True)
+    rank = rows["measure"].map({name: number for number, name in enumerate(measures.MEASURES)})
+    order = np.lexsort((rows["excerpt"], rank, rows["variant"], rows["layer"]))
+    return rows.iloc[order].reset_index(drop=True)
+
+
+def measure_pass(
+    adapter: Adapter,
+    ids: Any,
+    variants: Sequence[Variant],
+    dtypes: Sequence[torch.dtype],
+    progress: Callable[[int], None] | None = None,
+    gains: Sequence[float] | None = None,
+    *,
+    finished: Callable[[Stream], None] | None = None,
+    twins: rounding.Twins | None = None,
+) -> pd.DataFrame:
+    """The rows of one pass, without `rounding`; arguments as for `measure`.
+
+    Args:
+        dtypes: what each variant computes in.
+        finished: called with the stream of each variant, in order, when all layers are done.
+        twins: of the ids, which are then (2n, N).
+    """
+    engines = Engines(adapter, variants, dtypes)
     tokens = checked_ids(adapter, ids)
     table = Table(adapter, tokens.shape[1])
     with torch.no_grad():
-        streams = engines.streams(tokens, gains)
+        streams = engines.streams(tokens, gains, twins)
         embedded = {stream.dtype: stream.X for stream in streams}  # variants of one dtype share theirs
         first = {kind: measures.measure_all(X) for kind, X in embedded.items()}
         for stream in streams:
@@ -148,7 +200,9 @@ class Table:
             self.columns.setdefault(key, []).extend(column)
 
     def frame(self) -> pd.DataFrame:
-        return pd.DataFrame(self.columns).astype({"gating": "boolean", "lam": "float64", "bound": "float64", "rounding": "float64"})
+        return pd.DataFrame(self.columns).astype(
+            {"gating": "boolean", "lam": "float64", "bound": "float64", "rounding": "float64"}
+        )
 
 
 def _status(stream: str, below_floor: bool, undefined: bool, settled: bool) -> str:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from lscollapse.instrument.forward import LOG10_2, Table, checked_ids
-from lscollapse.instrument.lm_loss import Targets, head_of, last_X, losses, targets_of
+from lscollapse.instrument.lm_loss import Targets, excerpt_numbers, head_of, last_X, losses, targets_of
+from lscollapse.instrument.rounding import Twins
 from lscollapse.instrument.stream import Stream
 from lscollapse.instrument.surgery import Variant, check
 from lscollapse.models.adapt import adapt
@@ -40,12 +41,13 @@ def grad_norm(
     mask_token: int | None = None,
     seed: int = 0,
     first: int = 0,
+    twins: Twins | None = None,
 ) -> pd.DataFrame:
     """Frobenius norm of the gradient of each excerpt's loss with respect to its X^(k), k = 0..K.
 
     Args:
         model: a transformers model with a language-model head, in eval mode and in memory, or its Adapter.
-        ids, variants, mask_token, seed, first: as for `lm_loss`; an encoder reads the excerpts with hidden tokens.
+        ids, variants, mask_token, seed, first, twins: as for `lm_loss`; an encoder reads the excerpts with hidden tokens.
 
     Returns:
         One row per variant, excerpt and layer, with the columns of `measure`: measure `grad_norm`, in nats per token and
@@ -62,12 +64,12 @@ def grad_norm(
     for variant in variants:
         check(adapter, variant)
     tokens = checked_ids(adapter, ids)
-    targets = targets_of(adapter, tokens, mask_token, seed, first)
+    targets = targets_of(adapter, tokens, mask_token, seed, excerpt_numbers(tokens, first, twins))
     single = adapter if adapter.dtype == torch.float32 else adapt(copy.deepcopy(adapter.model).float())
     table = Table(adapter, tokens.shape[1])
     for number, variant in enumerate(variants):
         with torch.no_grad():
-            stream = Stream(single, number, variant, single.embed(targets.inputs), torch.float32)
+            stream = Stream(single, number, variant, single.embed(targets.inputs), torch.float32, twins=twins)
         check_chain(single)
         norms = list(_norms(single, stream, head, targets))
         lost = np.array(stream.status) != "ok"

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lscollapse.instrument.forward import Table, checked_ids
+from lscollapse.instrument.rounding import Twins
 from lscollapse.instrument.stream import Engines, Stream
 from lscollapse.instrument.surgery import Variant
 from lscollapse.models.adapt import adapt
@@ -57,21 +58,24 @@ def lm_loss(
     model: Any,
     ids: Any,
     variants: Sequence[Variant] = (Variant(),),
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Sequence[torch.dtype] | None = None,
     *,
     mask_token: int | None = None,
     seed: int = 0,
     first: int = 0,
     streams: Sequence[Stream] | None = None,
+    twins: Twins | None = None,
 ) -> pd.DataFrame:
     """The language-model loss of every variant on every excerpt.
 
     Args:
         model: a transformers model with a language-model head, in eval mode, or its Adapter.
-        ids, variants, dtype: as for `measure`.
+        ids, variants: as for `measure`.
+        dtype: as for `measure`, or one for each variant.
         mask_token: id that hides a token; needed for encoders.
         seed, first: choose the hidden tokens, of excerpts `first`, `first` + 1, ...
-        streams: of a decoder, what `measure` ended with for these ids and variants; computed where not given.
+        streams: of a decoder, what `measure_pass` ended with for these ids and variants; computed where not given.
+        twins: of the ids, as for `measure_pass`; a twin has the hidden tokens of its original.
 
     Returns:
         One row per variant and excerpt, with the columns of `measure`: measure `lm_loss`, layer K, nats per token.
@@ -84,11 +88,11 @@ def lm_loss(
     adapter = adapt(model)
     head = head_of(adapter)
     tokens = checked_ids(adapter, ids)
-    targets = targets_of(adapter, tokens, mask_token, seed, first)
+    targets = targets_of(adapter, tokens, mask_token, seed, excerpt_numbers(tokens, first, twins))
     with torch.no_grad():
         if streams is None or adapter.masked:
             engines = Engines(adapter, variants, dtype)
-            streams = engines.streams(targets.inputs)
+            streams = engines.streams(targets.inputs, twins=twins)
             for _ in engines.steps(streams):
                 pass  # nothing is measured on the way
         table = Table(adapter, tokens.shape[1])
@@ -117,13 +121,18 @@ def head_of(adapter: Adapter) -> Head | Scores:
     return head
 
 
-def targets_of(adapter: Adapter, tokens: Tensor, mask_token: int | None, seed: int, first: int) -> Targets:
+def excerpt_numbers(tokens: Tensor, first: int, twins: Twins | None) -> list[int]:
+    """The number of each excerpt of a batch (B, N); a twin has that of its original."""
+    return list(range(first, first + len(tokens))) if twins is None else [*twins.numbers, *twins.numbers]
+
+
+def targets_of(adapter: Adapter, tokens: Tensor, mask_token: int | None, seed: int, numbers: Sequence[int]) -> Targets:
     """Next tokens for a decoder; for an encoder round(0.15 N) hidden tokens, at least one, by seed and excerpt number."""
-    batch, N = tokens.shape
+    N = tokens.shape[1]
     if not adapter.masked:
         if N < 2:
             raise LossError("an excerpt of one token has no next one: give --tokens 2 or more")
-        return Targets(tokens, torch.arange(N - 1, device=tokens.device).expand(batch, -1), tokens[:, 1:])
+        return Targets(tokens, torch.arange(N - 1, device=tokens.device).expand(len(tokens), -1), tokens[:, 1:])
     if mask_token is None:
         raise LossError(
             f"{adapter.config.model_type} fills in masked tokens and its tokenizer has no mask token: give mask_token, or"
@@ -131,8 +140,8 @@ def targets_of(adapter: Adapter, tokens: Tensor, mask_token: int | None, seed: i
         )
     hidden = max(1, round(MASKED * N))
     chosen = [
-        np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(HIDING, first + b))).permutation(N)[:hidden]
-        for b in range(batch)
+        np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(HIDING, number))).permutation(N)[:hidden]
+        for number in numbers
     ]
     at = torch.as_tensor(np.sort(chosen, axis=1), device=tokens.device)
     return Targets(tokens.scatter(1, at, mask_token), at, tokens.gather(1, at))

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lscollapse.core import allocation
 from lscollapse.models.adapt import adapt
 from lscollapse.models.adapters.adapter import Adapter
 from lscollapse.models.numerics.widened import computing_in
 
+SHARE = 0.8  # of free memory that a copy of the model may take
 SAME = 1e-5  # how far a constant computed in float64 may be from the one computed in float32, relative
 
 
@@ -32,6 +34,17 @@ def converted(adapter: Adapter, dtype: torch.dtype) -> Adapter:
         with torch.no_grad(), computing_in(dtype):
             _compute_constants(model)
     return adapt(model)
+
+
+def fits(adapter: Adapter, dtype: torch.dtype) -> bool:
+    """Whether there is memory for the model in `dtype`, beside itself."""
+    if adapter.has_own_blocks or adapter.dtype == dtype:  # converted one layer at a time, or not at all
+        return True
+    free = (
+        torch.cuda.mem_get_info(adapter.device)[0] if adapter.device.type == "cuda" else allocation.available_memory()
+    )
+    needed = sum(p.numel() for p in adapter.model.parameters()) * dtype.itemsize
+    return needed < SHARE * free
 
 
 def computed_in(adapter: Adapter, ids: Tensor) -> torch.dtype:

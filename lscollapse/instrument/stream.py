@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lscollapse import measures
-from lscollapse.instrument import early_exit, precision
+from lscollapse.instrument import early_exit, precision, rounding
 from lscollapse.instrument.surgery import Variant, check, surgery_on_layer
 from lscollapse.models.adapters.adapter import Adapter
 from lscollapse.models.kernels.mamba2_block import Mamba2Block
@@ -39,17 +39,19 @@ class Stream:
         values: the measures of X.
         bound: of the certified excerpts, how far the values can be off: what the weights prove, and rounding (B,).
         skipped, sign: log2 and sign of the product of the lambdas since an excerpt was certified, (B,).
+        twins: which excerpts are twins of others, whose X is shaken after every block (rounding.py); None where none is.
     """
 
     def __init__(
         self, adapter: Adapter, number: int, variant: Variant, X: Tensor, dtype: torch.dtype,
-        computed: torch.dtype | None = None, gains: Sequence[float] | None = None,
+        computed: torch.dtype | None = None, gains: Sequence[float] | None = None, twins: rounding.Twins | None = None,
     ) -> None:  # fmt: skip
         self.number = number
         self.variant = variant
         self.dtype = dtype
         self.computed = computed or dtype
-        self.X = X  # (B, N, d)
+        self.twins = twins
+        self.X = self._shaken(X, 0)  # (B, N, d)
         self.carried = Carried(len(X))
         self.status = measures.status(X)
         self.carries_scale = adapter.pre_norm and not variant.removes_block_norm
@@ -61,6 +63,9 @@ class Stream:
         exits = gains is not None and early_exit.applies(variant)
         self._left = early_exit.remaining(gains or (), variant, dtype) if exits else None  # e_k of every layer
         self._proved = self.bound
+
+    def _shaken(self, X: Tensor, layer: int) -> Tensor:
+        return X if self.twins is None else self.twins.shaken(X, layer, rounding.unit(X, self.computed))
 
     @property
     def settled(self) -> np.ndarray:
@@ -107,6 +112,7 @@ class Stream:
         self.X = self._output(adapter, layer, block)
         if self.carries_scale:
             self.X = self.carried.fit(self.X)
+        self.X = self._shaken(self.X, layer + 1)
         settled = self.settled
         if settled.any():
             frozen = torch.from_numpy(settled).to(before.device)
@@ -139,6 +145,12 @@ class Stream:
         )
 
 
+def dtypes_of(variants: Sequence[Variant], dtype: torch.dtype | None, weights: torch.dtype) -> list[torch.dtype]:
+    """What each variant computes in: `dtype`, or where that is None the dtype of the weights, and float64 where the blocks have
+    lost their norm, since their values leave float32 within a few layers."""
+    return [dtype or (torch.float64 if v.removes_block_norm else weights) for v in variants]
+
+
 class Engines:
     """Which dtype each variant computes in, and what computes a block in that dtype.
 
@@ -146,14 +158,19 @@ class Engines:
         SurgeryError: a variant is not possible for this model.
     """
 
-    def __init__(self, adapter: Adapter, variants: Sequence[Variant], dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, adapter: Adapter, variants: Sequence[Variant], dtypes: Sequence[torch.dtype] | torch.dtype | None
+    ) -> None:
+        """`dtypes` as for `dtypes_of`, or one for each variant."""
         for variant in variants:
             check(adapter, variant)
         self._original = adapter
         self._variants = variants
         # The modules of a float64 model may hold float32 constants: they are replaced by a copy's (precision.py).
         self._adapters = {adapter.dtype: adapter} if adapter.has_own_blocks or adapter.dtype != torch.float64 else {}
-        self._dtypes = [dtype or (torch.float64 if v.removes_block_norm else adapter.dtype) for v in variants]
+        if dtypes is None or isinstance(dtypes, torch.dtype):
+            dtypes = dtypes_of(variants, dtypes, adapter.dtype)
+        self._dtypes = list(dtypes)
 
     def adapter(self, dtype: torch.dtype) -> Adapter:
         """The model in `dtype`: itself, or a copy in that dtype where the model's own modules compute the blocks."""
@@ -162,12 +179,14 @@ class Engines:
             self._adapters[dtype] = original if original.has_own_blocks else precision.converted(original, dtype)
         return self._adapters[dtype]
 
-    def streams(self, tokens: Tensor, gains: Sequence[float] | None = None) -> list[Stream]:
-        """The stream of every variant, in order, at the embedded tokens (B, N); `gains` as for `measure`."""
+    def streams(
+        self, tokens: Tensor, gains: Sequence[float] | None = None, twins: rounding.Twins | None = None
+    ) -> list[Stream]:
+        """The stream of every variant, in order, at the embedded tokens (B, N); `gains` as for `measure`, `twins` of the tokens."""
         starts = {dtype: self._start(tokens, dtype) for dtype in set(self._dtypes)}
         arms = zip(self._variants, self._dtypes, strict=True)
         return [
-            Stream(self._original, number, variant, starts[dtype][0], dtype, starts[dtype][1], gains)
+            Stream(self._original, number, variant, starts[dtype][0], dtype, starts[dtype][1], gains, twins)
             for number, (variant, dtype) in enumerate(arms)
         ]
 

@@ -43,7 +43,7 @@ def map_on_nodes(
     function: Callable[[T], R],
     items: Sequence[T],
     *,
-    on_result: Callable[[T, R], None],
+    on_result: Callable[[T, R], Sequence[T] | None],
     address: str | None = None,
     num_cpus: float = 1,
     num_gpus: float = 0,
@@ -54,6 +54,7 @@ def map_on_nodes(
     Args:
         function: of a module that every node can import, or a `functools.partial` of one. It is called again on an item
             whose process or node died. Relative paths mean what they mean here, where the nodes have this folder.
+        on_result: what it returns are further items.
         address: of a running cluster, "auto" (the one that this machine is part of) or HOST:PORT; None starts Ray on this
             machine for the time of the call. Where `ray.init` was called before, that connection is used and left open.
         num_cpus: what an item takes; a task has as many threads.
@@ -72,11 +73,15 @@ def map_on_nodes(
             num_cpus=num_cpus, num_gpus=num_gpus, max_retries=retries, scheduling_strategy="SPREAD"
         )
         where = __version__, os.getcwd()
-        pending = {task.remote(*where, pickle.dumps((function, item))): item for item in items}
+
+        def begun(items: Sequence[T]) -> dict[Any, T]:
+            return {task.remote(*where, pickle.dumps((function, item))): item for item in items}
+
+        pending = begun(items)
         try:
             while pending:
                 for done in ray.wait(list(pending))[0]:
-                    on_result(pending.pop(done), _result(ray, done))
+                    pending |= begun(on_result(pending.pop(done), _result(ray, done)) or ())
         finally:
             for left in pending:  # not by force: that ends this process where a task finishes just then (Ray 2.60)
                 ray.cancel(left)
@@ -118,9 +123,12 @@ def connection(address: str | None) -> Iterator[Any]:
 
 
 def measure_on_nodes(
-    items: Sequence[Item], config: Experiment, keep: Callable[[Item, pd.DataFrame], None], progress: Progress
+    items: Sequence[Item],
+    config: Experiment,
+    keep: Callable[[Item, pd.DataFrame], Sequence[Item] | None],
+    progress: Progress,
 ) -> dict[str, Any]:
-    """Measure every item and call `keep(item, rows)` here as they finish.
+    """Measure every item and call `keep(item, rows)` here as they finish; what it returns are further items.
 
     Returns:
         what the manifest keeps: devices, and the number of items that each node measured.
@@ -130,10 +138,10 @@ def measure_on_nodes(
     """
     measured: Counter[str] = Counter()
 
-    def count(item: Item, result: tuple[pd.DataFrame, str]) -> None:
+    def count(item: Item, result: tuple[pd.DataFrame, str]) -> Sequence[Item] | None:
         rows, node = result
-        keep(item, rows)
         measured[node] += 1
+        return keep(item, rows)
 
     with connection(config.address) as ray:
         has = ray.cluster_resources()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from functools import cache
-from pathlib import Path
 
 import torch
 
@@ -69,16 +68,3 @@ def allowed_memory(config: Experiment) -> int:
     if on == "cpu":
         return parse_memory(config.max_memory) // (config.workers or 1)
     return int(GPU_SHARE * torch.cuda.mem_get_info(on)[0])
-
-
-def available_memory() -> int:
-    """Bytes that processes can still take: what Linux calls available, at most what the container is allowed."""
-    listed = Path("/proc/meminfo")
-    if not listed.is_file():
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    lines = dict(line.split(":", 1) for line in listed.read_text(encoding="ascii").splitlines())
-    free = int(lines["MemAvailable"].split()[0]) * 1024
-    allowed, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    if allowed.is_file() and allowed.read_text().strip().isdigit():
-        free = min(free, int(allowed.read_text()) - int(used.read_text()))
-    return free

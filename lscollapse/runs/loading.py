@@ -18,6 +18,7 @@ from lscollapse.data.corpus import Corpus
 from lscollapse.instrument import early_exit
 from lscollapse.instrument.forward import checked_ids
 from lscollapse.instrument.gradients import check_chain
+from lscollapse.instrument.stream import dtypes_of
 from lscollapse.instrument.surgery import Variant, check
 from lscollapse.models.adapt import adapt
 from lscollapse.models.adapters import heads
@@ -30,7 +31,7 @@ from lscollapse.models.checkpoints.located import Where
 from lscollapse.models.kernels.backends import resolve_kernels
 from lscollapse.runs.devices import device, set_threads
 from lscollapse.runs.excerpts import excerpts_for
-from lscollapse.runs.memory import MemoryPlanError, Plan, is_streamed, plan_run
+from lscollapse.runs.memory import MemoryPlanError, Plan, Plans, is_streamed, plan_run
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,25 @@ class Task:
     width: int
     corpus: Corpus
     variants: tuple[Variant, ...]
-    plan: Plan
+    plans: Plans
     gains: list[float] | None
     dtype: str
+    resolve: float
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
         """What every arm computes in; None: each its own default (see forward.measure)."""
         return None if self.dtype == "auto" else getattr(torch, self.dtype)
+
+    @property
+    def dtypes(self) -> dict[int, torch.dtype]:
+        """What each variant computes in before anything is known of its rounding."""
+        return dict(enumerate(dtypes_of(self.variants, self.compute_dtype, torch.float32)))
+
+    @property
+    def plan(self) -> Plan:
+        """Tiles of excerpts that no probe is made of."""
+        return self.plans.rest
 
     @property
     def ids(self) -> np.ndarray:
@@ -105,10 +117,10 @@ def load_tasks(config: Experiment, variants: Variants, progress: Progress) -> It
         scored = scored or adapter.head is not None
         if needs_head(config) and adapter.head is None:
             unscored[name] = heads.missing(adapter)
-        tiles = plan_run(adapter, info, corpus, arms, config, progress)
+        plans = plan_run(adapter, info, corpus, arms, config, progress)
         gains = early_exit.gains(adapter, info.sha256, config.cache_dir) if config.certified_exit else None
         width = adapter.config.hidden_size
-        yield LoadedTask(name, init, info, width, corpus, arms, tiles, gains, config.dtype, adapter)
+        yield LoadedTask(name, init, info, width, corpus, arms, plans, gains, config.dtype, config.resolve, adapter)
     if not scored:
         raise ConfigError(f"nothing to score: {'; '.join(dict.fromkeys(unscored.values()))}")
     for name, why in unscored.items():

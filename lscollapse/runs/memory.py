@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -12,6 +13,8 @@ import torch
 from lscollapse.core.config import Experiment
 from lscollapse.core.progress import Progress
 from lscollapse.data.corpus import Corpus
+from lscollapse.instrument import precision
+from lscollapse.instrument.rounding import PROBED, TWINS
 from lscollapse.instrument.surgery import Variant
 from lscollapse.models.adapters.adapter import Adapter
 from lscollapse.models.adapters.mamba2 import Mamba2Adapter
@@ -33,11 +36,27 @@ class MemoryPlanError(ValueError):
 
 @dataclass(frozen=True)
 class Plan:
-    """Tiles of a run: `excerpts` x `variants` go through the model together; `bytes` is the predicted peak."""
+    """Tiles: `excerpts` (each with its twins) x `variants` go through the model together; `bytes` is the predicted peak."""
 
     excerpts: int
     variants: int
     bytes: int
+
+
+@dataclass(frozen=True)
+class Plans:
+    """The tiles of a run.
+
+    Attributes:
+        probe: of its first excerpts, each with a twin (instrument/rounding.py).
+        rest: of the others.
+        widened: of the others where arms that float32 does not resolve run in float64; None where they are not to, or where
+            there is no memory for it.
+    """
+
+    probe: Plan
+    rest: Plan
+    widened: Plan | None
 
 
 def is_streamed(architecture: str, n_parameters: int, config: Experiment) -> bool:
@@ -54,50 +73,62 @@ def bytes_of_a_weight(config: Experiment) -> int:
 
 def plan_run(
     adapter: Adapter, info: ModelInfo, corpus: Corpus, arms: tuple[Variant, ...], config: Experiment, progress: Progress
-) -> Plan:
+) -> Plans:
     """The tiles of a model's run on the configured device; where memory limits them, the progress says how.
 
     Raises:
         MemoryPlanError: as `plan_streamed`.
     """
-    itemsize = bytes_of_a_weight(config)
-    if config.dtype == "auto" and any(arm.removes_block_norm for arm in arms):
-        itemsize += 8  # those arms compute in float64, beside the float32 ones
-    size = len(corpus.excerpts[0].ids), len(corpus.excerpts)
+    n_tokens, n_excerpts = len(corpus.excerpts[0].ids), len(corpus.excerpts)
     limit, how = allowed_memory(config), "streamed" if isinstance(adapter, StreamedMamba2) else "resident"
-    if adapter.device.type == "cuda":
-        shape = adapter.shape if isinstance(adapter, Mamba2Adapter) else None
-        weights = layer_bytes(adapter.shape, itemsize) if isinstance(adapter, StreamedMamba2) else 0
-        share = -(-size[1] // len(worker_devices(config)))  # so that every GPU has some
-        width, room = adapter.config.hidden_size, limit - weights
-        tiles = plan_on_gpu(width, shape, size[0], share, len(arms), itemsize, room)
-    elif isinstance(adapter, StreamedMamba2):
-        tiles = plan_streamed(adapter.shape, *size, len(arms), itemsize, limit)
-    else:
-        return Plan(LARGEST_TILE, len(arms), 0)
-    progress.note(
-        f"{info.name} is {how} on {adapter.device}: {info.n_layers} layers,"
-        f" {tiles.excerpts} excerpts x {tiles.variants} variants at a time, predicted peak {tiles.bytes / 2**30:.2f} GiB"
-        f" of {limit / 2**30:.2f}"
-    )
-    return tiles
+    probed = min(PROBED, n_excerpts)
+
+    def tiles(excerpts: int, itemsize: int, copies: int = 1) -> Plan:
+        if adapter.device.type == "cuda":
+            shape = adapter.shape if isinstance(adapter, Mamba2Adapter) else None
+            room = limit - (layer_bytes(adapter.shape, itemsize) if isinstance(adapter, StreamedMamba2) else 0)
+            width = adapter.config.hidden_size
+            return plan_on_gpu(width, shape, n_tokens, excerpts, len(arms), itemsize, room, copies)
+        if isinstance(adapter, StreamedMamba2):
+            return plan_streamed(adapter.shape, n_tokens, excerpts, len(arms), itemsize, limit, copies)
+        return Plan(min(LARGEST_TILE, excerpts), len(arms), 0)
+
+    itemsize, wide = bytes_of_a_weight(config), bytes_of_a_weight(config) + 8
+    if config.dtype == "auto" and any(arm.removes_block_norm for arm in arms):
+        itemsize = wide  # those arms compute in float64, beside the float32 ones
+    share = -(-n_excerpts // len(worker_devices(config)))  # so that every GPU has some
+    plans = Plans(tiles(probed, itemsize, TWINS), tiles(share, itemsize), None)
+    if config.dtype == "auto" and precision.fits(adapter, torch.float64):
+        with suppress(MemoryPlanError):
+            tiles(probed, wide, TWINS)
+            plans = replace(plans, widened=tiles(share, wide))
+    if plans.rest.bytes:
+        progress.note(f"{info.name} is {how} on {adapter.device}: {info.n_layers} layers, {said(plans.rest, limit)}")
+    return plans
+
+
+def said(plan: Plan, limit: int) -> str:
+    """A plan in words."""
+    tile = f"{plan.excerpts} excerpts x {plan.variants} variants at a time"
+    return f"{tile}, predicted peak {plan.bytes / 2**30:.2f} GiB of {limit / 2**30:.2f}"
 
 
 def plan_streamed(
-    shape: Mamba2Shape, n_tokens: int, n_excerpts: int, n_variants: int, itemsize: int, limit: int
+    shape: Mamba2Shape, n_tokens: int, n_excerpts: int, n_variants: int, itemsize: int, limit: int, copies: int = 1
 ) -> Plan:
     """The largest tile of a streamed Mamba-2 within `limit` bytes.
 
     Args:
         itemsize: bytes of a weight while it is computed with.
+        copies: of each excerpt, with its twin.
 
     Raises:
         MemoryPlanError: not even one excerpt of one variant fits.
     """
-    layers = layer_bytes(shape, itemsize)
+    layers, number = layer_bytes(shape, itemsize), _bytes_of_an_entry(itemsize)
 
     def peak(excerpts: int, variants: int) -> int:
-        streams = 4 * n_tokens * shape.hidden * (variants + 2)  # float32: X of every variant, and two in the making
+        streams = number * n_tokens * shape.hidden * (variants + 2)  # X of every variant, and two in the making
         buffers = itemsize * n_tokens * (2 * shape.inner + shape.conv_dim + shape.heads + shape.hidden)
         measures = 8 * n_tokens * shape.hidden * 5  # float64 copies of one X
         scan = 4 * n_tokens * (4 * shape.inner + 2 * shape.conv_dim) * 2
@@ -105,13 +136,19 @@ def plan_streamed(
 
     for variants in _halvings(n_variants):
         for excerpts in _halvings(min(LARGEST_TILE, n_excerpts)):
-            if peak(excerpts, variants) <= limit:
-                return Plan(excerpts, variants, peak(excerpts, variants))
-    needed = peak(1, 1) / 2**30
+            if peak(copies * excerpts, variants) <= limit:
+                return Plan(excerpts, variants, peak(copies * excerpts, variants))
+    needed = peak(copies, 1) / 2**30
     raise MemoryPlanError(
-        f"--max-memory {limit / 2**30:.2f} GiB is too small: one layer and one excerpt take {needed:.2f} GiB;"
+        f"--max-memory {limit / 2**30:.2f} GiB is too small: one layer and one excerpt{' with its twin' if copies > 1 else ''}"
+        f" take {needed:.2f} GiB;"
         f" give at least {needed + 0.01:.2f}GiB, or fewer --tokens"
     )
+
+
+def _bytes_of_an_entry(itemsize: int) -> int:
+    """Of a stream: float64 where weights are, else float32."""
+    return 8 if itemsize >= 8 else 4
 
 
 def layer_bytes(shape: Mamba2Shape, itemsize: int) -> int:
@@ -121,17 +158,19 @@ def layer_bytes(shape: Mamba2Shape, itemsize: int) -> int:
 
 
 def plan_on_gpu(
-    hidden: int, shape: Mamba2Shape | None, n_tokens: int, n_excerpts: int, n_variants: int, itemsize: int, limit: int
-) -> Plan:
+    hidden: int, shape: Mamba2Shape | None, n_tokens: int, n_excerpts: int, n_variants: int, itemsize: int, limit: int,
+    copies: int = 1,
+) -> Plan:  # fmt: skip
     """The largest tile within `limit` bytes of device memory beside the weights; one of everything if none is.
 
-    An estimate on the safe side (`in_halves` mends it): float32 streams, float64 copies of one for the measures, and one
+    An estimate on the safe side (`in_halves` mends it): the streams, float64 copies of one for the measures, and one
     block's activations, for Mamba-2 (`shape`) with the chunked scan's decays, else 32 times the width.
     """
     block = 32 * hidden if shape is None else 12 * shape.inner + 6 * shape.conv_dim + 6 * 64 * shape.heads + 4 * hidden
+    number = _bytes_of_an_entry(itemsize)
 
     def peak(excerpts: int, variants: int) -> int:
-        return excerpts * n_tokens * (4 * hidden * (variants + 2) + 8 * 5 * hidden + itemsize * block)
+        return copies * excerpts * n_tokens * (number * hidden * (variants + 2) + 8 * 5 * hidden + itemsize * block)
 
     sizes = [(excerpts, variants) for variants in _halvings(n_variants) for excerpts in _halvings(n_excerpts)]
     excerpts, variants = next((size for size in sizes if peak(*size) <= limit), (1, 1))

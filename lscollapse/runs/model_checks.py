@@ -17,11 +17,13 @@ import httpx
 from huggingface_hub import constants
 
 from lscollapse.core import hub, registry
+from lscollapse.core.allocation import available_memory
 from lscollapse.core.config import Experiment
 from lscollapse.core.registry import Entry
+from lscollapse.instrument.rounding import PROBED, TWINS
 from lscollapse.models.checkpoints import checkpoint, mamba_ssm
 from lscollapse.models.kernels.mamba2_block import Mamba2Shape
-from lscollapse.runs.devices import allowed_memory, available_memory, device
+from lscollapse.runs.devices import allowed_memory, device
 from lscollapse.runs.memory import BASE, MemoryPlanError, bytes_of_a_weight, is_streamed, plan_streamed
 
 TIMEOUT = 5.0  # seconds for each call
@@ -132,7 +134,9 @@ def _peak(entry: Entry, config: Experiment, limit: int) -> int:
     c = mamba_ssm.read_config(entry.config, entry.name)
     shape = Mamba2Shape(c.hidden_size, c.num_heads, c.head_dim, c.state_size, c.n_groups, c.conv_kernel)
     arms = len(config.lambdas) * (2 if config.gating is None else 1)
-    return plan_streamed(shape, config.tokens, config.excerpts, arms, bytes_of_a_weight(config), limit).bytes
+    size = arms, bytes_of_a_weight(config), limit
+    probe = plan_streamed(shape, config.tokens, min(PROBED, config.excerpts), *size, TWINS)
+    return max(probe.bytes, plan_streamed(shape, config.tokens, config.excerpts, *size).bytes)
 
 
 def _disk(needs: dict[Path, int]) -> Iterator[Diagnosis]:

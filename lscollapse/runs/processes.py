@@ -6,8 +6,10 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent import futures
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from typing import Any, TypeVar
@@ -24,41 +26,42 @@ R = TypeVar("R")
 
 
 def map_items(
-    function: Callable[[T], R], items: Sequence[T], *, on_result: Callable[[T, R], None], workers: int,
-    start: Callable[..., None] | None = None, arguments: tuple[Any, ...] = (1,),
-    kept: str = "what was finished is kept, the same command continues",
-) -> None:  # fmt: skip
+    function: Callable[[T], R], items: Sequence[T], *, on_result: Callable[[T, R], Sequence[T] | None], workers: int
+) -> None:
     """Call `function` on each item in one of `workers` processes, and `on_result(item, result)` here as they finish.
 
-    One worker is this process itself.
+    One worker is this process itself; a process of its own computes with one thread.
 
     Args:
-        start: what a new process calls first, with `arguments`; the default is `begin`, with one thread.
-        kept: how the line of a WorkerError ends.
+        on_result: what it returns are further items.
 
     Raises:
         WorkerError: a process was killed. What `function` and `on_result` raise comes through as it is.
     """
-    workers = min(workers, len(items))
-    if workers <= 1:
-        for item in items:
-            on_result(item, function(item))
+    if min(workers, len(items)) > 1:
+        _in_pool(
+            function,
+            items,
+            on_result,
+            min(workers, len(items)),
+            begin,
+            (1,),
+            "what was finished is kept, the same command continues",
+        )
         return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start or begin, arguments)
-    try:
-        pending = {pool.submit(function, item): item for item in items}
-        for done in as_completed(pending):
-            on_result(pending[done], done.result())
-    except BrokenProcessPool:
-        raise WorkerError(f"a worker process was killed (out of memory?); {kept}") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+    left = deque(items)
+    while left:
+        item = left.popleft()
+        left.extendleft(reversed(on_result(item, function(item)) or ()))
 
 
 def measure_on(
-    devices: Sequence[str], items: Sequence[Item], config: Experiment, keep: Callable[[Item, pd.DataFrame], None]
-) -> None:
+    devices: Sequence[str], items: Sequence[Item], config: Experiment, keep: Callable[[Item, pd.DataFrame], Sequence[Item] | None]
+) -> None:  # fmt: skip
     """Measure every item, with one process on each of `devices`, and call `keep(item, rows)` here as they finish.
+
+    Args:
+        keep: what it returns are further items.
 
     Raises:
         WorkerError: a process was killed. Errors of the measuring itself come through as they are.
@@ -67,8 +70,25 @@ def measure_on(
     for device in devices:
         free.put(config.model_copy(update={"device": device}))
     kept = "what was measured is kept, the same command continues, with less memory under --set workers=1"
-    arguments = free, len(devices)
-    map_items(rows_here, items, on_result=keep, workers=len(devices), start=_start, arguments=arguments, kept=kept)
+    _in_pool(rows_here, items, keep, len(devices), _start, (free, len(devices)), kept)
+
+
+def _in_pool(
+    function: Callable[[T], R], items: Sequence[T], on_result: Callable[[T, R], Sequence[T] | None], workers: int,
+    start: Callable[..., None], arguments: tuple[Any, ...], kept: str,
+) -> None:  # fmt: skip
+    """As `map_items`, in processes that call `start(*arguments)` first; `kept` ends the line of a WorkerError."""
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start, arguments)
+    try:
+        pending = {pool.submit(function, item): item for item in items}
+        while pending:
+            for done in futures.wait(pending, return_when=futures.FIRST_COMPLETED).done:
+                item = pending.pop(done)
+                pending |= {pool.submit(function, more): more for more in on_result(item, done.result()) or ()}
+    except BrokenProcessPool:
+        raise WorkerError(f"a worker process was killed (out of memory?); {kept}") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _start(free: Any, n_workers: int) -> None:

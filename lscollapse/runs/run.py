@@ -14,7 +14,8 @@ from lscollapse.runs.devices import device, worker_devices
 from lscollapse.runs.excerpts import provenance
 from lscollapse.runs.loading import Variants, load_tasks
 from lscollapse.runs.memory import release
-from lscollapse.runs.work import Item, items, measure_item
+from lscollapse.runs.schedule import Schedule
+from lscollapse.runs.work import Item, measure_item
 
 # Settings that do not decide the rows. What `wikipedia` led to is in the tasks' identities; the rest of it, a contact and
 # perhaps a private endpoint, is nobody's business.
@@ -48,25 +49,28 @@ def _run(name: str, config: Experiment, out: Path, variants: Variants, progress:
     if folder.complete:
         progress.note(f"{out} is complete: nothing to compute")
         return read_rows(out)
-    all_items = [item for number, task in enumerate(tasks) for item in items(number, task)]
-    missing = [item for item in all_items if not folder.has(item.key)]
-    if len(missing) < len(all_items):
-        progress.note(f"{out} is continued: {len(all_items) - len(missing)} of {len(all_items)} work items are there")
-    progress.start(sum(item.cost for item in missing))
+    schedule = Schedule(tasks, folder, progress)
+    missing = schedule.first()
     facts = {"excerpts": {task.info.name: provenance(task.corpus) for task in tasks}, "device": device(here)}
 
-    def keep(item: Item, rows: pd.DataFrame) -> None:
+    def keep(item: Item, rows: pd.DataFrame) -> list[Item]:
         folder.add(item.key, rows)
+        return schedule.after(item)
+
+    def keep_and_tell(item: Item, rows: pd.DataFrame) -> list[Item]:
         progress.advance(item.cost)
+        return keep(item, rows)
+
+    def measured(item: Item) -> pd.DataFrame:
+        return measure_item(item, loaded[item.number].adapter, config, progress)
 
     if on_ray and missing:
         loaded.clear()  # the workers load the models themselves
-        facts |= cluster.measure_on_nodes(missing, config, keep, progress)
-    elif len(devices) > 1 and len(missing) > 1:
+        facts |= cluster.measure_on_nodes(missing, config, keep_and_tell, progress)
+    elif len(devices) > 1 and schedule.left > 1:
         loaded.clear()
         release()
-        processes.measure_on(devices[: len(missing)], missing, config, keep)
+        processes.measure_on(devices[: schedule.left], missing, config, keep_and_tell)
     else:
-        for item in missing:
-            folder.add(item.key, measure_item(item, loaded[item.number].adapter, config, progress))
-    return folder.finish([item.key for item in all_items], facts)
+        processes.map_items(measured, missing, on_result=keep, workers=1)
+    return folder.finish(schedule.keys, facts | {"rounding": schedule.found})

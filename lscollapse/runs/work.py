@@ -6,17 +6,20 @@ An item's rows do not depend on who computes them. A process that is given items
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import torch
 
 from lscollapse.core import allocation
 from lscollapse.core.config import Experiment
 from lscollapse.core.progress import SILENT, Progress
 from lscollapse.core.table import COLUMNS
-from lscollapse.instrument.forward import measure
+from lscollapse.instrument import rounding
+from lscollapse.instrument.forward import measure_pass
 from lscollapse.instrument.gradients import grad_norm
 from lscollapse.instrument.lm_loss import lm_loss
 from lscollapse.instrument.stream import Stream
@@ -28,12 +31,17 @@ from lscollapse.runs.memory import in_halves
 
 @dataclass(frozen=True)
 class Item:
-    """One task, the `number`-th of its run, on a range of its excerpts and one of its variants."""
+    """One task, the `number`-th of its run, on a range of its excerpts and one of its variants.
+
+    Attributes:
+        found: what the probe of its variants found; None where this is the probe, on the first excerpts.
+    """
 
     number: int
     task: Task
     excerpts: range
     variants: range
+    found: rounding.Probed | None = None
 
     @property
     def key(self) -> str:
@@ -44,55 +52,100 @@ class Item:
     @property
     def cost(self) -> float:
         """How much work it is: passes through a block, each as dear as its weight matrices are large."""
-        passes = len(self.excerpts) * len(self.variants) * self.task.info.n_layers
-        return passes * float(self.task.width) ** 2
+        return (rounding.TWINS if self.found is None else 1) * len(self.excerpts) * self.cost_of(len(self.variants))
+
+    def cost_of(self, n_variants: int) -> float:
+        """What one excerpt costs in so many variants."""
+        return n_variants * self.task.info.n_layers * float(self.task.width) ** 2
 
 
-def items(number: int, task: Task) -> Iterator[Item]:
-    """Cut a task into its items, in order, each a tile of its plan."""
-    excerpts, variants, tile = range(len(task.corpus.excerpts)), range(len(task.variants)), task.plan
-    for i, j in itertools.product(excerpts[:: tile.excerpts], variants[:: tile.variants]):
-        yield Item(number, task, excerpts[i : i + tile.excerpts], variants[j : j + tile.variants])
+def probes(number: int, task: Task) -> list[Item]:
+    """The items that come first: the first excerpts, in all variants, each with a twin."""
+    excerpts = range(min(rounding.PROBED, len(task.corpus.excerpts)))
+    return [
+        Item(number, task, excerpts, variants)
+        for variants in _cut(range(len(task.variants)), task.plans.probe.variants)
+    ]
+
+
+def rest(number: int, task: Task, found: rounding.Probed) -> list[Item]:
+    """The other excerpts, in order, each item a tile of the plan that fits what the probe found."""
+    tile = task.plans.widened if task.plans.widened and found.dtypes != task.dtypes else task.plans.rest
+    excerpts = _cut(range(rounding.PROBED, len(task.corpus.excerpts)), tile.excerpts)
+    variants = _cut(range(len(task.variants)), tile.variants)
+    return [Item(number, task, *part, found) for part in itertools.product(excerpts, variants)]
+
+
+def _cut(whole: range, size: int) -> list[range]:
+    return [whole[i : i + size] for i in range(0, len(whole), size)]
 
 
 def measure_item(item: Item, adapter: Adapter, config: Experiment, progress: Progress) -> pd.DataFrame:
-    """The rows of one item.
+    """The rows of one item; of a probe with the columns that `rounding.probe` adds.
 
     Raises:
         MemoryPlanError: the device has no room for one excerpt of one variant.
     """
+    if item.found is None:
+        return _probe(item, adapter, config, progress)
+    dtypes = item.found.dtypes
 
     def tile(excerpts: range, variants: range) -> pd.DataFrame:
-        return _measure(item, excerpts, variants, adapter, config, progress)
+        return _measure(item, excerpts, variants, [dtypes[v] for v in variants], adapter, config, progress)
 
-    parts = in_halves(tile, item.excerpts, item.variants)
-    return pd.concat(parts, ignore_index=True) if len(parts) > 1 else parts[0]
+    rows = pd.concat(in_halves(tile, item.excerpts, item.variants), ignore_index=True)
+    return rounding.written(rows, item.found.rounding, item.task.resolve)
+
+
+def _probe(item: Item, adapter: Adapter, config: Experiment, progress: Progress) -> pd.DataFrame:
+    task, begun = item.task, False
+
+    def twice(dtypes: dict[int, torch.dtype]) -> pd.DataFrame:
+        nonlocal begun
+        if begun:  # again, in float64
+            progress.grow(rounding.TWINS * len(item.excerpts) * item.cost_of(len(dtypes)))
+        begun, numbers = True, list(dtypes)
+
+        def tile(excerpts: range, part: range) -> pd.DataFrame:
+            chosen, twins = [numbers[i] for i in part], rounding.Twins(excerpts)
+            rows = _measure(item, excerpts, chosen, [dtypes[v] for v in chosen], adapter, config, progress, twins)
+            return rounding.without_twins(rows, len(excerpts))
+
+        pairs = _cut(item.excerpts, task.plans.probe.excerpts)
+        return pd.concat(
+            [rows for part in pairs for rows in in_halves(tile, part, range(len(numbers)))], ignore_index=True
+        )
+
+    own = {number: task.dtypes[number] for number in item.variants}
+    return rounding.probe(twice, own, task.resolve, task.plans.widened is not None)
 
 
 def _measure(
-    item: Item, excerpts: range, variants: range, adapter: Adapter, config: Experiment, progress: Progress
-) -> pd.DataFrame:
+    item: Item, excerpts: range, variants: Sequence[int], dtypes: list[torch.dtype], adapter: Adapter, config: Experiment,
+    progress: Progress, twins: rounding.Twins | None = None,
+) -> pd.DataFrame:  # fmt: skip
+    """The rows of variants of these numbers on a range of excerpts, or on it and their twins."""
     task, info = item.task, item.task.info
     set_threads(task.width)
-    ids, arms = task.ids[excerpts.start : excerpts.stop], task.variants[variants.start : variants.stop]
-    dtype = task.compute_dtype
+    ids, arms = task.ids[excerpts.start : excerpts.stop], [task.variants[number] for number in variants]
+    ids = ids if twins is None else np.concatenate([ids, ids])
     streams: list[Stream] = []
     finished = streams.append if config.quality else None
 
     def advance(done: int) -> None:
         progress.advance(done * float(task.width) ** 2)
 
-    parts = [measure(adapter, ids, arms, dtype, advance, task.gains, finished)]
+    parts = [measure_pass(adapter, ids, arms, dtypes, advance, task.gains, finished=finished, twins=twins)]
     if needs_head(config) and adapter.head is not None:
-        hidden: Any = {"seed": config.seed, "first": excerpts.start, "mask_token": task.corpus.mask}
+        hidden: Any = {"seed": config.seed, "first": excerpts.start, "mask_token": task.corpus.mask, "twins": twins}
         if config.quality:
-            parts.append(lm_loss(adapter, ids, arms, dtype, streams=streams, **hidden))
+            parts.append(lm_loss(adapter, ids, arms, dtypes, streams=streams, **hidden))
         if config.gradients:
             parts.append(grad_norm(adapter, ids, arms, **hidden))
     rows = pd.concat(parts, ignore_index=True) if len(parts) > 1 else parts[0]
     rows = rows.assign(
         subject=item.number,
-        variant=rows["variant"] + variants.start,
+        variant=rows["variant"].map(dict(enumerate(variants))),
         excerpt=rows["excerpt"] + excerpts.start,
         model=info.name,
         revision=info.revision,

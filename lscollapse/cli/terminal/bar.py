@@ -31,6 +31,10 @@ class Bar:
     def start(self, total: float) -> None:
         self.task = self.progress.add_task("", total=total)
 
+    def grow(self, amount: float) -> None:
+        if self.task is not None:
+            self.progress.update(self.task, total=(self.progress.tasks[0].total or 0.0) + amount)
+
     def advance(self, amount: float) -> None:
         if self.task is not None:
             self.progress.advance(self.task, amount)

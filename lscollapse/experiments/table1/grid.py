@@ -40,7 +40,7 @@ class MapItems(Protocol):
     """Calls a function on items, and `on_result(item, result)` here: `processes.map_items` or `cluster.map_on_nodes`."""
 
     def __call__(
-        self, function: Callable[[T], R], items: Sequence[T], *, on_result: Callable[[T, R], None]
+        self, function: Callable[[T], R], items: Sequence[T], *, on_result: Callable[[T, R], Sequence[T] | None]
     ) -> None: ...
 
 

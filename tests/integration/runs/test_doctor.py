@@ -16,9 +16,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lscollapse.cli import results
 from lscollapse.core import assets, hub
+from lscollapse.core.allocation import available_memory
 from lscollapse.core.config import Experiment
 from lscollapse.runs import doctor
-from lscollapse.runs.devices import available_memory
 from lscollapse.runs.model_checks import Diagnosis
 from tests.equivalence.layouts import D_MODEL, N_LAYER, PADDED, hf_state, original_state, write_hf, write_original
 from tests.servers.hub import HubServer

@@ -90,7 +90,7 @@ def encoder() -> Any:
 
 def hidden(seed: int, excerpt: int, n_tokens: int = N) -> np.ndarray:
     """Which tokens of an excerpt an encoder has to fill in."""
-    targets = targets_of(encoder(), torch.zeros(1, n_tokens, dtype=torch.long), MASK, seed, excerpt)
+    targets = targets_of(encoder(), torch.zeros(1, n_tokens, dtype=torch.long), MASK, seed, [excerpt])
     return targets.at[0].numpy()
 
 
@@ -125,8 +125,8 @@ def test_masked_token_loss_is_that_of_transformers(name: str) -> None:
 
 def test_hidden_tokens_are_a_seventh_drawn_by_seed_and_excerpt_whatever_the_tile() -> None:
     adapter, ids = encoder(), torch.as_tensor(tiny.ids(4, 20))
-    whole = targets_of(adapter, ids, MASK, 3, 0)
-    tail = targets_of(adapter, ids[2:], MASK, 3, 2)
+    whole = targets_of(adapter, ids, MASK, 3, range(len(ids)))
+    tail = targets_of(adapter, ids[2:], MASK, 3, range(2, len(ids)))
     assert torch.equal(whole.at[2:], tail.at) and torch.equal(whole.inputs[2:], tail.inputs)
     for row, at, inputs, labels in zip(ids, whole.at, whole.inputs, whole.labels, strict=True):
         assert len(set(at.tolist())) == 3  # 15 % of 20

@@ -1,0 +1,184 @@
+"""What rounding makes of every number: Monte Carlo arithmetic at block boundaries.
+
+A twin of an excerpt goes through the net beside it. Before the first block and after every block the twin's X is multiplied by
+1 + u xi, entry by entry, xi being +1 or -1 at random and u one unit in the last place of what the arm computes in. What the
+net makes of that difference it makes of its own rounding too: where the twins stay together rounding decides nothing, where
+they part it decides the value. D. S. Parker, "Monte Carlo Arithmetic" (1997); Verificarlo (arXiv:1509.01347) does the same
+after every operation.
+
+`rounding` of a variant, layer and measure is SAFETY times the largest |twin - original| of the first PROBED excerpts, in that
+layer or within NEAR layers of it, since two twins may meet by chance in one layer; and no less than what the floor of the dtype
+leaves of a measure that goes to zero. It is the same on all rows of that variant, layer and measure, however a run was
+tiled. SAFETY and NEAR were calibrated against float64 (docs/rounding.md): with them no number that counts as known is off
+by more than the tolerance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from lscollapse.core.table import ABSOLUTE, KNOWN, LOGARITHMIC, LOST, UNRESOLVED
+from lscollapse.measures import VANISHING
+from lscollapse.models.adapters.adapter import UnsupportedModel
+
+PROBED = 2  # excerpts that get a twin: the first ones
+TWINS = 2  # copies of such an excerpt: itself and its twin
+SAFETY = 16.0
+NEAR = 2  # layers
+SHAKING = int.from_bytes(b"rounding")  # names the random signs
+# Of a block that keeps X in float32 and rounds to bfloat16 only what its products take. Rounding to nearest moves a number by
+# 0.21 units (root mean square, see measures.floor), and here it moves O alone, not the skip beside it.
+OPERANDS_ONLY = 1 / 8
+PLACE = ["variant", "layer", "measure"]
+
+
+@dataclass(frozen=True)
+class Twins:
+    """A batch of the excerpts `numbers` and, after them, a twin of each."""
+
+    numbers: Sequence[int]
+
+    def shaken(self, X: Tensor, layer: int, unit: float) -> Tensor:
+        """X (2n, N, d) of layer `layer`, the twins multiplied by 1 + unit * xi; the originals as they are, bit for bit."""
+        signs = torch.from_numpy(np.stack([_signs(number, layer, *X.shape[1:]) for number in self.numbers]))
+        factor = torch.ones_like(X)  # (2n, N, d)
+        factor[len(signs) :] += unit * signs.to(X.device, X.dtype)
+        return X * factor
+
+
+@lru_cache(maxsize=PROBED)  # layer by layer, every variant asks for the same
+def _signs(excerpt: int, layer: int, n: int, d: int) -> np.ndarray:
+    """Random signs, (n, d), the same on every machine and for every variant."""
+    stream = np.random.SeedSequence(0, spawn_key=(SHAKING, excerpt, layer))
+    bits = np.unpackbits(np.frombuffer(np.random.Generator(np.random.PCG64(stream)).bytes(-(-n * d // 8)), np.uint8))
+    return 2 * bits[: n * d].reshape(n, d).astype(np.int8) - 1
+
+
+def unit(X: Tensor, computed: torch.dtype) -> float:
+    """u for a stream X of the package's own blocks or a model's, in units of X, where the arm computes in `computed`."""
+    spacing = torch.finfo(computed).eps
+    operands_only = computed == torch.bfloat16 and X.dtype != computed
+    return spacing * (OPERANDS_ONLY if operands_only else 1.0)
+
+
+# --- from twins to an estimate ---
+
+
+def without_twins(rows: pd.DataFrame, n: int) -> pd.DataFrame:
+    """The rows of the n originals of one pass over them and their twins, with `apart`: how far each is from its twin."""
+    number = rows["value"].where(~rows["measure"].isin(LOGARITHMIC), rows["log10"]).to_numpy().reshape(-1, 2 * n)
+    lost = rows["status"].isin(LOST).to_numpy().reshape(-1, 2 * n)
+    with np.errstate(invalid="ignore"):
+        apart = np.abs(number[:, n:] - number[:, :n])
+    apart = np.where(lost[:, n:] != lost[:, :n], np.inf, apart)
+    originals = np.tile(np.arange(2 * n) < n, len(apart))
+    return rows[originals].assign(apart=apart.ravel())
+
+
+def estimated(rows: pd.DataFrame, resolve: float) -> pd.DataFrame:
+    """The originals of a whole probe with `rounding` and what becomes of their status; `apart` is gone."""
+    largest = rows.groupby(PLACE)["apart"].max().unstack("layer")  # (variant, measure) x layers
+    here = largest.to_numpy()
+    near = np.full((len(here), here.shape[1] + 2 * NEAR), np.nan)
+    for shift in range(2 * NEAR + 1):
+        near[:, shift : shift + here.shape[1]] = np.fmax(near[:, shift : shift + here.shape[1]], here)
+    around = pd.DataFrame(near[:, NEAR:-NEAR], index=largest.index, columns=largest.columns)
+    rounding = SAFETY * around.stack().reorder_levels(PLACE).sort_index()
+    return written(rows.drop(columns="apart"), np.fmax(rounding, _of_floor(rows).reindex(rounding.index)), resolve)
+
+
+def _of_floor(rows: pd.DataFrame) -> pd.Series:
+    """What the floor f leaves open of the measures that vanish, by PLACE: f of a v under it, less and less of a larger one."""
+    worst = rows[rows["measure"].isin(VANISHING)].groupby(PLACE)[["value", "floor"]].min().unstack("measure")
+    value, floor = worst["value"], worst["floor"]
+    left = floor * np.minimum(1.0, floor / value)
+    share = left["relative_mu"] / value["relative_mu"]
+    left["mu"] = np.where(share < 1.0, -np.log1p(-share.where(share < 1.0, 0.0)) / np.log(10.0), np.inf)
+    return left.stack().reorder_levels(PLACE).sort_index()
+
+
+def written(rows: pd.DataFrame, rounding: pd.Series, resolve: float) -> pd.DataFrame:
+    """`rows` with the `rounding` of their PLACE, and `unresolved` where that is over the tolerance.
+
+    Args:
+        resolve: the tolerance, absolute for ABSOLUTE measures, else relative to the value. A number under the floor is known
+            to be there, whatever is left of its `mu`.
+    """
+    error = rounding.reindex(pd.MultiIndex.from_frame(rows[PLACE])).to_numpy()
+    absolute, logarithmic = rows["measure"].isin(ABSOLUTE), rows["measure"].isin(LOGARITHMIC)
+    relative = np.where(logarithmic, np.log10(1.0 + resolve), resolve * rows["value"].abs())
+    over = error > np.where(absolute, resolve, relative)
+    hidden = (rows["status"] == "below_floor") & logarithmic
+    status = rows["status"].mask(over & ~hidden & rows["status"].isin(KNOWN), UNRESOLVED)
+    return rows.assign(rounding=error, status=status)
+
+
+# --- the probe of a run ---
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What a probe found: the dtype that each variant runs in, in order, and the `rounding` of its numbers, by PLACE."""
+
+    dtypes: dict[int, torch.dtype]
+    rounding: pd.Series = field(default_factory=lambda: pd.Series(dtype=float))
+
+
+def probe(
+    twice: Callable[[dict[int, torch.dtype]], pd.DataFrame], dtypes: dict[int, torch.dtype], resolve: float, widen: bool
+) -> pd.DataFrame:  # fmt: skip
+    """The rows of the first excerpts, in a dtype for each variant that resolves them where there is one.
+
+    Args:
+        twice: measures the variants of these numbers in these dtypes, on the first excerpts with a twin each; gives what
+            `without_twins` makes of it.
+        dtypes: what each variant is to compute in.
+        widen: whether variants that float32 does not resolve may run in float64.
+
+    Returns:
+        The rows, with two columns more: `asked`, the dtype that the variant is to run in, and `why`, what float32 did not
+        resolve of it ("" where it did).
+    """
+    rows = _asked(estimated(twice(dtypes), resolve), dtypes)
+    narrow = [number for number, dtype in dtypes.items() if dtype == torch.float32]
+    left = rows[rows["variant"].isin(narrow) & (rows["status"] == UNRESOLVED) & (rows["measure"] != "grad_norm")]
+    why = {number: _why(left[left["variant"] == number]) for number in sorted(left["variant"].unique().tolist())}
+    rows = rows.assign(why=rows["variant"].map(why).fillna(""))
+    if not widen or not why:
+        return rows
+    wide = dict.fromkeys(why, torch.float64)
+    try:
+        again = _asked(estimated(twice(wide), resolve), wide)
+    except UnsupportedModel:  # there is no float64 of this model
+        return rows
+    again = again.assign(why=again["variant"].map(why))
+    return pd.concat([rows[~rows["variant"].isin(why)], again], ignore_index=True)
+
+
+def _asked(rows: pd.DataFrame, dtypes: dict[int, torch.dtype]) -> pd.DataFrame:
+    return rows.assign(asked=rows["variant"].map({number: _name(dtype) for number, dtype in dtypes.items()}))
+
+
+def _why(rows: pd.DataFrame) -> str:
+    of = rows[rows["measure"] == "relative_mu"]
+    of = of if len(of) else rows
+    worst = of.sort_values("rounding").to_dict("records")[-1]
+    return f"{worst['measure']} to {worst['rounding']:.2g} at layer {worst['layer']}"
+
+
+def probed(rows: pd.DataFrame) -> Probed:
+    """What the rows of a `probe` say of the rest of a run."""
+    asked = rows[["variant", "asked"]].drop_duplicates().sort_values("variant").itertuples(index=False, name=None)
+    dtypes = {number: getattr(torch, name) for number, name in asked}
+    return Probed(dtypes, rows.drop_duplicates(PLACE).set_index(PLACE)["rounding"])
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
