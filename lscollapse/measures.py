@@ -227,13 +227,11 @@ def bounds(values: Mapping[str, np.ndarray], change: np.ndarray, n: int, d: int)
             R moves by at most twice that, and D^2 is a product of two quotients that are at most 2 each.
     """
     r, s, D, b = values["rank1_residual"], values["stable_rank"], values["dong_residual"], change
-    below, columns, rows = np.minimum(r, b), b * d, b * math.sqrt(d)
+    columns, rows = b * d, b * math.sqrt(d)
     spread = 4 * columns + 4 * rows + 4 * columns * rows  # of D^2, before the change of ||Y||_1 ||Y||_inf
     least, shrunk, grown = np.minimum(spread, D**2), (1 - columns) * (1 - rows), (1 + columns) * (1 + rows)
     # Differences are written as quotients of what they are made of, so that none of them is rounded to zero.
     with np.errstate(divide="ignore", invalid="ignore"):
-        larger = s * (2 * r * b + b**2) / (1 - np.minimum(r + b, 1) ** 2)
-        smaller = s * (2 * r * below - below**2) / (1 - (r - below) ** 2)
         over = (spread + D**2 * (columns + rows - columns * rows)) / (shrunk * (np.sqrt((D**2 + spread) / shrunk) + D))
         under = (least + D**2 * (columns + rows + columns * rows)) / (grown * (np.sqrt((D**2 - least) / grown) + D))
         dong = np.where(columns < 1, np.minimum(np.fmax(over, under), 2.0), 2.0)
@@ -241,11 +239,23 @@ def bounds(values: Mapping[str, np.ndarray], change: np.ndarray, n: int, d: int)
             "mu": np.where(b < values["relative_mu"], -np.log1p(-b / values["relative_mu"]) / math.log(10), np.inf + b),
             "relative_mu": b,
             "rank1_residual": b,
-            "stable_rank": np.maximum(np.minimum(larger, min(n, d) - s), smaller),
+            "stable_rank": stable_rank_change(r, s, b, min(n, d)),
             "mean_cosine": 2 * b,
             "dong_residual": np.where(b > 0, dong, b),
         }
     return {name: known.get(name, np.inf + b) for name in MEASURES}
+
+
+def stable_rank_change(r: np.ndarray, s: np.ndarray, b: np.ndarray, most: int) -> np.ndarray:
+    """The most by which the stable rank s = 1 / (1 - r^2), at most `most`, differs from that of a rank-1 residual within b of r."""
+    below = np.minimum(r, b)
+    with np.errstate(
+        divide="ignore", invalid="ignore"
+    ):  # written as quotients, so that no difference is rounded to zero
+        larger = s * (2 * r * b + b**2) / (1 - np.minimum(r + b, 1) ** 2)
+        smaller = s * (2 * r * below - below**2) / (1 - (r - below) ** 2)
+    change: np.ndarray = np.maximum(np.minimum(larger, most - s), smaller)
+    return change
 
 
 def floor(dtype: torch.dtype) -> float:

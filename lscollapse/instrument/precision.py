@@ -40,10 +40,9 @@ def fits(adapter: Adapter, dtype: torch.dtype) -> bool:
     """Whether there is memory for the model in `dtype`, beside itself."""
     if adapter.has_own_blocks or adapter.dtype == dtype:  # converted one layer at a time, or not at all
         return True
-    free = (
-        torch.cuda.mem_get_info(adapter.device)[0] if adapter.device.type == "cuda" else allocation.available_memory()
-    )
-    needed = sum(p.numel() for p in adapter.model.parameters()) * dtype.itemsize
+    on_gpu = adapter.device.type == "cuda"
+    free: int = torch.cuda.mem_get_info(adapter.device)[0] if on_gpu else allocation.available_memory()
+    needed: int = sum(p.numel() for p in adapter.model.parameters()) * dtype.itemsize
     return needed < SHARE * free
 
 

@@ -7,10 +7,10 @@ they part it decides the value. D. S. Parker, "Monte Carlo Arithmetic" (1997); V
 after every operation.
 
 `rounding` of a variant, layer and measure is SAFETY times the largest |twin - original| of the first PROBED excerpts, in that
-layer or within NEAR layers of it, since two twins may meet by chance in one layer; and no less than what the floor of the dtype
-leaves of a measure that goes to zero. It is the same on all rows of that variant, layer and measure, however a run was
-tiled. SAFETY and NEAR were calibrated against float64 (docs/rounding.md): with them no number that counts as known is off
-by more than the tolerance.
+layer or within NEAR layers of it, since two twins may meet by chance in one layer; and no less than what the floor of the
+dtype leaves open of a measure that goes to zero. That of the stable rank follows from the rank-1 residual's, that of mu from
+relative mu's and the norm's. It is the same on all rows of that variant, layer and measure, however a run was tiled.
+SAFETY and NEAR were calibrated against float64 (docs/rounding.md).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lscollapse.core.table import ABSOLUTE, KNOWN, LOGARITHMIC, LOST, UNRESOLVED
-from lscollapse.measures import VANISHING
+from lscollapse.measures import VANISHING, stable_rank_change
 from lscollapse.models.adapters.adapter import UnsupportedModel
 
 PROBED = 2  # excerpts that get a twin: the first ones
@@ -37,6 +37,7 @@ SHAKING = int.from_bytes(b"rounding")  # names the random signs
 # 0.21 units (root mean square, see measures.floor), and here it moves O alone, not the skip beside it.
 OPERANDS_ONLY = 1 / 8
 PLACE = ["variant", "layer", "measure"]
+AGGREGATES = (("apart", "max"), ("value", "min"), ("value", "max"), ("floor", "max"))
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,16 @@ def unit(X: Tensor, computed: torch.dtype) -> float:
 
 
 def without_twins(rows: pd.DataFrame, n: int) -> pd.DataFrame:
-    """The rows of the n originals of one pass over them and their twins, with `apart`: how far each is from its twin."""
-    number = rows["value"].where(~rows["measure"].isin(LOGARITHMIC), rows["log10"]).to_numpy().reshape(-1, 2 * n)
-    lost = rows["status"].isin(LOST).to_numpy().reshape(-1, 2 * n)
+    """The rows of the n originals of one pass over them and their twins, with `apart`: how far each is from its twin.
+
+    Of `mu` it is how far log10 of the norm of Y is: what relative mu adds is in the rows of that.
+    """
+    number = rows["value"].where(~rows["measure"].isin(LOGARITHMIC), rows["log10"]).to_numpy().copy()
+    mu, relative = ((rows["measure"] == name).to_numpy() for name in ("mu", "relative_mu"))
+    number[mu] -= rows.loc[relative, "log10"].to_numpy()
+    pairs, lost = number.reshape(-1, 2 * n), rows["status"].isin(LOST).to_numpy().reshape(-1, 2 * n)
     with np.errstate(invalid="ignore"):
-        apart = np.abs(number[:, n:] - number[:, :n])
+        apart = np.abs(pairs[:, n:] - pairs[:, :n])
     apart = np.where(lost[:, n:] != lost[:, :n], np.inf, apart)
     originals = np.tile(np.arange(2 * n) < n, len(apart))
     return rows[originals].assign(apart=apart.ravel())
@@ -84,34 +90,31 @@ def without_twins(rows: pd.DataFrame, n: int) -> pd.DataFrame:
 
 def estimated(rows: pd.DataFrame, resolve: float) -> pd.DataFrame:
     """The originals of a whole probe with `rounding` and what becomes of their status; `apart` is gone."""
-    largest = rows.groupby(PLACE)["apart"].max().unstack("layer")  # (variant, measure) x layers
-    here = largest.to_numpy()
-    near = np.full((len(here), here.shape[1] + 2 * NEAR), np.nan)
-    for shift in range(2 * NEAR + 1):
-        near[:, shift : shift + here.shape[1]] = np.fmax(near[:, shift : shift + here.shape[1]], here)
-    around = pd.DataFrame(near[:, NEAR:-NEAR], index=largest.index, columns=largest.columns)
-    rounding = SAFETY * around.stack().reorder_levels(PLACE).sort_index()
-    return written(rows.drop(columns="apart"), np.fmax(rounding, _of_floor(rows).reindex(rounding.index)), resolve)
+    by_layer = [rows.groupby(PLACE)[column].agg(how).unstack("measure") for column, how in AGGREGATES]
+    apart, least, most, floor = by_layer  # (variant, layer) x measures each
+    error = apart.copy()
+    for shift in range(-NEAR, NEAR + 1):
+        error = error.combine(apart.groupby(level="variant").shift(shift), np.fmax)
+    error *= SAFETY
+    for name in set(error) & set(VANISHING) - set(LOGARITHMIC):
+        error[name] = np.fmax(error[name], floor[name] * np.minimum(1.0, floor[name] / least[name]))
+    with np.errstate(divide="ignore"):  # infinite where nothing is known of log10
+        error["mu"] -= np.log10(1.0 - np.minimum(1.0, error["relative_mu"] / least["relative_mu"]))
+    r, s, b = (table.to_numpy() for table in (most["rank1_residual"], most["stable_rank"], error["rank1_residual"]))
+    error["stable_rank"] = stable_rank_change(r, s, np.minimum(b, 1.0), rows["n_tokens"].max())
+    return written(rows.drop(columns="apart"), error, resolve)
 
 
-def _of_floor(rows: pd.DataFrame) -> pd.Series:
-    """What the floor f leaves open of the measures that vanish, by PLACE: f of a v under it, less and less of a larger one."""
-    worst = rows[rows["measure"].isin(VANISHING)].groupby(PLACE)[["value", "floor"]].min().unstack("measure")
-    value, floor = worst["value"], worst["floor"]
-    left = floor * np.minimum(1.0, floor / value)
-    share = left["relative_mu"] / value["relative_mu"]
-    left["mu"] = np.where(share < 1.0, -np.log1p(-share.where(share < 1.0, 0.0)) / np.log(10.0), np.inf)
-    return left.stack().reorder_levels(PLACE).sort_index()
-
-
-def written(rows: pd.DataFrame, rounding: pd.Series, resolve: float) -> pd.DataFrame:
-    """`rows` with the `rounding` of their PLACE, and `unresolved` where that is over the tolerance.
+def written(rows: pd.DataFrame, rounding: pd.DataFrame, resolve: float) -> pd.DataFrame:
+    """`rows` with their `rounding`, given by variant and layer with a column a measure; `unresolved` where it is over the tolerance.
 
     Args:
         resolve: the tolerance, absolute for ABSOLUTE measures, else relative to the value. A number under the floor is known
             to be there, whatever is left of its `mu`.
     """
-    error = rounding.reindex(pd.MultiIndex.from_frame(rows[PLACE])).to_numpy()
+    place = pd.MultiIndex.from_frame(rows[["variant", "layer"]])
+    at = rounding.index.get_indexer(place), rounding.columns.get_indexer(pd.Index(rows["measure"]))
+    error = rounding.to_numpy()[at]
     absolute, logarithmic = rows["measure"].isin(ABSOLUTE), rows["measure"].isin(LOGARITHMIC)
     relative = np.where(logarithmic, np.log10(1.0 + resolve), resolve * rows["value"].abs())
     over = error > np.where(absolute, resolve, relative)
@@ -125,10 +128,10 @@ def written(rows: pd.DataFrame, rounding: pd.Series, resolve: float) -> pd.DataF
 
 @dataclass(frozen=True)
 class Probed:
-    """What a probe found: the dtype that each variant runs in, in order, and the `rounding` of its numbers, by PLACE."""
+    """What a probe found: the dtype that each variant runs in, in order, and the `rounding` of its numbers, as for `written`."""
 
     dtypes: dict[int, torch.dtype]
-    rounding: pd.Series = field(default_factory=lambda: pd.Series(dtype=float))
+    rounding: pd.DataFrame = field(default_factory=pd.DataFrame)
 
 
 def probe(
@@ -150,7 +153,7 @@ def probe(
     narrow = [number for number, dtype in dtypes.items() if dtype == torch.float32]
     left = rows[rows["variant"].isin(narrow) & (rows["status"] == UNRESOLVED) & (rows["measure"] != "grad_norm")]
     why = {number: _why(left[left["variant"] == number]) for number in sorted(left["variant"].unique().tolist())}
-    rows = rows.assign(why=rows["variant"].map(why).fillna(""))
+    rows = rows.assign(why=rows["variant"].map(dict.fromkeys(dtypes, "") | why))
     if not widen or not why:
         return rows
     wide = dict.fromkeys(why, torch.float64)
@@ -177,7 +180,7 @@ def probed(rows: pd.DataFrame) -> Probed:
     """What the rows of a `probe` say of the rest of a run."""
     asked = rows[["variant", "asked"]].drop_duplicates().sort_values("variant").itertuples(index=False, name=None)
     dtypes = {number: getattr(torch, name) for number, name in asked}
-    return Probed(dtypes, rows.drop_duplicates(PLACE).set_index(PLACE)["rounding"])
+    return Probed(dtypes, rows.drop_duplicates(PLACE).set_index(PLACE)["rounding"].unstack("measure"))
 
 
 def _name(dtype: torch.dtype) -> str:
