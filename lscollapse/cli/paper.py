@@ -101,7 +101,7 @@ def _draw(rows: pd.DataFrame, folder: Path, yscale: str, run: Path | None = None
     experiment = read_manifest(run or folder)["identity"].get("experiment")
     written = draw.draw(experiment, rows, folder, yscale)
     if experiment == "all-readings":
-        written.append(folder / "readings-verdicts.csv")
+        written.append(folder / draw.READINGS_VERDICTS)
         write_text(written[-1], judge_readings(rows).to_csv(index=False))
     for path in written:
         typer.echo(f"wrote {path}")

@@ -27,17 +27,26 @@ def claims(
 
 
 def compare(
-    run_a: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    run_a: Annotated[Path, typer.Argument(help="Folder of a finished run, or of figures.")],
     run_b: Annotated[Path, typer.Argument(help="Folder of another.")],
-    lines: Annotated[int, typer.Option(min=0, help="How many of the largest differences to show.")] = 12,
+    lines: Annotated[int, typer.Option(min=0, help="How many of the largest differences between runs to show.")] = 12,
 ) -> None:
-    """What differs between two runs: configuration, versions, numbers; exit 1 where it is more than the spread over excerpts."""
-    from lscollapse.cli.terminal.results import show_comparison
-    from lscollapse.reports import compare
+    """What differs between two runs: configuration, versions, numbers; exit 1 where it is more than the spread over excerpts.
 
-    comparison = compare.compare(run_a, run_b)
-    show_comparison(comparison, lines)
-    if not comparison.alike:
+    Of two folders of figures: a line for each figure of the second; exit 1 where one is missing or a point differs.
+    """
+    from lscollapse.cli.terminal.results import show_comparison, show_figures
+    from lscollapse.reports import compare, compare_figures
+
+    if compare_figures.are_figures(run_a, run_b):
+        figures = compare_figures.compare_figures(run_a, run_b)
+        show_figures(figures)
+        alike = figures.alike
+    else:
+        comparison = compare.compare(run_a, run_b)
+        show_comparison(comparison, lines)
+        alike = comparison.alike
+    if not alike:
         raise typer.Exit(1)
 
 

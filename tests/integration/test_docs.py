@@ -93,7 +93,7 @@ def tables(file: str) -> list[list[list[str]]]:
 
 
 def bounds_in_words(model: str, bounds: tuple[str, ...]) -> str:
-    rows = rows_of(RESULTS / "embedded" / "theory" / f"bound-{model.replace(', no gate', '-no-gate')}" / "bounds.csv")
+    rows = rows_of(RESULTS / "reference" / "theory" / f"bound-{model.replace(', no gate', '-no-gate')}" / "bounds.csv")
     words: dict[tuple[str, str], list[str]] = {}
     for bound in bounds:
         for row in rows:
@@ -118,7 +118,7 @@ def test_bounds_are_quoted_from_their_tables(file: str) -> None:
 
 
 def test_constants_are_quoted_from_their_tables() -> None:
-    theory = RESULTS / "embedded" / "theory"
+    theory = RESULTS / "reference" / "theory"
     largest = {
         folder.name.removeprefix("bound-"): f"{max(float(row['C_M']) for row in rows_of(folder / 'heads.csv')):.3g}"
         for folder in theory.glob("bound-*") if (folder / "heads.csv").exists()

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from lscollapse.reports.compare import Comparison
+    from lscollapse.reports.compare_figures import Figures
     from lscollapse.runs.model_checks import Diagnosis
 
 WIDEST_VERDICT = max(map(len, VERDICTS))
@@ -84,6 +85,13 @@ def show_comparison(comparison: Comparison, lines: int) -> None:
     for note in comparison.notes:
         console.print(note, markup=False)
     console.print(comparison.sentence, style="bold", markup=False)
+
+
+def show_figures(figures: Figures) -> None:
+    """Print a line for each figure, and what was not compared."""
+    console = plain_console()
+    for line in figures.lines:
+        console.print(line, markup=False)
 
 
 def _number(value: float) -> str:

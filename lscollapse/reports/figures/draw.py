@@ -53,6 +53,7 @@ DRAWINGS = (
     Drawing("figure4", ("ablate-s4d",), figure4),
     Drawing("readings", ("all-readings",), figure_readings),
 )
+READINGS_VERDICTS = "readings-verdicts.csv"  # beside the figure of readings, and none itself
 
 
 def draw(experiment: str, rows: pd.DataFrame, folder: str | Path, yscale: str = "linear") -> list[Path]:
@@ -81,3 +82,13 @@ def draw(experiment: str, rows: pd.DataFrame, folder: str | Path, yscale: str = 
             made = {drawing.stem: drawing.draw(rows, note=embedded_note(shown), **scale)} if shown else {}
         written += [path for stem, (figure, data) in made.items() for path in style.save(figure, data, folder, stem)]
     return written
+
+
+def drawn_in(folder: Path) -> dict[str, Path]:
+    """The files of points beside the figures in a folder, by the figure's name, in the order of DRAWINGS."""
+    found: dict[str, Path] = {}
+    for drawing in DRAWINGS:
+        others = sorted(folder.glob(f"{drawing.stem}-*.csv")) if drawing.each else []
+        files = (folder / f"{drawing.stem}.csv", *others)
+        found |= {file.stem: file for file in files if file.is_file() and file.name != READINGS_VERDICTS}
+    return found

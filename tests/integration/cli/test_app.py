@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from lscollapse.cli import app
 from lscollapse.core import assets, config, registry
 from lscollapse.core.run_folder import read_rows
 from lscollapse.experiments import paper
+from tests import ROOT
 
 HEAVY = ("torch", "pandas", "transformers", "matplotlib", "pyarrow", "scipy", "datasets", "tokenizers", "numpy")
 DEADLINE = 120.0
@@ -103,6 +105,15 @@ def test_verbs_that_only_list_load_neither_torch_nor_scipy(verb: str) -> None:
 @pytest.mark.parametrize("arguments", [("--device", "tpu"), ("--kernels", "none")])
 def test_kernels_that_do_not_exist_are_no_kernels_to_verify(shell: Shell, arguments: tuple[str, str]) -> None:
     assert "choose auto, torch, triton, on cpu or cuda" in shell.refused("verify-kernels", *arguments)
+
+
+def test_figures_are_compared_with_figures(shell: Shell, tmp_path: Path) -> None:
+    shutil.copy(ROOT / "results" / "reference" / "figure4.csv", tmp_path)
+    code, out, err = shell("compare", ROOT / "results" / "reference", tmp_path)
+    assert (code, err) == (0, "") and out.startswith("figure4: agrees within 1e-4 (264 points)\n")
+    assert "holds figures and" in shell.refused("compare", tmp_path, tmp_path / "nowhere")
+    (tmp_path / "figure4.csv").write_text("model,lam\n", encoding="utf-8")
+    assert "figure4.csv is not the points of a figure" in shell.refused("compare", tmp_path, tmp_path)
 
 
 def test_debug_shows_the_traceback() -> None:

@@ -402,7 +402,7 @@ def test_names_from_outside_run_nothing(view):
 
 
 def test_the_embedded_example_opens(view):
-    example = ROOT / "results" / "embedded" / "report.html"
+    example = ROOT / "results" / "reference" / "report.html"
     opened = View(view.driver, example)
     for title in ("Figure 1", "Figure 2", "Figure 3", "Figure 4"):
         assert opened.curves(opened.figure(title)) >= 4

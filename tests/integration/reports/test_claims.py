@@ -431,7 +431,7 @@ WORDS = {"yes": AGREE, "not measured": NOT_MEASURED, "no": DISAGREE}
 
 def test_the_readme_says_what_the_embedded_figures_show() -> None:
     """Its table of sentences, cell by cell, against the curves of the committed figures."""
-    parts = [pd.read_csv(ROOT / "results" / "embedded" / f"figure{n}.csv") for n in (1, 2, 3, 4)]
+    parts = [pd.read_csv(ROOT / "results" / "reference" / f"figure{n}.csv") for n in (1, 2, 3, 4)]
     keys = ["model", "arm", "lam", "layer"]
     rows = pd.concat(parts).rename(columns={"mean": "value"}).drop_duplicates(keys).astype({"gating": "boolean"})
     rows["value"] = rows["value"].where(rows["overflow"] == 0)  # the figures' means are over the excerpts that are left

@@ -27,7 +27,7 @@ HOSTILE = "</script><img src=x onerror=alert(1)>&\"'"
 LAMBDAS = (-2.0, 0.0, 1.0, 8.0)
 LAYERS, EXCERPTS, FLOOR = 6, 5, 1e-6
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-EMBEDDED = ROOT / "results" / "embedded" / "report.html"
+EMBEDDED = ROOT / "results" / "reference" / "report.html"
 
 
 def arm(
