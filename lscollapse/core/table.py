@@ -22,6 +22,11 @@ COLLAPSED, RISE = 0.5, 0.1
 MARGIN = 0.02  # of test accuracy (of 1): a smaller loss by learning lambda does not count
 
 
+def known(rows: pd.DataFrame) -> pd.Series:
+    """The values that are known, NaN where one is not."""
+    return rows["value"].where(rows["status"].isin(KNOWN))
+
+
 def reads_pixels(rows: pd.DataFrame) -> bool:
     """Whether every row of a table was measured on images."""
     return "tokenizer" in rows and set(rows["tokenizer"]) == {PIXELS}
