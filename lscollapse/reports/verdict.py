@@ -105,7 +105,7 @@ def verdict(arm: ArmCurves) -> str:
     if unresolved and (arm.n_layers in unresolved or not len(under)):
         which = unresolved_words(unresolved, arm.dtype, f" of {arm.n_layers}")
         return f"no verdict: {which}{_lowest(arm, 'elsewhere')}"
-    lowest, at, last = float(curve.min()), int(curve.idxmin()), float(curve.iloc[-1])
+    lowest, at, last = float(curve.min()), int(curve.index[int(curve.argmin())]), float(curve.iloc[-1])
     if not len(under):
         text = f"does not collapse: relative mu stays over {COLLAPSED:g}; lowest {lowest:.3f} (layer {at}), last {last:.3f}"
     elif last >= COLLAPSED:

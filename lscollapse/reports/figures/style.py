@@ -139,10 +139,11 @@ def _handles(lines: Sequence[Key]) -> list[Artist]:
     """Lines, and a rectangle for what is hatched."""
     handles: list[Artist] = []
     for name, look in lines:
-        if "hatch" in look:
-            handles.append(Patch(label=name, fc="none", ec="0.3", lw=0, **look))
-        else:
-            handles.append(Line2D([], [], label=name, **{"color": "0.3"} | look))
+        line: dict[str, Any] = {"color": "0.3"} | look
+        hatched = "hatch" in look
+        handles.append(
+            Patch(label=name, fc="none", ec="0.3", lw=0, **look) if hatched else Line2D([], [], label=name, **line)
+        )
     return handles
 
 
