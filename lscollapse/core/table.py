@@ -28,6 +28,11 @@ AGREES = 1e-4  # two figures agree where no mean differs by more: as it stands f
 SHARES = ("relative_mu", "rank1_residual", "mean_cosine", "dong_residual")  # measures whose size is at most about 1
 
 
+def known(rows: pd.DataFrame) -> pd.Series:
+    """The values that are known, NaN where one is not."""
+    return rows["value"].where(rows["status"].isin(KNOWN))
+
+
 def reads_pixels(rows: pd.DataFrame) -> bool:
     """Whether every row of a table was measured on images."""
     return "tokenizer" in rows and set(rows["tokenizer"]) == {PIXELS}

@@ -4,7 +4,7 @@ The yardstick is the spread over excerpts (of Table 1: over seeds): a difference
 standard deviation, the band that the figures draw, or up to four standard errors where that is more. Of 32 unpaired excerpts
 the two are the same; of fewer, means differ by a whole spread by chance. Where both runs read the same excerpts the standard
 error is that of the paired differences, else that of two independent means. `mu` is compared by its logarithm, which is right
-where the value overflows.
+where the value overflows. What rounding leaves unresolved in a run is compared with nothing.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import pandas as pd
 
 from lscollapse.core.files import changes
 from lscollapse.core.run_folder import RunFolderError, read_manifest, read_rows
+from lscollapse.core.table import KNOWN, LOST, UNRESOLVED
 
 ARM = ["model", "init", "arm", "lam"]
 CELL = ["name", "measure", "layer"]  # name: the arm in words
 RECORDED = ("versions", "python", "machine", "device", "git")  # of the manifest, beside the identity
-LOST = ("overflow", "nan")
 RESOLVED = 4.0  # standard errors
 
 
@@ -33,10 +33,10 @@ class Comparison:
     Attributes:
         configuration: one line a setting, "key: in A, now in B".
         only_a, only_b: models and arms that one run has.
-        lost: arms where one run lost layers to overflow or NaN that the other has.
+        lost: arms where one run lost layers to overflow or NaN, or leaves layers unresolved, that the other has.
         differences: per arm and measure the layer with the largest ratio, largest first: columns name, measure, layer, a, b
-            (means over excerpts), difference = b - a, spread (standard deviation over excerpts, at least what the dtype
-            resolves), error (standard error of the difference; NaN for one excerpt), ratio = |difference| / max(spread,
+            (means over excerpts), difference = b - a, spread (standard deviation over excerpts, at least what bounds
+            and rounding leave open), error (standard error of the difference; NaN for one excerpt), ratio = |difference| / max(spread,
             RESOLVED error): beyond the spread above 1.
         notes: how they were compared, where it is not plain.
         sentence: the verdict in words.
@@ -74,13 +74,12 @@ def compare(run_a: Path, run_b: Path) -> Comparison:
     others = [model for model in dict.fromkeys(a["model"]) if model not in paired and _loaded(manifests[0])]
     notes += [f"{model}: not the same excerpts, so only their means are compared" for model in others]
     table, lost = _differences(a, b, paired), _lost(a, b)
-    apart = table.loc[table["ratio"] > 1.0, "name"].nunique()
-    sentence, alike = _verdict(a, b, len(common), apart, len(lost))
+    sentence, alike = _verdict(a, b, table, len(lost))
     return Comparison(_configuration(*manifests, renamed), only_a, only_b, lost, table, notes, sentence, alike)
 
 
 def _rows(run: Path) -> pd.DataFrame:
-    """The rows of a run with `lam` in words and `number`, what is compared: NaN where it was lost."""
+    """The rows of a run with `lam` in words and `number`, what is compared: NaN where it is not known."""
     rows = read_rows(run)
     if "mixer" in rows.columns:
         return _of_table1(rows)
@@ -88,7 +87,7 @@ def _rows(run: Path) -> pd.DataFrame:
     if missing:
         raise RunFolderError(f"{run} has no column {min(missing)!r}: give runs of measurements or of table1")
     number = rows["value"].where(rows["measure"] != "mu", rows["log10"])
-    return rows.assign(number=number.where(~rows["status"].isin(LOST)), lam=rows["lam"].map(_lambda))
+    return rows.assign(number=number.where(rows["status"].isin(KNOWN)), lam=rows["lam"].map(_lambda))
 
 
 def _of_table1(rows: pd.DataFrame) -> pd.DataFrame:
@@ -96,7 +95,7 @@ def _of_table1(rows: pd.DataFrame) -> pd.DataFrame:
     test = rows[rows["measure"] == "test_accuracy"]
     return test.assign(
         model=test["task"] + " " + test["mixer"], init="trained", arm="trained", layer=0, excerpt=test["seed"],
-        number=test["value"], bound=0.0, floor=0.0,
+        number=test["value"], bound=0.0, floor=0.0, rounding=0.0,
     )  # fmt: skip
 
 
@@ -170,7 +169,7 @@ def _arms(rows: pd.DataFrame) -> list[str]:
 
 def _moments(rows: pd.DataFrame) -> pd.DataFrame:
     """Per cell mean, variance and number of the excerpts, and what its numbers are uncertain by."""
-    doubt = rows[["floor", "bound"]].max(axis=1).fillna(0.0)
+    doubt = rows[["floor", "bound", "rounding"]].max(axis=1).fillna(0.0)
     what = {"mean": ("number", "mean"), "var": ("number", "var"), "n": ("number", "count"), "doubt": ("doubt", "max")}
     return rows.assign(doubt=doubt).groupby(CELL, sort=False).agg(**what).reset_index()
 
@@ -201,18 +200,21 @@ def _differences(a: pd.DataFrame, b: pd.DataFrame, paired: set[str]) -> pd.DataF
 
 
 def _lost(a: pd.DataFrame, b: pd.DataFrame) -> list[str]:
-    """One line for every arm of which the runs did not lose the same layers."""
-    first = []
+    """One line for every arm of which the runs did not lose the same layers, or leave the same ones unresolved."""
+    where: list[dict[str, str]] = []
     for rows in (a, b):
-        lost = rows[(rows["measure"] == "relative_mu") & rows["status"].isin(LOST)]
-        first.append(lost.groupby("name", sort=False)["layer"].min().to_dict())
-    ours, theirs = first
-    differing = [name for name in dict.fromkeys([*ours, *theirs]) if ours.get(name) != theirs.get(name)]
-    where = [{name: f"from layer {layer}" for name, layer in side.items()} for side in first]
-    return [f"{name}: A {where[0].get(name, 'nowhere')}, B {where[1].get(name, 'nowhere')}" for name in differing]
+        relative, words = rows[rows["measure"] == "relative_mu"], dict[str, str]()
+        for how, statuses in (("unresolved from", (UNRESOLVED,)), ("from", LOST)):
+            first = relative[relative["status"].isin(statuses)].groupby("name", sort=False)["layer"].min()
+            for name, layer in first.items():
+                words[str(name)] = " and ".join(filter(None, (words.get(str(name)), f"{how} layer {layer}")))
+        where.append(words)
+    pairs = {name: [words.get(name, "nowhere") for words in where] for name in dict.fromkeys([*where[0], *where[1]])}
+    return [f"{name}: A {ours}, B {theirs}" for name, (ours, theirs) in pairs.items() if ours != theirs]
 
 
-def _verdict(a: pd.DataFrame, b: pd.DataFrame, arms: int, apart: int, lost: int) -> tuple[str, bool]:
+def _verdict(a: pd.DataFrame, b: pd.DataFrame, table: pd.DataFrame, lost: int) -> tuple[str, bool]:
+    arms, apart = a["name"].nunique(), table.loc[table["ratio"] > 1.0, "name"].nunique()
     if not arms:
         return "nothing to compare: the runs have no arm in common", False
     both = a.merge(b, on=[*CELL, "excerpt"], suffixes=("_a", "_b"))
@@ -221,5 +223,11 @@ def _verdict(a: pd.DataFrame, b: pd.DataFrame, arms: int, apart: int, lost: int)
     if len(a) == len(b) == len(both) and same.all():
         return f"identical: every number of {arms} arms", True
     parts = [f"beyond the spread in {apart} of {arms} arms"] if apart else []
-    parts += [f"other layers lost in {lost} of {arms} arms"] if lost else []
-    return "; ".join(parts) or f"within the spread in all {arms} arms", not parts
+    parts += [f"other layers lost or unresolved in {lost} of {arms} arms"] if lost else []
+    unknown = arms - table["name"].nunique()
+    parts += [f"nothing that both know in {unknown} of {arms} arms"] if unknown else []
+    if parts:
+        return "; ".join(parts), False
+    doubtful = pd.concat([rows.loc[rows["status"] == UNRESOLVED, "name"] for rows in (a, b)]).nunique()
+    aside = f" as far as they are resolved; {doubtful} of them are not everywhere" if doubtful else ""
+    return f"within the spread in all {arms} arms{aside}", True

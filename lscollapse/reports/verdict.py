@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import pandas as pd
 
-from lscollapse.core.table import COLLAPSED
+from lscollapse.core.table import COLLAPSED, LOST, UNRESOLVED
 
 VERDICTS = AGREE, DISAGREE, NOT_MEASURED = "agrees", "disagrees", "not measured"
 
@@ -24,6 +24,7 @@ class Finding:
     numbers: str
 
 
+NOT_EVEN = "not even float64 resolves {}"
 WORST = {"relative_mu": "min", "rank1_residual": "min", "stable_rank": "min", "mean_cosine": "max"}  # of a curve
 
 
@@ -39,7 +40,7 @@ class Lost(NamedTuple):
 class ArmCurves(NamedTuple):
     """One variant of one model: a curve over layers 0..K, mean over excerpts, for each measure of WORST.
 
-    `lost` is None where every excerpt has every layer; curves end before it.
+    `lost` is None where every excerpt has every layer; curves end before it. They are NaN where an excerpt is unresolved.
     """
 
     model: str
@@ -51,8 +52,14 @@ class ArmCurves(NamedTuple):
     curves: dict[str, pd.Series]
     lost: Lost | None
 
+    @property
+    def unresolved(self) -> list[int]:
+        """Layers from 1 on whose relative mu is not known, for rounding."""
+        curve = self.curves["relative_mu"].iloc[1:]
+        return [int(layer) for layer in curve.index[curve.isna()]]
+
     def worst(self, measure: str) -> tuple[float, int] | None:
-        """The value nearest to collapse from layer 1 on (0 is the embedding), and its layer; None where there is none."""
+        """The known value nearest to collapse from layer 1 on (0 is the embedding), and its layer; None where none is."""
         curve = self.curves[measure].iloc[1:].dropna()
         if curve.empty:
             return None
@@ -68,12 +75,17 @@ def arms(rows: pd.DataFrame) -> Iterator[ArmCurves]:
         model, init, arm, lam, dtype = cast("tuple[str, str, str, float, str]", key)  # the stubs know one key only
         lost = _lost(part[part["measure"] == "relative_mu"], dtype)
         held = part if lost is None else part[part["layer"] < lost.layer]
-        curves = {name: held[held["measure"] == name].groupby("layer")["value"].mean() for name in WORST}
+        curves = {name: _curve(held[held["measure"] == name]) for name in WORST}
         yield ArmCurves(model, init, arm, lam, dtype, int(part["layer"].max()), curves, lost)
 
 
+def _curve(rows: pd.DataFrame) -> pd.Series:
+    unresolved = rows["status"].eq(UNRESOLVED).groupby(rows["layer"]).any()
+    return rows.groupby("layer")["value"].mean().mask(unresolved)
+
+
 def _lost(relative: pd.DataFrame, dtype: str) -> Lost | None:
-    gone = relative[relative["status"].isin(["overflow", "nan"])]
+    gone = relative[relative["status"].isin(LOST)]
     if gone.empty:
         return None
     why = f"leave {dtype}" if "overflow" in set(gone["status"]) else "are all zero or no numbers"
@@ -81,22 +93,33 @@ def _lost(relative: pd.DataFrame, dtype: str) -> Lost | None:
 
 
 def verdict(arm: ArmCurves) -> str:
-    """Whether it collapses, by the threshold COLLAPSED on relative mu, with the numbers; none where layers are missing."""
+    """Whether it collapses, by the threshold COLLAPSED on relative mu, with the numbers.
+
+    None where layers are missing, and none where unresolved ones would decide: the last, or any of a curve that is
+    otherwise over the threshold.
+    """
     if arm.lost is not None:
         return _no_verdict(arm, arm.lost)
-    curve = arm.curves["relative_mu"].iloc[1:]
+    curve, unresolved = arm.curves["relative_mu"].iloc[1:], arm.unresolved
     under = curve.index[curve < COLLAPSED]
+    if unresolved and (arm.n_layers in unresolved or not len(under)):
+        which = unresolved_words(unresolved, arm.dtype, f" of {arm.n_layers}")
+        return f"no verdict: {which}{_lowest(arm, 'elsewhere')}"
     lowest, at, last = float(curve.min()), int(curve.index[int(curve.argmin())]), float(curve.iloc[-1])
     if not len(under):
         text = f"does not collapse: relative mu stays over {COLLAPSED:g}; lowest {lowest:.3f} (layer {at}), last {last:.3f}"
     elif last >= COLLAPSED:
         text = f"falls under {COLLAPSED:g} and recovers: relative mu is lowest in layer {at} ({lowest:.3f}), last {last:.3f}"
     else:
-        over = curve.index[curve >= COLLAPSED]
+        over = curve.index[~(curve < COLLAPSED)]  # or not known
         since, least = int(over[-1]) + 1 if len(over) else 1, f"lowest {lowest:.3f} (layer {at})"
         text = f"collapses: relative mu is under {COLLAPSED:g} from layer {since} on; {least}, last {last:.3f}"
+    if unresolved:
+        text += f"; unresolved in {arm.dtype}: {layer_words(unresolved)}"
     rank1 = float(arm.curves["rank1_residual"].iloc[-1])
-    if last >= COLLAPSED and rank1 < last / 2:
+    if last >= COLLAPSED and rank1 != rank1:
+        text += f"; the rank-1 residual of the last is unresolved in {arm.dtype}"
+    elif last >= COLLAPSED and rank1 < last / 2:
         text += (
             f"; but the rank-1 residual of the last is {rank1:.3f}: one direction carries nearly everything (rows at +u and"
             " -u, or a few long rows), which relative mu does not see"
@@ -109,5 +132,30 @@ def _no_verdict(arm: ArmCurves, lost: Lost) -> str:
     which = f"layers {lost.layer} to {arm.n_layers}" if several else f"layer {lost.layer}"
     where = f"where the values of {lost.excerpts} of {lost.total} excerpts {lost.why}"
     text = f"no verdict: {which} of {arm.n_layers} {'are' if several else 'is'} missing, {where}"
+    if arm.unresolved:
+        text += f"; unresolved in {arm.dtype}: {layer_words(arm.unresolved)}"
+    return text + _lowest(arm, "before that")
+
+
+def _lowest(arm: ArmCurves, where: str) -> str:
     worst = arm.worst("relative_mu")
-    return text if worst is None else f"{text}; before that relative mu is lowest in layer {worst[1]} ({worst[0]:.3f})"
+    return "" if worst is None else f"; {where} relative mu is lowest in layer {worst[1]} ({worst[0]:.3f})"
+
+
+def layer_words(layers: Sequence[int]) -> str:
+    """Ascending layers in words, neighbours together: "layer 3", "layers 3 to 5 and 9"."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    *before, last = (f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return f"layer{'s' * (len(layers) > 1)} {' and '.join(filter(None, (', '.join(before), last)))}"
+
+
+def unresolved_words(layers: Sequence[int], dtype: str, of: str = "") -> str:
+    """That layers of a run in `dtype` are unresolved, and how to mend it; `of` says how many there are."""
+    which, it = ("are", "them") if len(layers) > 1 else ("is", "it")
+    again = f"rounding in {dtype} decides {it}: run with --dtype float64"
+    return f"{layer_words(layers)}{of} {which} unresolved: {NOT_EVEN.format(it) if dtype == 'float64' else again}"

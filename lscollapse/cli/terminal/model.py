@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import pandas as pd
 from rich.table import Table
 
-from lscollapse.cli.terminal.printing import lambda_word, model_word, plain_console, plain_table
+from lscollapse.cli.terminal.printing import lambda_word, model_word, plain_console, plain_table, value_word
 from lscollapse.core.table import reads_pixels
 from lscollapse.models.adapters.generic import BACKEND
 from lscollapse.reports.figures.wording import describe
@@ -38,10 +38,10 @@ def _table(title: str, arms: Iterable[ArmCurves]) -> Table:
     for arm in arms:
         lam = lambda_word(arm.lam)
         for measure, curve in arm.curves.items():
-            first = f"{curve.iloc[0]:.3f}" if len(curve) else "-"
+            first = value_word(curve.iloc[0]) if len(curve) else "-"
             worst = arm.worst(measure)
             value, layer = ("-", "-") if worst is None else (f"{worst[0]:.3f}", str(worst[1]))
-            last = "missing" if arm.lost else f"{curve.iloc[-1]:.3f}"
+            last = "missing" if arm.lost else value_word(curve.iloc[-1])
             table.add_row(lam, measure.replace("_", " "), first, value, layer, last)
             lam = ""
     return table

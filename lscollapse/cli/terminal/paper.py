@@ -5,50 +5,52 @@ from __future__ import annotations
 import pandas as pd
 from rich.console import Console
 
-from lscollapse.cli.terminal.printing import lambda_word, model_word, plain_console, plain_table
+from lscollapse.cli.terminal.printing import lambda_word, model_word, plain_console, plain_table, value_word
+from lscollapse.core.table import UNRESOLVED
 from lscollapse.reports.claims.sentences import judge, judge_readings
-from lscollapse.reports.verdict import AGREE, DISAGREE, NOT_MEASURED
+from lscollapse.reports.verdict import AGREE, DISAGREE, NOT_MEASURED, arms, unresolved_words
 
 
 def last_layer_table(rows: pd.DataFrame) -> None:
     """Print the mean last-layer relative mu: a line per lambda, a column per model and arm."""
     last = rows[(rows["measure"] == "relative_mu") & (rows["layer"] == rows.groupby("model")["layer"].transform("max"))]
-    arms = last.groupby(["lam", "model", "init", "arm"], sort=False, dropna=False)["value"]
-    means = arms.agg(lambda values: values.mean(skipna=False))  # an excerpt that lacks the last layer leaves no mean
+    keys = ["lam", "model", "init", "arm"]
+    # An excerpt that lacks the last layer leaves no mean, and so does one that is unresolved there.
+    means = last.groupby(keys, sort=False, dropna=False)["value"].agg(lambda values: values.mean(skipna=False))
+    unresolved = set(last.loc[last["status"] == UNRESOLVED, keys].itertuples(index=False, name=None))
     curves = list(dict.fromkeys(zip(last["model"], last["init"], last["arm"], strict=True)))
     headings = ["lambda", *(f"{model_word(model, init)}\n{arm}" for model, init, arm in curves)]
     table = plain_table("last-layer relative mu, mean over excerpts", *headings, right=headings)
     for lam in sorted(last["lam"].unique()):
-        found = (means.get((lam, *curve), "") for curve in curves)
-        cells = ("" if mean == "" else "missing" if mean != mean else f"{mean:.3f}" for mean in found)
+        found = {(lam, *curve): means.get((lam, *curve), "") for curve in curves}
+        cells = ("" if mean == "" else "missing" if mean != mean else "unresolved" if arm in unresolved else f"{mean:.3f}"
+                 for arm, mean in found.items())  # fmt: skip
         table.add_row(lambda_word(lam), *cells)
     Console().print(table)
 
 
 def arms_table(rows: pd.DataFrame) -> None:
-    """Print of every arm the first, least and last mean relative mu, and the layer at which it overflowed."""
-    relative = rows[rows["measure"] == "relative_mu"]
+    """Print of every arm the first, least and last mean relative mu, the layer at which it overflowed, and what is unresolved."""
+    found = list(arms(rows))
     headings = ("model", "arm", "lambda", "dtype", "first", "least", "last", "overflow")
     table = plain_table("relative mu, mean over excerpts", *headings, left=("model", "arm", "dtype"))
-    for (model, init, arm, _, dtype), part in relative.groupby(
-        ["model", "init", "arm", "lam", "dtype"], sort=False, dropna=False
-    ):
-        lost = part.loc[part["status"].isin(["overflow", "nan"]), "layer"]
-        finite = part[part["layer"] < lost.min()] if len(lost) else part
-        curve = finite.groupby("layer")["value"].mean()
-        ends = f"layer {lost.min()}" if len(lost) else "none"
-        least = f"{curve.min():.3f} (layer {curve.idxmin()})" if len(curve) else "-"
+    for arm in found:
+        curve, lost = arm.curves["relative_mu"], arm.lost
         table.add_row(
-            model_word(str(model), str(init)),
-            str(arm),
-            lambda_word(part["lam"].iloc[0]),
-            str(dtype),
-            f"{curve.iloc[0]:.3f}" if len(curve) else "-",
-            least,
-            "missing" if len(lost) else f"{curve.iloc[-1]:.3f}",
-            ends,
+            model_word(arm.model, arm.init),
+            arm.arm,
+            lambda_word(arm.lam),
+            arm.dtype,
+            value_word(curve.iloc[0]) if len(curve) else "-",
+            f"{curve.min():.3f} (layer {curve.idxmin()})" if curve.notna().any() else "-",
+            "missing" if lost else value_word(curve.iloc[-1]),
+            f"layer {lost.layer}" if lost else "none",
         )
     Console().print(table)
+    for arm in found:
+        if arm.unresolved:
+            name = f"{model_word(arm.model, arm.init)}, {arm.arm}, lambda {lambda_word(arm.lam)}"
+            plain_console().print(f"{name}: {unresolved_words(arm.unresolved, arm.dtype)}", markup=False)
 
 
 def claims_table(rows: pd.DataFrame) -> None:

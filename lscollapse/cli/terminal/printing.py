@@ -27,6 +27,11 @@ def lambda_word(lam: float) -> str:
     return "per layer" if lam != lam else f"{lam:g}"
 
 
+def value_word(value: float) -> str:
+    """A mean of a curve; NaN, which stands where rounding decides it, in a word."""
+    return f"{value:.3f}" if value == value else "unresolved"
+
+
 def model_word(model: str, init: str) -> str:
     """The name of a model, which says so where its weights are random."""
     return f"{model} (random)" if init == "random" else model

@@ -73,7 +73,7 @@ def show_comparison(comparison: Comparison, lines: int) -> None:
     _listed(console, "configuration", comparison.configuration)
     _listed(console, "only in A", comparison.only_a)
     _listed(console, "only in B", comparison.only_b)
-    _listed(console, "lost to overflow or NaN in one of them", comparison.lost)
+    _listed(console, "lost to overflow or NaN, or unresolved, in one of them", comparison.lost)
     differing = comparison.differences[comparison.differences["difference"] != 0.0].head(lines)
     if len(differing):
         console.print("largest differences of the mean over excerpts", style="italic")

@@ -6,18 +6,20 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from lscollapse.core.table import reads_pixels
+from lscollapse.core.table import LOST, UNRESOLVED, known, reads_pixels
+from lscollapse.reports.verdict import unresolved_words
 
 
 class NotMeasured(Exception):
-    """The table does not have what a sentence is about; in words where an arm has lost layers, else empty."""
+    """The table does not have what a sentence is about; in words where layers are lost or unresolved, else empty."""
 
 
 class Curves:
     """Mean relative mu of one model's arms: `curve(...)` by layer, `last(...)` by lambda."""
 
     def __init__(self, rows: pd.DataFrame) -> None:
-        self.relative = relative = rows[(rows["measure"] == "relative_mu") & (rows["init"] == "trained")]
+        relative = rows[(rows["measure"] == "relative_mu") & (rows["init"] == "trained")]
+        self.relative = relative = relative.assign(value=known(relative))
         self.gated = bool(relative["gating"].notna().any())
         self.images = reads_pixels(relative)
         keys = ["gating", "layernorm", "lam", "layer"]
@@ -28,35 +30,64 @@ class Curves:
         """Layers 0..K; empty when the arm was not measured.
 
         Raises:
-            NotMeasured: an excerpt lacks some; nothing is said on part of a curve.
+            NotMeasured: an excerpt lacks some, or rounding decides some; nothing is said on part of a curve.
         """
+        self._refuse_lost(lam, gating, layernorm)
+        return self.resolved(lam, gating, layernorm)
+
+    def _refuse_lost(self, lam: float, gating: bool, layernorm: bool) -> None:
         held, lost = self.held(lam, gating, layernorm), self.lost(lam, gating, layernorm)
         if lost is None:
-            return held
-        gate = ("gate, " if gating else "no gate, ") if self.gated else ""
+            return
         arm = self._arm(self.relative, lam, gating, layernorm)
-        gone, total = arm.loc[arm["value"].isna(), "excerpt"].nunique(), arm["excerpt"].nunique()
+        gone, total = arm.loc[arm["status"].isin(LOST), "excerpt"].nunique(), arm["excerpt"].nunique()
         before = ""
         if len(held):
             lowest = f"lowest {held.min():.3f} (layer {held.idxmin()})"
             before = f"; before: first {held.iloc[0]:.3f}, {lowest}, then {held.iloc[-1]:.3f}"
         raise NotMeasured(
-            f"{gate}{'LN' if layernorm else 'no LN'}, lambda {lam:g}: layers {lost} to {int(arm['layer'].max())} are missing,"
+            f"{self._name(lam, gating, layernorm)}: layers {lost} to {int(arm['layer'].max())} are missing,"
             f" where {gone} of {total} excerpts leave the range of floating point{before}"
         )
 
+    def _refuse_unresolved(self, lam: float, gating: bool, layernorm: bool, last_only: bool = False) -> None:
+        arm = self._arm(self.relative, lam, gating, layernorm)
+        layers = sorted(arm.loc[arm["status"] == UNRESOLVED, "layer"].unique())
+        if not layers or (last_only and layers[-1] < arm["layer"].max()):
+            return
+        raise NotMeasured(f"{self._name(lam, gating, layernorm)}: {unresolved_words(layers, arm['dtype'].iloc[0])}")
+
+    def end(self, lam: float, gating: bool, layernorm: bool) -> float:
+        """The last layer, whatever is unresolved before it.
+
+        Raises:
+            NotMeasured: an excerpt lacks it, rounding decides it, or the arm was not measured.
+        """
+        self._refuse_lost(lam, gating, layernorm)
+        self._refuse_unresolved(lam, gating, layernorm, last_only=True)
+        held = self.held(lam, gating, layernorm)
+        if held.empty:
+            raise NotMeasured
+        return float(held.iloc[-1])
+
+    def resolved(self, lam: float, gating: bool, layernorm: bool) -> pd.Series:
+        """The layers that every excerpt has; empty when the arm was not measured. NotMeasured where one is unresolved."""
+        self._refuse_unresolved(lam, gating, layernorm)
+        return self.held(lam, gating, layernorm)
+
     def held(self, lam: float, gating: bool, layernorm: bool) -> pd.Series:
-        """The layers that every excerpt has; empty when the arm was not measured."""
+        """The layers whose value is known for every excerpt; empty when the arm was not measured."""
         return self._layers(lam, gating, layernorm).dropna()
 
     def lost(self, lam: float, gating: bool, layernorm: bool) -> int | None:
         """The first layer whose values an excerpt's floating point could not hold; None where there is none."""
-        values = self._layers(lam, gating, layernorm)
-        return int(values.index[values.isna()].min()) if values.isna().any() else None
+        arm = self._arm(self.relative, lam, gating, layernorm)
+        lost = arm.loc[arm["status"].isin(LOST), "layer"]
+        return int(lost.min()) if len(lost) else None
 
     def excerpts(self, lam: float, gating: bool, layernorm: bool) -> pd.Series:
-        """Last-layer value of every excerpt; errors as for `curve`."""
-        self.curve(lam, gating, layernorm)
+        """Last-layer value of every excerpt; errors as for `end`."""
+        self.end(lam, gating, layernorm)
         arm = self._arm(self.relative, lam, gating, layernorm)
         values: pd.Series = arm.loc[arm["layer"] == arm["layer"].max(), "value"]
         return values
@@ -66,9 +97,13 @@ class Curves:
         return [lam for lam in sorted(set(self.means["lam"].dropna())) if len(self._arm(self.means, lam, gating, True))]
 
     def last(self, gating: bool, lams: Iterable[float] | None = None) -> dict[float, float]:
-        """Last-layer value with LayerNorm of these lambdas (of every one measured by default); errors as for `curve`."""
+        """Last-layer value with LayerNorm of these lambdas (of every one measured by default); errors as for `end`."""
         wanted = self.lams(gating) if lams is None else lams
-        return {lam: float(self.curve(lam, gating, True).iloc[-1]) for lam in wanted}
+        return {lam: self.end(lam, gating, True) for lam in wanted}
+
+    def _name(self, lam: float, gating: bool, layernorm: bool) -> str:
+        gate = ("gate, " if gating else "no gate, ") if self.gated else ""
+        return f"{gate}{'LN' if layernorm else 'no LN'}, lambda {lam:g}"
 
     def _layers(self, lam: float, gating: bool, layernorm: bool) -> pd.Series:
         values: pd.Series = self._arm(self.means, lam, gating, layernorm).set_index("layer")["value"]

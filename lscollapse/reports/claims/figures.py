@@ -93,8 +93,8 @@ def without_skip_collapses(curves: Curves) -> Judgement:
 
 
 def _ends_collapsed(curves: Curves, lam: float) -> Judgement:
-    (curve,) = _measured(curves.curve(lam, False, True))
-    return curve.iloc[-1] < COLLAPSED, f"last layer {curve.iloc[-1]:.3f}"
+    end = curves.end(lam, False, True)
+    return end < COLLAPSED, f"last layer {end:.3f}"
 
 
 def _numbers(values: dict[float, float]) -> str:
@@ -222,7 +222,8 @@ def gated_unnormed_does_not_collapse(curves: Curves) -> Judgement:
 def layernorm_keeps_stable(curves: Curves) -> Judgement:
     arms = {("gate" if gating else "no gate") + (", LN" if norm else ", no LN"): (gating, norm)
             for norm in (True, False) for gating in (True, False)}  # fmt: skip
-    found = {name: curves.held(1.0, *arm) for name, arm in arms.items()}  # here a lost layer is what is looked for
+    # Here a lost layer is what is looked for; an unresolved one could be a rise.
+    found = {name: curves.resolved(1.0, *arm) for name, arm in arms.items()}
     _measured(*found.values())
     if "nan" in set(curves.relative.loc[curves.relative["lam"] == 1.0, "status"]):
         raise NotMeasured("lambda 1: layers are missing, where values are all zero or no numbers")
@@ -240,8 +241,7 @@ def layernorm_keeps_stable(curves: Curves) -> Judgement:
     f"{AT_1}, with LayerNorm: last layer at least {COLLAPSED} with the gate, under it without",
 )  # fmt: skip
 def gate_prevents_collapse(curves: Curves) -> Judgement:
-    with_gate, without = _measured(*(curves.curve(1.0, gating, True) for gating in (True, False)))
-    first, second = with_gate.iloc[-1], without.iloc[-1]
+    first, second = (curves.end(1.0, gating, True) for gating in (True, False))
     return second < COLLAPSED <= first, f"last layer {first:.3f} with the gate, {second:.3f} without"
 
 
@@ -264,7 +264,6 @@ def s4d_does_not_collapse(curves: Curves) -> Judgement:
 )  # fmt: skip
 def s4d_collapse_is_the_weights(curves: Curves) -> Judgement:
     found = {name: curves.excerpts(lam, False, layernorm) for name, (lam, layernorm) in S4D_ARMS.items()}
-    _measured(*found.values())
     counts = {name: (int((values < COLLAPSED).sum()), len(values)) for name, values in found.items()}
     text = ", ".join(f"{name}: {low} of {n}" for name, (low, n) in counts.items())
     return all(low in (0, n) for low, n in counts.values()), f"images that end under {COLLAPSED:g}: {text}"

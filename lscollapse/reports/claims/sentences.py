@@ -26,10 +26,11 @@ NEEDS_GATE = ("figure 1", "figure 3")
 def judge(rows: pd.DataFrame) -> Iterator[Finding]:
     """Every claim for every model of a table (one skip_site and norm_site reading of it).
 
-    Where an arm that a claim needs lacks layers it is not measured, and the numbers say what is missing and what was seen
-    before. S4D is judged on Figure 4 only, a transformer on Figure 2 only.
+    Where an arm that a claim needs lacks layers, or rounding leaves them unresolved, it is not measured, and the numbers say
+    what is missing and what was seen before. S4D is judged on Figure 4 only, a transformer on Figure 2 only.
     """
-    missing = {"model", "measure", "init", "gating", "layernorm", "lam", "layer", "value"} - set(rows)
+    needed = ("model", "measure", "init", "gating", "layernorm", "lam", "layer", "value", "status", "dtype")
+    missing = set(needed) - set(rows)
     if missing:
         raise RunFolderError(f"the table has no column {min(missing)}: give the rows of a run folder")
     for model in dict.fromkeys(rows["model"]):

@@ -117,7 +117,9 @@ def _conservative(bounds: list[dict[str, str]], model: str) -> Finding:
     own = [row for row in bounds if row["bound"] == "measured, relative mu"]
     measured = [(float(row["lam"] or "nan"), float(row.get("to") or "inf")) for row in own]
     if any(math.isnan(lam) for lam, _ in measured):
-        missing = "the last layer of some lambda is missing, where values leave the range of floating point"
+        missing = (
+            "the last layer of some lambda is missing or unresolved, where floating point does not hold or resolve it"
+        )
         return Finding(CONSERVATIVE, CLAIMS[CONSERVATIVE].sentence, model, NOT_MEASURED, missing)
     found = [(math.isfinite(to), lam, to) for lam, to in measured if math.isfinite(lam)]
     _, needed, to = min(found, default=(True, math.inf, math.inf))  # one without an end, if there is one: False < True

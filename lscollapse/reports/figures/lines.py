@@ -13,7 +13,21 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lscollapse.reports.figures.style import SMALL, THIN, Label, canvas, label_ends, log_ticks, panel_height, title
+from lscollapse.core.table import UNRESOLVED
+from lscollapse.reports.figures.points import has_value
+from lscollapse.reports.figures.style import (
+    HATCH,
+    SMALL,
+    THIN,
+    Key,
+    Label,
+    canvas,
+    label_ends,
+    line_key,
+    log_ticks,
+    panel_height,
+    title,
+)
 from lscollapse.reports.figures.wording import ends_with, measure_word, number
 
 Curve = tuple[str, str, Any, pd.DataFrame]  # name, colour, line style, points
@@ -23,9 +37,9 @@ def limits(ax: Axes, parts: Sequence[pd.DataFrame], yscale: str, ylabel: str) ->
     """Axis from 0 to 1, or down to the decade of the least value; the floor as a dashed line where it is in sight."""
     ax.set_ylabel(ylabel)
     points = pd.concat(parts)
-    seen = points[points["drawn"] != "masked"]
+    seen = points[has_value(points)]
     if seen.empty:
-        ax.text(0.5, 0.5, "no finite value", transform=ax.transAxes, ha="center", va="center", color="0.4")
+        ax.text(0.5, 0.5, "no known value", transform=ax.transAxes, ha="center", va="center", color="0.4")
     if yscale == "linear":
         ax.set_ylim(0, 1.03)
         bottom = 0.01
@@ -50,15 +64,16 @@ def _curve(
 ) -> pd.DataFrame:
     """One curve with its band and marks; returns the points that are drawn, with their height `y`."""
     points = points.sort_values(x)
-    shown = points["drawn"] != "masked"
+    shown = has_value(points)
     log, bottom = ax.get_yscale() == "log", ax.get_ylim()[0]
     low = points["floor"].where(points["floor"] > 0, bottom) if log else 0.0
     y = points["mean"].where(shown)
     at_floor = (points["drawn"] == "at_floor") | (log & (y <= 0))
     y = y.clip(lower=bottom) if log else y
-    marker = marker or ("o" if shown.sum() == 1 else "")
+    alone = shown & ~shown.shift(1, fill_value=False) & ~shown.shift(-1, fill_value=False)  # no line shows it
+    dots = ~at_floor & (bool(marker) | alone)
     ax.plot(points[x], y, color=colour, **line)
-    ax.plot(points[x][~at_floor], y[~at_floor], ls="", marker=marker, ms=3, color=colour)
+    ax.plot(points[x][dots], y[dots], ls="", marker=marker or "o", ms=3, color=colour)
     if at_floor.any():  # an empty unclipped line would upset the layout
         ax.plot(points[x][at_floor], y[at_floor], "v", ms=3, mfc="white", mec=colour, mew=0.6, clip_on=False)
     if band:
@@ -67,10 +82,33 @@ def _curve(
     return points.assign(y=y)[shown]
 
 
+def _hatch(ax: Axes, points: pd.DataFrame, x: str, colour: str) -> None:
+    """A hatched strip along the bottom where a curve is unresolved, over those of the curves before it."""
+    points = points.sort_values(x)
+    at = points[x].to_numpy(float)
+    between = (at[1:] + at[:-1]) / 2
+    # A strip ends half way to the next point, and the one of a curve of a single point is as wide as a layer.
+    edges = np.array([at[0], *between, at[-1]]) if len(at) > 1 else at[0] + np.array([-0.5, 0.5])
+    turns = np.diff(np.concatenate([[0], points["drawn"] == UNRESOLVED, [0]]))  # 1 where a stretch begins, -1 after it
+    ends = zip(np.flatnonzero(turns == 1), np.flatnonzero(turns == -1), strict=True)
+    bars = [(edges[first], edges[after] - edges[first]) for first, after in ends]
+    if bars:
+        above = 0.03 * sum(strip.get_gid() == UNRESOLVED for strip in ax.collections)
+        look: dict[str, Any] = {"facecolor": "none", "edgecolor": colour, "linewidth": 0, "hatch": HATCH, "zorder": 1.5}
+        ax.broken_barh(bars, (0.005 + above, 0.025), transform=ax.get_xaxis_transform(), gid=UNRESOLVED, **look)
+
+
+def unresolved_key(points: pd.DataFrame) -> list[Key]:
+    """What the hatching means, where there is any."""
+    return [("unresolved", {"hatch": HATCH})] if (points["drawn"] == UNRESOLVED).any() else []
+
+
 def against_lambda(ax: Axes, line: pd.DataFrame, label: str, colour: str, top: float) -> list[Label]:
     """Relative mu with marks and band, the rank-1 residual thin and dashed, crosses at height `top` where masked."""
     thin = THIN | {"band": False, "marker": "_" if line["lam"].nunique() == 1 else ""}
     ends: list[Label] = []
+    unresolved_last = line.sort_values("drawn", key=lambda drawn: drawn == UNRESOLVED, kind="stable")
+    _hatch(ax, unresolved_last.drop_duplicates("lam", keep="last"), "lam", colour)  # where one of the two is
     for measure, points in line.groupby("measure", sort=False):
         main = measure == "relative_mu"
         shown = _curve(ax, points, "lam", colour, **({"marker": "o"} if main else thin))
@@ -100,18 +138,27 @@ def lambda_axis(ax: Axes, lams: pd.Series, room: float = 0.0) -> None:
 
 
 def layer_curve(ax: Axes, points: pd.DataFrame, colour: str, dash: Any = "-") -> tuple[float, float]:
-    """A curve against layer, a cross where it stops early; returns its end, (0, NaN) if it has none."""
+    """A curve against layer, a cross where it stops early; returns its end, (0, NaN) if it has none.
+
+    Where a stretch before the stop is unresolved the curve has no end to cross.
+    """
     shown = _curve(ax, points, "layer", colour, ls=dash)
+    _hatch(ax, points, "layer", colour)
     if shown.empty:
         return 0.0, np.nan
     x, y = shown["layer"].iloc[-1], shown["y"].iloc[-1]
-    if ends_with(points):
+    if ends_with(points) and x == points.loc[points["drawn"] != "masked", "layer"].max():
         ax.plot(x, y, "x", color=colour, ms=5, mew=1.2, clip_on=False, zorder=4)
     return x, y
 
 
 def against_layer(
-    curves: Sequence[Curve], panels: Sequence[tuple[str, str]], heading: str, words: Sequence[str], header: str = ""
+    curves: Sequence[Curve],
+    panels: Sequence[tuple[str, str]],
+    heading: str,
+    words: Sequence[str],
+    header: str = "",
+    key: Sequence[Key] = (),
 ) -> Figure:
     """A figure of the curves against layer, with a panel for each of `panels` (measure, yscale)."""
     lines = sum(1 + bool(ends_with(points)) for _, _, _, points in curves)
@@ -130,5 +177,6 @@ def against_layer(
             if name or end:
                 labels[ax].append((x, y, "\n".join(filter(None, (name, end))), colour))
     axes[-1].set_xlabel("layer")
+    line_key(axes[0], [*key, *unresolved_key(pd.concat([points for *_, points in curves]))])
     label_ends(figure, labels, header)
     return figure

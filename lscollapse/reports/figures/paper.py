@@ -2,10 +2,12 @@
 
 Every function takes the long table (one measurement a row; columns in docs/table.md) and returns the figure and the
 numbers it plots, one point a row: KEYS, then `mean`, `std` (sample standard deviation over excerpts), `n` (excerpts
-behind the mean), a count for each status, `floor`, and `drawn`:
+behind the mean: those whose value is known), a count for each status, `floor`, `rounding` (the largest), and `drawn`:
 
     point      every excerpt has a number there
-    at_floor   no excerpt is resolved: an open triangle on the floor
+    at_floor   every excerpt is under the floor: an open triangle on it
+    unresolved rounding may have moved an excerpt by more than is tolerated, so nothing is known of the mean: a gap in the
+               curve, and hatched at the bottom of the panel
     masked     an excerpt overflowed or is NaN, so a mean of the others would mislead: the curve stops and is marked
 
 Values under the floor enter a mean as the floor itself, the most they can be.
@@ -24,7 +26,15 @@ from matplotlib.figure import Figure
 
 from lscollapse.core.table import reads_pixels
 from lscollapse.reports.figures import style, wording
-from lscollapse.reports.figures.lines import Curve, against_lambda, against_layer, lambda_axis, layer_curve, limits
+from lscollapse.reports.figures.lines import (
+    Curve,
+    against_lambda,
+    against_layer,
+    lambda_axis,
+    layer_curve,
+    limits,
+    unresolved_key,
+)
 from lscollapse.reports.figures.points import (
     default_reading,
     groups_of,
@@ -35,7 +45,7 @@ from lscollapse.reports.figures.points import (
     trained,
     with_columns,
 )
-from lscollapse.reports.figures.style import PALETTE, THIN, Label, canvas, styled
+from lscollapse.reports.figures.style import PALETTE, THIN, Key, Label, canvas, styled
 
 ARMS = ((True, True), (False, True), (True, False), (False, False))  # gating, layernorm
 DASHED = (0, (3, 1.5))  # random weights
@@ -102,7 +112,7 @@ def figure2(rows: pd.DataFrame, yscale: str = "linear", note: str = "") -> tuple
             label = "\n".join((name, *textwrap.wrap(what, 18)))
             labels[ax] += against_lambda(ax, line, label, next(colours), 0.98 - 0.04 * i)
         lambda_axis(ax, data["lam"])
-    style.line_key(axes[0], [("relative μ", {"lw": 1.2}), ("rank-1 residual", THIN)])
+    style.line_key(axes[0], [("relative μ", {"lw": 1.2}), ("rank-1 residual", THIN), *unresolved_key(data)])
     axes[-1].set_xlabel("λ (linear between −1 and 1)")
     style.label_ends(figure, labels)
     return figure, data
@@ -125,10 +135,9 @@ def figure3(rows: pd.DataFrame, model: str, note: str = "") -> tuple[Figure, pd.
         else:  # named by its colour; only its overflow needs a label
             curves.append(("random weights," if wording.ends_with(points) else "", colour, DASHED, points))
     panels = [("relative_mu", "linear"), ("relative_mu", "log")]
-    figure = against_layer(curves, panels, f"{model}, λ = 1", [*wording.caption(rows, data), note])
-    if data["init"].nunique() > 1:
-        style.line_key(figure.axes[0], [("trained", {"lw": 1.2}), ("random weights", {"lw": 1.0, "ls": DASHED})])
-    return figure, data
+    inits: list[Key] = [("trained", {"lw": 1.2}), ("random weights", {"lw": 1.0, "ls": DASHED})]
+    key = inits if data["init"].nunique() > 1 else []
+    return against_layer(curves, panels, f"{model}, λ = 1", [*wording.caption(rows, data), note], key=key), data
 
 
 @styled
@@ -188,5 +197,5 @@ def figure_readings(rows: pd.DataFrame, model: str, note: str = "") -> tuple[Fig
     titles = [f"{model}, last layer", *(f"LN: {wording.NORMS.get(site, site)}" for site in norm_sites)]
     xlabels = ["λ (linear between −1 and 1)", *["layer at λ = 1"] * len(norm_sites)]
     lines = [(name, {"color": colour}) for name, colour in itertools.starmap(arm_look, ARMS)]
-    style.name_panels(figure, axes, titles, xlabels, [*lines, ("rank-1 residual", THIN)])
+    style.name_panels(figure, axes, titles, xlabels, [*lines, ("rank-1 residual", THIN), *unresolved_key(data)])
     return figure, data

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lscollapse.core.table import STATUSES
+from lscollapse.core.table import LOST, STATUSES, UNRESOLVED, known
 
 KEYS = ("model", "init", "arm", "gating", "layernorm", "skip_site", "norm_site", "lam", "measure", "layer")
 NEEDED = (*KEYS, "text", "dtype", "excerpt", "n_tokens", "value", "status", "floor")
@@ -28,21 +28,28 @@ def summarise(rows: pd.DataFrame, measures: Sequence[str]) -> pd.DataFrame:
         varied = ", ".join(c for c in settings if c in rows and rows[c].nunique() > 1) or "unknown"
         raise FigureError(f"several measurements of one excerpt ({varied} vary): keep the rows of one setting")
     counts = {status: rows["status"].eq(status) for status in STATUSES}
-    groups = rows.assign(number=numbers(rows), **counts).groupby(list(KEYS), dropna=False)
+    rounding = rows.get("rounding", np.nan)  # of a table from before it was estimated
+    groups = rows.assign(number=numbers(rows), rounding=rounding, **counts).groupby(list(KEYS), dropna=False)
     data = groups.agg(
         mean=("number", "mean"), std=("number", "std"), n=("number", "count"),
         **{status: (status, "sum") for status in STATUSES}, floor=("floor", "max"),
+        rounding=("rounding", "max"),
     ).reset_index()  # fmt: skip
-    masked = (data["n"] == 0) | (data["overflow"] + data["nan"] > 0)
-    unresolved = data["below_floor"] == data[list(STATUSES)].sum(axis=1)
-    data["drawn"] = np.select([masked, unresolved], ["masked", "at_floor"], "point")
+    unresolved = data[UNRESOLVED] > 0
+    masked = (data[list(LOST)].sum(axis=1) > 0) | ((data["n"] == 0) & ~unresolved)
+    at_floor = data["below_floor"] == data[list(STATUSES)].sum(axis=1)
+    data["drawn"] = np.select([masked, unresolved, at_floor], ["masked", "unresolved", "at_floor"], "point")
     return pd.concat([data[data["measure"] == measure] for measure in measures], ignore_index=True)
 
 
+def has_value(points: pd.DataFrame) -> pd.Series:
+    """Whether the mean of a point is the value of all its excerpts."""
+    return points["drawn"].isin(("point", "at_floor"))
+
+
 def numbers(rows: pd.DataFrame) -> pd.Series:
-    """What a mean is taken of: the value, under the floor the floor itself, NaN where there is no number."""
-    known = rows["value"].where(rows["status"].isin(("ok", "certified")))
-    return known.mask(rows["status"].eq("below_floor"), rows["floor"].fillna(rows["value"]))
+    """What a mean is taken of: the value, under the floor the floor itself, NaN where none is known."""
+    return known(rows).mask(rows["status"].eq("below_floor"), rows["floor"].fillna(rows["value"]))
 
 
 def with_columns(rows: pd.DataFrame) -> pd.DataFrame:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lscollapse.core.table import COLLAPSED
 from lscollapse.reports.figures import style, wording
-from lscollapse.reports.figures.points import KEYS, FigureError, groups_of, is_gated, last_layer, summarise
+from lscollapse.reports.figures.points import KEYS, FigureError, groups_of, has_value, is_gated, last_layer, summarise
 from lscollapse.reports.figures.style import Label, canvas, styled
 
 WIDE = 3.0  # a loss axis that spans more than this factor is logarithmic
@@ -25,8 +26,8 @@ def figure_quality(rows: pd.DataFrame, note: str = "") -> tuple[Figure, pd.DataF
     its gate), the vertical one where a layer counts as collapsed. `note` ends the caption.
 
     Returns:
-        The figure, and the numbers it plots: a point a row, `relative_mu` and `lm_loss` with `_std`, `n`, and `drawn`
-        (False where an excerpt overflowed).
+        The figure, and the numbers it plots: a point a row, `relative_mu` and `lm_loss` with `_std` and `_rounding`, `n`,
+        `unresolved` (excerpts), and `drawn` (False where an excerpt overflowed or is unresolved).
 
     Raises:
         FigureError: the table has no rows of `lm_loss`.
@@ -39,13 +40,17 @@ def figure_quality(rows: pd.DataFrame, note: str = "") -> tuple[Figure, pd.DataF
     parts = [data[data["model"] == model] for model in dict.fromkeys(rows["model"])]
     data = pd.concat([part.sort_values("gating", ascending=False, kind="stable") for part in parts], ignore_index=True)
     panels = groups_of(data, ["model", "gating"])
-    lost = {panel_name(*key): part.loc[~part["drawn"], "lam"] for key, part in panels}
-    why = "No point, because an excerpt overflowed"
+    unresolved = data["unresolved"] > 0
+    why = {"an excerpt overflowed": ~data["drawn"] & ~unresolved, "rounding leaves it unresolved": unresolved}
     words = [
         wording.describe(rows),
         "Crosses: mean and one standard deviation over excerpts.",
         "Dashed: the untouched model's loss, and the relative μ under which a layer counts as collapsed.",
-        *(f"{why}: {name}: {', '.join(map(wording.number, lams))}." for name, lams in lost.items() if len(lams)),
+        *(
+            f"No point, because {words}: {panel_name(*key)}: {', '.join(map(wording.number, part['lam']))}."
+            for words, missing in why.items()
+            for key, part in groups_of(data[missing], ["model", "gating"])
+        ),
         note,
     ]
     figure, axes = canvas(len(panels), style.panel_height(max(len(part) for _, part in panels)), words)
@@ -66,15 +71,21 @@ def _points(rows: pd.DataFrame) -> pd.DataFrame:
     """Relative mu and loss of every arm side by side."""
     mu, loss = (summarise(rows, (measure,)).set_index(list(POINT)) for measure in ("relative_mu", "lm_loss"))
     loss = loss.reindex(mu.index)
-    drawn = (mu["drawn"] != "masked") & (loss["drawn"] == "point")
-    data = mu[["mean", "std"]].set_axis(["relative_mu", "relative_mu_std"], axis=1)
-    return data.assign(lm_loss=loss["mean"], lm_loss_std=loss["std"], n=loss["n"], drawn=drawn).reset_index()
+    names = ("mean", "std", "rounding")
+    parts = [part[[*names]].set_axis([measure, f"{measure}_std", f"{measure}_rounding"], axis=1)
+             for measure, part in (("relative_mu", mu), ("lm_loss", loss))]  # fmt: skip
+    unresolved = np.fmax(mu["unresolved"], loss["unresolved"]).astype(int)
+    drawn = has_value(mu) & (loss["drawn"] == "point")
+    return pd.concat(parts, axis=1).assign(n=loss["n"], unresolved=unresolved, drawn=drawn).reset_index()
 
 
 def _panel(ax: Axes, part: pd.DataFrame, whole: pd.DataFrame) -> list[Label]:
     """The points of one panel; `whole` are those of its model, which share the loss axis. Returns their labels."""
     lams = list(whole["lam"].unique())
     shown = whole[whole["drawn"]]
+    if shown.empty:
+        ax.text(0.5, 0.5, "no known value", transform=ax.transAxes, ha="center", va="center", color="0.4")
+        return []
     low, high = shown["lm_loss"].min(), (shown["lm_loss"] + shown["lm_loss_std"].fillna(0)).max()
     ax.set(xlim=(0, 1.03), ylabel="loss, nats per token")
     if high > WIDE * low:

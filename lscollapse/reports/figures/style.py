@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib import style
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.textpath import TextToPath
 from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -32,12 +34,13 @@ STYLE = {
     "axes.grid": True, "grid.color": "0.92", "grid.linewidth": 0.5, "axes.axisbelow": True,
     "axes.titlelocation": "left", "lines.linewidth": 1.2, "lines.markersize": 3.5, "lines.markeredgewidth": 0.8,
     "legend.frameon": False, "figure.constrained_layout.h_pad": 0.06, "figure.constrained_layout.w_pad": 0.04,
-    "pdf.fonttype": 42,
+    "pdf.fonttype": 42, "hatch.linewidth": 0.6,
 }  # fmt: skip
 # Okabe-Ito and Tol: safe for the colour-blind
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#56B4E9", "#882255", "#999933")
 NEGATIVE = LinearSegmentedColormap.from_list("negative", ["#8CC5EE", "#2F86C9", "#0B2A63"])
 POSITIVE = LinearSegmentedColormap.from_list("positive", ["#F7B267", "#DD5A25", "#6B0F0F"])
+HATCH = "/////"  # of what is unresolved
 THIN = {"lw": 0.7, "ls": (0, (4, 2))}  # the rank-1 residual beside relative mu
 Key = tuple[str, dict[str, Any]]  # what a line means, and how it looks
 Label = tuple[float, float, str, str]  # x and y of the curve's end, text, colour
@@ -132,13 +135,22 @@ def name_panels(
     figure.legend(handles=_handles(lines), loc="outside upper left", ncols=len(lines), handlelength=2.4, borderpad=0.2)
 
 
-def _handles(lines: Sequence[Key]) -> list[Line2D]:
-    looks: list[Key] = [(name, {"color": "0.3"} | kind) for name, kind in lines]
-    return [Line2D([], [], label=name, **look) for name, look in looks]
+def _handles(lines: Sequence[Key]) -> list[Artist]:
+    """Lines, and a rectangle for what is hatched."""
+    handles: list[Artist] = []
+    for name, look in lines:
+        line: dict[str, Any] = {"color": "0.3"} | look
+        hatched = "hatch" in look
+        handles.append(
+            Patch(label=name, fc="none", ec="0.3", lw=0, **look) if hatched else Line2D([], [], label=name, **line)
+        )
+    return handles
 
 
 def line_key(ax: Axes, entries: Sequence[Key]) -> None:
-    """What solid and dashed mean, in a row of its own between the title and the axes."""
+    """What lines and hatching mean, in a row of its own between the title and the axes; no row without entries."""
+    if not entries:
+        return
     place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 0.99), "ncols": len(entries)}
     ax.legend(handles=_handles(entries), borderpad=0.2, handlelength=2.4, **place)
     ax.set_title(ax.get_title("left"), pad=18)
@@ -151,7 +163,8 @@ def label_ends(figure: Figure, panels: dict[Axes, list[Label]], header: str = ""
     """
     figure.get_layout_engine().execute(figure)  # type: ignore[union-attr]  # the heights of the axes are known now
     for ax, labels in panels.items():
-        _label_panel(figure, ax, labels, header)
+        if labels:
+            _label_panel(figure, ax, labels, header)
 
 
 def _label_panel(figure: Figure, ax: Axes, labels: Sequence[Label], header: str) -> None:

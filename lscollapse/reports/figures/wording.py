@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pandas as pd
 
 from lscollapse.core import registry
-from lscollapse.core.table import STATUSES, reads_pixels
+from lscollapse.core.table import STATUSES, UNRESOLVED, reads_pixels
 from lscollapse.reports.figures.points import KEYS, groups_of, last_layer
+from lscollapse.reports.verdict import layer_words
 
 NAMES = {"relative_mu": "relative μ", "rank1_residual": "rank-1 residual"}
 SIGNS = {1: "λ > 0", -1: "λ < 0", 0: "either sign"}
@@ -46,6 +48,14 @@ def ends_with(points: pd.DataFrame) -> str:
     total = int(sum(first[s] for s in STATUSES))
     some = f" ({first[status]} of {total})" if 0 < first[status] < total else ""
     return f"{'overflow' if first['overflow'] else 'NaN'} at layer {first['layer']}{some}"
+
+
+def gaps(places: Iterable[float], x: str) -> str:
+    """At which layers or lambdas a curve is unresolved; "" if nowhere."""
+    found = list(places)
+    if not found:
+        return ""
+    return f"unresolved: {layer_words([*map(int, found)]) if x == 'layer' else 'λ = ' + ', '.join(map(number, found))}"
 
 
 def gate_word(gating: Any) -> str:
@@ -91,8 +101,20 @@ def caption(rows: pd.DataFrame, data: pd.DataFrame) -> list[str]:
         f"λ acts on {' or '.join(sites)}." if sites else "",
         f"Line and band: mean and one standard deviation over {unit}." if (data["n"] > 1).any() else "",
         "Triangles: under the floor, below which the dtype resolves nothing." if "at_floor" in drawn else "",
+        unresolved(data),
         disagreement(data),
     ]
+
+
+def unresolved(data: pd.DataFrame) -> str:
+    """What is hatched, and how far rounding may move the least doubtful of it, cut to one digit."""
+    part = data[data["drawn"] == UNRESOLVED]
+    if part.empty:
+        return ""
+    least = part["rounding"].min()
+    digit = 10.0 ** math.floor(math.log10(least)) if least > 0 else math.nan
+    by = f"by more than {math.floor(least / digit) * digit:g}" if digit == digit else "too far"
+    return f"Hatched at the bottom, a gap in the line: unresolved, rounding may move the value {by}."
 
 
 def disagreement(data: pd.DataFrame) -> str:

@@ -9,13 +9,14 @@ from typing import Any
 
 import pandas as pd
 
-from lscollapse.core.table import reads_pixels
+from lscollapse.core.table import UNRESOLVED, reads_pixels
 from lscollapse.reports import table1
 from lscollapse.reports.claims.sentences import catalogue, judged
 from lscollapse.reports.figures import wording
 from lscollapse.reports.figures.points import groups_of, summarise
 from lscollapse.reports.page.folders import Bounds, Run
-from lscollapse.reports.verdict import DISAGREE, VERDICTS
+from lscollapse.reports.page.plots import MEASURES
+from lscollapse.reports.verdict import DISAGREE, NOT_EVEN, VERDICTS
 
 PRIVATE = ("contact", "cache_dir")  # settings that say who ran it and where, not what
 MANY = 5  # names that are counted, not listed
@@ -90,6 +91,7 @@ def _of_rows(run: Run) -> Iterator[str]:
     points = summarise(rows, present)
     yield wording.disagreement(points)
     yield from _lost(points[points["measure"] == present[0]])
+    yield from _unresolved(rows)
     certified = rows["status"].eq("certified").mean()
     if certified:
         yield (
@@ -110,6 +112,25 @@ def _lost(points: pd.DataFrame) -> Iterator[str]:
             floors.setdefault(name, []).append(f"{wording.lam_word(lam)} from layer {below.min()}")
     for name, where in floors.items():
         yield f"{name}: not resolved by the dtype (below the floor) at {', '.join(where)}."
+
+
+def _unresolved(rows: pd.DataFrame) -> Iterator[str]:
+    """Arms that rounding decides: of which measures, from which layer, in what dtype, and what to do."""
+    found: dict[tuple[str, str], dict[str, list[str]]] = {}
+    unresolved = rows[rows["status"] == UNRESOLVED]
+    for (model, init, arm, dtype, lam), part in groups_of(unresolved, ["model", "init", "arm", "dtype", "lam"]):
+        first: dict[str, list[str]] = {}
+        for measure, layer in part.groupby("measure", sort=False)["layer"].min().items():
+            where = wording.lam_word(lam) + (f" from layer {layer:g}" if layer == layer else "")
+            first.setdefault(where, []).append(MEASURES.get(str(measure), str(measure)))
+        arm_name = f"{model}, {arm}{', random weights' if init == 'random' else ''}"
+        for where, measures in first.items():
+            found.setdefault((arm_name, dtype), {}).setdefault(", ".join(measures), []).append(where)
+    for (name, dtype), places in found.items():
+        listed = "; ".join(f"{measures} at {', '.join(where)}" for measures, where in places.items())
+        again = "--dtype auto lets such arms run in float64, --dtype float64 all"
+        mend = NOT_EVEN.format("them") if dtype == "float64" else again
+        yield f"{name}: unresolved, because rounding in {dtype} decides the values: {listed}. They are not known; {mend}."
 
 
 def _of_code(manifest: dict[str, Any]) -> Iterator[str]:

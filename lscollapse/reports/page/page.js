@@ -66,7 +66,8 @@ class Figure {
     this.width = this.plotHost.clientWidth;
     const name = html("b", {}, facts.name);
     const line = facts.line ? ` · dotted: under ${facts.line} counts as collapsed` : "";
-    this.title.replaceChildren(this.tab.name && this.tab.name + " · ", name, log ? ", log scale" : "", line);
+    const hatched = this.shown.some((series) => series.of[measure] && series.of[measure].hatched.size) ? " · hatched: unresolved, decided by rounding" : "";
+    this.title.replaceChildren(this.tab.name && this.tab.name + " · ", name, log ? ", log scale" : "", line, hatched);
     const label = `${this.figure.title}: ${facts.name}${this.tab.name && ", " + this.tab.name}, ${this.shown.length} curves`;
     const view = { tab: this.tab, kind: this.figure.x, measure, facts, log, spread: this.spread, series: this.shown, pool: this.pool, width: Math.max(this.width, 260), label };
     this.plot = new Plot(view);
@@ -130,11 +131,11 @@ class Figure {
   }
 
   legendRow(series, list) {
-    const { hidden } = this.state, end = series.of[this.state.measure].end;
+    const { hidden } = this.state, { end, gaps } = series.of[this.state.measure];
     const row = { series, value: html("span", { class: "value" }), sd: html("span", { class: "sd" }) };
     const key = coloured(html("span", { class: series.dash ? "key dashed" : "key" }), series.colour);
     const button = html("button", { type: "button", "aria-pressed": String(!hidden.has(series.name)), "data-name": series.name }, key, html("span", {}, series.name), row.value, row.sd);
-    if (end) button.append(html("span", { class: "note" }, end));
+    for (const words of [gaps, end]) if (words) button.append(html("span", { class: "note" }, words));
     row.node = html("li", {}, button);
     button.addEventListener("click", () => {
       const next = new Set(hidden);
@@ -184,9 +185,10 @@ class Figure {
   }
 
   words(i, { series, record, e }) {
-    if (!(e >= 0)) return `${series.name}: ${shown(record.y[i])}${record.s && record.s[i] !== null ? ` ± ${shown(record.s[i])}` : ""}`;
+    const rounding = record.r && record.r[i] !== null && (e >= 0 || record.y[i] !== null) ? `, rounding ± ${rounded(record.r[i])}` : "";
+    if (!(e >= 0)) return `${series.name}: ${shown(record.y[i])}${record.s && record.s[i] !== null ? ` ± ${shown(record.s[i])}` : ""}${rounding}`;
     const titles = (this.data.excerpts[this.figure.run] || {})[series.model || this.tab.model] || [];
-    return `${titles[e] || `${this.figure.unit} ${e}`}: ${shown(this.pool[record.at[i] + e])} (${series.name})`;
+    return `${titles[e] || `${this.figure.unit} ${e}`}: ${shown(this.pool[record.at[i] + e])} (${series.name})${rounding}`;
   }
 
   key(event) {
@@ -223,9 +225,9 @@ class Figure {
   }
 
   save(name) {
-    const lines = [["x", "curve", "mean", "sd", "note"]];
+    const lines = [["x", "curve", "mean", "sd", "rounding", "note"]];
     for (const { series, record } of this.plot.records) {
-      for (const i of record.own) lines.push([this.tab.x[i], series.name, record.y[i] ?? "", record.s ? record.s[i] ?? "" : "", record.note[i] || ""]);
+      for (const i of record.own) lines.push([this.tab.x[i], series.name, record.y[i] ?? "", record.s ? record.s[i] ?? "" : "", record.r ? record.r[i] ?? "" : "", record.note[i] || ""]);
     }
     const text = lines.map((line) => line.map((cell) => `"${String(cell).replaceAll('"', '""')}"`).join(",")).join("\n");
     const link = html("a", { href: URL.createObjectURL(new Blob([text + "\n"], { type: "text/csv" })), download: name });

@@ -4,7 +4,7 @@ const MARGIN = { left: 50, right: 14, top: 12, bottom: 40 };
 
 // --- data ---
 
-// Puts every record of a tab on the tab's x: y, s, at and note get one entry each x, `own` is where the record has a point.
+// Puts every record of a tab on the tab's x: y, s, r, at and note get one entry each x, `own` is where the record has a point.
 function align(tab) {
   const places = new Map(tab.x.map((x, i) => [x, i]));
   for (const series of tab.series) {
@@ -18,8 +18,8 @@ function align(tab) {
       const starts = typeof record.at === "number" ? record.own.map((_, i) => record.at + i * record.n) : record.at;
       const note = record.own.map(() => "");
       for (const [first, last, words] of record.notes || []) note.fill(words, first, last + 1);
-      record.open = new Set((record.open || []).map((i) => record.own[i]));
-      Object.assign(record, { y: spread(record.y), s: record.s && spread(record.s), at: starts && spread(starts), note: spread(note) });
+      for (const kind of ["open", "hatched"]) record[kind] = new Set((record[kind] || []).map((i) => record.own[i]));
+      Object.assign(record, { y: spread(record.y), s: record.s && spread(record.s), r: record.r && spread(record.r), at: starts && spread(starts), note: spread(note) });
     }
   }
 }
@@ -54,6 +54,7 @@ class Plot {
     this.drawMarks();
     const clip = `clip${Plot.count++}`;
     this.node.append(svg("defs", {}, svg("clipPath", { id: clip }, svg("rect", { x: MARGIN.left, y: MARGIN.top - 6, width: this.inner.width + 6, height: this.inner.height + 6 }))));
+    this.strips = 0;
     this.groups = new Map(this.records.map((each) => [each.series, this.drawSeries(each, clip)]));
     this.node.append(...this.groups.values());
     this.over = svg("g", { "pointer-events": "none" });
@@ -162,11 +163,24 @@ class Plot {
         else if (kind !== "layer" || run.length === 1) group.append(svg("circle", { class: "dot", cx: x, cy: y, r: kind === "size" ? 2 : 3.2 }));
       }
     }
+    if (record.hatched.size) group.append(svg("path", { class: "hatch", d: this.hatch(record) }));
     for (const [x, y] of this.crosses(record, runs)) group.append(svg("path", { class: "cross", d: `M${x - 4.5},${y - 4.5}l9,9m0,-9l-9,9` }));
     return group;
   }
 
-  // Stretches of a record without a masked point.
+  // A strip of slanted strokes along the bottom where a record is unresolved, half way to its other points.
+  hatch(record) {
+    const bottom = MARGIN.top + this.inner.height - 2 - 8 * this.strips++, own = record.own, strokes = [];
+    own.forEach((i, k) => {
+      if (!record.hatched.has(i)) return;
+      const middle = (other) => (other === undefined ? this.x(i) : (this.x(i) + this.x(other)) / 2);
+      const [from, to] = own.length > 1 ? [middle(own[k - 1]), middle(own[k + 1])] : [this.x(i) - 6, this.x(i) + 6];
+      for (let x = 5 * Math.ceil(from / 5); x < to; x += 5) strokes.push(`M${x},${bottom}l4,-6`);
+    });
+    return strokes.join("");
+  }
+
+  // Stretches of a record without a masked or unresolved point.
   runs(record) {
     const runs = [[]];
     for (const i of record.own) record.y[i] === null ? runs.push([]) : runs[runs.length - 1].push(i);
@@ -174,9 +188,10 @@ class Plot {
   }
 
   crosses(record, runs) {
-    if (this.view.kind === "lambda") return record.own.filter((i) => record.y[i] === null).map((i) => [this.x(i), MARGIN.top + 8]);
+    if (this.view.kind === "lambda") return record.own.filter((i) => record.y[i] === null && !record.hatched.has(i)).map((i) => [this.x(i), MARGIN.top + 8]);
     if (!record.end || !runs.length) return [];
     const last = runs[runs.length - 1].at(-1);
+    if ([...record.hatched].some((i) => i > last)) return []; // where it ends nobody knows
     return [[this.x(last), this.y(record.y[last])]];
   }
 

@@ -1,8 +1,9 @@
 """What the page plots: figures of tabs, tabs of series, series of measures, as JSON values; excerpts packed beside them.
 
 A figure is {id, title, caption, x, tabs}, a tab {name, run, x, series, marks}, a series {name, colour, dash, of} with
-`of` a record for each measure: `x` (left out where it is the tab's), `y` means (null: masked), `s` standard deviations,
-`n` excerpts, `at` the place of each point's excerpts in the pack, `notes` [first, last, words], `floor`, `end`.
+`of` a record for each measure: `x` (left out where it is the tab's), `y` means (null: masked or
+unresolved), `s` standard deviations, `r` rounding, `n` excerpts, `at` the place of each point's excerpts in the pack, `notes`
+[first, last, words], `floor`, `open` and `hatched` (points at the floor and unresolved ones), `end` and `gaps` in words.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lscollapse.core.table import COLLAPSED, STATUSES, reads_pixels
+from lscollapse.core.table import COLLAPSED, STATUSES, UNRESOLVED, reads_pixels
 from lscollapse.reports.figures import wording
-from lscollapse.reports.figures.points import KEYS, NEEDED, groups_of, numbers, summarise
+from lscollapse.reports.figures.points import KEYS, NEEDED, groups_of, has_value, numbers, summarise
 from lscollapse.reports.figures.style import PALETTE, lambda_colour
 from lscollapse.reports.figures.theory import CURVES
 from lscollapse.reports.page.folders import Bounds, Run
@@ -31,7 +32,13 @@ MEASURES = wording.NAMES | {
     "mu": "μ", "stable_rank": "stable rank", "mean_cosine": "mean cosine", "dong_residual": "Dong residual",
     "lm_loss": "language-model loss (nats)", "grad_norm": "gradient norm",
 }  # fmt: skip
-STATUS = {"overflow": "overflow", "nan": "NaN", "below_floor": "below the floor", "certified": "certified"}
+STATUS = {
+    "overflow": "overflow",
+    "nan": "NaN",
+    UNRESOLVED: "unresolved",
+    "below_floor": "below the floor",
+    "certified": "certified",
+}
 TITLES = {
     "sweep-lambda": ("Figure 1. Every λ, layer by layer", "Figure 2. The last layer against λ", "Arms, layer by layer"),
     "ablate-gating": ("λ, layer by layer", "The last layer against λ", "Figure 3. Gate and LayerNorm"),
@@ -151,13 +158,20 @@ def _points(rows: pd.DataFrame, pack: Pack) -> pd.DataFrame:
 
 def _record(points: pd.DataFrame, x: str, of_tab: list[float]) -> Json:
     """The points of one curve, which `summarise` has sorted by lambda and layer."""
-    at, shown = points["at"].tolist(), points["drawn"] != "masked"
+    at, shown = points["at"].tolist(), has_value(points)
+    hatched = points["drawn"] == UNRESOLVED
     record: Json = {
         "y": _short(points["mean"].where(shown), 6), "s": _short(points["std"].where(shown), 3),
         "n": int(points["excerpts"].max()), "at": at, "notes": _notes(points), "floor": _short(points["floor"][:1], 3)[0],
         "open": np.flatnonzero(points["drawn"] == "at_floor").tolist(),
+        "hatched": np.flatnonzero(hatched).tolist(),
         "end": wording.ends_with(points) if x == "layer" else "",
+        "gaps": wording.gaps(points[x][hatched], x),
     }  # fmt: skip
+    if points["rounding"].notna().any():
+        # A hundredth in log10 is 2.3 hundredths of the value: the differential.
+        scale = points["mean"] * math.log(10) if points["measure"].iloc[0] == "mu" else 1.0
+        record["r"] = _short(points["rounding"] * scale, 2)
     if points[x].tolist() != of_tab:
         record["x"] = points[x].tolist()
     if at == list(range(at[0], at[0] + len(at) * record["n"], record["n"])):

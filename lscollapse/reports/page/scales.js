@@ -37,6 +37,9 @@ function shown(value) {
   return minus(value.toFixed(size < 10 ? 3 : size < 1000 ? 1 : 0));
 }
 
+// Two significant digits.
+const rounded = (value) => (value >= 5e-4 && value < 100 ? value.toPrecision(2) : shown(value));
+
 const plain = (value) => minus(String(Number(value.toPrecision(6))));
 
 // --- scales: `at` takes a value to 0..1, `ticks` are [value, text] ---

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
 from lscollapse.cli.model import measure
+from lscollapse.cli.terminal import model as terminal
+from lscollapse.cli.terminal import paper
 from lscollapse.core.config import Experiment
 from lscollapse.core.run_folder import read_manifest, read_rows
 from lscollapse.data import pictures
@@ -249,6 +252,17 @@ def table(relative: list[float], rank1: list[float] | None = None, lost: int | N
     return pd.DataFrame(rows)
 
 
+def unresolved(
+    relative: list[float], *layers: int, measure: str = "relative_mu", dtype: str = "float32", lost: int | None = None
+) -> pd.DataFrame:
+    """The same with one excerpt of two unresolved at `layers`: its number stays in `value`."""
+    rows = table(relative, lost=lost).assign(dtype=dtype)
+    rows.loc[rows["layer"].isin(layers) & (rows["excerpt"] == 1) & (rows["measure"] == measure), "status"] = (
+        "unresolved"
+    )
+    return rows
+
+
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
@@ -266,8 +280,48 @@ def table(relative: list[float], rank1: list[float] | None = None, lost: int | N
         (table([0.9, 0.8], [0.9, 0.3]), "does not collapse: relative mu stays over 0.5; lowest 0.800 (layer 1), last 0.800;"
          " but the rank-1 residual of the last is 0.300: one direction carries nearly everything (rows at +u and -u, or a"
          " few long rows), which relative mu does not see"),
+        (unresolved([0.9, 0.8, 0.7, 0.6], 2, 3), "no verdict: layers 2 to 3 of 3 are unresolved: rounding in float32 decides"
+         " them: run with --dtype float64; elsewhere relative mu is lowest in layer 1 (0.800)"),
+        (unresolved([0.9, 0.4, 0.3], 2, dtype="float64"), "no verdict: layer 2 of 2 is unresolved: not even float64 resolves"
+         " it; elsewhere relative mu is lowest in layer 1 (0.400)"),
+        (unresolved([0.9, 0.8, 0.1, 0.7, 0.7], 2), "no verdict: layer 2 of 4 is unresolved: rounding in float32 decides it: run"
+         " with --dtype float64; elsewhere relative mu is lowest in layer 3 (0.700)"),
+        (unresolved([0.9, 0.8], 0, 1), "no verdict: layer 1 of 1 is unresolved: rounding in float32 decides it: run with --dtype"
+         " float64"),
+        (unresolved([0.9, 0.8, 0.9, 0.4, 0.4], 2), "collapses: relative mu is under 0.5 from layer 3 on; lowest 0.400 (layer 3),"
+         " last 0.400; unresolved in float32: layer 2"),
+        (unresolved([0.9, 0.4, 0.4, 0.3, 0.4, 0.45], 1, 3), "collapses: relative mu is under 0.5 from layer 4 on; lowest 0.400"
+         " (layer 2), last 0.450; unresolved in float32: layers 1 and 3"),
+        (unresolved([0.9, 0.4, 0.1, 0.8], 2), "falls under 0.5 and recovers: relative mu is lowest in layer 1 (0.400), last"
+         " 0.800; unresolved in float32: layer 2"),
+        (unresolved([0.9, 0.8, 0.7], 2, measure="rank1_residual"), "does not collapse: relative mu stays over 0.5; lowest 0.700"
+         " (layer 2), last 0.700; the rank-1 residual of the last is unresolved in float32"),
+        (unresolved([0.9, 0.4, 0.1, 0.1], 2, lost=3), "no verdict: layer 3 of 3 is missing, where the values of 1 of 2 excerpts"
+         " leave float32; unresolved in float32: layer 2; before that relative mu is lowest in layer 1 (0.400)"),
     ],
 )  # fmt: skip
 def test_verdicts(rows: pd.DataFrame, expected: str) -> None:
     (arm,) = verdict.arms(rows)
     assert verdict.verdict(arm) == expected
+
+
+def test_worst_is_of_the_layers_that_are_known() -> None:
+    (arm,) = verdict.arms(unresolved([0.9, 0.8, 0.1, 0.7], 2))
+    assert arm.worst("relative_mu") == (pytest.approx(0.7), 3)
+    assert arm.worst("rank1_residual") == (pytest.approx(0.1), 2)
+    assert arm.unresolved == [2]
+
+
+def test_what_is_shown_of_unresolved_layers(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = unresolved([0.9, 0.8, 0.7], 2).assign(text="t", n_tokens=7, tokenizer="bert", backend="cpu")
+    terminal.show(rows, own_tokens=False)
+    out = capsys.readouterr().out
+    relative, rank1 = (re.search(rf"{name} .*", out)[0].split() for name in ("relative mu", "rank1 residual"))
+    assert relative[2:] == ["0.900", "0.800", "1", "unresolved"] and rank1[2:] == ["0.900", "0.700", "2", "0.700"]
+    assert "no verdict: layer 2 of 2 is unresolved" in out
+    paper.last_layer_table(rows)
+    assert "unresolved" in capsys.readouterr().out
+    paper.arms_table(rows.assign(lam=1.0))
+    out = capsys.readouterr().out
+    assert "m, LN, lambda 1: layer 2 is unresolved: rounding in float32 decides it: run with --dtype float64" in out
+    assert "0.800" in out and "0.700" not in out

@@ -399,7 +399,8 @@ def test_claim_of_figure_4(last: float, verdict: str) -> None:
         for lam in (0.0, 1.0)
         for norm in (True, False)
     ]
-    rows = pd.concat(parts).assign(model="net", init="trained", measure="relative_mu", gating=pd.NA, tokenizer="pixels")
+    fixed = {"model": "net", "init": "trained", "measure": "relative_mu", "tokenizer": "pixels", "dtype": "float32"}
+    rows = pd.concat(parts).assign(gating=pd.NA, status="ok", **fixed)
     found = {finding.claim: finding for finding in sentences.judge(rows)}
     assert found["figure 4"].verdict == verdict
     assert f"{last:.3f}" in found["figure 4"].numbers

@@ -20,7 +20,17 @@ import pytest
 
 from lscollapse.reports.page.page import write
 from tests import ROOT
-from tests.integration.reports.test_page import EXCERPTS, HOSTILE, LAMBDAS, LAYERS, ablation, arm, sweep, write_run
+from tests.integration.reports.test_page import (
+    EXCERPTS,
+    HOSTILE,
+    LAMBDAS,
+    LAYERS,
+    ablation,
+    arm,
+    doubtful,
+    sweep,
+    write_run,
+)
 
 selenium = pytest.importorskip("selenium", reason="selenium is not installed")
 from selenium.webdriver import ActionChains, Chrome, ChromeOptions  # noqa: E402
@@ -242,6 +252,67 @@ def test_an_overflow_is_marked_and_named(view):
     assert "overflow (2 of 5): no gate, no LN" in figure.find_element(By.CSS_SELECTOR, ".foot").text.replace(
         "\N{NO-BREAK SPACE}", " "
     )
+
+
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("rounded")
+    rows = pd.concat([arm("gated", lam, False) for lam in LAMBDAS]).assign(rounding=1.25e-3)
+    last = rows["lam"].eq(8) & rows["layer"].eq(LAYERS)
+    rows = rows.assign(status=rows["status"].mask(last, "unresolved"))
+    runs = [write_run(base / "doubtful", "ablate-gating", doubtful()), write_run(base / "sweep", "sweep-lambda", rows)]
+    return write(runs, base / "report.html")
+
+
+def hatched(figure: WebElement) -> list[tuple[float, float]]:
+    """From where to where strokes begin, strip by strip."""
+    starts = [
+        re.findall(r"M([\d.]+),", path.get_attribute("d")) for path in figure.find_elements(By.CSS_SELECTOR, ".hatch")
+    ]
+    return [(min(map(float, strokes)), max(map(float, strokes))) for strokes in starts]
+
+
+def test_what_is_unresolved_is_a_hatched_gap_in_the_curve(chromium, rounded):
+    view = View(chromium, rounded)
+    figure = view.figure("Figure 3")
+    assert "hatched: unresolved" in figure.find_element(By.CSS_SELECTOR, ".view").text
+    assert "unresolved: layers 5 to 6" in view.button(figure, "gate, LN").text
+    assert "unresolved: layers 2 to 3" in view.button(figure, "gate, no LN").text
+    script = "return arguments[0].querySelector('svg').getBoundingClientRect().left"
+    left, ticks = chromium.execute_script(script, figure), {x: view.tick(figure, x) for x in range(LAYERS + 1)}
+    half = (ticks[1] - ticks[0]) / 2
+    for (first, last), (low, high) in zip(hatched(figure), ((5, 6), (2, 3)), strict=True):
+        assert first + left == pytest.approx(ticks[low] - half, abs=6)  # a stroke every 5 pixels
+        assert last + left == pytest.approx(ticks[high] + (half if high < LAYERS else 0), abs=6)
+    subpaths = [path.get_attribute("d").count("M") for path in figure.find_elements(By.CSS_SELECTOR, "path.line")]
+    assert subpaths == [1, 1, 2, 1]  # "gate, no LN" goes on after its gap
+    view.hover(figure, view.tick(figure, 3))
+    _, values = view.legend(figure)
+    assert values["gate, no LN"] == ("–", "") and values["gate, LN"][0] != "–"
+    foot = figure.find_element(By.CSS_SELECTOR, ".foot").text.replace("\N{NO-BREAK SPACE}", " ")
+    assert "unresolved (1 of 5): gate, no LN" in foot
+    view.click(figure, "gate, LN"), view.click(figure, "gate, no LN")
+    assert hatched(figure) == [] and "hatched" not in figure.find_element(By.CSS_SELECTOR, ".view").text
+
+
+def test_an_unresolved_lambda_is_hatched_not_crossed(chromium, rounded):
+    view = View(chromium, rounded)
+    figure = view.figure("Figure 2")
+    assert len(hatched(figure)) == 1 and not figure.find_elements(By.CSS_SELECTOR, "path.cross")
+    assert "unresolved: λ = 8" in figure.find_element(By.CSS_SELECTOR, ".legend").text
+
+
+def test_the_rounding_of_a_value_is_told_under_the_pointer(chromium, rounded):
+    view = View(chromium, rounded)
+    figure = view.figure("Figure 3")
+    view.hover(figure, view.tick(figure, 4))
+    words = figure.find_element(By.CSS_SELECTOR, "svg text.halo").text
+    assert re.fullmatch(r".*: \d\.\d{3} ± \d\.\d{3}, rounding ± 1\.0·10⁻⁵", words)
+    figure = view.figure("Figure 1")
+    view.click(figure, "spread each excerpt")
+    view.hover(figure, view.tick(figure, 4))
+    assert figure.find_element(By.CSS_SELECTOR, "svg text.halo").text.endswith("), rounding ± 0.0013")
+    assert chromium.get_log("browser") == []
 
 
 def test_excerpts_on_demand_with_title_and_value(view):

@@ -43,6 +43,7 @@ def table(arms: dict[Arm, Sequence[float]], model: str = "net", **columns: Any) 
         "init": "trained",
         "measure": "relative_mu",
         "tokenizer": "bert",
+        "dtype": "float32",
         "n_tokens": 128,
         "excerpt": 0,
     }
@@ -155,6 +156,69 @@ def test_nothing_is_said_where_layers_are_missing(names: tuple[str, ...], arms: 
     for claim in ("figure 4", "figure 4b"):
         found, numbers = verdict(table(s4d, tokenizer="pixels"), claim)
         assert found == NOT_MEASURED and "layers 2 to 2 are missing" in numbers
+
+
+def unresolved(arms: dict[Arm, Sequence[float]], arm: Arm, *layers: int, **columns: Any) -> pd.DataFrame:
+    """The rows with one excerpt of two unresolved at these layers of an arm; its numbers are there, and would decide."""
+    rows = pd.concat([table(arms, excerpt=n, **columns) for n in (0, 1)], ignore_index=True)
+    lam, gating, layernorm = arm
+    gate = rows["gating"].isna() if gating is None else rows["gating"].eq(gating)
+    bad = (
+        gate
+        & rows["lam"].eq(lam)
+        & rows["layernorm"].eq(layernorm)
+        & rows["layer"].isin(layers)
+        & rows["excerpt"].eq(1)
+    )
+    assert bad.sum() == len(layers)
+    rows.loc[bad, ["value", "status"]] = [0.7, "unresolved"]
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("arms", "arm", "layers", "silenced"),
+    [
+        (ends(FIGURE1, False), (0.5, *UNGATED), (1,), "1a"),
+        (ends(FIGURE1, False), (1.0, *UNGATED), (1,), "1b 1c 3b"),
+        (ends(FIGURE1, False), (0.0, *UNGATED), (1,), "1a 1d"),
+        (ends(FIGURE1, False), (-4.0, *UNGATED), (1,), "1c"),
+        ({(lam, *FULL): [0.9, last] for lam, last in FIGURE2.items()}, (2.0, *FULL), (1,), "2a 2b 2c 2d"),
+        # 3b needs the whole curve, 1b and 3g its end
+        (at_1(HIGH, FALLING, LOW, RISING), (1.0, *UNGATED), (1, 2), "3b 3f"),
+        (at_1(HIGH, FALLING, LOW, RISING), (1.0, *UNGATED), (3,), "1b 3b 3f 3g"),
+        (at_1(HIGH, FALLING, LOW, RISING), (1.0, *FULL), (2,), "3a 3f"),
+        (at_1(HIGH, FALLING, LOW, RISING), (1.0, False, False), (1,), "3c 3f"),
+        (at_1(HIGH, FALLING, LOW, RISING), (1.0, True, False), (2,), "3d 3e 3f"),
+    ],
+)  # fmt: skip
+def test_a_claim_that_rests_on_an_unresolved_layer_is_not_measured(
+    arms: dict[Arm, Sequence[float]], arm: Arm, layers: tuple[int, ...], silenced: str
+) -> None:
+    rows = unresolved(arms, arm, *layers)
+    before, after = ({f.claim: f for f in sentences.judge(each)} for each in (table(arms), rows))
+    changed = {name for name in after if before[name].verdict != NOT_MEASURED and after[name].verdict == NOT_MEASURED}
+    assert changed == {f"figure {name}" for name in silenced.split()}
+    which = f"layers {layers[0]} to {layers[-1]} are" if len(layers) > 1 else f"layer {layers[0]} is"
+    for name in changed:
+        numbers = after[name].numbers
+        assert f"LN, lambda {arm[0]:g}: {which} unresolved: rounding in float32 decides" in numbers
+        assert numbers.endswith("run with --dtype float64") and "0.700" not in numbers
+
+
+def test_what_not_even_float64_resolves() -> None:
+    rows = unresolved(PAPER_FIGURE3, (1.0, *FULL), 1, 3, dtype="float64")
+    assert verdict(rows, "figure 3a") == (
+        NOT_MEASURED, "gate, LN, lambda 1: layers 1 and 3 are unresolved: not even float64 resolves them"
+    )  # fmt: skip
+
+
+def test_s4d_of_which_a_layer_is_unresolved() -> None:
+    arms: dict[Arm, Sequence[float]] = {
+        (lam, None, norm): [0.9, 0.8, 0.8] for lam in (0.0, 1.0) for norm in (True, False)
+    }
+    for layer, silenced in ((1, {"figure 4"}), (2, {"figure 4", "figure 4b"})):
+        found = sentences.judge(unresolved(arms, (0.0, None, False), layer, tokenizer="pixels"))
+        assert {finding.claim for finding in found if finding.verdict == NOT_MEASURED} == silenced
 
 
 def test_one_lambda_that_is_missing_leaves_the_others() -> None:
@@ -437,7 +501,9 @@ def test_the_readme_says_what_the_embedded_figures_show() -> None:
     rows["value"] = rows["value"].where(rows["overflow"] == 0)  # the figures' means are over the excerpts that are left
     rows["status"] = rows["overflow"].gt(0).map({True: "overflow", False: "ok"})
     rows["tokenizer"] = rows["model"].map(lambda name: "pixels" if name == "s4d-digits" else "bert")
-    found = {(f.claim, f.model): f.verdict for f in sentences.judge(rows.assign(n_tokens=128, excerpt=0))}
+    found = {
+        (f.claim, f.model): f.verdict for f in sentences.judge(rows.assign(n_tokens=128, excerpt=0, dtype="float32"))
+    }
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("| the paper writes |"))
     models = [cell.strip() for cell in lines[start].split("|")[2:-1]]

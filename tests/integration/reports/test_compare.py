@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,57 @@ def test_layers_that_one_run_lost(runs: dict[str, Path], tmp_path: Path) -> None
     rows.to_parquet(tmp_path / "rows.parquet")
     found = compare.compare(runs["ablation"], tmp_path)
     assert found.lost == ["net: gate, no LN, lambda 1: A nowhere, B from layer 2"]
-    assert not found.alike and found.sentence.endswith("other layers lost in 1 of 4 arms")
+    assert not found.alike and found.sentence.endswith("other layers lost or unresolved in 1 of 4 arms")
+
+
+def changed(run: Path, out: Path, change: Callable[[pd.DataFrame], None]) -> Path:
+    """A copy of a run with other rows."""
+    out.mkdir()
+    (out / "manifest.json").write_bytes((run / "manifest.json").read_bytes())
+    rows = pd.read_parquet(run / "rows.parquet")
+    change(rows)
+    rows.to_parquet(out / "rows.parquet")
+    return out
+
+
+def doubted(rows: pd.DataFrame) -> None:
+    """From layer 2 on one arm is other numbers that rounding decides."""
+    bad = (rows["arm"] == "gate, no LN") & (rows["layer"] >= 2)
+    rows.loc[bad, ["value", "log10", "status", "rounding"]] = [0.5, -0.3, "unresolved", 0.1]
+
+
+def test_what_is_unresolved_is_not_compared(runs: dict[str, Path], tmp_path: Path) -> None:
+    b = changed(runs["ablation"], tmp_path / "b", doubted)
+    found = compare.compare(runs["ablation"], b)
+    assert found.lost == ["net: gate, no LN, lambda 1: A nowhere, B unresolved from layer 2"]
+    assert not found.alike and found.sentence == "other layers lost or unresolved in 1 of 4 arms"
+    assert (found.differences["difference"] == 0.0).all()  # of what both know
+    other_way = compare.compare(b, runs["ablation"])
+    assert other_way.lost == ["net: gate, no LN, lambda 1: A unresolved from layer 2, B nowhere"]
+
+    def moved(rows: pd.DataFrame) -> None:
+        doubted(rows)
+        rows.loc[rows["status"] == "unresolved", "value"] = 0.6
+
+    both = compare.compare(b, changed(runs["ablation"], tmp_path / "c", moved))
+    assert both.alike and both.lost == []
+    assert both.sentence == "within the spread in all 4 arms as far as they are resolved; 1 of them are not everywhere"
+    nothing = changed(b, tmp_path / "d", lambda rows: rows.update({"status": ["unresolved"] * len(rows)}))
+    assert not compare.compare(b, nothing).alike
+    assert compare.compare(b, nothing).sentence.endswith("nothing that both know in 4 of 4 arms")
+
+
+def test_rounding_is_what_a_difference_may_be(runs: dict[str, Path], tmp_path: Path) -> None:
+    """Both are known, 0.004 apart, and the estimate of one allows 0.008: half of it."""
+
+    def shifted(rows: pd.DataFrame) -> None:
+        rows["value"], rows["rounding"] = rows["value"] + 0.004, 0.008
+
+    one = runs["one-excerpt"]  # no spread of its own
+    found = compare.compare(one, changed(one, tmp_path / "b", shifted)).differences
+    found = found[found["measure"] == "relative_mu"]
+    assert list(found["ratio"]) == pytest.approx([0.5] * 6)
+    assert list(found["spread"]) == pytest.approx([0.008] * 6)
 
 
 def test_runs_of_table1(tmp_path: Path) -> None:

@@ -81,6 +81,17 @@ def ablation() -> pd.DataFrame:
     return rows.assign(value=rows["value"].mask(lost), status=rows["status"].mask(lost, "overflow"))
 
 
+@cache
+def doubtful() -> pd.DataFrame:
+    """An ablation with rounding: one excerpt of "gate, no LN" unresolved at layers 2 and 3, "gate, LN" from layer 5 on."""
+    rows = ablation().assign(rounding=lambda rows: 2e-6 * (1 + rows["layer"]))
+    relative = rows["measure"].eq("relative_mu")
+    some = rows["arm"].eq("gate, no LN") & rows["layer"].between(2, 3) & rows["excerpt"].eq(1)
+    end = rows["arm"].eq("gate, LN") & rows["layer"].ge(5)
+    rows.loc[relative & (some | end), ["value", "status", "rounding"]] = [0.111, "unresolved", 0.034]
+    return rows
+
+
 def write_run(folder: Path, experiment: str, rows: pd.DataFrame, **manifest: Any) -> Path:
     folder.mkdir(parents=True)
     rows.to_parquet(folder / "rows.parquet")
@@ -211,6 +222,52 @@ def test_an_overflow_masks_the_curve_and_says_where(page):
     assert record["y"][3:] == [None] * 4 and None not in record["y"][:3]
     assert record["notes"] == [[3, LAYERS, "overflow (2 of 5)"]]
     assert record["end"] == "overflow at layer 3 (2 of 5)"
+
+
+def test_what_is_unresolved_is_no_value(tmp_path):
+    page = Page(write([write_run(tmp_path / "doubtful", "ablate-gating", doubtful())], tmp_path / "r.html"))
+    (tab,) = page.figure("Figure 3")["tabs"]
+    found = {series["name"]: series["of"] for series in tab["series"]}
+    end, some = found["gate, LN"]["relative_mu"], found["gate, no LN"]["relative_mu"]
+    assert (end["hatched"], some["hatched"]) == ([5, 6], [2, 3])
+    assert end["y"][5:] == [None] * 2 and some["y"][2:4] == [None] * 2 and None not in some["y"][4:]
+    np.testing.assert_allclose(
+        some["y"][4:], mean_and_sd(ablation(), arm="gate, no LN", measure="relative_mu")[0][4:], rtol=1e-5
+    )
+    assert (end["gaps"], some["gaps"]) == ("unresolved: layers 5 to 6", "unresolved: layers 2 to 3")
+    assert (end["notes"], some["notes"]) == ([[5, 6, "unresolved (5 of 5)"]], [[2, 3, "unresolved (1 of 5)"]])
+    assert "end" not in end and "hatched" not in found["no gate, LN"]["relative_mu"]
+    assert end["r"] == [2e-6, 4e-6, 6e-6, 8e-6, 1e-5, 0.034, 0.034]
+    # of mu the estimate is of the logarithm: d mu = ln(10) mu d log10
+    mean, _ = mean_and_sd(ablation(), arm="gate, LN", measure="mu")
+    np.testing.assert_allclose(found["gate, LN"]["mu"]["r"][3], 2.302585 * mean[3] * 8e-6, rtol=0.05)
+    values = unpacked(page.raw["pack"])
+    at_layer_2 = values[some["at"] + 2 * EXCERPTS :][:EXCERPTS]
+    assert np.isnan(at_layer_2).tolist() == [False, True, False, False, False]
+
+
+def test_an_old_run_says_nothing_of_rounding(page):
+    for figure in page.data["figures"]:
+        records = [record for tab in figure["tabs"] for series in tab["series"] for record in series["of"].values()]
+        assert not [record for record in records if {"r", "hatched", "gaps"} & set(record)]
+    assert "unresolved" not in page.text[page.text.index("Before you read on") : page.text.index("Figure 1.")]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mend"),
+    [
+        ("float32", "--dtype auto lets such arms run in float64, --dtype float64 all"),
+        ("float64", "not even float64 resolves them"),
+    ],
+)
+def test_unresolved_arms_are_named_with_their_mend(tmp_path, dtype, mend):
+    run = write_run(tmp_path / "run", "ablate-gating", doubtful().assign(dtype=dtype))
+    text = Page(write([run], tmp_path / "r.html")).text
+    for arm_name, layer in (("gate, LN", 5), ("gate, no LN", 2)):
+        assert (
+            f"gated, {arm_name}: unresolved, because rounding in {dtype} decides the values: relative μ at λ = 1 from layer"
+            f" {layer}. They are not known; {mend}."
+        ) in text
 
 
 def test_values_under_the_floor_stand_on_it(page):

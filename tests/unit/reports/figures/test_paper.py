@@ -292,6 +292,87 @@ def test_a_wide_band_on_a_log_axis_stops_at_the_floor():
     assert figure.axes[0].collections[0].get_paths()[0].vertices[:, 1].min() == pytest.approx(1e-5)
 
 
+def unresolved(rows: pd.DataFrame, where: pd.Series, rounding: float = 0.0187) -> pd.DataFrame:
+    """The rows with numbers that rounding decides: they stay in `value`."""
+    rounded = rows.assign(rounding=1e-7, value=rows["value"].where(~where, 0.123))
+    rounded.loc[where, ["status", "rounding"]] = ["unresolved", rounding]
+    return rounded
+
+
+def strips(ax) -> list[tuple[float, float]]:
+    """From where to where it is hatched."""
+    found = [strip for strip in ax.collections if strip.get_gid() == "unresolved"]
+    assert all(strip.get_hatch() for strip in found)
+    return sorted(
+        (path.vertices[:, 0].min(), path.vertices[:, 0].max()) for strip in found for path in strip.get_paths()
+    )
+
+
+def test_what_is_unresolved_is_a_gap_and_hatched():
+    rows = arm_rows(lams=(0.0, 1.0), n_layers=8, excerpts=4)
+    middle = (rows["lam"] == 1.0) & rows["layer"].between(3, 4) & (rows["excerpt"] == 2)  # one excerpt of four
+    end = (rows["lam"] == 0.0) & (rows["layer"] >= 7) & (rows["measure"] == "relative_mu")
+    figure, data = figure1(unresolved(rows, middle | end), "mamba2-tiny")
+    got = point(data, lam=1.0, layer=3, measure="relative_mu")
+    assert (got["drawn"], got["n"], got["ok"], got["unresolved"], got["rounding"]) == ("unresolved", 3, 3, 1, 0.0187)
+    assert point(data, lam=1.0, layer=5, measure="relative_mu")["rounding"] == 1e-7
+    gone = point(data, lam=0.0, layer=8, measure="relative_mu")
+    assert (gone["drawn"], gone["n"], gone["unresolved"]) == ("unresolved", 0, 4) and np.isnan(gone["mean"])
+    lines = {line.get_color(): line.get_ydata() for line in figure.axes[0].lines if len(line.get_xdata()) == 9}
+    for lam, gap in ((1.0, [3, 4]), (0.0, [7, 8])):
+        curve = lines[lambda_colour(lam, [0.0, 1.0])]
+        assert list(np.flatnonzero(np.isnan(curve))) == gap
+        others = [layer for layer in range(9) if layer not in gap]
+        means = [values(rows, lam=lam, layer=layer, measure="relative_mu").mean() for layer in others]
+        np.testing.assert_allclose(curve[others], means, rtol=1e-12)  # after the gap it goes on
+    assert strips(figure.axes[0]) == [(2.5, 4.5), (6.5, 8.0)] and strips(figure.axes[1]) == [(2.5, 4.5)]
+    assert not [line for line in figure.axes[0].lines if line.get_marker() == "x"]
+    words = texts(figure)
+    assert "unresolved" in [text.get_text() for text in figure.axes[0].get_legend().texts]
+    assert "a gap in the line: unresolved, rounding may move the value by more than 0.01." in words
+
+
+def test_a_point_between_gaps_is_seen():
+    rows = arm_rows(lams=(1.0,), n_layers=6, excerpts=2)
+    figure, _ = figure1(unresolved(rows, rows["layer"].isin([3, 5, 6])), "mamba2-tiny")
+    dots = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
+    assert [list(line.get_xdata()) for line in dots] == [[4]]
+
+
+def test_nothing_is_said_of_hatching_that_is_not_there(drawn1, drawn2):
+    for figure, data in (drawn1, drawn2):
+        assert "nresolved" not in texts(figure) and not any(map(strips, figure.axes))
+        assert (data["unresolved"] == 0).all() and data["rounding"].isna().all()
+
+
+def test_an_overflow_after_an_unresolved_stretch_is_named_and_not_marked_before_it():
+    rows = arm_rows(lams=(1.0,), n_layers=6, excerpts=2, overflow_at=5)
+    figure, data = figure1(unresolved(rows, rows["layer"].between(3, 4)), "mamba2-tiny")
+    assert list(data["drawn"][:7]) == ["point"] * 3 + ["unresolved"] * 2 + ["masked"] * 2
+    assert not [line for line in figure.axes[0].lines if line.get_marker() == "x"]
+    assert "overflow at layer 5" in texts(figure) and strips(figure.axes[0]) == [(2.5, 4.5)]
+
+
+def test_figure2_hatches_the_lambdas_that_are_unresolved():
+    rows = arm_rows(lams=(-2.0, -1.0, 0.0, 1.0, 2.0), n_layers=3, excerpts=2)
+    last = rows["layer"] == 3
+    mu, rank1 = (rows["measure"] == name for name in ("relative_mu", "rank1_residual"))
+    rows = unresolved(rows, last & (mu & (rows["lam"] == 2.0) | rank1 & (rows["lam"] == -1.0)))
+    figure, data = figure2(rows)
+    assert strips(figure.axes[0]) == [(-1.5, -0.5), (1.5, 2.0)]
+    assert point(data, lam=2.0, measure="relative_mu")["drawn"] == "unresolved"
+    assert point(data, lam=2.0, measure="rank1_residual")["drawn"] == "point"
+    assert not [line for line in figure.axes[0].lines if line.get_marker() == "x" and len(line.get_xdata())]
+    assert [text.get_text() for text in figure.axes[0].get_legend().texts][-1] == "unresolved"
+
+
+def test_readings_hatch_what_is_unresolved(crossed):
+    where = (crossed["skip_site"] == "mixer") & (crossed["norm_site"] == "block") & crossed["layer"].between(1, 2)
+    figure, _ = figure_readings(unresolved(crossed, where), "mamba2-tiny")
+    assert [len(strips(ax)) for ax in figure.axes] == [0, 0, 0, 0, 0, 0, 2, 0]
+    assert figure.legends[0].texts[-1].get_text() == "unresolved"
+
+
 def all_nan() -> pd.DataFrame:
     return arm_rows(lams=(0.0, 1.0), n_layers=3, excerpts=2).assign(value=np.nan, status="nan")
 
@@ -301,6 +382,7 @@ EDGES = {
     "one lambda": lambda: arm_rows(lams=(1.0,), n_layers=3, excerpts=2),
     "one layer": lambda: arm_rows(lams=(1.0,), n_layers=1, excerpts=2).query("layer == 0"),
     "all nan": all_nan,
+    "all unresolved": lambda: all_nan().assign(value=0.5, status="unresolved", rounding=2.0),
     "all below": lambda: arm_rows(lams=(-1.0, 0.0, 2.0), n_layers=3, excerpts=2, profile=lambda lam, x: 1e-9 + 0 * x),
     "1e-12": lambda: arm_rows(
         lams=(-1.0, 0.0, 2.0), n_layers=3, excerpts=2, profile=lambda lam, x: 10.0 ** (-12 * x), floor=1e-15
@@ -314,7 +396,7 @@ EDGES = {
 
 
 DRAWN = {  # each edge by the figures that it could upset; figure 1 has a log axis here, 2 a linear one, 3 both
-    "one excerpt": "1 2", "one lambda": "2", "one layer": "1 3", "all nan": "2 3", "all below": "1 2",
+    "all unresolved": "1 2 3", "one excerpt": "1 2", "one lambda": "2", "one layer": "1 3", "all nan": "2 3", "all below": "1 2",
     "1e-12": "3", "zeros called ok": "3", "no floor": "1", "overflow from the start": "1 2 3",
     "twenty lambdas": "1 2", "a schedule": "1",
 }  # fmt: skip
@@ -329,7 +411,7 @@ def test_every_edge_gives_a_figure(edge, number):
     else:
         figure, data = figure1(rows, "mamba2-tiny", "log") if number == "1" else figure2(rows)
     figure.draw_without_rendering()
-    assert (data["n"] + data["overflow"] + data["nan"] == rows["excerpt"].nunique()).all()
+    assert (data["n"] + data["overflow"] + data["nan"] + data["unresolved"] == rows["excerpt"].nunique()).all()
 
 
 def test_a_crossed_table_is_read_at_the_default_sites():

@@ -79,6 +79,29 @@ def test_arms_that_overflowed_are_named_instead_of_drawn() -> None:
     assert "No point, because an excerpt overflowed: plain: 2." in figure.get_supxlabel().replace("\n", " ")
 
 
+def test_arms_that_are_unresolved_are_named_instead_of_drawn() -> None:
+    rows = table().assign(rounding=1e-6)
+    plain = (rows["model"] == "plain") & (rows["layer"] == 4)
+    for lam, measure in ((2.0, "lm_loss"), (0.0, "relative_mu")):
+        bad = plain & (rows["lam"] == lam) & (rows["measure"] == measure) & (rows["excerpt"] < 2)
+        rows.loc[bad, ["status", "rounding"]] = "unresolved", 0.3
+    figure, data = figure_quality(rows)
+    part = data[data["model"] == "plain"].set_index("lam")
+    assert part["drawn"].to_dict() == {-2.0: True, 0.0: False, 1.0: True, 2.0: False}
+    assert part["unresolved"].to_dict() == {-2.0: 0, 0.0: 2, 1.0: 0, 2.0: 2}
+    assert (part.loc[2.0, "lm_loss_rounding"], part.loc[2.0, "relative_mu_rounding"]) == (0.3, 1e-6)
+    assert len(figure.axes[2].containers) == 2
+    caption = figure.get_supxlabel().replace("\n", " ")
+    assert "No point, because rounding leaves it unresolved: plain: 0, 2." in caption and "overflow" not in caption
+
+
+def test_a_panel_of_which_nothing_is_known() -> None:
+    rows = table()
+    rows.loc[rows["model"] == "plain", "status"] = "unresolved"
+    figure, _ = figure_quality(rows)
+    assert texts(figure, 2) == ["no known value"]
+
+
 def test_a_table_without_losses_is_refused() -> None:
     with pytest.raises(FigureError, match="no rows of lm_loss: measure them with --quality"):
         figure_quality(arm_rows(lams=LAMS, n_layers=2, excerpts=2))

@@ -20,7 +20,7 @@ def points(mean, **counts) -> pd.DataFrame:
     """Points of a curve against layer as `points.summarise` makes them, four excerpts behind each."""
     data = pd.DataFrame({
         "layer": np.arange(len(mean)), "measure": "relative_mu", "mean": mean, "std": 0.1 / 3, "floor": 1e-6,
-        "ok": 4, "certified": 0, "below_floor": 0, "overflow": 0, "nan": 0,
+        "rounding": 1e-7, "ok": 4, "certified": 0, "below_floor": 0, "unresolved": 0, "overflow": 0, "nan": 0,
     }).assign(**counts)  # fmt: skip
     return data.assign(drawn=np.where(data["overflow"] + data["nan"] > 0, "masked", "point"))
 
