@@ -14,7 +14,7 @@ KNOWN = ("ok", "certified", "below_floor")
 UNRESOLVED = "unresolved"  # rounding may have moved it by more than the tolerance
 LOST = ("overflow", "nan")
 STATUSES = (*KNOWN, UNRESOLVED, *LOST)
-# Measures whose rounding is held against an absolute tolerance, being fractions; of all others it is relative to the value.
+# Measures of at most about 1, of which two values are compared as they stand; of all others as a share of the value.
 ABSOLUTE = ("relative_mu", "rank1_residual", "mean_cosine", "dong_residual")
 LOGARITHMIC = ("mu", "grad_norm")  # may leave the range of float64: their `rounding` is that of `log10`
 RESOLVE = 0.01  # the tolerance, where none is given
@@ -24,8 +24,9 @@ PIXELS = "pixels"  # stands in the table where a text has its tokenizer
 # rows have about 1); a curve rises (or drops) when it gains (or loses) at least RISE between two layers.
 COLLAPSED, RISE = 0.5, 0.1
 MARGIN = 0.02  # of test accuracy (of 1): a smaller loss by learning lambda does not count
-AGREES = 1e-4  # two figures agree where no mean differs by more: as it stands for SHARES, as a share of itself else
-SHARES = ("relative_mu", "rank1_residual", "mean_cosine", "dong_residual")  # measures whose size is at most about 1
+AGREES = (
+    1e-4  # two figures agree where no mean differs by more: as it stands for ABSOLUTE ones, as a share of itself else
+)
 
 
 def known(rows: pd.DataFrame) -> pd.Series:

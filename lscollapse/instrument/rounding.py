@@ -35,7 +35,7 @@ NEAR = 2  # layers
 SHAKING = int.from_bytes(b"rounding")  # names the random signs
 # Of a block that keeps X in float32 and rounds to bfloat16 only what its products take. Rounding to nearest moves a number by
 # 0.21 units (root mean square, see measures.floor), and here it moves O alone, not the skip beside it.
-OPERANDS_ONLY = 1 / 8
+OPERANDS_ONLY = 1 / 16
 PLACE = ["variant", "layer", "measure"]
 AGGREGATES = (("apart", "max"), ("value", "min"), ("value", "max"), ("floor", "max"))
 
@@ -95,7 +95,8 @@ def estimated(rows: pd.DataFrame, resolve: float) -> pd.DataFrame:
     error = apart.copy()
     for shift in range(-NEAR, NEAR + 1):
         error = error.combine(apart.groupby(level="variant").shift(shift), np.fmax)
-    error *= SAFETY
+    still = rows["status"].eq("certified").groupby([rows["variant"], rows["layer"]]).all()  # X stands still there
+    error = SAFETY * error.mask(still).groupby(level="variant").ffill().fillna(error)
     for name in set(error) & set(VANISHING) - set(LOGARITHMIC):
         error[name] = np.fmax(error[name], floor[name] * np.minimum(1.0, floor[name] / least[name]))
     with np.errstate(divide="ignore"):  # infinite where nothing is known of log10

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from lscollapse.core.files import first_line, read_text
-from lscollapse.core.table import AGREES, SHARES, UNRESOLVED
+from lscollapse.core.table import AGREES, ABSOLUTE, UNRESOLVED
 from lscollapse.reports.figures.draw import drawn_in
 from lscollapse.reports.figures.points import KEYS, FigureError
 from lscollapse.reports.figures.quality import POINT
@@ -114,7 +114,7 @@ def _steps(both: pd.DataFrame) -> pd.Series:
     a, b = both["mean_a"], both["mean_b"]
     with np.errstate(divide="ignore", invalid="ignore"):
         step = (b - a).abs()
-        step = step.where(both["measure"].isin(SHARES), step / a.abs())
+        step = step.where(both["measure"].isin(ABSOLUTE), step / a.abs())
     hidden = both["drawn_a"].eq("masked") & both["drawn_b"].eq("masked")
     return step.mask((a == b) | hidden, 0.0).fillna(np.inf)
 
@@ -127,7 +127,7 @@ def _differing(both: pd.DataFrame, steps: pd.Series) -> str:
     worst = both.loc[[steps.idxmax()]]
     a, b, measure = worst[["mean_a", "mean_b", "measure"]].iloc[0]
     most = steps.max()
-    far = f"{most:.2g}" if measure in SHARES else f"{100 * most:.2g} %"
+    far = f"{most:.2g}" if measure in ABSOLUTE else f"{100 * most:.2g} %"
     where = f"{_name(worst)} ({a:.5g}, now {b:.5g})"  # five digits show any difference over AGREES
     return f"differs by up to {far} at {where}, {over:,} of {_count(len(steps))} over {_tolerance()}"
 
