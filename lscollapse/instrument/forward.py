@@ -88,7 +88,7 @@ def measure_pass(
     adapter: Adapter,
     ids: Any,
     variants: Sequence[Variant],
-    dtypes: Sequence[torch.dtype],
+    dtypes: Sequence[torch.dtype] | torch.dtype | None,
     progress: Callable[[int], None] | None = None,
     gains: Sequence[float] | None = None,
     *,
@@ -98,7 +98,7 @@ def measure_pass(
     """The rows of one pass, without `rounding`; arguments as for `measure`.
 
     Args:
-        dtypes: what each variant computes in.
+        dtypes: what each variant computes in, or as for `measure`, without float64 where that is for rounding.
         finished: called with the stream of each variant, in order, when all layers are done.
         twins: of the ids, which are then (2n, N).
     """

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from lscollapse.core.files import first_line, read_text
-from lscollapse.core.table import AGREES, ABSOLUTE, UNRESOLVED
+from lscollapse.core.table import ABSOLUTE, AGREES, UNRESOLVED
 from lscollapse.reports.figures.draw import drawn_in
 from lscollapse.reports.figures.points import KEYS, FigureError
 from lscollapse.reports.figures.quality import POINT

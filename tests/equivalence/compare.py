@@ -26,7 +26,7 @@ def assert_rows_match(
 ) -> None:
     """Values within `rel` of the plain ones, or within `noise` times ||Y|| where the precision of the pass shows.
 
-    A value under `noise` (relative to ||Y||) may be called below the floor; any other must be ok.
+    A value under `noise` (relative to ||Y||) may be called below the floor, or unresolved; any other must be ok.
     """
     table = by_layer(rows)
     assert len(table) == len(outputs) * len(outputs[0]) * 6
@@ -37,9 +37,9 @@ def assert_rows_match(
                 slack = noise * (float(np.linalg.norm(matrix)) if name == "mu" else 1.0)
                 where = f"{what} layer {layer}, excerpt {excerpt}, {name}: {value}, {status} against {expected}"
                 assert abs(value - expected) <= rel * abs(expected) + slack, where
-                if expected > slack or name not in VANISHING:
+                if expected > (100 if name == "mu" else 1) * slack or name not in VANISHING:  # mu is to be known to 1 %
                     assert status == "ok", where
                 else:
-                    assert status in ("ok", "below_floor"), where
+                    assert status in ("ok", "below_floor", "unresolved"), where
                 if expected > 10 * slack:
                     assert abs(log10 - np.log10(expected)) <= (rel + slack / expected) / np.log(10) * 1.1, where

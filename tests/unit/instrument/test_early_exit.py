@@ -15,7 +15,7 @@ import torch
 
 from lscollapse.data import corpus
 from lscollapse.instrument import early_exit
-from lscollapse.instrument.forward import measure
+from lscollapse.instrument.forward import measure_pass
 from lscollapse.instrument.surgery import Variant
 from lscollapse.models.adapt import adapt
 from lscollapse.models.checkpoints import checkpoint
@@ -196,8 +196,8 @@ def test_certified_rows_of_adversarial_models(name: str) -> None:
 
 
 def check_certified_rows(model: Any, ids: np.ndarray, dtype: torch.dtype) -> None:
-    exit = measure(model, ids, VARIANTS, dtype, gains=gains_of(model))
-    full = measure(model, ids, VARIANTS, dtype)
+    exit = measure_pass(adapt(model), ids, VARIANTS, dtype, gains=gains_of(model))
+    full = measure_pass(adapt(model), ids, VARIANTS, dtype)
     # The stream is float32 where the products are in bfloat16; each layer rounds it once when lam X + O is formed.
     rounding = 4 * LAYERS * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     found = assert_certified_rows_hold(exit, full, rounding)
@@ -214,8 +214,8 @@ def test_certified_rows_of_the_embedded_mamba2() -> None:
     gains = gains_of(model)
     for ours, exact in zip(gains, plain_gains(model), strict=True):
         assert exact <= ours <= exact * 2
-    found = measure(model, ids, variants, gains=gains)
-    computed = measure(model, ids, variants)
+    found = measure_pass(adapt(model), ids, variants, None, gains=gains)
+    computed = measure_pass(adapt(model), ids, variants, None)
     rounding = 4 * model.config.num_hidden_layers * torch.finfo(torch.float32).eps
     assert assert_certified_rows_hold(found, computed, rounding) > 100
 
@@ -227,7 +227,7 @@ def test_an_excerpt_stands_still_from_its_certification_on() -> None:
         model.embeddings.weight[:30] *= 1e4
     ids = np.stack([tiny.ids(1, 6)[0] % 30, 30 + tiny.ids(1, 6)[0] % 30])
     lams = (-40.0, 30.0, -8.0, 0.5, -64.0, 9.0, 1e39)
-    rows = measure(model, ids, [Variant(lams)], gains=gains_of(model)).set_index("measure")
+    rows = measure_pass(adapt(model), ids, [Variant(lams)], None, gains=gains_of(model)).set_index("measure")
     late, early = (rows[rows["excerpt"] == n] for n in (1, 0))
     first = early[early["bound"].notna()]["layer"].min()
     assert 0 < first < LAYERS - 1 and not (late["bound"].notna() & (late["layer"] <= first + 1)).any()
@@ -245,7 +245,7 @@ def test_the_bound_is_never_under_the_floor() -> None:
     with torch.no_grad():
         scaled_out_proj(1e-20)(model)
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        rows = measure(model, tiny.ids(2, 5), [Variant(8.0)], dtype, gains=gains_of(model))
+        rows = measure_pass(adapt(model), tiny.ids(2, 5), [Variant(8.0)], dtype, gains=gains_of(model))
         relative = rows[rows["measure"].isin(["relative_mu", "rank1_residual"])]["bound"].dropna()
         assert len(relative) and (relative >= torch.finfo(dtype).eps).all()
 
@@ -269,7 +269,7 @@ def test_nothing_is_certified_without_a_bound(variant: Variant) -> None:
     model = tiny.mamba2(n_layers=LAYERS)
     with torch.no_grad():
         scaled_out_proj(1e-12)(model)  # with the bound all of it would be
-    rows = measure(model, tiny.ids(2, 5), [variant, Variant(8.0)], torch.float32, gains=gains_of(model))
+    rows = measure_pass(adapt(model), tiny.ids(2, 5), [variant, Variant(8.0)], torch.float32, gains=gains_of(model))
     assert rows[rows["variant"] == 0]["bound"].isna().all()
     assert not (rows[rows["variant"] == 0]["status"] == "certified").any()
     assert rows[rows["variant"] == 1]["bound"].notna().any()

@@ -28,6 +28,7 @@ from transformers import (
 import lscollapse
 from lscollapse import Variant
 from lscollapse.instrument import early_exit
+from lscollapse.instrument.forward import measure_pass
 from lscollapse.instrument.lm_loss import LossError, cross_entropy, lm_loss, targets_of
 from lscollapse.models.adapt import adapt
 from lscollapse.models.adapters.adapter import Head, UnsupportedModel
@@ -388,9 +389,8 @@ def test_certified_exit_has_the_loss_within_its_bound(lam: float | tuple[float, 
     adapter, variants = adapt(model), [Variant(lam)]
     gains = early_exit.gains(adapter, "random-init-0")
     streams: list[Any] = []
-    from lscollapse.instrument.forward import measure
 
-    measure(adapter, ids, variants, gains=gains, finished=streams.append)
+    measure_pass(adapter, ids, variants, None, gains=gains, finished=streams.append)
     early = lm_loss(adapter, ids, variants, streams=streams)
     X = plain_models.mamba2(plain_models.weights_of(model.backbone), model.config, ids, lam)[-1]
     weight = model.backbone.norm_f.weight.double()
@@ -408,12 +408,11 @@ def test_certified_loss_knows_the_sign_of_the_lambdas_that_were_skipped() -> Non
     model, ids = mamba2(n_layers=5), tiny.ids(1, N)
     adapter = adapt(model)
     found = {}
-    from lscollapse.instrument.forward import measure
 
     for last in (-1e6, 1e6):
         streams: list[Any] = []
         variants = [Variant((1e6, 1e6, 1e6, 1e6, last))]
-        measure(adapter, ids, variants, gains=early_exit.gains(adapter, "random-init-0"), finished=streams.append)
+        measure_pass(adapter, ids, variants, None, gains=early_exit.gains(adapter, "random-init-0"), finished=streams.append)
         found[last] = lm_loss(adapter, ids, variants, streams=streams)["value"][0]
         np.testing.assert_allclose(found[last], lm_loss(adapter, ids, variants)["value"][0], rtol=1e-5)
     assert abs(found[1e6] - found[-1e6]) > 0.01
@@ -443,12 +442,11 @@ def test_excerpts_of_a_tile_that_settle_at_different_layers_have_their_own_loss(
     ids = np.stack([tiny.ids(1, N)[0] % 30, 30 + tiny.ids(1, N)[0] % 30, tiny.ids(1, N, seed=1)[0] % 30])
     adapter, variants = adapt(model), [Variant(lam)]
     gains = early_exit.gains(adapter, "")
-    from lscollapse.instrument.forward import measure
 
     exact = plain_decoder_loss(model, ids, lam)
     for tile in ([0, 1, 2], [0], [1], [2, 1]):
         streams: list[Any] = []
-        rows = measure(adapter, ids[tile], variants, gains=gains, finished=streams.append)
+        rows = measure_pass(adapter, ids[tile], variants, None, gains=gains, finished=streams.append)
         settled = rows[rows["bound"].notna()].groupby("excerpt")["layer"].min()
         if len(tile) == 3 and lam not in (1.0, -1.0):
             assert settled[0] < settled[1]
@@ -468,9 +466,8 @@ def test_the_final_norm_sees_the_true_size_of_a_small_stream_that_was_certified(
     ids = np.stack([tiny.ids(1, N)[0] % 30, 30 + tiny.ids(1, N)[0] % 30])
     adapter, variants = adapt(model), [Variant(lam)]
     streams: list[Any] = []
-    from lscollapse.instrument.forward import measure
 
-    measure(adapter, ids, variants, gains=early_exit.gains(adapter, ""), finished=streams.append)
+    measure_pass(adapter, ids, variants, None, gains=early_exit.gains(adapter, ""), finished=streams.append)
     early = lm_loss(adapter, ids, variants, streams=streams)
     assert "certified" in set(early["status"])
     np.testing.assert_allclose(values(early)[0], plain_decoder_loss(model, ids, lam), rtol=1e-5)

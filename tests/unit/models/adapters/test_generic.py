@@ -293,7 +293,7 @@ HANDING_ON: dict[str, tuple[str, dict[str, Any], bool]] = {
 def assert_measured_as_a_whole_forward(model: Any, tokens: np.ndarray) -> None:
     """All measures of arms that `measure` runs by turns, against the definitions on whole forwards under surgery."""
     variants = [Variant(1.0), Variant(0.3), Variant(-2.0)]
-    rows = lscollapse.measure(model, tokens, variants)
+    rows = lscollapse.measure(model, tokens, variants, torch.float32)
     blocks = [call.block for call in adapt(model).calls]
     for number, variant in enumerate(variants):
         with lscollapse.surgery(model, variant), captured(blocks, "output") as outputs, torch.no_grad():
