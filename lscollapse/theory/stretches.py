@@ -27,7 +27,7 @@ def in_words(low: float, high: float) -> str:
     """A stretch of |lambda| as every table, figure and page writes it; high infinite: no end; low infinite: it is empty, NaN: not
     known."""
     if np.isnan(low):
-        return "not known, values are missing"
+        return "not known, values are missing or unresolved"
     if not np.isfinite(low):
         return "none suffices"
     if np.isfinite(high):
@@ -94,7 +94,7 @@ class Found:
         return stretches
 
     def missing(self, sign: int, measure: str) -> list[float]:
-        """The tested |lambda| whose last layer is missing in some excerpt, ascending."""
+        """The tested |lambda| whose last layer is missing, or unresolved, in some excerpt, ascending."""
         sizes, values = self.curve(sign, measure)
         return [float(size) for size in sizes[np.isnan(values)]]
 

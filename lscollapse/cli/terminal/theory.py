@@ -60,10 +60,14 @@ def sentence(found: Found, sign: int, measure: str) -> str:
     if lam == 0.0:
         return f"no collapse: over the target at every |lambda| tested, least {values.min():.3f} at {sizes[values.argmin()]:.3g}"
     lost = found.missing(sign, measure)
-    gone = f"the last layer is missing at |lambda| {', '.join(f'{size:.3g}' for size in lost)}" if lost else ""
+    gone = (
+        f"the last layer is missing or unresolved at |lambda| {', '.join(f'{size:.3g}' for size in lost)}"
+        if lost
+        else ""
+    )
     if math.isnan(lam):
         kept = ", ".join(in_words(*stretch) for stretch in found.kept(sign, measure))
-        return f"not known: {gone}, where values leave floating point{f'; over the target for |lambda| {kept}' if kept else ''}"
+        return f"not known: {gone}, where values leave floating point or rounding decides them{f'; over the target for |lambda| {kept}' if kept else ''}"
     closed = [stretch for stretch in found.intervals(sign, measure) if math.isfinite(stretch.high)]
     some, aside = ", ".join(in_words(*stretch) for stretch in closed), f"; {gone}" if gone else ""
     if math.isfinite(lam):

@@ -7,16 +7,17 @@ tested |lambda| the model is over the target.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
 from lscollapse.core.config import Experiment
 from lscollapse.core.progress import SILENT, Progress
+from lscollapse.core.table import known
 from lscollapse.instrument.forward import checked_ids, measure
 from lscollapse.instrument.sublayers import sublayers
 from lscollapse.instrument.surgery import Variant
@@ -92,21 +93,27 @@ def _midpoints(found: Found, sign: int, name: str) -> list[float]:
 
 
 def last_means(task: LoadedTask, lams: Iterable[float], excerpts: int | None = None) -> dict[float, dict[str, float]]:
-    """Last-layer means over the first `excerpts` excerpts (all by default) for every lambda, several a pass."""
+    """Last-layer means over the first `excerpts` excerpts (all by default) for every lambda, several a pass.
+
+    NaN where one of them is not known, because it left the range or because rounding decides it.
+    """
     first = task.variants[0]
     variants = [Variant(lam=lam, gating=first.gating, skip_site=first.skip_site) for lam in sorted(set(lams))]
-    ids, tile = task.ids[:excerpts], task.plan
+    tile, dtype = task.plans.widened or task.plan, task.compute_dtype
+    if task.plans.widened is None and dtype is None:
+        dtype = torch.float32  # there is no room for arms in float64
+    options: dict[str, Any] = {"gains": task.gains, "resolve": task.resolve, "batch": tile.excerpts}
     parts = []
-    for low, start in itertools.product(range(0, len(variants), tile.variants), range(0, len(ids), tile.excerpts)):
-        part = variants[low : low + tile.variants]
-        own = ids[start : start + tile.excerpts]
-        rows = measure(task.adapter, own, part, task.compute_dtype, gains=task.gains)
+    for low in range(0, len(variants), tile.variants):
+        rows = measure(task.adapter, task.ids[:excerpts], variants[low : low + tile.variants], dtype, **options)
         parts.append(rows[(rows["layer"] == task.adapter.n_layers) & rows["measure"].isin(MEASURES)])
-    values = np.stack([np.concatenate([p.loc[p["measure"] == n, "value"] for p in parts]) for n in MEASURES])
-    lams = np.concatenate([p.loc[p["measure"] == MEASURES[0], "lam"] for p in parts])
-    return {
-        float(lam): dict(zip(MEASURES, values[:, lams == lam].mean(1).tolist(), strict=True)) for lam in np.unique(lams)
-    }
+    last = pd.concat(parts)
+    means = (
+        last.assign(known=known(last))
+        .groupby(["lam", "measure"])["known"]
+        .agg(lambda values: values.mean(skipna=False))
+    )
+    return {lam: {name: float(means[lam, name]) for name in MEASURES} for lam in map(float, last["lam"].unique())}
 
 
 # --- estimates ---

@@ -412,7 +412,9 @@ def test_certified_loss_knows_the_sign_of_the_lambdas_that_were_skipped() -> Non
     for last in (-1e6, 1e6):
         streams: list[Any] = []
         variants = [Variant((1e6, 1e6, 1e6, 1e6, last))]
-        measure_pass(adapter, ids, variants, None, gains=early_exit.gains(adapter, "random-init-0"), finished=streams.append)
+        measure_pass(
+            adapter, ids, variants, None, gains=early_exit.gains(adapter, "random-init-0"), finished=streams.append
+        )
         found[last] = lm_loss(adapter, ids, variants, streams=streams)["value"][0]
         np.testing.assert_allclose(found[last], lm_loss(adapter, ids, variants)["value"][0], rtol=1e-5)
     assert abs(found[1e6] - found[-1e6]) > 0.01

@@ -147,16 +147,18 @@ def test_no_answer_where_the_last_layer_is_missing() -> None:
     assert math.isnan(top.smallest(1, "relative_mu")) and math.isnan(top.smallest(1, "rank1_residual"))
     assert top.missing(1, "relative_mu") == [16.0]
     assert sentence(top, 1, "relative_mu") == (
-        "not known: the last layer is missing at |lambda| 16, where values leave floating point; over the target for |lambda| 1 to 4"
+        "not known: the last layer is missing or unresolved at |lambda| 16, where values leave floating point or rounding decides them; over the target for |lambda| 1 to 4"
     )
-    assert sentence(top, 1, "rank1_residual").startswith("not known: the last layer is missing at |lambda| 16")
+    assert sentence(top, 1, "rank1_residual").startswith(
+        "not known: the last layer is missing or unresolved at |lambda| 16"
+    )
     middle = curve({0.0: (0.1, 0.1), 1.0: (0.7, 0.1), 4.0: (gone, gone), 16.0: (0.9, 0.1)})
     assert math.isnan(middle.smallest(1, "relative_mu"))
     assert middle.kept(1, "relative_mu") == [(1.0, 1.0), (16.0, 16.0)]
     low = curve({0.0: (gone, gone), 1.0: (0.3, 0.1), 4.0: (0.9, 0.1), 16.0: (0.9, 0.1)})
     assert low.smallest(1, "relative_mu") == 4.0 and low.smallest(1, "rank1_residual") == math.inf
     assert sentence(low, 1, "relative_mu") == (
-        "|lambda| >= 4 keeps it over the target; the last layer is missing at |lambda| 0"
+        "|lambda| >= 4 keeps it over the target; the last layer is missing or unresolved at |lambda| 0"
     )
     assert curve({0.0: (gone, gone)}).smallest(1, "relative_mu") != 0.0
     nowhere = curve({0.0: (gone, gone), -1.0: (gone, gone)})
@@ -173,7 +175,7 @@ def test_lambdas_that_overflow_are_no_answer(tmp_path: Path) -> None:
     found = find_lambda.find(task_of(transformers.GPTNeoXModel(config), tmp_path), TARGET, 0.5)
     assert found.missing(1, "relative_mu")[-1] == 4096.0
     assert math.isnan(found.smallest(1, "relative_mu")) or found.smallest(1, "relative_mu") == math.inf
-    assert "not known: the last layer is missing at |lambda| " in sentence(found, 1, "relative_mu")
+    assert "not known: the last layer is missing or unresolved at |lambda| " in sentence(found, 1, "relative_mu")
 
 
 def test_rank_warning_only_where_rank_is_lost() -> None:

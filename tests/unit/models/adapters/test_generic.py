@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 import lscollapse
 from lscollapse import Variant
+from lscollapse.instrument.forward import measure_pass
 from lscollapse.instrument.gradients import check_chain
 from lscollapse.instrument.identity import layer_outputs
 from lscollapse.instrument.surgery import SurgeryError
@@ -291,9 +292,9 @@ HANDING_ON: dict[str, tuple[str, dict[str, Any], bool]] = {
 
 
 def assert_measured_as_a_whole_forward(model: Any, tokens: np.ndarray) -> None:
-    """All measures of arms that `measure` runs by turns, against the definitions on whole forwards under surgery."""
+    """All measures of arms that one pass runs by turns, against the definitions on whole forwards under surgery."""
     variants = [Variant(1.0), Variant(0.3), Variant(-2.0)]
-    rows = lscollapse.measure(model, tokens, variants, torch.float32)
+    rows = measure_pass(adapt(model), tokens, variants, torch.float32)
     blocks = [call.block for call in adapt(model).calls]
     for number, variant in enumerate(variants):
         with lscollapse.surgery(model, variant), captured(blocks, "output") as outputs, torch.no_grad():
