@@ -42,12 +42,11 @@ def measure(
         model: a transformers model of a supported architecture, in eval mode, or its Adapter.
         ids: token ids, (excerpts, N).
         variants: the arms; each layer's weights are touched once for all of them.
-        dtype: what every arm computes in. Default: the dtype of the model's weights; float64 for arms whose blocks have
-            lost their norm, since their values leave float32 within a few layers, and for arms that float32 does not
-            resolve (rounding.py), where there is memory for a float64 copy of the model.
+        dtype: what every arm computes in. Default: the dtype of the weights; float64 for arms whose blocks have lost their
+            norm, and for those that float32 does not resolve (rounding.py) if a float64 copy of the model fits.
         progress: called after each block pass with the number of excerpts it was for.
-        gains: bounds of every layer's mixer (early_exit.gains): a variant then stops where they prove that nothing measured
-            can still change by more than the dtype's resolution; its further rows have status `certified` and the bound.
+        gains: bounds of every layer's mixer (early_exit.gains): a variant stops where they prove that no measure can still
+            change by more than the dtype resolves; its further rows have status `certified` and the bound.
         resolve: rounding over this, absolute or relative by the measure, makes a row `unresolved`.
         batch: how many excerpts go through the model together; all by default.
 
@@ -59,26 +58,27 @@ def measure(
         ValueError: ids are not (excerpts, N) or fall outside the vocabulary.
     """
     adapter = adapt(model)
-    tokens = checked_ids(adapter, ids)
-    first = min(rounding.PROBED, len(tokens))
+    tokens, own = checked_ids(adapter, ids), dict(enumerate(dtypes_of(variants, dtype, adapter.dtype)))
+    first = tokens[: rounding.PROBED]
 
     def twice(dtypes: dict[int, torch.dtype]) -> pd.DataFrame:
-        twins, pairs = rounding.Twins(range(first)), tokens[:first].repeat(rounding.TWINS, 1)
+        twins, pairs = rounding.Twins(range(len(first))), first.repeat(rounding.TWINS, 1)
         arms = [variants[number] for number in dtypes]
         rows = measure_pass(adapter, pairs, arms, list(dtypes.values()), progress, gains, twins=twins)
-        return rounding.without_twins(rows.assign(variant=rows["variant"].map(dict(enumerate(dtypes)))), first)
+        return rounding.without_twins(rows.assign(variant=rows["variant"].map(dict(enumerate(dtypes)))), len(first))
 
-    own = dict(enumerate(dtypes_of(variants, dtype, adapter.dtype)))
-    parts = [rounding.probe(twice, own, resolve, dtype is None and precision.fits(adapter, torch.float64))]
-    found = rounding.probed(parts[0])
-    parts[0] = parts[0].drop(columns=["asked", "why"])
+    probe = rounding.probe(twice, own, resolve, dtype is None and precision.fits(adapter, torch.float64))
+    found, parts = rounding.probed(probe), [probe.drop(columns=["asked", "why"])]
     step = batch or len(tokens)
-    for start in range(first, len(tokens), step):
-        rows = measure_pass(
-            adapter, tokens[start : start + step], variants, list(found.dtypes.values()), progress, gains
-        )
+    for start in range(len(first), len(tokens), step):
+        rest = tokens[start : start + step]
+        rows = measure_pass(adapter, rest, variants, list(found.dtypes.values()), progress, gains)
         parts.append(rounding.written(rows.assign(excerpt=rows["excerpt"] + start), found.rounding, resolve))
-    rows = pd.concat(parts, ignore_index=True)
+    return _in_order(pd.concat(parts, ignore_index=True))
+
+
+def _in_order(rows: pd.DataFrame) -> pd.DataFrame:
+    """By layer, variant, measure and excerpt, as the rows of one pass are."""
     rank = rows["measure"].map({name: number for number, name in enumerate(measures.MEASURES)})
     order = np.lexsort((rows["excerpt"], rank, rows["variant"], rows["layer"]))
     return rows.iloc[order].reset_index(drop=True)

@@ -70,8 +70,7 @@ def lm_loss(
 
     Args:
         model: a transformers model with a language-model head, in eval mode, or its Adapter.
-        ids, variants: as for `measure`.
-        dtype: as for `measure`, or one for each variant.
+        ids, variants, dtype: as for `measure`; dtype may also be one for each variant.
         mask_token: id that hides a token; needed for encoders.
         seed, first: choose the hidden tokens, of excerpts `first`, `first` + 1, ...
         streams: of a decoder, what `measure_pass` ended with for these ids and variants; computed where not given.

@@ -174,7 +174,8 @@ def _why(rows: pd.DataFrame) -> str:
     of = rows[rows["measure"] == "relative_mu"]
     of = of if len(of) else rows
     worst = of.sort_values("rounding").to_dict("records")[-1]
-    return f"{worst['measure']} to {worst['rounding']:.2g} at layer {worst['layer']}"
+    known = f", to {worst['rounding']:.2g}" if np.isfinite(worst["rounding"]) else ""
+    return f"{worst['measure']} of layer {worst['layer']}{known}"
 
 
 def probed(rows: pd.DataFrame) -> Probed:

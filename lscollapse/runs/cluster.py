@@ -148,7 +148,7 @@ def measure_on_nodes(
         gpus = _gpus_per_item(config, has.get("GPU", 0))
         on = config.model_copy(update={"device": "cuda" if gpus else "cpu"})
         progress.note(
-            f"{len(items)} work items on {sum(node['Alive'] for node in ray.nodes())} nodes with {has.get('CPU', 0):g} CPUs"
+            f"the work items go to {sum(node['Alive'] for node in ray.nodes())} nodes with {has.get('CPU', 0):g} CPUs"
             f" and {has.get('GPU', 0):g} GPUs in all; an item takes 1 CPU and {gpus:g} GPU"
         )
         map_on_nodes(partial(_measure, on), items, on_result=count, address=config.address, num_gpus=gpus)

@@ -65,7 +65,7 @@ class Task:
     @property
     def plan(self) -> Plan:
         """Tiles of excerpts that no probe is made of."""
-        return self.plans.rest
+        return self.plans.narrow.rest
 
     @property
     def ids(self) -> np.ndarray:

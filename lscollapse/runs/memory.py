@@ -44,19 +44,22 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Plans:
-    """The tiles of a run.
-
-    Attributes:
-        probe: of its first excerpts, each with a twin (instrument/rounding.py).
-        rest: of the others.
-        widened: of the others where arms that float32 does not resolve run in float64; None where they are not to, or where
-            there is no memory for it.
-    """
+class Tiles:
+    """The tiles of a run: of its first excerpts, each with a twin (instrument/rounding.py), and of the others."""
 
     probe: Plan
     rest: Plan
-    widened: Plan | None
+
+
+@dataclass(frozen=True)
+class Plans:
+    """The tiles of a run, and those where arms that float32 does not resolve run in float64.
+
+    `wide` is None where they are not to, or where there is no memory for it.
+    """
+
+    narrow: Tiles
+    wide: Tiles | None
 
 
 def is_streamed(architecture: str, n_parameters: int, config: Experiment) -> bool:
@@ -81,10 +84,12 @@ def plan_run(
     """
     n_tokens, n_excerpts = len(corpus.excerpts[0].ids), len(corpus.excerpts)
     limit, how = allowed_memory(config), "streamed" if isinstance(adapter, StreamedMamba2) else "resident"
+    on_gpu = adapter.device.type == "cuda"
+    share = -(-n_excerpts // len(worker_devices(config))) if on_gpu else n_excerpts  # so that every GPU has some
     probed = min(PROBED, n_excerpts)
 
-    def tiles(excerpts: int, itemsize: int, copies: int = 1) -> Plan:
-        if adapter.device.type == "cuda":
+    def tile(excerpts: int, itemsize: int, copies: int = 1) -> Plan:
+        if on_gpu:
             shape = adapter.shape if isinstance(adapter, Mamba2Adapter) else None
             room = limit - (layer_bytes(adapter.shape, itemsize) if isinstance(adapter, StreamedMamba2) else 0)
             width = adapter.config.hidden_size
@@ -93,24 +98,23 @@ def plan_run(
             return plan_streamed(adapter.shape, n_tokens, excerpts, len(arms), itemsize, limit, copies)
         return Plan(min(LARGEST_TILE, excerpts), len(arms), 0)
 
+    def tiles(itemsize: int) -> Tiles:
+        return Tiles(tile(probed, itemsize, TWINS), tile(share, itemsize))
+
     itemsize, wide = bytes_of_a_weight(config), bytes_of_a_weight(config) + 8
     if config.dtype == "auto" and any(arm.removes_block_norm for arm in arms):
         itemsize = wide  # those arms compute in float64, beside the float32 ones
-    share = -(-n_excerpts // len(worker_devices(config)))  # so that every GPU has some
-    plans = Plans(tiles(probed, itemsize, TWINS), tiles(share, itemsize), None)
+    plans = Plans(tiles(itemsize), None)
     if config.dtype == "auto" and precision.fits(adapter, torch.float64):
         with suppress(MemoryPlanError):
-            tiles(probed, wide, TWINS)
-            plans = replace(plans, widened=tiles(share, wide))
-    if plans.rest.bytes:
-        progress.note(f"{info.name} is {how} on {adapter.device}: {info.n_layers} layers, {said(plans.rest, limit)}")
+            plans = replace(plans, wide=tiles(wide))
+    rest = plans.narrow.rest
+    if rest.bytes:
+        progress.note(
+            f"{info.name} is {how} on {adapter.device}: {info.n_layers} layers, {rest.excerpts} excerpts x {rest.variants}"
+            f" variants at a time, predicted peak {rest.bytes / 2**30:.2f} GiB of {limit / 2**30:.2f}"
+        )
     return plans
-
-
-def said(plan: Plan, limit: int) -> str:
-    """A plan in words."""
-    tile = f"{plan.excerpts} excerpts x {plan.variants} variants at a time"
-    return f"{tile}, predicted peak {plan.bytes / 2**30:.2f} GiB of {limit / 2**30:.2f}"
 
 
 def plan_streamed(

@@ -58,8 +58,9 @@ def _run(name: str, config: Experiment, out: Path, variants: Variants, progress:
         return schedule.after(item)
 
     def keep_and_tell(item: Item, rows: pd.DataFrame) -> list[Item]:
+        further = keep(item, rows)
         progress.advance(item.cost)
-        return keep(item, rows)
+        return further
 
     def measured(item: Item) -> pd.DataFrame:
         return measure_item(item, loaded[item.number].adapter, config, progress)

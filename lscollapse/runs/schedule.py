@@ -88,8 +88,8 @@ class Schedule:
         self.found[name] = [f"{words[n]}: float64, for float32 leaves {why} open" for n, why in widened.items()]
         self.found[name] += [f"{words[n]}: unresolved, {what}" for n, what in flagged.items()]
         if widened:
-            which, plan = "; ".join(f"{words[n]} ({why})" for n, why in widened.items()), task.plans.widened
-            peak = f", predicted peak {plan.bytes / 2**30:.2f} GiB" if plan and plan.bytes else ""
+            which, plan = "; ".join(f"{words[n]} ({why})" for n, why in widened.items()), task.plans.wide
+            peak = f", predicted peak {plan.rest.bytes / 2**30:.2f} GiB" if plan and plan.rest.bytes else ""
             self.progress.note(
                 f"{name}: {len(widened)} of {len(arms)} arms run in float64, each at about twice the time{peak}, since rounding"
                 f" in float32 decides them: {which}"

@@ -64,13 +64,14 @@ def probes(number: int, task: Task) -> list[Item]:
     excerpts = range(min(rounding.PROBED, len(task.corpus.excerpts)))
     return [
         Item(number, task, excerpts, variants)
-        for variants in _cut(range(len(task.variants)), task.plans.probe.variants)
+        for variants in _cut(range(len(task.variants)), task.plans.narrow.probe.variants)
     ]
 
 
 def rest(number: int, task: Task, found: rounding.Probed) -> list[Item]:
     """The other excerpts, in order, each item a tile of the plan that fits what the probe found."""
-    tile = task.plans.widened if task.plans.widened and found.dtypes != task.dtypes else task.plans.rest
+    plans, widened = task.plans, found.dtypes != task.dtypes
+    tile = plans.wide.rest if plans.wide and widened else plans.narrow.rest
     excerpts = _cut(range(rounding.PROBED, len(task.corpus.excerpts)), tile.excerpts)
     variants = _cut(range(len(task.variants)), tile.variants)
     return [Item(number, task, *part, found) for part in itertools.product(excerpts, variants)]
@@ -98,26 +99,24 @@ def measure_item(item: Item, adapter: Adapter, config: Experiment, progress: Pro
 
 
 def _probe(item: Item, adapter: Adapter, config: Experiment, progress: Progress) -> pd.DataFrame:
-    task, begun = item.task, False
+    task, plans = item.task, item.task.plans
+    own = {number: task.dtypes[number] for number in item.variants}
 
     def twice(dtypes: dict[int, torch.dtype]) -> pd.DataFrame:
-        nonlocal begun
-        if begun:  # again, in float64
+        numbers, plan = list(dtypes), plans.narrow.probe
+        if dtypes != own and plans.wide:  # again, in float64
             progress.grow(rounding.TWINS * len(item.excerpts) * item.cost_of(len(dtypes)))
-        begun, numbers = True, list(dtypes)
+            plan = plans.wide.probe
 
         def tile(excerpts: range, part: range) -> pd.DataFrame:
             chosen, twins = [numbers[i] for i in part], rounding.Twins(excerpts)
             rows = _measure(item, excerpts, chosen, [dtypes[v] for v in chosen], adapter, config, progress, twins)
             return rounding.without_twins(rows, len(excerpts))
 
-        pairs = _cut(item.excerpts, task.plans.probe.excerpts)
-        return pd.concat(
-            [rows for part in pairs for rows in in_halves(tile, part, range(len(numbers)))], ignore_index=True
-        )
+        tiles = itertools.product(_cut(item.excerpts, plan.excerpts), _cut(range(len(numbers)), plan.variants))
+        return pd.concat([rows for part in tiles for rows in in_halves(tile, *part)], ignore_index=True)
 
-    own = {number: task.dtypes[number] for number in item.variants}
-    return rounding.probe(twice, own, task.resolve, task.plans.widened is not None)
+    return rounding.probe(twice, own, task.resolve, plans.wide is not None)
 
 
 def _measure(

@@ -99,8 +99,8 @@ def last_means(task: LoadedTask, lams: Iterable[float], excerpts: int | None = N
     """
     first = task.variants[0]
     variants = [Variant(lam=lam, gating=first.gating, skip_site=first.skip_site) for lam in sorted(set(lams))]
-    tile, dtype = task.plans.widened or task.plan, task.compute_dtype
-    if task.plans.widened is None and dtype is None:
+    tile, dtype = (task.plans.wide or task.plans.narrow).rest, task.compute_dtype
+    if task.plans.wide is None and dtype is None:
         dtype = torch.float32  # there is no room for arms in float64
     options: dict[str, Any] = {"gains": task.gains, "resolve": task.resolve, "batch": tile.excerpts}
     parts = []

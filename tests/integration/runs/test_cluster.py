@@ -217,7 +217,7 @@ def test_other_weights_than_those_of_the_run_are_refused(settings: dict[str, Any
     task = next(load_tasks(changed, paper.sweep_variants, SILENT)).alone
     tiny.mamba2(2, 2, seed=1).save_pretrained(tmp_path / "model")
     with pytest.raises(work.WorkerError, match="not the same for every process"):
-        work.worker_for(changed).rows(next(work.items(0, task)))
+        work.worker_for(changed).rows(work.probes(0, task)[0])
 
 
 # --- two nodes ------------------------------------------------------------------------------------
@@ -236,10 +236,10 @@ def test_the_table_is_that_of_one_process(
     told = Advances()
     paper.sweep_lambda(on_ray(settings, address), tmp_path, told)
     assert_same_table(tmp_path, local)
-    assert len(told.amounts) == 6 and sum(told.amounts) == told.total
-    assert "on 2 nodes with 2 CPUs and 1 GPUs" in told.notes[-1]
+    assert len(told.amounts) == 7 and sum(told.amounts) == told.total
+    assert "to 2 nodes with 2 CPUs and 1 GPUs" in told.notes[-1]
     record = read_manifest(tmp_path)
-    assert record["device"] == "cpu" and sum(record["items_of_node"].values()) == 6
+    assert record["device"] == "cpu" and sum(record["items_of_node"].values()) == 7
     assert len(record["items_of_node"]) == 2
     assert not (tmp_path / "parts").exists()
 
@@ -259,7 +259,7 @@ def test_a_driver_that_is_killed_is_continued(
     assert len([*(tmp_path / "run" / "parts").glob("*.parquet")]) == 1
     told = Advances()
     paper.sweep_lambda(on_ray(settings, address), tmp_path / "run", told)
-    assert len(told.amounts) == 5
+    assert len(told.amounts) == 6
     assert_same_table(tmp_path / "run", local)
 
 

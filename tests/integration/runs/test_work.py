@@ -19,8 +19,9 @@ from lscollapse.core.config import ConfigError, Experiment
 from lscollapse.core.progress import SILENT
 from lscollapse.core.table import ORDER
 from lscollapse.experiments import paper
-from lscollapse.instrument import forward
+from lscollapse.instrument import forward, rounding
 from lscollapse.instrument.surgery import Variant
+from lscollapse.models.adapt import adapt
 from lscollapse.models.adapters.mamba2 import Mamba2Adapter
 from lscollapse.models.adapters.streamed import StreamedMamba2, Transfer
 from lscollapse.models.checkpoints import checkpoint
@@ -61,7 +62,10 @@ class Advances:
         self.amounts: list[float] = []
 
     def note(self, message: str) -> None:
-        raise AssertionError(message)
+        assert "run in float64" in message, message
+
+    def grow(self, amount: float) -> None:
+        raise AssertionError(amount)
 
     def start(self, total: float) -> None:
         self.total = total
@@ -74,7 +78,7 @@ def test_rows_of_two_workers_are_those_of_one(config: Experiment, tmp_path: Path
     paper.sweep_lambda(config, tmp_path / "one")
     shared = Advances()
     paper.sweep_lambda(config.model_copy(update={"workers": 2}), tmp_path / "two", shared)
-    assert len(shared.amounts) == 4  # two tiles of each model; a process reports whole items
+    assert len(shared.amounts) == 4  # of each model the probe and a tile; a process reports whole items
     assert sum(shared.amounts) == shared.total
     for name in ("rows.parquet", "rows.csv"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
@@ -139,7 +143,9 @@ def in_order(rows: pd.DataFrame) -> pd.DataFrame:
 @pytest.mark.parametrize("room", [1, 3, 7])
 def test_out_of_memory_halves_the_tile(config: Experiment, room: int) -> None:
     task = next(load_tasks(config, paper.sweep_variants, SILENT))
-    item = work.Item(0, task.alone, range(8), range(len(task.variants)))
+    (first,) = work.probes(0, task.alone)
+    found = rounding.probed(work.measure_item(first, task.adapter, config, SILENT))
+    item = work.Item(0, task.alone, range(8), range(len(task.variants)), found)
     cramped = Cramped(task.adapter.model, room)
     found = work.measure_item(item, cramped, config, SILENT)
     whole = work.measure_item(item, task.adapter, config, SILENT)
@@ -147,6 +153,20 @@ def test_out_of_memory_halves_the_tile(config: Experiment, room: int) -> None:
     assert max(cramped.sizes) == 8 and min(cramped.sizes) <= room
     with pytest.raises(memory.MemoryPlanError, match="fewer --tokens"):
         work.measure_item(item, Cramped(task.adapter.model, 0), config, SILENT)
+
+
+@pytest.mark.parametrize("room", [2, 3])
+def test_out_of_memory_halves_the_probe(config: Experiment, room: int) -> None:
+    """To one excerpt and its twin, which are never parted; rows and what is known of their rounding stay the same."""
+    task = next(load_tasks(config, paper.sweep_variants, SILENT))
+    (first,) = work.probes(0, task.alone)
+    cramped = Cramped(task.adapter.model, room)
+    found = work.measure_item(first, cramped, config, SILENT)
+    whole = work.measure_item(first, task.adapter, config, SILENT)
+    pd.testing.assert_frame_equal(in_order(found), in_order(whole), check_exact=True)
+    assert set(cramped.sizes) == {2, 4} and found["rounding"].notna().all()
+    with pytest.raises(memory.MemoryPlanError, match="fewer --tokens"):
+        work.measure_item(first, Cramped(task.adapter.model, 1), config, SILENT)
 
 
 @pytest.mark.parametrize("room", range(1, 8))
@@ -232,7 +252,7 @@ def test_a_layer_is_used_when_it_has_arrived(late: StreamedMamba2) -> None:
     model, ids = tiny.mamba2(2, 2), tiny.ids(4, TOKENS, seed=3)
     weights = plain_models.weights_of(model)
     lams = [-2.0, 0.0, 1.0]
-    rows = forward.measure(late, ids, [Variant(lam, gating) for gating in (True, False) for lam in lams])
+    rows = forward.measure_pass(late, ids, [Variant(lam, gating) for gating in (True, False) for lam in lams], None)
     for gating in (True, False):
         for lam in lams:
             found = rows[(rows["gating"] == gating) & (rows["lam"] == lam)]
@@ -245,9 +265,11 @@ def test_no_room_for_a_layer_then_room(late: StreamedMamba2, fail_at: int) -> No
     """An allocation that fails while a layer is read comes out where it is needed, and the next attempt reads again."""
     ids = tiny.ids(4, TOKENS, seed=3)
     late.transfer.fail_at = fail_at  # type: ignore[attr-defined]
-    halves = memory.in_halves(lambda e, _: forward.measure(late, ids[e.start : e.stop]), range(4), range(1))
+    halves = memory.in_halves(
+        lambda e, _: forward.measure_pass(late, ids[e.start : e.stop], [Variant()], None), range(4), range(1)
+    )
     assert len(halves) == 2
-    resident = forward.measure(tiny.mamba2(2, 2), ids)
+    resident = forward.measure_pass(adapt(tiny.mamba2(2, 2)), ids, [Variant()], None)
     for half, excerpts in zip(halves, ((0, 1), (2, 3)), strict=True):
         expected = resident[resident["excerpt"].isin(excerpts)]
         np.testing.assert_allclose(half["value"], expected["value"], rtol=1e-4, atol=1e-6)
