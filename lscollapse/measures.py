@@ -149,6 +149,8 @@ def _deflated(unit: Tensor) -> Tensor:
     if unit.shape[-2] > unit.shape[-1]:
         return _deflated(unit.mT).mT
     Z = unit.reshape(-1, *unit.shape[-2:])  # (..., n, m) -> (B, n, m), n <= m
+    if len(Z) == 1:  # libraries round the product of one matrix otherwise than that of the same among others
+        return _deflated(Z.expand(2, -1, -1))[:1].reshape(unit.shape)
     finite = Z if Z.isfinite().all() else torch.nan_to_num(Z)
     u = _leading_eigenvector(finite @ finite.mT)[..., None]  # (B, n, 1)
     w = u.mT @ Z  # (B, 1, m)

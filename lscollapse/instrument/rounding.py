@@ -103,6 +103,11 @@ def estimated(rows: pd.DataFrame, resolve: float) -> pd.DataFrame:
         error["mu"] -= np.log10(1.0 - np.minimum(1.0, error["relative_mu"] / least["relative_mu"]))
     r, s, b = (table.to_numpy() for table in (most["rank1_residual"], most["stable_rank"], error["rank1_residual"]))
     error["stable_rank"] = stable_rank_change(r, s, np.minimum(b, 1.0), rows["n_tokens"].max())
+    if "lm_loss" in error:  # itself a number of the dtype, in which twins may come out as one
+        unit_of = {name: torch.finfo(getattr(torch, name)).eps for name in rows["dtype"].unique()}
+        error["lm_loss"] = np.fmax(
+            error["lm_loss"], most["lm_loss"] * rows.groupby(PLACE[:2])["dtype"].first().map(unit_of)
+        )
     return written(rows.drop(columns="apart"), error, resolve)
 
 

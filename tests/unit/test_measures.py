@@ -375,3 +375,14 @@ def test_rank1_residual_is_that_of_the_singular_values(Y: np.ndarray) -> None:
     sigma = np.linalg.svd(Y, compute_uv=False)
     expected = np.linalg.norm(sigma[1:] / sigma[0]) / np.linalg.norm(sigma / sigma[0])
     assert float(rank1_residual(torch.from_numpy(Y))) == pytest.approx(expected, rel=1e-9, abs=3e-15)
+
+
+@pytest.mark.parametrize(("n", "d"), [(32, 256), (17, 24), (200, 64)])
+def test_measures_do_not_depend_on_what_is_measured_beside(n: int, d: int) -> None:
+    """Bits, of one matrix alone and of the same among others."""
+    Y = torch.randn(5, n, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1.0
+    together = measures.measure_all(Y)
+    for size in (1, 2, 3):
+        parts = [measures.measure_all(Y[i : i + size]) for i in range(0, 5, size)]
+        for name, whole in together.items():
+            assert torch.equal(torch.cat([part[name] for part in parts]), whole), (size, name)

@@ -29,6 +29,7 @@ def test_a_run_has_their_rows_and_a_streamed_one_is_refused(tmp_path: Path) -> N
     rows = rows[rows["measure"] == "grad_norm"]
     assert len(rows) == 2 * 4 * 9  # gate on and off, layers 0..3, excerpts
     assert (rows["value"] > 0).all()
+    assert rows["rounding"].between(0, 1e-3, inclusive="neither").all()
     with pytest.raises(ConfigError, match=r"gradients need all of .* in memory.* use --stream never"):
         sweep(tmp_path, model, "streamed", stream="always", **settings)
     with pytest.raises(UnsupportedModel, match="no modules to put hooks on: use --stream never"):

@@ -82,6 +82,8 @@ def test_a_streamed_checkpoint_has_the_losses_of_the_loaded_one(tmp_path: Path, 
     full = streamed[(streamed["lam"] == 1) & streamed["gating"]]
     np.testing.assert_allclose(full["value"], theirs, rtol=2e-5)
     assert set(streamed.loc[streamed["lam"] == -1000, "status"]) == {"certified"}
+    within = (full["value"] - np.array(theirs)).abs() <= full["rounding"] + 2e-6  # theirs are float32 too
+    assert within.all() and (full["rounding"] < 1e-3).all()
 
 
 def test_an_encoder_checkpoint_with_and_without_its_head(tmp_path: Path) -> None:
@@ -93,6 +95,7 @@ def test_an_encoder_checkpoint_with_and_without_its_head(tmp_path: Path) -> None
     model.save_pretrained(tmp_path / "whole")
     rows, notes = sweep(tmp_path, tmp_path / "whole", "a", lambdas=[1.0])
     assert not [line for line in notes if "head" in line]
+    assert rows["rounding"].between(0, 1e-4, inclusive="neither").all()  # a twin fills in what its original does
     ids = torch.tensor([json.loads(line)["ids"] for line in (tmp_path / "frozen.jsonl").read_text().splitlines()])
     for number, value in enumerate(rows["value"]):
         at = hidden(0, number, 8)

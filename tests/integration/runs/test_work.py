@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lscollapse.core.config import ConfigError, Experiment
 from lscollapse.core.progress import SILENT
+from lscollapse.core.run_folder import read_manifest
 from lscollapse.core.table import ORDER
 from lscollapse.experiments import paper
 from lscollapse.instrument import forward, rounding
@@ -273,3 +274,57 @@ def test_no_room_for_a_layer_then_room(late: StreamedMamba2, fail_at: int) -> No
     for half, excerpts in zip(halves, ((0, 1), (2, 3)), strict=True):
         expected = resident[resident["excerpt"].isin(excerpts)]
         np.testing.assert_allclose(half["value"], expected["value"], rtol=1e-4, atol=1e-6)
+
+
+# --- what a probe finds -------------------------------------------------------------------------
+
+
+class Told(Advances):
+    """A Progress that keeps its notes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.notes: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+    def grow(self, amount: float) -> None:
+        self.total += amount
+
+
+def test_what_runs_in_float64_is_said_before_and_kept(config: Experiment, tmp_path: Path) -> None:
+    """In the little ALBERT mu at lambda = 0 is less than float32 knows of it."""
+    told = Told()
+    rows = paper.sweep_lambda(config, tmp_path, told)
+    wide = rows[rows["dtype"] == "float64"]
+    assert set(wide["model"]) == {"little-albert"} and set(wide["lam"]) == {0.0}
+    assert set(wide["excerpt"]) == set(range(EXCERPTS))  # also those that no probe saw
+    (note,) = (note for note in told.notes if "run in float64" in note)
+    assert (
+        note.startswith("little-albert: 1 of 3 arms run in float64, each at about twice the time")
+        and "lambda 0 (" in note
+    )
+    kept = read_manifest(tmp_path)["rounding"]
+    assert kept["little-mamba"] == [] and kept["little-albert"][0].startswith(
+        "LN, lambda 0: float64, for float32 leaves "
+    )
+    assert sum(told.amounts) == pytest.approx(told.total)
+
+
+def test_a_dtype_that_is_given_is_only_flagged(config: Experiment, tmp_path: Path) -> None:
+    told = Told()
+    rows = paper.sweep_lambda(config.model_copy(update={"dtype": "float32"}), tmp_path, told)
+    assert set(rows["dtype"]) == {"float32"}
+    left = rows[rows["status"] == "unresolved"]
+    assert set(left["lam"]) == {0.0}
+    (note,) = (note for note in told.notes if "unresolved" in note)
+    assert "1 of 3 arms" in note and "in float32 from layer" in note
+
+
+def test_the_tolerance_is_a_setting(config: Experiment, tmp_path: Path) -> None:
+    strict = config.model_copy(update={"dtype": "float32", "resolve": 1e-7, "models": config.models[:1]})
+    rows = paper.sweep_lambda(strict, tmp_path)
+    relative = rows[rows["measure"] == "relative_mu"]
+    assert ((relative["rounding"] > 1e-7) == (relative["status"] == "unresolved")).all()
+    assert (relative["status"] == "unresolved").any()
