@@ -121,12 +121,18 @@ def written(rows: pd.DataFrame, rounding: pd.DataFrame, resolve: float) -> pd.Da
     place = pd.MultiIndex.from_frame(rows[["variant", "layer"]])
     at = rounding.index.get_indexer(place), rounding.columns.get_indexer(pd.Index(rows["measure"]))
     error = rounding.to_numpy()[at]
-    absolute, logarithmic = rows["measure"].isin(ABSOLUTE), rows["measure"].isin(LOGARITHMIC)
-    relative = np.where(logarithmic, np.log10(1.0 + resolve), resolve * rows["value"].abs())
-    over = error > np.where(absolute, resolve, relative)
-    hidden = (rows["status"] == "below_floor") & logarithmic
+    hidden = (rows["status"] == "below_floor") & rows["measure"].isin(LOGARITHMIC)
+    over = error > tolerances(rows, resolve)
     status = rows["status"].mask(over & ~hidden & rows["status"].isin(KNOWN), UNRESOLVED)
     return rows.assign(rounding=error, status=status)
+
+
+def tolerances(rows: pd.DataFrame, resolve: float) -> np.ndarray:
+    """The most that `rounding` of each row may be where the tolerance is `resolve`, in the units of `rounding`."""
+    absolute, logarithmic = rows["measure"].isin(ABSOLUTE), rows["measure"].isin(LOGARITHMIC)
+    relative = np.where(logarithmic, np.log10(1.0 + resolve), resolve * rows["value"].abs())
+    most: np.ndarray = np.where(absolute, resolve, relative)
+    return most
 
 
 # --- the probe of a run ---

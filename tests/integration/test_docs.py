@@ -155,6 +155,26 @@ def test_table_1_is_quoted_from_its_table() -> None:
     assert "({} points from -1, {} from 1)".format(*average) in text
 
 
+def test_what_rounding_does_is_quoted_from_its_tables() -> None:
+    distances, covered = tables("docs/rounding.md")
+    folder = RESULTS / "reference" / "rounding"
+    drawn = {(float(row["lam"]), row["dtype"], row["layer"]): row for row in rows_of(folder / "rounding.csv")}
+    layers = [heading.removeprefix("layer ") for heading in distances[0][2:]]
+    assert len(distances[2:]) == 8
+    for lam, dtype, *cells in distances[2:]:
+        found = [float(drawn[float(lam.replace("−", "-")), dtype, layer]["difference"]) for layer in layers]
+        assert cells == [f"{difference:.0e}".replace("e-0", "e-") for difference in found]
+    lines = rows_of(folder / "coverage.csv")
+    for cells, row in zip(covered[2:], lines, strict=True):
+        shares = ("covered", "covered_relative_mu", "covered_at_once", "unresolved", "off")
+        percents = [f"{100 * float(row[share]):.1f} %" for share in shares]
+        assert cells[:2] + cells[3:6] + cells[7:] == [row["model"], row["dtype"], *percents]
+        assert int(cells[2].replace(",", "")) == int(row["triples"])
+        many, times = row["known_but_off"], row["largest_in_tolerances"]
+        off = f"{int(many):,}" + (f" (to {float(times):.1f}x)" if times else "")
+        assert cells[6] == f"{off} of {int(row['known']):,}"
+
+
 def test_every_table_of_results_is_its_own() -> None:
     """No file of results/ is a copy of another."""
     contents = [path.read_bytes() for path in RESULTS.rglob("*") if path.suffix in (".csv", ".md", ".json")]
