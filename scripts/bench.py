@@ -8,6 +8,7 @@
     scan    the scan of one excerpt against its length, and the slope of log time in log length
     sweep   eleven lambdas, gate off, at the shape of Mamba-2 130m: ours with and without the certified exit, and a plain
             loop of transformers forwards with hooks and output_hidden_states, reduced to relative mu
+    probe   the same lambdas on 32 excerpts with and without the rounding error of every number
     mixers  tokens a second of each mixer of Table 1, forward and backward, beside transformers' Mamba and Mamba-2
     stream  (opt-in, --stream-2.7b) random weights of the whole 2.7B in bfloat16, 5.4 GB in a temporary folder, and the
             default sweep's gate-off arms with --stream always, as the command line runs them: peak memory, time
@@ -33,6 +34,7 @@ SIDES = {
     "scan": scan.side_scan,
     "sweep": sweep.side_sweep,
     "hook loop": sweep.side_hook_loop,
+    "probe": sweep.side_probe,
     "mixers": mixers.side_mixers,
     "streamed": stream.side_streamed,
 }
@@ -40,6 +42,7 @@ SECTIONS = {
     "block": block.section_block,
     "scan": scan.section_scan,
     "sweep": sweep.section_sweep,
+    "probe": sweep.section_probe,
     "mixers": mixers.section_mixers,
 }
 

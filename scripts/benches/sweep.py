@@ -8,6 +8,7 @@ from typing import Any
 
 from benches.common import LAMBDAS, in_process
 
+PROBED_RUN, TILE = 32, 8  # excerpts
 SWEEP = {"hidden_size": 768, "num_hidden_layers": 24, "num_heads": 24, "vocab_size": 1024}  # Mamba-2 130m, few words
 
 
@@ -29,9 +30,11 @@ def sweep_ids(args: argparse.Namespace) -> Any:
 
 
 def side_sweep(args: argparse.Namespace) -> dict[str, Any]:
-    """All lambdas through `forward.measure`: every block computed, and up to where the weights decide the rest."""
+    """All lambdas in one pass: every block computed, and up to where the weights decide the rest."""
+    import torch
+
     from lscollapse.instrument import early_exit
-    from lscollapse.instrument.forward import measure
+    from lscollapse.instrument.forward import measure_pass
     from lscollapse.instrument.surgery import Variant
     from lscollapse.models.adapt import adapt
 
@@ -40,13 +43,34 @@ def side_sweep(args: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     gains = early_exit.gains(adapter, "")
     seconds = {"gains, once a checkpoint": time.perf_counter() - start}
-    measure(adapter, ids[:1], variants[:1])  # warms
+    measure_pass(adapter, ids[:1], variants[:1], torch.float32)  # warms
     for name, bounds in (("whole", None), ("certified exit", gains)):
         start = time.perf_counter()
-        rows = measure(adapter, ids, variants, gains=bounds)
+        rows = measure_pass(adapter, ids, variants, torch.float32, gains=bounds)
         seconds[name] = time.perf_counter() - start
     saved = rows[rows["measure"] == "relative_mu"]["bound"].notna()
     return {"seconds": seconds, "passes saved": float(saved.sum() / len(saved))}
+
+
+def side_probe(args: argparse.Namespace) -> dict[str, Any]:
+    """All lambdas on PROBED_RUN excerpts, in passes over TILE of them, and by `measure`, whose first two have twins."""
+    import torch
+
+    from lscollapse.instrument.forward import measure, measure_pass
+    from lscollapse.instrument.surgery import Variant
+    from lscollapse.models.adapt import adapt
+
+    adapter = adapt(sweep_model())
+    args.sweep_excerpts = PROBED_RUN
+    ids, variants = sweep_ids(args), [Variant(lam=lam, gating=False) for lam in LAMBDAS]
+    measure_pass(adapter, ids[:1], variants[:1], torch.float32)  # warms
+    start = time.perf_counter()
+    for i in range(0, PROBED_RUN, TILE):
+        measure_pass(adapter, ids[i : i + TILE], variants, torch.float32)
+    passes = time.perf_counter() - start
+    start = time.perf_counter()
+    measure(adapter, ids, variants, torch.float32, batch=TILE)
+    return {"passes": passes, "with rounding": time.perf_counter() - start}
 
 
 def side_hook_loop(args: argparse.Namespace) -> dict[str, Any]:
@@ -84,3 +108,13 @@ def section_sweep(args: argparse.Namespace) -> dict[str, Any]:
     }
     shape = {**SWEEP, "lambdas": len(LAMBDAS), "excerpts": args.sweep_excerpts, "tokens": args.tokens}
     return {"of": shape, "ours, tuned": ours, "hook loop, seconds": theirs, "ratios": ratios}
+
+
+def section_probe(args: argparse.Namespace) -> dict[str, Any]:
+    seconds = in_process("probe", args)
+    shape = {**SWEEP, "lambdas": len(LAMBDAS), "excerpts": PROBED_RUN, "tokens": args.tokens}
+    return {
+        "of": shape,
+        "seconds": seconds,
+        "ratios": {"with rounding / without": seconds["with rounding"] / seconds["passes"]},
+    }
