@@ -32,6 +32,11 @@ AGREES = (
 )
 
 
+def lambda_word(lam: float) -> str:
+    """A lambda in plain text; NaN stands for a schedule, one for each layer."""
+    return "per layer" if lam != lam else f"{lam:g}"
+
+
 def known(rows: pd.DataFrame) -> pd.Series:
     """The values that are known, NaN where one is not."""
     return rows["value"].where(rows["status"].isin(KNOWN))

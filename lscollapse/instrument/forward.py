@@ -6,7 +6,7 @@ For each layer, for each variant; made into rows of the long table at once, noth
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,7 @@ def measure(
         gains: bounds of every layer's mixer (early_exit.gains): a variant stops where they prove that no measure can still
             change by more than the dtype resolves; its further rows have status `certified` and the bound.
         resolve: rounding over this, absolute or relative by the measure, makes a row `unresolved`.
-        batch: how many excerpts go through the model together; all by default.
+        batch: how many excerpts, twins counted, go through the model together, but a pair at least; all by default.
 
     Returns:
         One row per arm, excerpt, layer and measure (docs/table.md lists the columns).
@@ -59,22 +59,36 @@ def measure(
     """
     adapter = adapt(model)
     tokens, own = checked_ids(adapter, ids), dict(enumerate(dtypes_of(variants, dtype, adapter.dtype)))
-    first = tokens[: rounding.PROBED]
+    first, size = min(rounding.PROBED, len(tokens)), batch or rounding.TWINS * len(tokens)
+
+    def rows(start: int, stop: int, dtypes: dict[int, torch.dtype], twins: bool) -> Iterator[pd.DataFrame]:
+        return _rows(adapter, tokens[start:stop], start, variants, dtypes, progress, gains, twins)
 
     def twice(dtypes: dict[int, torch.dtype]) -> pd.DataFrame:
-        twins, pairs = rounding.Twins(range(len(first))), first.repeat(rounding.TWINS, 1)
-        arms = [variants[number] for number in dtypes]
-        rows = measure_pass(adapter, pairs, arms, list(dtypes.values()), progress, gains, twins=twins)
-        return rounding.without_twins(rows.assign(variant=rows["variant"].map(dict(enumerate(dtypes)))), len(first))
+        pairs = max(1, size // rounding.TWINS)
+        parts = [rows(start, min(first, start + pairs), dtypes, True) for start in range(0, first, pairs)]
+        return pd.concat([found for part in parts for found in part], ignore_index=True)
 
     probe = rounding.probe(twice, own, resolve, dtype is None and precision.fits(adapter, torch.float64))
-    found, parts = rounding.probed(probe), [probe.drop(columns=["asked", "why"])]
-    step = batch or len(tokens)
-    for start in range(len(first), len(tokens), step):
-        rest = tokens[start : start + step]
-        rows = measure_pass(adapter, rest, variants, list(found.dtypes.values()), progress, gains)
-        parts.append(rounding.written(rows.assign(excerpt=rows["excerpt"] + start), found.rounding, resolve))
+    known, parts = rounding.probed(probe), [probe.drop(columns=["asked", "why"])]
+    for start in range(first, len(tokens), size):
+        rest = rows(start, start + size, known.dtypes, False)
+        parts += [rounding.written(found, known.rounding, resolve) for found in rest]
     return _in_order(pd.concat(parts, ignore_index=True))
+
+
+def _rows(
+    adapter: Adapter, tokens: Tensor, start: int, variants: Sequence[Variant], dtypes: dict[int, torch.dtype],
+    progress: Callable[[int], None] | None, gains: Sequence[float] | None, twins: bool,
+) -> Iterator[pd.DataFrame]:  # fmt: skip
+    """Of some variants on excerpts that are numbered from `start`, or on them and their twins; those of one dtype together."""
+    numbers = rounding.Twins(range(start, start + len(tokens))) if twins else None
+    part = tokens.repeat(rounding.TWINS if twins else 1, 1)
+    for dtype, chosen in rounding.of_one_dtype(dtypes).items():
+        arms = [variants[number] for number in chosen]
+        rows = measure_pass(adapter, part, arms, dtype, progress, gains, twins=numbers)
+        rows = rows.assign(variant=rows["variant"].map(dict(enumerate(chosen))), excerpt=rows["excerpt"] + start)
+        yield rounding.without_twins(rows, len(tokens)) if twins else rows
 
 
 def _in_order(rows: pd.DataFrame) -> pd.DataFrame:

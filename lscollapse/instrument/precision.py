@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +25,22 @@ SAME = 1e-5  # how far a constant computed in float64 may be from the one comput
 
 
 def converted(adapter: Adapter, dtype: torch.dtype) -> Adapter:
-    """The adapter of a copy of the model in `dtype`.
+    """The adapter of a copy of the model in `dtype`, the same at every call while the weights are the same.
 
     What has that dtype already is shared with the model, not copied.
     """
+    weights = [(id(tensor), tensor._version) for tensor in (*adapter.model.parameters(), *adapter.model.buffers())]
+    made_of, copied = _copies.get(adapter, {}).get(dtype, (None, None))
+    if copied is None or made_of != weights:
+        copied = _copy(adapter, dtype)
+        _copies.setdefault(adapter, {})[dtype] = weights, copied
+    return copied
+
+
+_copies: WeakKeyDictionary[Adapter, dict[torch.dtype, tuple[list[tuple[int, int]], Adapter]]] = WeakKeyDictionary()
+
+
+def _copy(adapter: Adapter, dtype: torch.dtype) -> Adapter:
     shared = {id(p): p for p in adapter.model.parameters() if p.dtype == dtype}
     model = copy.deepcopy(adapter.model, shared).to(dtype)
     if dtype == torch.float64:
@@ -36,14 +49,14 @@ def converted(adapter: Adapter, dtype: torch.dtype) -> Adapter:
     return adapt(model)
 
 
-def fits(adapter: Adapter, dtype: torch.dtype) -> bool:
-    """Whether there is memory for the model in `dtype`, beside itself."""
+def fits(adapter: Adapter, dtype: torch.dtype, processes: int = 1) -> bool:
+    """Whether there is memory for the model in `dtype`, beside itself, in each of so many processes."""
     if adapter.has_own_blocks or adapter.dtype == dtype:  # converted one layer at a time, or not at all
         return True
     on_gpu = adapter.device.type == "cuda"
     free: int = torch.cuda.mem_get_info(adapter.device)[0] if on_gpu else allocation.available_memory()
     needed: int = sum(p.numel() for p in adapter.model.parameters()) * dtype.itemsize
-    return needed < SHARE * free
+    return processes * needed < SHARE * free
 
 
 def computed_in(adapter: Adapter, ids: Tensor) -> torch.dtype:

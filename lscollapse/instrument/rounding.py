@@ -96,7 +96,8 @@ def estimated(rows: pd.DataFrame, resolve: float) -> pd.DataFrame:
     for shift in range(-NEAR, NEAR + 1):
         error = error.combine(apart.groupby(level="variant").shift(shift), np.fmax)
     still = rows["status"].eq("certified").groupby([rows["variant"], rows["layer"]]).all()  # X stands still there
-    error = SAFETY * error.mask(still).groupby(level="variant").ffill().fillna(error)
+    before = error.mask(still).groupby(level="variant").ffill().where(still)
+    error = SAFETY * before.fillna(error)
     for name in set(error) & set(VANISHING) - set(LOGARITHMIC):
         error[name] = np.fmax(error[name], floor[name] * np.minimum(1.0, floor[name] / least[name]))
     with np.errstate(divide="ignore"):  # infinite where nothing is known of log10
@@ -122,7 +123,7 @@ def written(rows: pd.DataFrame, rounding: pd.DataFrame, resolve: float) -> pd.Da
     at = rounding.index.get_indexer(place), rounding.columns.get_indexer(pd.Index(rows["measure"]))
     error = rounding.to_numpy()[at]
     hidden = (rows["status"] == "below_floor") & rows["measure"].isin(LOGARITHMIC)
-    over = error > tolerances(rows, resolve)
+    over = ~(error <= tolerances(rows, resolve))  # also where nothing is known, since no excerpt with a twin got there
     status = rows["status"].mask(over & ~hidden & rows["status"].isin(KNOWN), UNRESOLVED)
     return rows.assign(rounding=error, status=status)
 
@@ -171,7 +172,7 @@ def probe(
     wide = dict.fromkeys(why, torch.float64)
     try:
         again = _asked(estimated(twice(wide), resolve), wide)
-    except UnsupportedModel:  # there is no float64 of this model
+    except (UnsupportedModel, torch.OutOfMemoryError):  # there is no float64 of this model, or no room for it
         return rows
     again = again.assign(why=again["variant"].map(why))
     return pd.concat([rows[~rows["variant"].isin(why)], again], ignore_index=True)
@@ -194,6 +195,11 @@ def probed(rows: pd.DataFrame) -> Probed:
     asked = rows[["variant", "asked"]].drop_duplicates().sort_values("variant").itertuples(index=False, name=None)
     dtypes = {number: getattr(torch, name) for number, name in asked}
     return Probed(dtypes, rows.drop_duplicates(PLACE).set_index(PLACE)["rounding"].unstack("measure"))
+
+
+def of_one_dtype(dtypes: dict[int, torch.dtype]) -> dict[torch.dtype, tuple[int, ...]]:
+    """The numbers of the variants of each dtype, in order."""
+    return {dtype: tuple(n for n, own in dtypes.items() if own == dtype) for dtype in dict.fromkeys(dtypes.values())}
 
 
 def _name(dtype: torch.dtype) -> str:

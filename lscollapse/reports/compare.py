@@ -3,8 +3,8 @@
 The yardstick is the spread over excerpts (of Table 1: over seeds): a difference of two means counts as within it up to one
 standard deviation, the band that the figures draw, or up to four standard errors where that is more. Of 32 unpaired excerpts
 the two are the same; of fewer, means differ by a whole spread by chance. Where both runs read the same excerpts the standard
-error is that of the paired differences, else that of two independent means. `mu` is compared by its logarithm, which is right
-where the value overflows. What rounding leaves unresolved in a run is compared with nothing.
+error is that of the paired differences, else that of two independent means. `mu` and `grad_norm` are compared by their logarithms,
+which are right where the value overflows. What rounding leaves unresolved in a run is compared with nothing.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import pandas as pd
 
 from lscollapse.core.files import changes
 from lscollapse.core.run_folder import RunFolderError, read_manifest, read_rows
-from lscollapse.core.table import KNOWN, LOST, UNRESOLVED
+from lscollapse.core.table import KNOWN, LOGARITHMIC, LOST, UNRESOLVED, lambda_word
 
 ARM = ["model", "init", "arm", "lam"]
 CELL = ["name", "measure", "layer"]  # name: the arm in words
 RECORDED = ("versions", "python", "machine", "device", "git")  # of the manifest, beside the identity
-RESOLVED = 4.0  # standard errors
+STANDARD_ERRORS = 4.0  # that two means may be apart
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Comparison:
         differences: per arm and measure the layer with the largest ratio, largest first: columns name, measure, layer, a, b
             (means over excerpts), difference = b - a, spread (standard deviation over excerpts, at least what bounds
             and rounding leave open), error (standard error of the difference; NaN for one excerpt), ratio = |difference| / max(spread,
-            RESOLVED error): beyond the spread above 1.
+            STANDARD_ERRORS x error): beyond the spread above 1.
         notes: how they were compared, where it is not plain.
         sentence: the verdict in words.
         alike: whether all that both have is identical or within the spread.
@@ -86,8 +86,8 @@ def _rows(run: Path) -> pd.DataFrame:
     missing = {*ARM, "measure", "layer", "excerpt", "value", "log10", "status", "bound", "floor"} - set(rows.columns)
     if missing:
         raise RunFolderError(f"{run} has no column {min(missing)!r}: give runs of measurements or of table1")
-    number = rows["value"].where(rows["measure"] != "mu", rows["log10"])
-    return rows.assign(number=number.where(rows["status"].isin(KNOWN)), lam=rows["lam"].map(_lambda))
+    number = rows["value"].where(~rows["measure"].isin(LOGARITHMIC), rows["log10"])
+    return rows.assign(number=number.where(rows["status"].isin(KNOWN)), lam=rows["lam"].map(lambda_word))
 
 
 def _of_table1(rows: pd.DataFrame) -> pd.DataFrame:
@@ -97,10 +97,6 @@ def _of_table1(rows: pd.DataFrame) -> pd.DataFrame:
         model=test["task"] + " " + test["mixer"], init="trained", arm="trained", layer=0, excerpt=test["seed"],
         number=test["value"], bound=0.0, floor=0.0, rounding=0.0,
     )  # fmt: skip
-
-
-def _lambda(lam: float) -> str:
-    return "per layer" if lam != lam else f"{lam:g}"
 
 
 def _configuration(a: dict[str, Any], b: dict[str, Any], renamed: dict[str, str]) -> list[str]:
@@ -190,7 +186,7 @@ def _differences(a: pd.DataFrame, b: pd.DataFrame, paired: set[str]) -> pd.DataF
     spread = np.sqrt((cells["var_a"].fillna(0.0) + cells["var_b"].fillna(0.0)) / 2)  # pooled over both runs
     spread = np.maximum(spread, cells[["doubt_a", "doubt_b"]].max(axis=1))
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = step.abs() / np.fmax(spread, RESOLVED * error)
+        ratio = step.abs() / np.fmax(spread, STANDARD_ERRORS * error)
     table = cells[CELL].assign(
         a=cells["mean_a"], b=cells["mean_b"], difference=step, spread=spread, error=error,
         ratio=ratio.where(step != 0.0, 0.0),

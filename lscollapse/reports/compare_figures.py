@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from lscollapse.core.files import first_line, read_text
-from lscollapse.core.table import ABSOLUTE, AGREES, UNRESOLVED
+from lscollapse.core.table import ABSOLUTE, AGREES, UNRESOLVED, lambda_word
 from lscollapse.reports.figures.draw import drawn_in
 from lscollapse.reports.figures.points import KEYS, FigureError
 from lscollapse.reports.figures.quality import POINT
@@ -92,7 +92,8 @@ def _compared(a: pd.DataFrame, b: pd.DataFrame) -> tuple[str, bool]:
     unresolved = (points[["drawn_a", "drawn_b"]] == UNRESOLVED).any(axis=1)
     points = points[~unresolved]
     both = points[points["side"] == "both"]
-    fates = both[both["drawn_a"] != both["drawn_b"]]
+    # A point on the floor is one at the most that it can be; a masked one is none.
+    fates = both[(both["drawn_a"] == "masked") != (both["drawn_b"] == "masked")]
     steps = _steps(both).drop(fates.index)
     parts = [_differing(both, steps) if len(steps) else ""]
     if len(fates):
@@ -136,8 +137,7 @@ def _name(points: pd.DataFrame) -> str:
     """The first point in words."""
     model, init, arm, lam, layer, measure = points[["model", "init", "arm", "lam", "layer", "measure"]].iloc[0]
     weights = " (random)" if init == "random" else ""
-    lam = "per layer" if lam != lam else f"{lam:g}"
-    return f"{model}{weights}, {arm}, lambda {lam}, layer {layer}, {measure}"
+    return f"{model}{weights}, {arm}, lambda {lambda_word(lam)}, layer {layer}, {measure}"
 
 
 def _count(number: int, kind: str = "") -> str:

@@ -31,7 +31,7 @@ from lscollapse.models.checkpoints.located import Where
 from lscollapse.models.kernels.backends import resolve_kernels
 from lscollapse.runs.devices import device, set_threads
 from lscollapse.runs.excerpts import excerpts_for
-from lscollapse.runs.memory import MemoryPlanError, Plan, Plans, is_streamed, plan_run
+from lscollapse.runs.memory import MemoryPlanError, Plan, Plans, Tiles, is_streamed, plan_run
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,11 @@ class Task:
     @property
     def plan(self) -> Plan:
         """Tiles of excerpts that no probe is made of."""
-        return self.plans.narrow.rest
+        return self.plans.own.rest
+
+    def tiles(self, dtype: torch.dtype) -> Tiles:
+        """Those of the arms that compute in `dtype`."""
+        return self.plans.wide if self.plans.wide and dtype == torch.float64 else self.plans.own
 
     @property
     def ids(self) -> np.ndarray:
@@ -77,7 +81,7 @@ class Task:
         """What the run folder knows the task by: everything about model and text that decides the rows."""
         digest = hashlib.sha256(self.ids.astype("<i8").tobytes()).hexdigest()
         per_layer = [list(v.lam) for v in self.variants if isinstance(v.lam, tuple)]
-        return {
+        known = {
             "model": self.info.name,
             "init": self.init,
             "sha256": self.info.sha256,
@@ -85,6 +89,8 @@ class Task:
             "text": self.corpus.source,
             "excerpts_sha256": digest,
         }
+        # Then arms that float32 does not resolve are not widened, and a run that has begun so goes on so.
+        return known | ({"float64": "no room"} if self.dtype == "auto" and self.plans.wide is None else {})
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -50,15 +49,20 @@ class Tiles:
     probe: Plan
     rest: Plan
 
+    @property
+    def bytes(self) -> int:
+        """The predicted peak."""
+        return max(self.probe.bytes, self.rest.bytes)
+
 
 @dataclass(frozen=True)
 class Plans:
-    """The tiles of a run, and those where arms that float32 does not resolve run in float64.
+    """The tiles of the arms in the dtype of a run, and under dtype auto of those in float64.
 
-    `wide` is None where they are not to, or where there is no memory for it.
+    `wide` is None where no arm is to run in float64, or where there is no memory for it.
     """
 
-    narrow: Tiles
+    own: Tiles
     wide: Tiles | None
 
 
@@ -99,22 +103,28 @@ def plan_run(
         return Plan(min(LARGEST_TILE, excerpts), len(arms), 0)
 
     def tiles(itemsize: int) -> Tiles:
-        return Tiles(tile(probed, itemsize, TWINS), tile(share, itemsize))
+        probe = tile(probed, itemsize, TWINS)
+        each = -(-len(arms) // len(worker_devices(config)))  # so that every process has some
+        return Tiles(replace(probe, variants=min(probe.variants, each)), tile(share, itemsize))
 
-    itemsize, wide = bytes_of_a_weight(config), bytes_of_a_weight(config) + 8
-    if config.dtype == "auto" and any(arm.removes_block_norm for arm in arms):
-        itemsize = wide  # those arms compute in float64, beside the float32 ones
-    plans = Plans(tiles(itemsize), None)
-    if config.dtype == "auto" and precision.fits(adapter, torch.float64):
-        with suppress(MemoryPlanError):
-            plans = replace(plans, wide=tiles(wide))
-    rest = plans.narrow.rest
-    if rest.bytes:
+    own, wide = tiles(bytes_of_a_weight(config)), None
+    if config.dtype == "auto":
+        try:
+            wide = tiles(torch.float64.itemsize) if _may_widen(adapter, arms, config) else None
+        except MemoryPlanError:
+            if any(arm.removes_block_norm for arm in arms):
+                raise
+    if own.bytes:
         progress.note(
-            f"{info.name} is {how} on {adapter.device}: {info.n_layers} layers, {rest.excerpts} excerpts x {rest.variants}"
-            f" variants at a time, predicted peak {rest.bytes / 2**30:.2f} GiB of {limit / 2**30:.2f}"
+            f"{info.name} is {how} on {adapter.device}: {info.n_layers} layers, {own.rest.excerpts} excerpts x"
+            f" {own.rest.variants} variants at a time, predicted peak {own.bytes / 2**30:.2f} GiB of {limit / 2**30:.2f}"
         )
-    return plans
+    return Plans(own, wide)
+
+
+def _may_widen(adapter: Adapter, arms: tuple[Variant, ...], config: Experiment) -> bool:
+    """Whether arms may run in float64: some do in any case, or there is room for a copy of the model in every process."""
+    return any(arm.removes_block_norm for arm in arms) or precision.fits(adapter, torch.float64, config.workers or 1)
 
 
 def plan_streamed(

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import pandas as pd
 
 from lscollapse.core.progress import Progress
 from lscollapse.core.run_folder import RunFolder
-from lscollapse.core.table import UNRESOLVED
+from lscollapse.core.table import UNRESOLVED, lambda_word
 from lscollapse.instrument.rounding import Probed, probed
 from lscollapse.runs.loading import Task
 from lscollapse.runs.work import Item, probes, rest
-
-
-def lam_word(lam: float) -> str:
-    return "per layer" if math.isnan(lam) else f"{lam:g}"
 
 
 class Schedule:
@@ -41,8 +35,12 @@ class Schedule:
     @property
     def left(self) -> int:
         """How many items are missing, as far as that is known."""
-        unknown = [rest(n, task, Probed(task.dtypes)) for n, task in enumerate(self.tasks) if n not in self.rest]
-        return sum(not self.folder.has(key) for key in self.keys) + sum(map(len, unknown))
+        return sum(not self.folder.has(key) for key in self.keys) + len(self._later())
+
+    def _later(self) -> list[Item]:
+        """What is to follow the probes that are not done, should they find nothing."""
+        waiting = [(number, task) for number, task in enumerate(self.tasks) if number not in self.rest]
+        return [item for number, task in waiting for item in rest(number, task, Probed(task.dtypes))]
 
     def first(self) -> list[Item]:
         """What is missing and can be measured at once."""
@@ -51,13 +49,7 @@ class Schedule:
         if len(missing) < len(items):
             there = len(items) - len(missing)
             self.progress.note(f"{self.folder.path} is continued: {there} of {there + self.left} work items are there")
-        later = [
-            item
-            for n, task in enumerate(self.tasks)
-            if n not in self.rest
-            for item in rest(n, task, Probed(task.dtypes))
-        ]
-        self.progress.start(sum(item.cost for item in [*missing, *later]))
+        self.progress.start(sum(item.cost for item in [*missing, *self._later()]))
         return missing
 
     def after(self, item: Item) -> list[Item]:
@@ -80,16 +72,18 @@ class Schedule:
     def _tell(self, task: Task, rows: pd.DataFrame, found: Probed) -> None:
         """Say what the probes of a task found, and keep it for the manifest."""
         arms = {int(arm["variant"]): arm for arm in rows.drop_duplicates("variant").to_dict("records")}
-        words = {number: f"{arm['arm']}, lambda {lam_word(arm['lam'])}" for number, arm in arms.items()}
+        words = {number: f"{arm['arm']}, lambda {lambda_word(arm['lam'])}" for number, arm in arms.items()}
         left = rows[rows["status"] == UNRESOLVED]
         widened = {n: arms[n]["why"] for n, dtype in found.dtypes.items() if dtype != task.dtypes[n]}
         flagged = {n: _where(left[left["variant"] == n]) for n in arms if n in set(left["variant"])}
         name = task.info.name + (" (random)" if task.init == "random" else "")
-        self.found[name] = [f"{words[n]}: float64, for float32 leaves {why} open" for n, why in widened.items()]
+        self.found.setdefault(name, []).extend(
+            f"{words[n]}: float64, for float32 leaves {why} open" for n, why in widened.items()
+        )
         self.found[name] += [f"{words[n]}: unresolved, {what}" for n, what in flagged.items()]
         if widened:
             which, plan = "; ".join(f"{words[n]} ({why})" for n, why in widened.items()), task.plans.wide
-            peak = f", predicted peak {plan.rest.bytes / 2**30:.2f} GiB" if plan and plan.rest.bytes else ""
+            peak = f", predicted peak {plan.bytes / 2**30:.2f} GiB" if plan and plan.bytes else ""
             self.progress.note(
                 f"{name}: {len(widened)} of {len(arms)} arms run in float64, each at about twice the time{peak}, since rounding"
                 f" in float32 decides them: {which}"

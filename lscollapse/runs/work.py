@@ -6,9 +6,8 @@ An item's rows do not depend on who computes them. A process that is given items
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -26,28 +25,35 @@ from lscollapse.instrument.stream import Stream
 from lscollapse.models.adapters.adapter import Adapter
 from lscollapse.runs.devices import set_threads
 from lscollapse.runs.loading import Task, load_adapter, needs_head
-from lscollapse.runs.memory import in_halves
+from lscollapse.runs.memory import MemoryPlanError, in_halves
+
+S = TypeVar("S", range, tuple[int, ...])
 
 
 @dataclass(frozen=True)
 class Item:
-    """One task, the `number`-th of its run, on a range of its excerpts and one of its variants.
+    """One task, the `number`-th of its run, on a range of its excerpts and some of its variants, all of one dtype.
 
     Attributes:
-        found: what the probe of its variants found; None where this is the probe, on the first excerpts.
+        found: what the probes of the task found; None where this is one of them, on the first excerpts.
     """
 
     number: int
     task: Task
     excerpts: range
-    variants: range
+    variants: tuple[int, ...]
     found: rounding.Probed | None = None
 
     @property
     def key(self) -> str:
         """The name under which the run folder files its rows."""
         e, v = self.excerpts, self.variants
-        return f"{self.number:02d}-{e.start:05d}-{e.stop:05d}-{v.start:03d}-{v.stop:03d}"
+        return f"{self.number:02d}-{e.start:05d}-{e.stop:05d}-{v[0]:03d}-{v[-1] + 1:03d}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What its variants compute in, of a probe at first."""
+        return (self.found.dtypes if self.found else self.task.dtypes)[self.variants[0]]
 
     @property
     def cost(self) -> float:
@@ -62,22 +68,23 @@ class Item:
 def probes(number: int, task: Task) -> list[Item]:
     """The items that come first: the first excerpts, in all variants, each with a twin."""
     excerpts = range(min(rounding.PROBED, len(task.corpus.excerpts)))
-    return [
-        Item(number, task, excerpts, variants)
-        for variants in _cut(range(len(task.variants)), task.plans.narrow.probe.variants)
-    ]
+    groups = rounding.of_one_dtype(task.dtypes).items()
+    parts = [part for dtype, variants in groups for part in _cut(variants, task.tiles(dtype).probe.variants)]
+    return [Item(number, task, excerpts, variants) for variants in parts]
 
 
 def rest(number: int, task: Task, found: rounding.Probed) -> list[Item]:
-    """The other excerpts, in order, each item a tile of the plan that fits what the probe found."""
-    plans, widened = task.plans, found.dtypes != task.dtypes
-    tile = plans.wide.rest if plans.wide and widened else plans.narrow.rest
-    excerpts = _cut(range(rounding.PROBED, len(task.corpus.excerpts)), tile.excerpts)
-    variants = _cut(range(len(task.variants)), tile.variants)
-    return [Item(number, task, *part, found) for part in itertools.product(excerpts, variants)]
+    """The other excerpts, in the dtypes that the probes found, each item a tile."""
+    items = []
+    for dtype, variants in rounding.of_one_dtype(found.dtypes).items():
+        tile = task.tiles(dtype).rest
+        excerpts = _cut(range(rounding.PROBED, len(task.corpus.excerpts)), tile.excerpts)
+        parts = itertools.product(excerpts, _cut(variants, tile.variants))
+        items += [Item(number, task, *part, found) for part in parts]
+    return items
 
 
-def _cut(whole: range, size: int) -> list[range]:
+def _cut(whole: S, size: int) -> list[S]:
     return [whole[i : i + size] for i in range(0, len(whole), size)]
 
 
@@ -89,38 +96,42 @@ def measure_item(item: Item, adapter: Adapter, config: Experiment, progress: Pro
     """
     if item.found is None:
         return _probe(item, adapter, config, progress)
-    dtypes = item.found.dtypes
 
-    def tile(excerpts: range, variants: range) -> pd.DataFrame:
-        return _measure(item, excerpts, variants, [dtypes[v] for v in variants], adapter, config, progress)
+    def tile(excerpts: range, part: range) -> pd.DataFrame:
+        variants = item.variants[part.start : part.stop]
+        return _measure(item, excerpts, variants, item.dtype, adapter, config, progress)
 
-    rows = pd.concat(in_halves(tile, item.excerpts, item.variants), ignore_index=True)
-    return rounding.written(rows, item.found.rounding, item.task.resolve)
+    parts = in_halves(tile, item.excerpts, range(len(item.variants)))
+    return rounding.written(pd.concat(parts, ignore_index=True), item.found.rounding, item.task.resolve)
 
 
 def _probe(item: Item, adapter: Adapter, config: Experiment, progress: Progress) -> pd.DataFrame:
-    task, plans = item.task, item.task.plans
-    own = {number: task.dtypes[number] for number in item.variants}
+    task, own = item.task, dict.fromkeys(item.variants, item.dtype)
 
     def twice(dtypes: dict[int, torch.dtype]) -> pd.DataFrame:
-        numbers, plan = list(dtypes), plans.narrow.probe
-        if dtypes != own and plans.wide:  # again, in float64
-            progress.grow(rounding.TWINS * len(item.excerpts) * item.cost_of(len(dtypes)))
-            plan = plans.wide.probe
+        numbers, dtype, again = tuple(dtypes), next(iter(dtypes.values())), dtypes != own
+        if again:  # in float64
+            progress.grow(rounding.TWINS * len(item.excerpts) * item.cost_of(len(numbers)))
 
         def tile(excerpts: range, part: range) -> pd.DataFrame:
-            chosen, twins = [numbers[i] for i in part], rounding.Twins(excerpts)
-            rows = _measure(item, excerpts, chosen, [dtypes[v] for v in chosen], adapter, config, progress, twins)
+            chosen, twins = numbers[part.start : part.stop], rounding.Twins(excerpts)
+            rows = _measure(item, excerpts, chosen, dtype, adapter, config, progress, twins)
             return rounding.without_twins(rows, len(excerpts))
 
+        plan = task.tiles(dtype).probe
         tiles = itertools.product(_cut(item.excerpts, plan.excerpts), _cut(range(len(numbers)), plan.variants))
-        return pd.concat([rows for part in tiles for rows in in_halves(tile, *part)], ignore_index=True)
+        try:
+            return pd.concat([rows for part in tiles for rows in in_halves(tile, *part)], ignore_index=True)
+        except MemoryPlanError as error:
+            if again:
+                raise torch.OutOfMemoryError(str(error)) from None  # then float32 is what there is
+            raise
 
-    return rounding.probe(twice, own, task.resolve, plans.wide is not None)
+    return rounding.probe(twice, own, task.resolve, task.dtype == "auto" and task.plans.wide is not None)
 
 
 def _measure(
-    item: Item, excerpts: range, variants: Sequence[int], dtypes: list[torch.dtype], adapter: Adapter, config: Experiment,
+    item: Item, excerpts: range, variants: tuple[int, ...], dtype: torch.dtype, adapter: Adapter, config: Experiment,
     progress: Progress, twins: rounding.Twins | None = None,
 ) -> pd.DataFrame:  # fmt: skip
     """The rows of variants of these numbers on a range of excerpts, or on it and their twins."""
@@ -134,11 +145,11 @@ def _measure(
     def advance(done: int) -> None:
         progress.advance(done * float(task.width) ** 2)
 
-    parts = [measure_pass(adapter, ids, arms, dtypes, advance, task.gains, finished=finished, twins=twins)]
+    parts = [measure_pass(adapter, ids, arms, dtype, advance, task.gains, finished=finished, twins=twins)]
     if needs_head(config) and adapter.head is not None:
         hidden: Any = {"seed": config.seed, "first": excerpts.start, "mask_token": task.corpus.mask, "twins": twins}
         if config.quality:
-            parts.append(lm_loss(adapter, ids, arms, dtypes, streams=streams, **hidden))
+            parts.append(lm_loss(adapter, ids, arms, dtype, streams=streams, **hidden))
         if config.gradients:
             parts.append(grad_norm(adapter, ids, arms, **hidden))
     rows = pd.concat(parts, ignore_index=True) if len(parts) > 1 else parts[0]

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 import pandas as pd
 from rich.table import Table
 
-from lscollapse.cli.terminal.printing import lambda_word, model_word, plain_console, plain_table, value_word
-from lscollapse.core.table import reads_pixels
+from lscollapse.cli.terminal.printing import model_word, plain_console, plain_table, value_word
+from lscollapse.core.table import lambda_word, reads_pixels
 from lscollapse.models.adapters.generic import BACKEND
 from lscollapse.reports.figures.wording import describe
 from lscollapse.reports.verdict import ArmCurves, arms, verdict

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pandas as pd
 from rich.console import Console
 
-from lscollapse.cli.terminal.printing import lambda_word, model_word, plain_console, plain_table, value_word
-from lscollapse.core.table import UNRESOLVED
+from lscollapse.cli.terminal.printing import model_word, plain_console, plain_table, value_word
+from lscollapse.core.table import UNRESOLVED, lambda_word
 from lscollapse.reports.claims.sentences import judge, judge_readings
 from lscollapse.reports.verdict import AGREE, DISAGREE, NOT_MEASURED, arms, unresolved_words
 

@@ -22,11 +22,6 @@ def plain_table(title: str | None, *headings: str, left: Collection[str] = (), r
     return table
 
 
-def lambda_word(lam: float) -> str:
-    """A lambda in words; NaN stands for lambdas that differ from layer to layer."""
-    return "per layer" if lam != lam else f"{lam:g}"
-
-
 def value_word(value: float) -> str:
     """A mean of a curve; NaN, which stands where rounding decides it, in a word."""
     return f"{value:.3f}" if value == value else "unresolved"

@@ -74,7 +74,7 @@ def find(
     wanted: Iterable[float] = {sign * size for sign in SIGNS for size in (*GRID, *near)}
     while wanted:
         progress.note(f"{task.info.name}: measuring {len(set(wanted))} values of lambda")
-        found.points |= last_means(task, wanted)
+        found.points |= last_means(task, wanted, progress=progress)
         wanted = {lam for sign in SIGNS for name in MEASURES for lam in _midpoints(found, sign, name)}
     return found
 
@@ -92,22 +92,30 @@ def _midpoints(found: Found, sign: int, name: str) -> list[float]:
     ]
 
 
-def last_means(task: LoadedTask, lams: Iterable[float], excerpts: int | None = None) -> dict[float, dict[str, float]]:
+def last_means(
+    task: LoadedTask, lams: Iterable[float], excerpts: int | None = None, progress: Progress = SILENT
+) -> dict[float, dict[str, float]]:
     """Last-layer means over the first `excerpts` excerpts (all by default) for every lambda, several a pass.
 
     NaN where one of them is not known, because it left the range or because rounding decides it.
     """
     first = task.variants[0]
     variants = [Variant(lam=lam, gating=first.gating, skip_site=first.skip_site) for lam in sorted(set(lams))]
-    tile, dtype = (task.plans.wide or task.plans.narrow).rest, task.compute_dtype
+    tiles, dtype = [task.plans.own, *filter(None, [task.plans.wide])], task.compute_dtype
     if task.plans.wide is None and dtype is None:
         dtype = torch.float32  # there is no room for arms in float64
-    options: dict[str, Any] = {"gains": task.gains, "resolve": task.resolve, "batch": tile.excerpts}
+    together = min(min(each.probe.variants, each.rest.variants) for each in tiles)
+    batch = min(each.rest.excerpts for each in tiles)
+    options: dict[str, Any] = {"gains": task.gains, "resolve": task.resolve, "batch": batch}
     parts = []
-    for low in range(0, len(variants), tile.variants):
-        rows = measure(task.adapter, task.ids[:excerpts], variants[low : low + tile.variants], dtype, **options)
+    for low in range(0, len(variants), together):
+        rows = measure(task.adapter, task.ids[:excerpts], variants[low : low + together], dtype, **options)
         parts.append(rows[(rows["layer"] == task.adapter.n_layers) & rows["measure"].isin(MEASURES)])
     last = pd.concat(parts)
+    wide = sorted(set(last.loc[last["dtype"] == "float64", "lam"])) if task.dtype == "auto" else []
+    if wide:
+        said = ", ".join(f"{lam:.4g}" for lam in wide)
+        progress.note(f"{task.info.name}: in float64, since float32 does not resolve them: lambda {said}")
     means = (
         last.assign(known=known(last))
         .groupby(["lam", "measure"])["known"]

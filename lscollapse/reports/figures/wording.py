@@ -112,7 +112,7 @@ def unresolved(data: pd.DataFrame) -> str:
     if part.empty:
         return ""
     least = part["rounding"].min()
-    digit = 10.0 ** math.floor(math.log10(least)) if least > 0 else math.nan
+    digit = 10.0 ** math.floor(math.log10(least)) if 0 < least < math.inf else math.nan
     by = f"by more than {math.floor(least / digit) * digit:g}" if digit == digit else "too far"
     return f"Hatched at the bottom, a gap in the line: unresolved, rounding may move the value {by}."
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lscollapse.core.table import COLLAPSED, STATUSES, UNRESOLVED, reads_pixels
+from lscollapse.core.table import COLLAPSED, LOGARITHMIC, STATUSES, UNRESOLVED, reads_pixels
 from lscollapse.reports.figures import wording
 from lscollapse.reports.figures.points import KEYS, NEEDED, groups_of, has_value, numbers, summarise
 from lscollapse.reports.figures.style import PALETTE, lambda_colour
@@ -170,7 +170,7 @@ def _record(points: pd.DataFrame, x: str, of_tab: list[float]) -> Json:
     }  # fmt: skip
     if points["rounding"].notna().any():
         # A hundredth in log10 is 2.3 hundredths of the value: the differential.
-        scale = points["mean"] * math.log(10) if points["measure"].iloc[0] == "mu" else 1.0
+        scale = points["mean"] * math.log(10) if points["measure"].iloc[0] in LOGARITHMIC else 1.0
         record["r"] = _short(points["rounding"] * scale, 2)
     if points[x].tolist() != of_tab:
         record["x"] = points[x].tolist()

@@ -79,7 +79,8 @@ def test_rows_of_two_workers_are_those_of_one(config: Experiment, tmp_path: Path
     paper.sweep_lambda(config, tmp_path / "one")
     shared = Advances()
     paper.sweep_lambda(config.model_copy(update={"workers": 2}), tmp_path / "two", shared)
-    assert len(shared.amounts) == 4  # of each model the probe and a tile; a process reports whole items
+    # Of each model two probes, a share for each process, and a tile; a second tile in float64. Whole items are reported.
+    assert len(shared.amounts) == 7
     assert sum(shared.amounts) == shared.total
     for name in ("rows.parquet", "rows.csv"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
@@ -146,7 +147,7 @@ def test_out_of_memory_halves_the_tile(config: Experiment, room: int) -> None:
     task = next(load_tasks(config, paper.sweep_variants, SILENT))
     (first,) = work.probes(0, task.alone)
     found = rounding.probed(work.measure_item(first, task.adapter, config, SILENT))
-    item = work.Item(0, task.alone, range(8), range(len(task.variants)), found)
+    item = work.Item(0, task.alone, range(8), tuple(range(len(task.variants))), found)
     cramped = Cramped(task.adapter.model, room)
     found = work.measure_item(item, cramped, config, SILENT)
     whole = work.measure_item(item, task.adapter, config, SILENT)
