@@ -175,9 +175,28 @@ def test_what_rounding_does_is_quoted_from_its_tables() -> None:
         assert cells[6] == f"{off} of {int(row['known']):,}"
 
 
+def test_the_figures_are_resolved_as_far_as_the_readme_says() -> None:
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    first, second = (rows_of(RESULTS / "reference" / f"figure{number}.csv") for number in (1, 2))
+    assert "Rounding moves no value of this figure by more than 2e-4" in text
+    assert 1e-4 < max(float(row["rounding"]) for row in first) < 2e-4
+    whole = [row for row in second if row["gating"] == "True" and row["measure"] == "relative_mu"]
+    lowest = min(whole, key=lambda row: float(row["mean"]))
+    assert (
+        f"Its minimum, {float(lowest['mean']):.2f} at lambda = {float(lowest['lam']):g}, is what float32 cannot tell"
+        in text
+    )
+    assert (
+        "in float64, which leaves 1e-7" in text
+        and 5e-8 < max(float(row["rounding"]) for row in whole if abs(float(row["lam"])) < 1) < 2e-7
+    )
+    assert not any(float(row["unresolved"]) for row in first + second)
+
+
 def test_every_table_of_results_is_its_own() -> None:
-    """No file of results/ is a copy of another."""
-    contents = [path.read_bytes() for path in RESULTS.rglob("*") if path.suffix in (".csv", ".md", ".json")]
+    """No published file is a copy of another."""
+    files = [path for folder in ("reference", "table1") for path in (RESULTS / folder).rglob("*")]
+    contents = [path.read_bytes() for path in files if path.suffix in (".csv", ".md", ".json")]
     assert len(set(contents)) == len(contents)
 
 

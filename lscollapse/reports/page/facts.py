@@ -128,8 +128,7 @@ def _unresolved(rows: pd.DataFrame) -> Iterator[str]:
             found.setdefault((arm_name, dtype), {}).setdefault(", ".join(measures), []).append(where)
     for (name, dtype), places in found.items():
         listed = "; ".join(f"{measures} at {', '.join(where)}" for measures, where in places.items())
-        again = "--dtype auto lets such arms run in float64, --dtype float64 all"
-        mend = NOT_EVEN.format("them") if dtype == "float64" else again
+        mend = NOT_EVEN.format("them") if dtype == "float64" else "run with --dtype float64"
         yield f"{name}: unresolved, because rounding in {dtype} decides the values: {listed}. They are not known; {mend}."
 
 

@@ -256,7 +256,7 @@ def test_an_old_run_says_nothing_of_rounding(page):
 @pytest.mark.parametrize(
     ("dtype", "mend"),
     [
-        ("float32", "--dtype auto lets such arms run in float64, --dtype float64 all"),
+        ("float32", "run with --dtype float64"),
         ("float64", "not even float64 resolves them"),
     ],
 )
