@@ -83,6 +83,10 @@ def changes(old: Any, new: Any, where: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [*old, *(key for key in new if key not in old)]
         return [line for key in keys for line in changes(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))]
+    records = isinstance(old, list) and isinstance(new, list) and len(old) == len(new)
+    if records and all(isinstance(entry, dict) for entry in [*old, *new]):
+        pairs = enumerate(zip(old, new, strict=True), start=1)
+        return [line for number, pair in pairs for line in changes(*pair, f"{where}.{number}".lstrip("."))]
     return [] if old == new else [f"{where}: {_short(old)}, now {_short(new)}"]
 
 

@@ -124,7 +124,8 @@ def plan_run(
 
 def _may_widen(adapter: Adapter, arms: tuple[Variant, ...], config: Experiment) -> bool:
     """Whether arms may run in float64: some do in any case, or there is room for a copy of the model in every process."""
-    return any(arm.removes_block_norm for arm in arms) or precision.fits(adapter, torch.float64, config.workers or 1)
+    processes = config.workers or 1 if adapter.device.type == "cpu" else 1  # those on GPUs have one each
+    return any(arm.removes_block_norm for arm in arms) or precision.fits(adapter, torch.float64, processes)
 
 
 def plan_streamed(

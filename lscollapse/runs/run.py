@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
 from lscollapse.core.config import Experiment
 from lscollapse.core.progress import Progress
-from lscollapse.core.run_folder import RunFolder, read_rows
+from lscollapse.core.run_folder import RunFolder, RunFolderError, read_manifest, read_rows
 from lscollapse.runs import cluster, processes
 from lscollapse.runs.devices import device, worker_devices
 from lscollapse.runs.excerpts import provenance
-from lscollapse.runs.loading import Variants, load_tasks
+from lscollapse.runs.loading import Task, Variants, load_tasks
 from lscollapse.runs.memory import release
 from lscollapse.runs.schedule import Schedule
 from lscollapse.runs.work import Item, measure_item
@@ -42,7 +43,7 @@ def _run(name: str, config: Experiment, out: Path, variants: Variants, progress:
     here = config.model_copy(update={"device": "cpu", "kernels": "auto"}) if on_ray else config
     devices = worker_devices(here)
     loaded = list(load_tasks(here, variants, progress))
-    tasks = [task.alone for task in loaded]
+    tasks = _as_begun(out, [task.alone for task in loaded])
     decisive = config.model_dump(mode="json", exclude=UNDECISIVE)
     identity = {"experiment": name, "config": decisive, "subjects": [task.identity for task in tasks]}
     folder = RunFolder(out, identity)
@@ -75,3 +76,17 @@ def _run(name: str, config: Experiment, out: Path, variants: Variants, progress:
     else:
         processes.map_items(measured, missing, on_result=keep, workers=1)
     return folder.finish(schedule.keys, facts | {"rounding": schedule.found})
+
+
+def _as_begun(out: Path, tasks: list[Task]) -> list[Task]:
+    """The tasks without float64 for arms that float32 does not resolve where the run `out` was begun with no room for it."""
+    try:
+        known = read_manifest(out)["identity"].get("subjects", [])
+    except RunFolderError:  # nothing has begun there
+        return tasks
+    if not isinstance(known, list) or len(known) != len(tasks) or not all(isinstance(begun, dict) for begun in known):
+        return tasks  # another run, which RunFolder refuses
+    return [
+        replace(task, plans=replace(task.plans, wide=None)) if begun.get("float64") else task
+        for task, begun in zip(tasks, known, strict=True)
+    ]

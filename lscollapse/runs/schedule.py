@@ -90,8 +90,9 @@ class Schedule:
             )
         if flagged:
             which = "; ".join(f"{words[n]} ({what})" for n, what in flagged.items())
+            room = " (there is no room for float64)" if task.dtype == "auto" and task.plans.wide is None else ""
             self.progress.note(
-                f"{name}: {len(flagged)} of {len(arms)} arms are marked unresolved where rounding decides them: {which}"
+                f"{name}: {len(flagged)} of {len(arms)} arms are marked unresolved where rounding decides them{room}: {which}"
             )
 
 

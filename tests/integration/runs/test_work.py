@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from lscollapse.core import allocation
 from lscollapse.core.config import ConfigError, Experiment
 from lscollapse.core.progress import SILENT
-from lscollapse.core.run_folder import read_manifest
+from lscollapse.core.run_folder import RunFolderError, read_manifest
 from lscollapse.core.table import ORDER
 from lscollapse.experiments import paper
 from lscollapse.instrument import forward, rounding
@@ -63,7 +64,7 @@ class Advances:
         self.amounts: list[float] = []
 
     def note(self, message: str) -> None:
-        assert "run in float64" in message, message
+        assert "float64" in message, message
 
     def grow(self, amount: float) -> None:
         raise AssertionError(amount)
@@ -329,3 +330,21 @@ def test_the_tolerance_is_a_setting(config: Experiment, tmp_path: Path) -> None:
     relative = rows[rows["measure"] == "relative_mu"]
     assert ((relative["rounding"] > 1e-7) == (relative["status"] == "unresolved")).all()
     assert (relative["status"] == "unresolved").any()
+
+
+def test_where_there_is_no_room_for_float64_it_is_said(
+    config: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(allocation, "available_memory", lambda: 1000)
+    told = Told()
+    rows = paper.sweep_lambda(config, tmp_path, told)
+    assert set(rows["dtype"]) == {"float32"} and "unresolved" in set(rows["status"])
+    (note,) = (note for note in told.notes if "unresolved" in note)
+    assert "little-albert" in note and "(there is no room for float64)" in note
+    monkeypatch.undo()
+    pd.testing.assert_frame_equal(paper.sweep_lambda(config, tmp_path), rows)  # continued as it was begun
+    roomy = paper.sweep_lambda(config, tmp_path.with_name("roomy"))
+    assert "float64" in set(roomy["dtype"])
+    monkeypatch.setattr(allocation, "available_memory", lambda: 1000)
+    with pytest.raises(RunFolderError, match=r"subjects\.2\.float64: null, now \"no room\""):
+        paper.sweep_lambda(config, tmp_path.with_name("roomy"))
