@@ -238,7 +238,7 @@ def bounds(values: Mapping[str, np.ndarray], change: np.ndarray, n: int, d: int)
         under = (least + D**2 * (columns + rows + columns * rows)) / (grown * (np.sqrt((D**2 - least) / grown) + D))
         dong = np.where(columns < 1, np.minimum(np.fmax(over, under), 2.0), 2.0)
         known = {
-            "mu": np.where(b < values["relative_mu"], -np.log1p(-b / values["relative_mu"]) / math.log(10), np.inf + b),
+            "mu": log10_mu_change(values["relative_mu"], b),
             "relative_mu": b,
             "rank1_residual": b,
             "stable_rank": stable_rank_change(r, s, b, min(n, d)),
@@ -248,12 +248,17 @@ def bounds(values: Mapping[str, np.ndarray], change: np.ndarray, n: int, d: int)
     return {name: known.get(name, np.inf + b) for name in MEASURES}
 
 
+def log10_mu_change(relative_mu: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The most by which log10 of mu differs from that of a relative mu within b, the norm being the same; infinite from there on."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        change: np.ndarray = np.where(b < relative_mu, -np.log1p(-b / relative_mu) / math.log(10), np.inf + b)
+    return change
+
+
 def stable_rank_change(r: np.ndarray, s: np.ndarray, b: np.ndarray, most: int) -> np.ndarray:
     """The most by which the stable rank s = 1 / (1 - r^2), at most `most`, differs from that of a rank-1 residual within b of r."""
     below = np.minimum(r, b)
-    with np.errstate(
-        divide="ignore", invalid="ignore"
-    ):  # written as quotients, so that no difference is rounded to zero
+    with np.errstate(divide="ignore", invalid="ignore"):  # quotients, so that no difference is rounded to zero
         larger = s * (2 * r * b + b**2) / (1 - np.minimum(r + b, 1) ** 2)
         smaller = s * (2 * r * below - below**2) / (1 - (r - below) ** 2)
     change: np.ndarray = np.maximum(np.minimum(larger, most - s), smaller)

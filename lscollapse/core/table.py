@@ -27,9 +27,8 @@ PIXELS = "pixels"  # stands in the table where a text has its tokenizer
 # rows have about 1); a curve rises (or drops) when it gains (or loses) at least RISE between two layers.
 COLLAPSED, RISE = 0.5, 0.1
 MARGIN = 0.02  # of test accuracy (of 1): a smaller loss by learning lambda does not count
-AGREES = (
-    1e-4  # two figures agree where no mean differs by more: as it stands for ABSOLUTE ones, as a share of itself else
-)
+# Two figures agree where no mean differs by more: as it stands for ABSOLUTE measures, as a share of itself else.
+AGREES = 1e-4
 
 
 def lambda_word(lam: float) -> str:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lscollapse.core.table import ABSOLUTE, KNOWN, LOGARITHMIC, LOST, UNRESOLVED
-from lscollapse.measures import VANISHING, stable_rank_change
+from lscollapse.measures import VANISHING, log10_mu_change, stable_rank_change
 from lscollapse.models.adapters.adapter import UnsupportedModel
 
 PROBED = 2  # excerpts that get a twin: the first ones
@@ -100,8 +100,7 @@ def estimated(rows: pd.DataFrame, resolve: float) -> pd.DataFrame:
     error = SAFETY * before.fillna(error)
     for name in set(error) & set(VANISHING) - set(LOGARITHMIC):
         error[name] = np.fmax(error[name], floor[name] * np.minimum(1.0, floor[name] / least[name]))
-    with np.errstate(divide="ignore"):  # infinite where nothing is known of log10
-        error["mu"] -= np.log10(1.0 - np.minimum(1.0, error["relative_mu"] / least["relative_mu"]))
+    error["mu"] += log10_mu_change(least["relative_mu"].to_numpy(), error["relative_mu"].to_numpy())
     r, s, b = (table.to_numpy() for table in (most["rank1_residual"], most["stable_rank"], error["rank1_residual"]))
     error["stable_rank"] = stable_rank_change(r, s, np.minimum(b, 1.0), rows["n_tokens"].max())
     if "lm_loss" in error:  # itself a number of the dtype, in which twins may come out as one

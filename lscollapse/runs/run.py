@@ -30,7 +30,8 @@ def run(name: str, config: Experiment, out: Path, variants: Variants, progress: 
     """Measure `variants` of every model of `config` and return the finished table of the run folder `out`.
 
     The rows do not depend on how the run was tiled, shared among processes, killed and continued; on a GPU, whose
-    products round differently in tiles of different sizes, up to that rounding.
+    products round differently in tiles of different sizes, up to that rounding. Memory decides one thing: whether arms that
+    float32 does not resolve may run in float64, which is fixed when a run begins.
     """
     if config.engine == "local":
         return _run(name, config, out, variants, progress)

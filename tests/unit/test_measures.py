@@ -386,3 +386,9 @@ def test_measures_do_not_depend_on_what_is_measured_beside(n: int, d: int) -> No
         parts = [measures.measure_all(Y[i : i + size]) for i in range(0, 5, size)]
         for name, whole in together.items():
             assert torch.equal(torch.cat([part[name] for part in parts]), whole), (size, name)
+
+
+def test_a_small_change_of_mu_is_not_rounded_to_none() -> None:
+    """-log10(1 - x) is x / ln 10 for an x that 1 - x does not show; infinite where all of relative mu may be gone."""
+    found = measures.log10_mu_change(np.array([0.5, 0.5, 0.25, 0.5]), np.array([1e-20, 0.25, 0.25, np.nan]))
+    np.testing.assert_allclose(found, [2e-20 / np.log(10), np.log10(2), np.inf, np.nan], rtol=1e-14)
