@@ -28,6 +28,11 @@ LARGEST_POWER = 1022
 SHORT = 2.0**-500
 
 
+def any_of(mask: Tensor) -> bool:
+    """Whether an entry may be True: on a CPU whether one is; elsewhere True, since to know would be to wait for the device."""
+    return mask.device.type != "cpu" or bool(mask.any())
+
+
 def _exponent(size: Tensor) -> Tensor:
     """e with 2^(e-1) <= size < 2^e, within +-LARGEST_POWER; 1 where size is not finite."""
     return torch.frexp(size.where(size.isfinite(), 1.0)).exponent.clamp(-LARGEST_POWER, LARGEST_POWER)

@@ -47,11 +47,14 @@ class Twins:
     numbers: Sequence[int]
 
     def shaken(self, X: Tensor, layer: int, unit: float) -> Tensor:
-        """X (2n, N, d) of layer `layer`, the twins multiplied by 1 + unit * xi; the originals as they are, bit for bit."""
+        """X of layer `layer`, the twins multiplied by 1 + unit * xi; the originals as they are, bit for bit.
+
+        X: (2n, N, d), or of several arms, one after the other.
+        """
         signs = torch.from_numpy(np.stack([_signs(number, layer, *X.shape[1:]) for number in self.numbers]))
-        factor = torch.ones_like(X)  # (2n, N, d)
-        factor[len(signs) :] += unit * signs.to(X.device, X.dtype)
-        return X * factor
+        factor = X.new_ones(2 * len(signs), *X.shape[1:])  # (2n, N, d)
+        factor[len(signs) :] += unit * signs.to(X.device, X.dtype, non_blocking=True)
+        return (X.view(-1, *factor.shape) * factor).flatten(0, 1)
 
 
 @lru_cache(maxsize=PROBED)  # layer by layer, every variant asks for the same

@@ -16,9 +16,9 @@ from lscollapse.core.config import ConfigError, Experiment
 from lscollapse.core.progress import Progress
 from lscollapse.data.corpus import Corpus
 from lscollapse.instrument import early_exit
+from lscollapse.instrument.engines import dtypes_of
 from lscollapse.instrument.forward import checked_ids
 from lscollapse.instrument.gradients import check_chain
-from lscollapse.instrument.stream import dtypes_of
 from lscollapse.instrument.surgery import Variant, check
 from lscollapse.models.adapt import adapt
 from lscollapse.models.adapters import heads

@@ -105,7 +105,7 @@ class Mamba2Adapter(MambaStack):
 
 def _in_range(y: Tensor) -> Tensor:
     """y (B, N, inner) at a size whose squares float32 holds, for a norm: a large lambda in the scan makes it larger."""
-    return Carried(len(y)).fit(y)
+    return Carried(y).fit(y)
 
 
 def _norm_arguments(args: Args, kwargs: Kwargs) -> tuple[Tensor, Tensor]:
