@@ -101,7 +101,7 @@ def _norms(adapter: Adapter, stream: Stream, head: Head | Scores, targets: Targe
             stream.step(adapter, layer, None)
             states.append(State(stream.X, stream.carried.exponent))
     stream.read()
-    lost = stream.lost
+    lost = stream.lost != 0
     g, power = _from_head(adapter, stream, head, targets), np.zeros(len(lost))
     for layer in reversed(range(-1, adapter.n_layers)):
         g = torch.where(lost[:, None, None], 0.0, g)

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from lscollapse import measures
+from lscollapse.core.table import LOST
 
 if TYPE_CHECKING:
     from lscollapse.instrument.stream import Stream
 
+HOW = np.array(["ok", *LOST], dtype=object)
 STATE = ("exponent", "lost", "bound", "next_bound")  # the columns after the measures
 
 
@@ -45,12 +47,12 @@ class Known:
     sign: np.ndarray
 
     @classmethod
-    def of(cls, status: Sequence[str]) -> Known:
-        n = len(status)
+    def of(cls, n: int) -> Known:
+        """Of n rows, before the embedding is read."""
         unknown = np.full((3, n), np.nan)
         values = np.full((n, len(measures.MEASURES)), np.nan)
         exponent = np.zeros(n, dtype=np.int64)
-        return cls(values, exponent, np.array(status, object), unknown[0], unknown[1], np.zeros(n), np.ones(n))
+        return cls(values, exponent, np.full(n, "ok", dtype=object), unknown[0], unknown[1], np.zeros(n), np.ones(n))
 
     @property
     def settled(self) -> np.ndarray:
@@ -79,8 +81,7 @@ class Known:
         self.values[rows] = found[:, : -len(STATE)]
         exponent, lost, bound, next_bound = found[:, -len(STATE) :].T
         self.exponent[rows], self.bound[rows], self.next_bound[rows] = exponent, bound, next_bound
-        # A finite input under finite weights becomes NaN only by way of infinity.
-        self.status[rows] = np.where((lost != 0) & (self.status[rows] == "ok"), "overflow", self.status[rows])
+        self.status[rows] = HOW[lost.astype(int)]
         if lams is not None and self.settled.any():
             settled = self.settled
             self.skipped[settled] += np.log2(np.abs(lams[settled]))

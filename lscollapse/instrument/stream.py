@@ -50,7 +50,7 @@ class Stream:
         computed: what the rows say that it was computed in; of float64 the narrowest dtype among its operations.
         rows: which rows X is of; the others have left the batch.
         largest: the largest entries of X (R,).
-        lost: which rows have left the range, (R,).
+        lost: which rows have left the range, and how: 0 for none, else the place in table.LOST from 1 on, (R,).
         bound: of the certified rows, how far the values can be off: what the weights prove, and rounding; NaN of others, (R,).
         recorded: what `record` noted of X last, (R, measures + known.STATE).
         twins: which excerpts are twins of others, whose X is shaken after every block (rounding.py); None where none is.
@@ -66,19 +66,18 @@ class Stream:
         self.dtype = dtype
         self.computed = computed or dtype
         self.twins = twins
-        status = measures.status(X) * len(arms)
         each = [slice(i * len(X), (i + 1) * len(X)) for i in range(len(arms))]
         self.arms = [Arm(number, arms[number], rows, self.computed) for number, rows in zip(arms, each, strict=True)]
         self.X = self._shaken(X.repeat(len(arms), 1, 1) if len(arms) > 1 else X, 0)  # (R, N, d)
         self.rows = np.arange(len(self.X))
         self.carried = Carried(self.X)
         self.carries_scale = adapter.pre_norm and not self.variant.removes_block_norm
-        self.known = Known.of(status)
+        self.known = Known.of(len(self.X))
         self.recorded = self.X.new_empty(0)
         self.handed: dict[int, Any] = {}  # what the blocks hand to later ones beside X (see Adapter.run)
         self.largest = largest_entries(self.X)
-        self.lost = ~self.largest.isfinite()
-        self.bound = self._next_bound = torch.full_like(self.lost, math.nan, dtype=torch.float64)
+        self.lost = self.largest.isnan().int() + ~self.largest.isfinite()
+        self.bound = self._next_bound = torch.full_like(self.largest, math.nan, dtype=torch.float64)
         self._gone: list[tuple[np.ndarray, Tensor]] = []  # rows that have left, and their X
         lams = [[variant.lam_at(layer) for layer in range(adapter.n_layers)] for variant in self.variants]
         self._lams = np.repeat(np.array(lams).T, len(X), axis=1)  # (K, R)
@@ -162,7 +161,8 @@ class Stream:
             self.X = self._by_block(block, layer, still)
         self.X = self._shaken(self.X, layer + 1)
         self.largest = largest_entries(self.X)
-        self.lost = self.lost | ~self.largest.isfinite()
+        # A finite input under finite weights becomes NaN only by way of infinity.
+        self.lost = torch.where(self.lost == 0, ~self.largest.isfinite(), self.lost)
 
     def _lam(self, layer: int) -> Lambda:
         """Lambda of block `layer`, of one arm as a number; 1 where it does not act."""
