@@ -59,7 +59,8 @@ def by_squaring(gram: Tensor) -> Tensor:
         P = P / _trace(P)
     longest = P.diagonal(dim1=-2, dim2=-1).argmax(-1)  # (...)
     column = torch.take_along_dim(P, longest[..., None, None], -1)[..., 0]  # (..., n)
-    return column / torch.linalg.vector_norm(column, dim=-1, keepdim=True)
+    length: Tensor = torch.linalg.vector_norm(column, dim=-1, keepdim=True)
+    return column / length
 
 
 def _trace(P: Tensor) -> Tensor:
