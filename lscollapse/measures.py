@@ -4,8 +4,8 @@ N tokens, d channels; leading axes (excerpts, variants) are kept apart and never
 after scaling by a power of two, which rounds nothing, so values of 1e-300 or 1e300 are as good as values of 1.
 
 Accuracy, of the numbers in Y as they are: mu, relative mu and dong_residual to a relative 1e-13, also where all rows agree to
-their last bits; rank1_residual within 1e-16, however small; mean_cosine within 1e-15, whatever the lengths of the rows;
-stable_rank s to a relative s * 1e-15. The same holds on a GPU, where the leading singular vector is found otherwise
+their last bits; rank1_residual to that or within 1e-16, however small; mean_cosine within 1e-15, whatever the lengths of the
+rows; stable_rank s to a relative s * 2e-13. The same holds on a GPU, where the leading singular vector is found otherwise
 (eigenvector.py).
 
 A layer output that holds NaN or infinity gives NaN; `status` says which it was.
