@@ -98,11 +98,11 @@ def remaining(gains: Sequence[float], variant: Variant, dtype: torch.dtype) -> l
     return left[::-1]
 
 
-def relative_change(left: Tensor, X: Tensor, exponent: Tensor) -> Tensor:
-    """e_k / min_i ||x_i|| of every excerpt, (B,), for X (B, N, d) carried as X * 2^exponent; infinite where a row is zero.
+def relative_change(left: Tensor, shortest: Tensor, exponent: Tensor) -> Tensor:
+    """e_k / min_i ||x_i|| of every excerpt, (B,), for an X carried as X * 2^exponent; infinite where a row is zero.
 
-    left, exponent: (B,), e_k in float64 and integers. Logarithms are divided: no power of two on the way leaves float64.
+    left, shortest, exponent: (B,), e_k, min_i of the rows of X in float64, and integers. Logarithms are subtracted: no power of
+    two on the way leaves float64.
     """
-    shortest = torch.linalg.vector_norm(X, dim=-1, dtype=torch.float64).amin(-1)  # (B, N, d) -> (B, N) -> (B,)
     change = torch.exp2(torch.log2(left) - torch.log2(shortest) - exponent)
     return torch.where(shortest > 0, change, math.inf)

@@ -21,8 +21,10 @@ from lscollapse.instrument.known import Readback
 from lscollapse.instrument.rows import Table
 from lscollapse.instrument.stream import Stream
 from lscollapse.instrument.surgery import Variant
+from lscollapse.measures import Shared
 from lscollapse.models.adapt import adapt
 from lscollapse.models.adapters.adapter import Adapter
+from lscollapse.models.kernels.fused_measures import shared_of
 
 
 def measure(
@@ -127,7 +129,7 @@ def measure_pass(
         readback.send(0)
         table.add(streams, readback.arrived())
         for layer, stream, computed in engines.steps(streams):
-            stream.record(layer + 1, measures.measure_all(stream.X) if computed else None)
+            stream.record(layer + 1, shared_of(stream.X) if computed else None)
             if progress is not None:
                 progress(len(tokens) * len(stream.arms))
             if stream is streams[-1]:
@@ -142,11 +144,11 @@ def measure_pass(
 
 def _record_embedded(streams: Sequence[Stream], n: int) -> None:
     """Let the streams record the n embedded excerpts, which all arms of one dtype share."""
-    found: dict[torch.dtype, dict[str, Tensor]] = {}
+    found: dict[torch.dtype, Shared] = {}
     for stream in streams:
         if stream.dtype not in found:
-            found[stream.dtype] = measures.measure_all(stream.X[:n])
-        stream.record(0, {name: value.repeat(len(stream.arms)) for name, value in found[stream.dtype].items()})
+            found[stream.dtype] = shared_of(stream.X[:n])
+        stream.record(0, found[stream.dtype], copies=len(stream.arms))
 
 
 def checked_ids(adapter: Adapter, ids: Any) -> Tensor:

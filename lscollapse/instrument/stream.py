@@ -24,6 +24,7 @@ from lscollapse import measures
 from lscollapse.instrument import early_exit, rounding
 from lscollapse.instrument.known import Known
 from lscollapse.instrument.surgery import Variant, surgery_on_layer
+from lscollapse.measures import Shared
 from lscollapse.models.adapters.adapter import Adapter
 from lscollapse.models.kernels.mamba2_block import Mamba2Block
 from lscollapse.models.numerics.carried import Carried, Lambda, largest_entries, lose_unsquarable
@@ -49,7 +50,6 @@ class Stream:
         dtype: of the stream.
         computed: what the rows say that it was computed in; of float64 the narrowest dtype among its operations.
         rows: which rows X is of; the others have left the batch.
-        largest: the largest entries of X (R,).
         lost: which rows have left the range, and how: 0 for none, else the place in table.LOST from 1 on, (R,).
         bound: of the certified rows, how far the values can be off: what the weights prove, and rounding; NaN of others, (R,).
         recorded: what `record` noted of X last, (R, measures + known.STATE).
@@ -75,9 +75,9 @@ class Stream:
         self.known = Known.of(len(self.X))
         self.recorded = self.X.new_empty(0)
         self.handed: dict[int, Any] = {}  # what the blocks hand to later ones beside X (see Adapter.run)
-        self.largest = largest_entries(self.X)
-        self.lost = self.largest.isnan().int() + ~self.largest.isfinite()
-        self.bound = self._next_bound = torch.full_like(self.largest, math.nan, dtype=torch.float64)
+        self._largest: Tensor | None = largest_entries(self.X)
+        self.lost = torch.where(self._largest.isnan(), 2, torch.where(self._largest.isfinite(), 0, 1))
+        self.bound = self._next_bound = torch.full_like(self.lost, math.nan, dtype=torch.float64)
         self._gone: list[tuple[np.ndarray, Tensor]] = []  # rows that have left, and their X
         lams = [[variant.lam_at(layer) for layer in range(adapter.n_layers)] for variant in self.variants]
         self._lams = np.repeat(np.array(lams).T, len(X), axis=1)  # (K, R)
@@ -95,22 +95,42 @@ class Stream:
         """Whether the next block has to be computed, as far as is known: some row is finite and not certified."""
         return bool(self.known.running[self.rows].any())
 
-    def record(self, layer: int, values: dict[str, Tensor] | None) -> None:
-        """Note the measures of X, the input of block `layer`, and its state; None where X is what it was."""
-        if values is None:
+    @property
+    def largest(self) -> Tensor:
+        """The largest entries of X, (R,)."""
+        if self._largest is None:
+            self._take(largest_entries(self.X))
+        assert self._largest is not None
+        return self._largest
+
+    def _take(self, largest: Tensor) -> None:
+        self._largest = largest
+        # A finite input under finite weights becomes NaN only by way of infinity.
+        self.lost = torch.where(self.lost == 0, ~largest.isfinite(), self.lost)
+
+    def record(self, layer: int, shared: Shared | None, copies: int = 1) -> None:
+        """Note the measures of X, the input of block `layer`, and its state; None where X is what it was.
+
+        shared: of X, or of the part of it of which there are so many `copies`.
+        """
+        if shared is None:
             self.recorded = self.recorded[:0]
             return
+        values = [value.repeat(copies) for value in measures.measure_all(shared).values()]
+        if self._largest is None:
+            self._take(shared.peak)
         if self._left is not None:
-            change = early_exit.relative_change(self._left[layer], self.X, self.carried.exponent)
+            shortest = shared.shortest.repeat(copies)
+            change = early_exit.relative_change(self._left[layer], shortest, self.carried.exponent)
             proved = torch.where(
                 change < torch.finfo(self.dtype).eps, change.clamp(measures.floor(self.computed)), math.nan
             )
             self._next_bound = torch.where(self.bound.isnan(), proved, self.bound)
         self._note(values)
 
-    def _note(self, values: dict[str, Tensor]) -> None:
-        state = (self.carried.exponent.double(), self.lost.double(), self.bound, self._next_bound)
-        self.recorded = torch.stack([*(value.double() for value in values.values()), *state], 1)
+    def _note(self, values: Sequence[Tensor]) -> None:
+        state = (self.carried.exponent, self.lost, self.bound, self._next_bound)
+        self.recorded = torch.stack([part.double() for part in (*values, *state)], 1)
 
     def learn(self, layer: int, rows: np.ndarray, found: np.ndarray) -> None:
         """Let `known` be of `layer`, given what was recorded of it."""
@@ -118,8 +138,8 @@ class Stream:
 
     def read(self) -> None:
         """Let `known` be of X as it is, without its measures; waits for the device."""
-        unmeasured = torch.full_like(self.carried.exponent, math.nan, dtype=torch.float64)
-        self._note(dict.fromkeys(measures.MEASURES, unmeasured))
+        self._take(self.largest)
+        self._note([torch.full_like(self.bound, math.nan)] * len(measures.MEASURES))
         self.learn(0, self.rows, self.recorded.numpy(force=True))
 
     def settle(self) -> None:
@@ -136,7 +156,7 @@ class Stream:
         )
         self._gone.append((self.rows[~stay], self.X[going]))
         self.rows = self.rows[stay]
-        self.X, self.largest, self.lost, self.bound, self._next_bound, self.carried.exponent = (
+        self.X, self._largest, self.lost, self.bound, self._next_bound, self.carried.exponent = (
             part.index_select(0, staying)
             for part in (self.X, self.largest, self.lost, self.bound, self._next_bound, self.carried.exponent)
         )
@@ -160,9 +180,7 @@ class Stream:
         else:
             self.X = self._by_block(block, layer, still)
         self.X = self._shaken(self.X, layer + 1)
-        self.largest = largest_entries(self.X)
-        # A finite input under finite weights becomes NaN only by way of infinity.
-        self.lost = torch.where(self.lost == 0, ~self.largest.isfinite(), self.lost)
+        self._largest = None
 
     def _lam(self, layer: int) -> Lambda:
         """Lambda of block `layer`, of one arm as a number; 1 where it does not act."""
