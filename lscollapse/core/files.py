@@ -37,9 +37,23 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_parquet(path: Path, rows: pd.DataFrame) -> None:
-    """Write a table as Parquet, whole or not at all."""
+    """Write a table as Parquet, whole or not at all. Categoricals are written as what they stand for, and read so."""
+    from pyarrow import Table, parquet, types
+
+    table: Any = Table.from_pandas(rows, preserve_index=False)
+    for number, column in enumerate(table.schema):
+        if types.is_dictionary(column.type):
+            table = table.set_column(number, column.name, table[number].cast(column.type.value_type))
     with atomic(path) as temporary:
-        rows.to_parquet(temporary, compression="zstd", index=False)
+        parquet.write_table(table, temporary, compression="zstd")
+
+
+def write_csv(path: Path, rows: pd.DataFrame) -> None:
+    """Write a table as CSV with all digits of its numbers, nothing where one is missing; whole or not at all."""
+    from pyarrow import Table, csv
+
+    with atomic(path) as temporary:
+        csv.write_csv(Table.from_pandas(rows, preserve_index=False), temporary)
 
 
 def write_json(path: Path, value: Any) -> None:
