@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lscollapse.core.allocation import is_out_of_memory
 from lscollapse.core.config import ConfigError, Experiment
 from lscollapse.core.progress import Progress
 from lscollapse.data.corpus import Corpus
@@ -138,8 +139,12 @@ def _try(adapter: Adapter, tokens: Tensor) -> None:
     try:
         with torch.no_grad():
             adapter.embed(tokens)
-    except torch.OutOfMemoryError:
-        raise MemoryPlanError("the device has no room for one excerpt: use fewer --tokens or --device cpu") from None
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise MemoryPlanError(
+                "the device has no room for one excerpt: use fewer --tokens or --device cpu"
+            ) from None
+        raise
 
 
 def needs_head(config: Experiment) -> bool:

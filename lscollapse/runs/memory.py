@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 
+from lscollapse.core.allocation import is_out_of_memory
 from lscollapse.core.config import Experiment
 from lscollapse.core.progress import Progress
 from lscollapse.data.corpus import Corpus
@@ -198,12 +199,15 @@ def in_halves(tile: Callable[[range, range], T], excerpts: range, variants: rang
     Excerpts are halved first, then variants. Results come in the order of their ranges.
 
     Raises:
-        MemoryPlanError: one excerpt of one variant is too much.
+        MemoryPlanError: one excerpt of one variant is too much, or a Triton kernel needs more than the GPU has.
     """
     try:
         return [tile(excerpts, variants)]
-    except torch.OutOfMemoryError:
-        pass  # what the failed pass held is let go of with the exception, before the halves run
+    except Exception as error:
+        if type(error).__name__ == "OutOfResources":
+            raise MemoryPlanError(f"this GPU cannot run a Triton kernel ({error}): use --kernels torch") from None
+        if not is_out_of_memory(error):
+            raise  # else what the failed pass held is let go of with the exception, before the halves run
     release()
     if len(excerpts) > 1:
         middle = len(excerpts) // 2

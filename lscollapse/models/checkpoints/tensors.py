@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lscollapse.core.allocation import is_out_of_memory
 from lscollapse.core.files import first_line, read_text, sha256_file
 
 # At the top of a model: heads and poolers.
@@ -110,6 +111,8 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
             return load_file(file)
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_mapped(file))
     except Exception as error:  # whatever a damaged file makes the readers raise
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(f"{file} cannot be read{_size_hint(file)}: {first_line(error)}") from error
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise CheckpointError(f"{file} is not a state dict: expected names and tensors only")

@@ -184,6 +184,33 @@ def test_halves_cover_everything_once(room: int) -> None:
     assert max(map(len, parts)) <= room
 
 
+def test_a_real_failure_of_the_allocator_halves_too() -> None:
+    """2^60 bytes for more than one excerpt of one variant, which no CPU has."""
+    sizes = []
+
+    def tile(excerpts: range, variants: range) -> int:
+        sizes.append(len(excerpts) * len(variants))
+        return torch.empty(2**60 if sizes[-1] > 1 else 1, dtype=torch.uint8).numel()
+
+    assert memory.in_halves(tile, range(2), range(2)) == [1] * 4
+    assert sizes == [4, 2, 1, 1, 2, 1, 1]
+
+
+def test_a_kernel_that_the_gpu_cannot_run_is_one_line() -> None:
+    """As Triton words it (triton/runtime/errors.py), whose errors are no RuntimeErrors."""
+
+    class OutOfResources(Exception):
+        def __str__(self) -> str:
+            return "out of resource: shared memory, Required: 262144, Hardware limit: 232448."
+
+    def tile(excerpts: range, variants: range) -> None:
+        raise OutOfResources
+
+    with pytest.raises(memory.MemoryPlanError, match=r"Required: 262144.*--kernels torch") as caught:
+        memory.in_halves(tile, range(4), range(2))
+    assert "\n" not in str(caught.value)
+
+
 def test_other_errors_are_not_tried_again() -> None:
     calls = []
 
