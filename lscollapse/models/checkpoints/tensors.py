@@ -8,7 +8,9 @@ import json
 import mmap
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +141,16 @@ def forget(tensors: Mapping[str, Tensor]) -> None:
         start, end = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE, last // mmap.PAGESIZE * mmap.PAGESIZE
         if end > start and hasattr(libc, "madvise"):
             libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)
+
+
+@contextmanager
+def hashing(files: Sequence[Path]) -> Iterator[Future[str]]:
+    """While open, a thread computes `sha256` of files that this one reads too: from the disk they come once."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        yield pool.submit(sha256, files)
+    finally:
+        pool.shutdown(wait=False)
 
 
 def sha256(files: Sequence[Path]) -> str:
