@@ -29,14 +29,13 @@ from lscollapse.models.adapters.streamed import StreamedMamba2, Transfer
 from lscollapse.models.checkpoints import checkpoint
 from lscollapse.models.kernels import backends
 from lscollapse.models.kernels.gpu_block import GpuBlock
-from lscollapse.models.kernels.mamba2_block import Mamba2Block, Mamba2Shape
+from lscollapse.models.kernels.mamba2_block import Mamba2Block
 from lscollapse.runs import devices, memory, processes, work
 from lscollapse.runs.loading import load_tasks
 from tests.equivalence import plain_models, tiny
 from tests.equivalence.compare import assert_rows_match
 
 EXCERPTS, TOKENS = 9, 6  # two tiles
-MAMBA_2_7B = Mamba2Shape(hidden=2560, heads=80, head_dim=64, state=128)
 
 
 @pytest.fixture(scope="module")
@@ -221,20 +220,6 @@ def test_other_errors_are_not_tried_again() -> None:
     with pytest.raises(RuntimeError, match="mat1"):
         memory.in_halves(tile, range(4), range(2))
     assert len(calls) == 1
-
-
-def test_tiles_on_a_gpu() -> None:
-    """The paper's own sweep, 32 excerpts x 22 variants, in one tile on a GPU of 24 GB; in smaller ones on small GPUs."""
-    whole = memory.plan_on_gpu(2560, MAMBA_2_7B, 128, 32, 22, 4, 10 * 2**30)
-    assert (whole.excerpts, whole.variants) == (32, 22)
-    streams = 32 * 22 * 128 * 2560 * 4
-    assert streams < whole.bytes < 10 * 2**30
-    small = memory.plan_on_gpu(2560, MAMBA_2_7B, 128, 32, 22, 4, 2**30)
-    assert small.bytes <= 2**30 and small.excerpts < 32
-    double = memory.plan_on_gpu(2560, MAMBA_2_7B, 128, 2 * small.excerpts, small.variants, 4, 2**40)
-    assert double.excerpts == 2 * small.excerpts and double.bytes > 2**30
-    none = memory.plan_on_gpu(2560, MAMBA_2_7B, 128, 32, 22, 4, 0)
-    assert (none.excerpts, none.variants) == (1, 1)
 
 
 # --- weights that arrive while the layer before computes ------------------------------------------
