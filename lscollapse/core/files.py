@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # every verb loads this file for its --help, which needs no pandas
     import pandas as pd
 
+PIECE = 2**22  # bytes that are hashed at a time: large, so that a thread that hashes seldom waits for others
 PARTIAL = ".partial"  # how the name of a file ends that is not whole yet
 _digests: dict[tuple[int, int, int, int], str] = {}  # by what changes when a file does
 
@@ -82,8 +83,11 @@ def sha256_file(path: Path) -> str:
     stat = path.stat()
     key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
     if key not in _digests:
-        with path.open("rb") as handle:
-            _digests[key] = hashlib.file_digest(handle, "sha256").hexdigest()
+        digest, piece = hashlib.sha256(), memoryview(bytearray(PIECE))
+        with path.open("rb", buffering=0) as handle:
+            while size := handle.readinto(piece):
+                digest.update(piece[:size])
+        _digests[key] = digest.hexdigest()
     return _digests[key]
 
 
