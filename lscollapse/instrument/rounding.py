@@ -24,6 +24,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from lscollapse.core.allocation import is_out_of_memory
 from lscollapse.core.table import ABSOLUTE, KNOWN, LOGARITHMIC, LOST, UNRESOLVED
 from lscollapse.measures import VANISHING, log10_mu_change, stable_rank_change
 from lscollapse.models.adapters.adapter import UnsupportedModel
@@ -174,8 +175,12 @@ def probe(
     wide = dict.fromkeys(why, torch.float64)
     try:
         again = _asked(estimated(twice(wide), resolve), wide)
-    except (UnsupportedModel, torch.OutOfMemoryError):  # there is no float64 of this model, or no room for it
-        return rows
+    except Exception as error:
+        if isinstance(error, UnsupportedModel) or is_out_of_memory(
+            error
+        ):  # no float64 of this model, or no room for it
+            return rows
+        raise
     again = again.assign(why=again["variant"].map(why))
     return pd.concat([rows[~rows["variant"].isin(why)], again], ignore_index=True)
 
