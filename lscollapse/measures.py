@@ -29,11 +29,6 @@ LARGEST_POWER = 1022
 SHORT = 2.0**-500
 
 
-def any_of(mask: Tensor) -> bool:
-    """Whether an entry may be True: on a CPU whether one is; elsewhere True, since to know would be to wait for the device."""
-    return mask.device.type != "cpu" or bool(mask.any())
-
-
 def _power_of_two(size: Tensor) -> Tensor:
     """2^e with 2^(e-1) <= size < 2^e, e within +-LARGEST_POWER; NaN where size is not finite."""
     exponent = torch.frexp(size).exponent.clamp(-LARGEST_POWER, LARGEST_POWER)

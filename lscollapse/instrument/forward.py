@@ -17,7 +17,7 @@ from lscollapse import measures
 from lscollapse.core.table import RESOLVE
 from lscollapse.instrument import precision, rounding
 from lscollapse.instrument.engines import Engines, dtypes_of
-from lscollapse.instrument.known import Readback
+from lscollapse.instrument.readback import Readback
 from lscollapse.instrument.rows import Table
 from lscollapse.instrument.stream import Stream
 from lscollapse.instrument.surgery import Variant

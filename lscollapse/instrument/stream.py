@@ -27,7 +27,7 @@ from lscollapse.instrument.surgery import Variant, surgery_on_layer
 from lscollapse.measures import Shared
 from lscollapse.models.adapters.adapter import Adapter
 from lscollapse.models.kernels.mamba2_block import Mamba2Block
-from lscollapse.models.numerics.carried import Carried, Lambda, largest_entries, lose_unsquarable
+from lscollapse.models.numerics.carried import Carried, Lambda, any_of, largest_entries, lose_unsquarable
 from lscollapse.models.numerics.scores import scores_in_range
 
 
@@ -215,15 +215,13 @@ class Stream:
         if not self.carries_scale and not variant.removes_block_norm:
             self.X = lose_unsquarable(self.X)
         before, exponent = self.X, self.carried.exponent
-        plain = not self.carries_scale or (
-            not isinstance(lam, Tensor) and lam == 1.0 and not measures.any_of(exponent != 0)
-        )
+        plain = not self.carries_scale or (not isinstance(lam, Tensor) and lam == 1.0 and not any_of(exponent != 0))
         watched = scores_in_range() if variant.removes_block_norm else nullcontext()
         lams = lam if isinstance(lam, Tensor) else None
         with watched, surgery_on_layer(adapter, layer, variant, None if plain else self.carried, lams):
             self.X = adapter.run(layer, self.X, self.handed)
         if self.carries_scale:
             self.X = self.carried.fit(self.X)
-        if still is not None and measures.any_of(still):
+        if still is not None and any_of(still):
             self.X = torch.where(still[:, None, None], before, self.X)
             self.carried.exponent = torch.where(still, exponent, self.carried.exponent)

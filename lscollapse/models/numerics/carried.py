@@ -14,8 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lscollapse import measures
-
 Lambda = float | Tensor  # one for all excerpts, or one for each: float64, (B,)
 
 # A stream whose largest entry would pass 2^HIGH is carried at 2^LOW, and one that has shrunk is raised to it as far as
@@ -76,7 +74,7 @@ class Carried:
     def fit(self, X: Tensor) -> Tensor:
         """X with its largest entry in range, where O was large or cancelled the rest."""
         shift = self._shift(largest_entries(X), *_frexp(0.5))
-        if not measures.any_of(shift != 0):
+        if not any_of(shift != 0):
             return X
         self.exponent = self.exponent + shift
         return X * power_of_two(-shift)[:, None, None].to(X)
@@ -88,6 +86,11 @@ class Carried:
         shift = torch.where(top > HIGH, top - LOW, (top - LOW).maximum(-self.exponent).clamp_max(0))
         shift = torch.where((size == 0) | (mantissa == 0), -self.exponent, shift.clamp(min=power - STEEPEST))
         return torch.where(largest.isfinite(), shift, 0)
+
+
+def any_of(mask: Tensor) -> bool:
+    """Whether an entry may be True: on a CPU whether one is; elsewhere True, since to know would be to wait for the device."""
+    return mask.device.type != "cpu" or bool(mask.any())
 
 
 def _frexp(lam: Lambda) -> tuple[float, int] | tuple[Tensor, Tensor]:
@@ -122,4 +125,4 @@ def lose_unsquarable(X: Tensor) -> Tensor:
     """X (B, N, d), infinite where an excerpt's squares leave the range: a norm would make zeros of it unseen."""
     limit = math.sqrt(torch.finfo(torch.promote_types(X.dtype, torch.float32)).max / X.shape[-1])
     lost = largest_entries(X) > limit
-    return X.masked_fill(lost[:, None, None], math.inf) if measures.any_of(lost) else X
+    return X.masked_fill(lost[:, None, None], math.inf) if any_of(lost) else X

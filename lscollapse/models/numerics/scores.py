@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lscollapse.measures import any_of
+from lscollapse.models.numerics.carried import any_of
 
 
 class scores_in_range(TorchFunctionMode):
