@@ -27,6 +27,7 @@ from torch import Tensor
 
 from lscollapse.instrument.engines import Engines
 from lscollapse.instrument.forward import checked_ids
+from lscollapse.instrument.known import Known
 from lscollapse.instrument.rounding import Twins
 from lscollapse.instrument.rows import Table
 from lscollapse.instrument.stream import Stream
@@ -102,21 +103,20 @@ def lm_loss(
         certified = any(stream.known.settled.any() for stream in streams)
         root, largest, longest = _steepness(head) if certified else (math.nan,) * 3
         for stream in streams:
-            X, known = last_X(adapter, stream), stream.known
+            X, bound = last_X(adapter, stream), 4 * stream.known.bound * root * largest * longest
             for arm in stream.arms:
                 value = losses(head, X[arm.rows], targets).double().cpu().numpy()  # (B,)
-                left = zip(known.status[arm.rows], np.isfinite(value), known.settled[arm.rows], strict=True)
-                status = [_status(*row) for row in left]
+                status = _status(stream.known, value, arm.rows)
                 value = np.where(np.isin(status, ("ok", "certified")), value, np.nan)
-                bound = 4 * known.bound[arm.rows] * root * largest * longest
-                table.extend(arm, adapter.n_layers, "lm_loss", value, np.log10(value), status, bound)
+                table.extend(arm, adapter.n_layers, "lm_loss", value, np.log10(value), status, bound[arm.rows])
     return table.frame()
 
 
-def _status(stream: str, finite: bool, settled: bool) -> str:
-    if stream != "ok":
-        return stream
-    return "overflow" if not finite else "certified" if settled else "ok"
+def _status(known: Known, loss: np.ndarray, rows: slice) -> np.ndarray:
+    """What is to be said of the losses of some rows, (B,)."""
+    status = np.where(known.settled[rows], "certified", "ok")
+    status = np.where(np.isfinite(loss), status, "overflow")
+    return np.where(known.status[rows] == "ok", status, known.status[rows])
 
 
 def head_of(adapter: Adapter) -> Head | Scores:
