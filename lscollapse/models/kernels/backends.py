@@ -125,7 +125,9 @@ def differentiable(kind: str) -> Kernels:
 def _torch_kernels(kind: str, note: str = "") -> Kernels:
     if kind == "cpu":
         return Kernels(ssd.scan, ssd.conv, gated_norm, "torch native", kind, differentiable=False, note=note)
-    return Kernels(chunked_scan, causal_conv, gated_norm, f"torch {torch.__version__} chunked, ieee fp32", kind, note=note)
+    return Kernels(
+        chunked_scan, causal_conv, gated_norm, f"torch {torch.__version__} chunked, ieee fp32", kind, note=note
+    )
 
 
 def own_kernels(device: str, split: bool = True) -> Kernels:
@@ -133,7 +135,9 @@ def own_kernels(device: str, split: bool = True) -> Kernels:
     try:
         own = importlib.import_module("lscollapse.models.kernels.fused")
     except ImportError as error:
-        raise KernelError(f"the triton kernels cannot be imported ({error}): {INSTALL}; or use --kernels torch") from error
+        raise KernelError(
+            f"the triton kernels cannot be imported ({error}): {INSTALL}; or use --kernels torch"
+        ) from error
     kind = torch.device(device).type
     backend = (
         f"lscollapse triton {own.VERSION}{'' if kind == 'cuda' else ' interpreted'}: scan tf32x3 (torch over "

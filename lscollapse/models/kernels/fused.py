@@ -51,7 +51,7 @@ def scan(
     y = torch.empty(batch, N, s.inner, device=projected.device)
     step, high, low = torch.empty(3, batch, s.heads, length, device=projected.device).unbind()
     steps = projected.stride(0), projected.stride(1)
-    has_bias, taps = bias is not None, taps.T.contiguous()
+    has_bias, taps, D = bias is not None, taps.T.contiguous(), D.contiguous()
     triton_code.scores_kernel[(batch * s.groups, (length // tile) ** 2)](
         xBC, taps, bias if has_bias else taps, scores, *steps, N, s.conv_dim, s.inner, s.groups, STATE=s.state,
         PART=min(32, s.state), LENGTH=length, ROWS=tile, TAPS=s.conv_kernel, BIAS=has_bias, num_warps=4,
@@ -72,6 +72,6 @@ def combine(X: Tensor, O: Tensor, skips: Tensor, scales: Tensor) -> Tensor:
     Y = torch.empty_like(X)
     size = X[0].numel()
     triton_code.combine_kernel[(len(X) * triton.cdiv(size, 2048),)](
-        X, O, skips.contiguous(), scales.contiguous(), Y, size, BLOCK=2048, num_warps=4
+        X, O, skips, scales, Y, size, BLOCK=2048, num_warps=4
     )
     return Y

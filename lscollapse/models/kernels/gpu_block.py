@@ -57,7 +57,7 @@ class GpuBlock(Mamba2Block):
         projected = self._product(normed, self._in_weight[skipped:], bias)  # (B, N, [z,] xBC, dt)
         mixed = self._mix(projected, what)  # (B, N, inner)
         O = self._product(mixed, self._out_weight, self._out_bias)  # (B, N, hidden)
-        skips, scales = what.skips.to(X.device), what.scales.to(X.device)  # (B,)
+        skips, scales = (factors.to(X.device).contiguous() for factors in (what.skips, what.scales))  # (B,)
         if self._own is not None:
             return torch.as_tensor(self._own.combine(X, O, skips, scales))
         skips, scales = skips[:, None, None], scales[:, None, None]  # (B, 1, 1)

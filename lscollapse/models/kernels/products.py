@@ -68,7 +68,8 @@ def product(X: Halves, weight: Weight, bias: Tensor | None = None) -> Tensor:
 
 
 def _stages(device: torch.device) -> int:
-    """How many steps of the product are in shared memory at a time, 2 to 4; on a CPU, where none is, 2."""
+    """How many steps of the product are in shared memory at a time, at most 4; on a CPU, where none is, 2."""
     if device.type == "cpu":
         return 2
-    return min(4, torch.cuda.get_device_properties(device).shared_memory_per_block_optin // STAGE)
+    available: int = triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+    return min(4, max(1, available // STAGE))

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import util
+from importlib import metadata, util
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,7 @@ from lscollapse.models.kernels.reference import (
     relative_error,
 )
 
+PACKAGES = {"triton": "triton", "mamba-ssm": "mamba_ssm"}  # kernels -> the package that they need beside Triton
 TERMS = 2560  # of the product: as many as in_proj of the 2.7B model sums
 # Computes with the kernels given, for None by the definition in float64; one tensor, or one a gradient.
 Operation = Callable[[Kernels | None], list[Tensor]]
@@ -113,11 +114,11 @@ def verify(device: str = "cpu", kernels: str = "auto", cases: Sequence[Case] | N
     on_gpu = torch.device(device).type == "cuda"
     torch_kernels = resolve_kernels("torch", device)
     checked = [torch_kernels] if kernels in ("auto", "torch") else []
-    for name, package in (("triton", "triton"), ("mamba-ssm", "mamba_ssm")):
-        if kernels == name or (kernels == "auto" and util.find_spec("triton") and util.find_spec(package)):
-            if not on_gpu:
-                _interpret()
-            checked.append(own_kernels(device) if name == "triton" else resolve_kernels(name, device))
+    installed = [name for name, package in PACKAGES.items() if util.find_spec("triton") and util.find_spec(package)]
+    for name in installed if kernels == "auto" else {kernels} & set(PACKAGES):
+        if not on_gpu and name in installed:
+            _interpret()
+        checked.append(own_kernels(device) if name == "triton" else resolve_kernels(name, device))
     if cases is None:
         cases = TOY + PAPER if on_gpu else TOY
     rows = []
@@ -140,10 +141,19 @@ def _has(kernels: Kernels, name: str, case: Case) -> bool:
 
 
 def _interpret() -> None:
+    """Raises KernelError where it cannot be switched on, or would end in a traceback."""
+    numpy, triton = (metadata.version(name) for name in ("numpy", "triton"))
+    if _release(numpy) >= (2, 5) and _release(triton) < (3, 7):
+        mend = "install numpy<2.5 or triton>=3.7, or use --kernels torch"
+        raise KernelError(f"the interpreter of Triton {triton} does not run with numpy {numpy}: {mend}")
     if os.environ.get("TRITON_INTERPRET") != "1":
         if "triton" in sys.modules:
             raise KernelError("Triton is imported already: set TRITON_INTERPRET=1 to check it on a CPU")
         os.environ["TRITON_INTERPRET"] = "1"
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def _check(
@@ -153,9 +163,7 @@ def _check(
     compared = kernels.triton and (torch_kernels.differentiable or name != "scan backward") and name != "mixer"
     torch_seconds = _timed(lambda: run(torch_kernels))[1] if compared else None
     errors = [relative_error(one, exact) for one, exact in zip(found, expected, strict=True)]
-    return KernelCheck(
-        name, case.name, kernels.backend, max(errors), TOLERANCE[name], seconds, torch_seconds
-    )
+    return KernelCheck(name, case.name, kernels.backend, max(errors), TOLERANCE[name], seconds, torch_seconds)
 
 
 def _timed(run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], float]:
