@@ -9,7 +9,6 @@ import sys
 
 import pytest
 import torch
-from torch import Tensor
 
 from lscollapse.models.kernels.backends import resolve_kernels
 from lscollapse.models.kernels.gpu_block import GpuBlock

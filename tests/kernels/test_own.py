@@ -153,6 +153,9 @@ def test_what_is_exact_in_16_bits_needs_two_passes() -> None:
         assert weight.low is None and weight.high.dtype == torch.float16
     stored = (normal(20, 40) / 50).half()
     assert fused.Weight.of(stored).high is stored
+    w = {name: tensor.half() if "_proj" in name else tensor.float() for name, tensor in weights(TINY).items()}
+    held = {tensor.data_ptr() for tensor in GpuBlock(w, TINY, KERNELS).parts()}
+    assert {w[f"mixer.{name}_proj.weight"].data_ptr() for name in ("in", "out")} < held
     assert int(fused.Weight.of(stored.float()).has_low) == 0
     assert int(fused.Weight.of(normal(20, 40)).has_low) == 1
 

@@ -55,6 +55,7 @@ def scan(
     triton_code.scores_kernel[(batch * s.groups, (length // tile) ** 2)](
         xBC, taps, bias if has_bias else taps, scores, *steps, N, s.conv_dim, s.inner, s.groups, STATE=s.state,
         PART=min(32, s.state), LENGTH=length, ROWS=tile, TAPS=s.conv_kernel, BIAS=has_bias, num_warps=4,
+        num_stages=1,
     )  # fmt: skip
     triton_code.decays_kernel[(batch * s.heads,)](
         dt, A, dt_bias, step, high, low, *steps, N, s.heads, *s.dt_limit, LENGTH=length, num_warps=1

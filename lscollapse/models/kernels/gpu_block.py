@@ -40,6 +40,11 @@ class GpuBlock(Mamba2Block):
         if device != kernels.device:
             raise BlockError(f"the tensors are on {device}, the kernels for {kernels.device}: move the tensors there")
         self._in_weight, self._out_weight = (self._factor(weight) for weight in (self._in_proj, self._out_proj))
+        del self._in_proj, self._out_proj  # of float32 weights the two halves are enough
+
+    def parts(self) -> list[Tensor]:
+        halves = [weight.parts() for weight in (self._in_weight, self._out_weight) if self._split]
+        return super().parts() + [tensor for parts in halves for tensor in parts]
 
     def _held(self, name: str, tensor: Tensor) -> Tensor:
         as_stored = self._split and name.endswith("_proj.weight") and tensor.dtype != torch.float64

@@ -149,6 +149,10 @@ class Mamba2Block(ABC):
         """A tensor as the block keeps it: what the two products read in the block's dtype, all else in the stream's."""
         return tensor.to(self.dtype if "_proj" in name else self.stream)
 
+    def parts(self) -> list[Tensor]:
+        """Every tensor that the block holds, for what must know whose memory it is."""
+        return [tensor for tensor in vars(self).values() if isinstance(tensor, Tensor)]
+
     @abstractmethod
     def _compute(self, X: Tensor, what: BlockCall) -> Tensor:
         """X (B, N, hidden) in the dtype of the stream -> Y."""

@@ -43,6 +43,10 @@ class Weight:
             return cls(high, None, scale)
         return cls(high, low, scale, low.any().to(torch.int32))
 
+    def parts(self) -> list[Tensor]:
+        """The tensors that there are of the four."""
+        return [part for part in (self.high, self.low, self.scale, self.has_low) if part is not None]
+
     def __getitem__(self, rows: slice) -> Weight:
         """Some of the n rows."""
         low, scale = (None if part is None else part[rows] for part in (self.low, self.scale))

@@ -86,7 +86,7 @@ def scores_kernel(
     if i >= j:
         x_ptr = xBC_ptr + excerpt.to(tl.int64) * batch_stride
         acc = tl.zeros((ROWS, ROWS), tl.float32)
-        for part in tl.static_range(STATE // PART):
+        for part in range(STATE // PART):
             columns = inner + group * STATE + part * PART + tl.arange(0, PART)
             B = _convolved(x_ptr, row_stride, taps_ptr, bias_ptr, channels, columns, j * ROWS, length, ROWS, TAPS, BIAS)
             columns += groups * STATE

@@ -178,6 +178,11 @@ def _timed(run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], float]:
     return result, time.perf_counter() - start
 
 
+def _product(kernels: Kernels, X: Tensor, W: Tensor) -> Tensor:
+    own = kernels.own if kernels.split else None
+    return F.linear(X, W) if own is None else torch.as_tensor(own.product(own.split(X), own.Weight.of(W)))
+
+
 def _operations(case: Case, device: torch.device) -> dict[str, Operation]:
     s, lead = case.shape, (case.batch, case.n_tokens)
     generator = torch.Generator().manual_seed(0)
@@ -214,10 +219,7 @@ def _operations(case: Case, device: torch.device) -> dict[str, Operation]:
         return [plain_norm(*arguments) if kernels is None else kernels.gated_norm(*arguments)]
 
     def product(kernels: Kernels | None) -> list[Tensor]:
-        if kernels is None:
-            return [wide.double() @ factor.double().T]
-        own = kernels.own if kernels.split else None
-        return [F.linear(wide, factor) if own is None else own.product(own.split(wide), own.Weight.of(factor))]
+        return [wide.double() @ factor.double().T if kernels is None else _product(kernels, wide, factor)]
 
     def mixer(kernels: Kernels | None) -> list[Tensor]:
         own = None if kernels is None else kernels.own
