@@ -4,8 +4,9 @@ N tokens, d channels; leading axes (excerpts, variants) are kept apart and never
 after scaling by a power of two, which rounds nothing, so values of 1e-300 or 1e300 are as good as values of 1.
 
 Accuracy, of the numbers in Y as they are: mu, relative mu and dong_residual to a relative 1e-13, also where all rows agree to
-their last bits; rank1_residual within 1e-16, however small; mean_cosine within 1e-15, whatever the lengths of the rows;
-stable_rank s to a relative s * 1e-15.
+their last bits; rank1_residual to that or within 1e-16, however small; mean_cosine within 1e-15, whatever the lengths of the
+rows; stable_rank s to a relative s * 2e-13. The same holds on a GPU, where the leading singular vector is found otherwise
+(eigenvector.py).
 
 A layer output that holds NaN or infinity gives NaN; `status` says which it was.
 """
@@ -14,13 +15,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import cache, cached_property
+from functools import cached_property
 
 import numpy as np
 import torch
-from scipy.linalg.lapack import dsyevr
-from threadpoolctl import ThreadpoolController
 from torch import Tensor
+
+from lscollapse import eigenvector
 
 # Powers of two up to this, and one over them, are normal float64 numbers.
 LARGEST_POWER = 1022
@@ -28,20 +29,30 @@ LARGEST_POWER = 1022
 SHORT = 2.0**-500
 
 
-def _exponent(size: Tensor) -> Tensor:
-    """e with 2^(e-1) <= size < 2^e, within +-LARGEST_POWER; 1 where size is not finite."""
-    return torch.frexp(size.where(size.isfinite(), 1.0)).exponent.clamp(-LARGEST_POWER, LARGEST_POWER)
+def any_of(mask: Tensor) -> bool:
+    """Whether an entry may be True: on a CPU whether one is; elsewhere True, since to know would be to wait for the device."""
+    return mask.device.type != "cpu" or bool(mask.any())
 
 
-def _times_two_to(Y: Tensor, power: Tensor) -> Tensor:
-    """Y * 2^power in a new float64 tensor."""
-    factor = torch.ldexp(torch.ones_like(power, dtype=torch.float64), power)
-    return Y * factor if Y.dtype == torch.float64 else Y.to(torch.float64).mul_(factor)
+def _power_of_two(size: Tensor) -> Tensor:
+    """2^e with 2^(e-1) <= size < 2^e, e within +-LARGEST_POWER; NaN where size is not finite."""
+    exponent = torch.frexp(size).exponent.clamp(-LARGEST_POWER, LARGEST_POWER)
+    return torch.ldexp(torch.ones_like(size), exponent).where(size.isfinite(), math.nan)
+
+
+def _over(Y: Tensor, scale: Tensor) -> Tensor:
+    """Y / scale for powers of two in a new float64 tensor."""
+    return Y * scale.reciprocal() if Y.dtype == torch.float64 else Y.to(torch.float64).mul_(scale.reciprocal())
 
 
 def _norm(Z: Tensor) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(Z, dim=(-2, -1))
     return norm
+
+
+def _norm_1_inf(A: Tensor) -> Tensor:
+    size = A.abs()
+    return (size.sum(-2).amax(-1) * size.sum(-1).amax(-1)).sqrt()  # largest column sum, largest row sum
 
 
 def _centred(unit: Tensor) -> Tensor:
@@ -53,26 +64,35 @@ def _centred(unit: Tensor) -> Tensor:
 
 
 class Shared:
-    """What the measures share of one Y, (..., N, d); each further pass over it is made once, when it is first asked for.
+    """What the measures share of one Y, (..., N, d); each pass over it is made once, when it is first asked for.
 
-    A finite Y is unit * scale, where scale is a power of two, so that nothing is rounded on the way.
-
-    Attributes:
-        unit: (..., N, d) in float64, largest entry about 1 (2^-52 where Y is subnormal); NaN where Y is not finite.
-        scale: (...), that power of two.
-        largest: (..., N), the largest entry of each row of Y, in float64.
+    A finite Y is unit * scale, where scale is a power of two, so that nothing is rounded on the way. What is made of a Y that
+    is not finite is NaN. Nothing is read back from a device. A subclass may have some of it made by kernels of its own.
     """
 
     def __init__(self, Y: Tensor) -> None:
         self.Y = Y
-        self.largest = Y.abs().amax(-1).to(torch.float64)  # (..., N, d) -> (..., N)
-        whole = self.largest.amax(-1)  # (..., N) -> (...), NaN where an entry is NaN
-        power = _exponent(whole)
-        self.unit = _times_two_to(Y, -power[..., None, None])
-        self.scale = torch.ldexp(torch.ones_like(whole), power)
-        finite = torch.isfinite(whole)
-        if not finite.all():
-            self.unit = self.unit.masked_fill(~finite[..., None, None], math.nan)
+
+    @cached_property
+    def largest(self) -> Tensor:  # (..., N), the largest entry of each row, in float64; NaN where one is NaN
+        return self.Y.abs().amax(-1).to(torch.float64)
+
+    @cached_property
+    def peak(self) -> Tensor:  # (...), the largest entry; not finite where Y is not
+        return self.largest.amax(-1)
+
+    @cached_property
+    def shortest(self) -> Tensor:  # (...), the length of the shortest row
+        lengths: Tensor = torch.linalg.vector_norm(self.Y, dim=-1, dtype=torch.float64)
+        return lengths.amin(-1)
+
+    @cached_property
+    def scale(self) -> Tensor:  # (...)
+        return _power_of_two(self.peak)
+
+    @cached_property
+    def unit(self) -> Tensor:  # (..., N, d) in float64, largest entry about 1 (2^-52 where Y is subnormal)
+        return _over(self.Y, self.scale[..., None, None])
 
     @cached_property
     def R(self) -> Tensor:  # (..., N, d), Y minus its mean row
@@ -87,12 +107,30 @@ class Shared:
         return _norm(self.R)
 
     @cached_property
+    def rest(self) -> Tensor:  # (...), the norm of Y without its leading singular component
+        return _norm(_deflated(self.unit, self.leading))
+
+    @cached_property
     def rank1_residual(self) -> Tensor:  # (...)
-        return _divide(_norm(_deflated(self.unit)), self.size)
+        return self.rest / self.size
 
+    @cached_property
+    def size_1_inf(self) -> Tensor:  # (...), ||Y||_{1,inf}
+        return _norm_1_inf(self.unit)
 
-def _divide(a: Tensor, b: Tensor) -> Tensor:
-    return torch.where(b > 0, a / b, torch.nan)
+    @cached_property
+    def centred_1_inf(self) -> Tensor:  # (...), ||R||_{1,inf}
+        return _norm_1_inf(self.R)
+
+    @cached_property
+    def aligned(self) -> Tensor:  # (...), ||sum u_i||^2 of the rows u_i scaled to length 1; NaN where a row is zero
+        # Whether a row is short is asked where the answer costs nothing; elsewhere all rows get a scale of their own.
+        if self.Y.is_cpu and not (self.largest < self.scale[..., None] * SHORT).any():
+            return _aligned(self.unit)
+        return _aligned(_over(self.Y, _power_of_two(self.largest)[..., None]))
+
+    def leading(self, gram: Tensor) -> Tensor:  # (..., n, n) -> (..., n)
+        return eigenvector.by_lapack(gram) if gram.is_cpu else eigenvector.by_squaring(gram)
 
 
 def mu(Y: Tensor) -> Tensor:
@@ -123,7 +161,7 @@ def stable_rank(Y: Tensor) -> Tensor:
 
 def mean_cosine(Y: Tensor) -> Tensor:
     """Mean cosine between distinct rows, in [-1/(N-1), 1]. NaN when a row is zero or there is one row only."""
-    return _mean_cosine(Shared(Y))
+    return MEASURES["mean_cosine"](Shared(Y))
 
 
 def dong_residual(Y: Tensor) -> Tensor:
@@ -135,24 +173,24 @@ def dong_residual(Y: Tensor) -> Tensor:
     return MEASURES["dong_residual"](Shared(Y))
 
 
-def _norm_1_inf(A: Tensor) -> Tensor:
-    size = A.abs()
-    return (size.sum(-2).amax(-1) * size.sum(-1).amax(-1)).sqrt()  # largest column sum, largest row sum
+def _aligned(unit: Tensor) -> Tensor:
+    lengths = torch.linalg.vector_norm(unit, dim=-1)  # (..., N)
+    total: Tensor = lengths.reciprocal()[..., None, :] @ unit  # (..., 1, d)
+    return total.square().sum((-2, -1))
 
 
-def _deflated(unit: Tensor) -> Tensor:
+def _deflated(unit: Tensor, leading: Callable[[Tensor], Tensor]) -> Tensor:
     """Y without its leading singular component u w, right to a tenth of the spacing of float64 times ||Y||.
 
     u comes from the small Gram matrix, with an error e of some roundings, and leaves R = e w + u e' of the same size. Both are
     taken from R itself: e = R w^T / ||w||^2 and e' = u^T R, less what they share.
     """
     if unit.shape[-2] > unit.shape[-1]:
-        return _deflated(unit.mT).mT
+        return _deflated(unit.mT, leading).mT
     Z = unit.reshape(-1, *unit.shape[-2:])  # (..., n, m) -> (B, n, m), n <= m
     if len(Z) == 1:  # libraries round the product of one matrix otherwise than that of the same among others
-        return _deflated(Z.expand(2, -1, -1))[:1].reshape(unit.shape)
-    finite = Z if Z.isfinite().all() else torch.nan_to_num(Z)
-    u = _leading_eigenvector(finite @ finite.mT)[..., None]  # (B, n, 1)
+        return _deflated(Z.expand(2, -1, -1), leading)[:1].reshape(unit.shape)
+    u = leading(Z @ Z.mT)[..., None]  # (B, n, 1)
     w = u.mT @ Z  # (B, 1, m)
     R = torch.baddbmm(Z, u, w, alpha=-1)  # Z - u w, (B, n, m)
     e = R @ w.mT / w.square().sum(-1, keepdim=True)  # (B, n, 1)
@@ -160,54 +198,29 @@ def _deflated(unit: Tensor) -> Tensor:
     return torch.baddbmm(R, torch.cat([e, u], -1), torch.cat([w, rest], -2), alpha=-1).reshape(unit.shape)
 
 
-def _leading_eigenvector(gram: Tensor) -> Tensor:
-    """Unit eigenvector of the largest eigenvalue, (..., n, n) symmetric -> (..., n).
-
-    LAPACK's dsyevr for that one pair, on one thread: a third of the time of a full decomposition, and threads slow it down.
-    """
-    n = gram.shape[-1]
-    flat = gram.detach().cpu().reshape(-1, n, n).numpy()
-    vectors = np.empty((len(flat), n))
-    with _thread_pools().limit(limits=1):
-        for i, matrix in enumerate(flat):
-            _, z, _, _, info = dsyevr(matrix, range="I", il=n, iu=n)
-            if info != 0:
-                raise ArithmeticError(f"LAPACK dsyevr failed with info={info} on a {n} x {n} Gram matrix")
-            vectors[i] = z[:, 0]
-    return torch.from_numpy(vectors).reshape(gram.shape[:-1]).to(gram.device)
-
-
-@cache
-def _thread_pools() -> ThreadpoolController:
-    """The thread pools of the libraries loaded, looked for once: that takes longer than the eigenvector."""
-    return ThreadpoolController()
-
-
 def _mean_cosine(shared: Shared) -> Tensor:
-    """With u_i the rows of Y scaled to length 1, whatever their lengths are: (||sum u_i||^2 - N) / (N (N - 1))."""
-    unit, n = shared.unit, shared.Y.shape[-2]
-    if (shared.largest < shared.scale[..., None] * SHORT).any():
-        unit = _times_two_to(shared.Y, -_exponent(shared.largest)[..., None])
-    lengths = torch.linalg.vector_norm(unit, dim=-1)  # (..., N)
-    total = (lengths.reciprocal()[..., None, :] @ unit).square().sum((-2, -1))  # (..., 1, d) -> (...)
-    return _divide(total - n, torch.full_like(total, float(n * (n - 1)))).clamp(max=1.0)
+    """(||sum u_i||^2 - N) / (N (N - 1)), whatever the lengths of the rows are."""
+    n = shared.Y.shape[-2]
+    return ((shared.aligned - n) / (n * (n - 1) or math.nan)).clamp(max=1.0)
 
 
-MEASURES: dict[str, Callable[[Shared], Tensor]] = {  # in the order of the table's rows
+MEASURES: dict[
+    str, Callable[[Shared], Tensor]
+] = {  # in the order of the table's rows; the quotients of Y = 0 are 0 / 0
     "mu": lambda shared: shared.centred * shared.scale,
-    "relative_mu": lambda shared: _divide(shared.centred, shared.size).clamp(max=1.0),
+    "relative_mu": lambda shared: (shared.centred / shared.size).clamp(max=1.0),
     "rank1_residual": lambda shared: shared.rank1_residual,
     "stable_rank": lambda shared: 1.0 / (1.0 - shared.rank1_residual.square()),
     "mean_cosine": _mean_cosine,
-    "dong_residual": lambda shared: _divide(_norm_1_inf(shared.R), _norm_1_inf(shared.unit)),
+    "dong_residual": lambda shared: shared.centred_1_inf / shared.size_1_inf,
 }
 # Those that go to zero as a net collapses: under the floor of its precision they cannot be told from zero.
 VANISHING = ("mu", "relative_mu", "rank1_residual", "dong_residual")
 
 
-def measure_all(Y: Tensor) -> dict[str, Tensor]:
+def measure_all(Y: Tensor | Shared) -> dict[str, Tensor]:
     """Every measure of MEASURES at once, {name: (...)}, sharing the passes over Y."""
-    shared = Shared(Y)
+    shared = Y if isinstance(Y, Shared) else Shared(Y)
     return {name: measure(shared) for name, measure in MEASURES.items()}
 
 

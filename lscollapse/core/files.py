@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # every verb loads this file for its --help, which needs no pandas
     import pandas as pd
 
+PIECE = 2**22  # bytes that are hashed at a time: large, so that a thread that hashes seldom waits for others
 PARTIAL = ".partial"  # how the name of a file ends that is not whole yet
 _digests: dict[tuple[int, int, int, int], str] = {}  # by what changes when a file does
 
@@ -37,9 +38,23 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_parquet(path: Path, rows: pd.DataFrame) -> None:
-    """Write a table as Parquet, whole or not at all."""
+    """Write a table as Parquet, whole or not at all. Categoricals are written as what they stand for, and read so."""
+    from pyarrow import Table, parquet, types
+
+    table: Any = Table.from_pandas(rows, preserve_index=False)
+    for number, column in enumerate(table.schema):
+        if types.is_dictionary(column.type):
+            table = table.set_column(number, column.name, table[number].cast(column.type.value_type))
     with atomic(path) as temporary:
-        rows.to_parquet(temporary, compression="zstd", index=False)
+        parquet.write_table(table, temporary, compression="zstd")
+
+
+def write_csv(path: Path, rows: pd.DataFrame) -> None:
+    """Write a table as CSV with all digits of its numbers, nothing where one is missing; whole or not at all."""
+    from pyarrow import Table, csv
+
+    with atomic(path) as temporary:
+        csv.write_csv(Table.from_pandas(rows, preserve_index=False), temporary)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -68,8 +83,11 @@ def sha256_file(path: Path) -> str:
     stat = path.stat()
     key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
     if key not in _digests:
-        with path.open("rb") as handle:
-            _digests[key] = hashlib.file_digest(handle, "sha256").hexdigest()
+        digest, piece = hashlib.sha256(), memoryview(bytearray(PIECE))
+        with path.open("rb", buffering=0) as handle:
+            while size := handle.readinto(piece):
+                digest.update(piece[:size])
+        _digests[key] = digest.hexdigest()
     return _digests[key]
 
 

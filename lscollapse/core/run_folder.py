@@ -20,9 +20,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from lscollapse.core.files import PARTIAL, changes, write_json, write_parquet, write_text
+from lscollapse.core.files import PARTIAL, changes, write_csv, write_json, write_parquet
 from lscollapse.core.table import COLUMNS, ORDER
 
 NETS = "nets"  # that were trained for the run lie there before it begins
@@ -101,10 +102,10 @@ class RunFolder:
     def finish(self, items: list[str], facts: dict[str, Any]) -> pd.DataFrame:
         """Join the items' rows into rows.parquet and rows.csv and complete the manifest with `facts`."""
         rows = pd.concat([self.part(item) for item in items], ignore_index=True)
-        rows = rows.sort_values(list(self.order), kind="stable", key=_rank).reset_index(drop=True)
-        rows = rows[list(self.columns)]
+        ranks = [_ranks(rows[name]) for name in self.order]
+        rows = rows[list(self.columns)].take(np.lexsort(ranks[::-1])).reset_index(drop=True)
         write_parquet(self.path / "rows.parquet", rows)
-        write_text(self.path / "rows.csv", rows.to_csv(index=False, float_format="%.10g"))
+        write_csv(self.path / "rows.csv", rows)
         record = {"complete": True, "identity": self.identity, **environment(), **facts}
         record["wall_seconds"] = round(time.monotonic() - self._began, 1)
         write_json(self.path / "manifest.json", record)
@@ -126,9 +127,9 @@ def _clear(left: Iterable[Path]) -> None:
         file.unlink()
 
 
-def _rank(column: pd.Series) -> pd.Series:
-    """Measures sort in the order in which they come, everything else by value."""
-    return column.map(list(column.unique()).index) if column.name == "measure" else column
+def _ranks(column: pd.Series) -> np.ndarray:
+    """The place of each row: of measures in the order in which they come, of everything else by value, missing ones last."""
+    return pd.factorize(column, sort=column.name != "measure", use_na_sentinel=False)[0]
 
 
 def read_rows(path: Path) -> pd.DataFrame:

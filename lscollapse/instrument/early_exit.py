@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor
@@ -90,17 +89,20 @@ def applies(variant: Variant) -> bool:
 
 
 def remaining(gains: Sequence[float], variant: Variant, dtype: torch.dtype) -> list[float]:
-    """e_k for k = 0..K: what the layers from k on can still add to a row, in the scale of X_k."""
+    """e_k for k = 0..K: what the layers from k on can still add to a row, in the scale of X_k; infinite where no bound applies."""
+    if not applies(variant):
+        return [math.inf] * (len(gains) + 1)
     left = [0.0]
     for layer in reversed(range(len(gains))):
         left.append((gains[layer] * MARGIN[dtype] + left[-1]) / abs(variant.lam_at(layer)))
     return left[::-1]
 
 
-def relative_change(left: float, X: Tensor, exponent: np.ndarray) -> np.ndarray:
-    """e_k / min_i ||x_i|| of every excerpt, for X (B, N, d) carried as X * 2^exponent; infinite where a row is zero."""
-    shortest = torch.linalg.vector_norm(X.double(), dim=-1).amin(-1).cpu().numpy()  # (B, N, d) -> (B, N) -> (B,)
-    with np.errstate(divide="ignore", over="ignore"):
-        change = np.divide(left, shortest, out=np.full_like(shortest, math.inf), where=shortest > 0)
-        carried: np.ndarray = np.ldexp(change, -exponent)
-    return carried
+def relative_change(left: Tensor, shortest: Tensor, exponent: Tensor) -> Tensor:
+    """e_k / min_i ||x_i|| of every excerpt, (B,), for an X carried as X * 2^exponent; infinite where a row is zero.
+
+    left, shortest, exponent: (B,), e_k, min_i of the rows of X in float64, and integers. Logarithms are subtracted: no power of
+    two on the way leaves float64.
+    """
+    change = torch.exp2(torch.log2(left) - torch.log2(shortest) - exponent)
+    return torch.where(shortest > 0, change, math.inf)

@@ -5,7 +5,6 @@ For each layer, for each variant; made into rows of the long table at once, noth
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,12 +16,15 @@ from torch import Tensor
 from lscollapse import measures
 from lscollapse.core.table import RESOLVE
 from lscollapse.instrument import precision, rounding
-from lscollapse.instrument.stream import Engines, Stream, dtypes_of
+from lscollapse.instrument.engines import Engines, dtypes_of
+from lscollapse.instrument.known import Readback
+from lscollapse.instrument.rows import Table
+from lscollapse.instrument.stream import Stream
 from lscollapse.instrument.surgery import Variant
+from lscollapse.measures import Shared
 from lscollapse.models.adapt import adapt
 from lscollapse.models.adapters.adapter import Adapter
-
-LOG10_2 = float(np.log10(2.0))
+from lscollapse.models.kernels.fused_measures import shared_of
 
 
 def measure(
@@ -108,33 +110,45 @@ def measure_pass(
     *,
     finished: Callable[[Stream], None] | None = None,
     twins: rounding.Twins | None = None,
+    batched: bool | None = None,
 ) -> pd.DataFrame:
     """The rows of one pass, without `rounding`; arguments as for `measure`.
 
     Args:
         dtypes: what each variant computes in, or as for `measure`, without float64 where that is for rounding.
-        finished: called with the stream of each variant, in order, when all layers are done.
+        finished: called with every stream when all layers are done; `batched` as for Engines.
         twins: of the ids, which are then (2n, N).
     """
-    engines = Engines(adapter, variants, dtypes)
+    engines = Engines(adapter, variants, dtypes, batched)
     tokens = checked_ids(adapter, ids)
     table = Table(adapter, tokens.shape[1])
     with torch.no_grad():
         streams = engines.streams(tokens, gains, twins)
-        embedded = {stream.dtype: stream.X for stream in streams}  # variants of one dtype share theirs
-        first = {kind: measures.measure_all(X) for kind, X in embedded.items()}
-        for stream in streams:
-            stream.record(0, first[stream.dtype])
-            table.add(stream, 0)
+        readback = Readback(streams, late=int(engines.batched))
+        _record_embedded(streams, len(tokens))
+        readback.send(0)
+        table.add(streams, readback.arrived())
         for layer, stream, computed in engines.steps(streams):
-            stream.record(layer + 1, measures.measure_all(stream.X) if computed else None)
-            table.add(stream, layer + 1)
+            stream.record(layer + 1, shared_of(stream.X) if computed else None)
             if progress is not None:
-                progress(len(tokens))
+                progress(len(tokens) * len(stream.arms))
+            if stream is streams[-1]:
+                readback.send(layer + 1)
+                table.add(streams, readback.arrived())
+        table.add(streams, readback.arrived(late=0))
         if finished is not None:
             for stream in streams:
                 finished(stream)
     return table.frame()
+
+
+def _record_embedded(streams: Sequence[Stream], n: int) -> None:
+    """Let the streams record the n embedded excerpts, which all arms of one dtype share."""
+    found: dict[torch.dtype, Shared] = {}
+    for stream in streams:
+        if stream.dtype not in found:
+            found[stream.dtype] = shared_of(stream.X[:n])
+        stream.record(0, found[stream.dtype], copies=len(stream.arms))
 
 
 def checked_ids(adapter: Adapter, ids: Any) -> Tensor:
@@ -154,72 +168,3 @@ def checked_ids(adapter: Adapter, ids: Any) -> Tensor:
             f"{tokens.shape[1]} tokens, but the model has {limit} positions: use --tokens {limit} or fewer"
         )
     return tokens.to(adapter.device)
-
-
-class Table:
-    """Collects the columns of the long table (docs/table.md); the data frame is made once, at the end."""
-
-    def __init__(self, adapter: Adapter, n_tokens: int) -> None:
-        self.has_gate = adapter.has_gate
-        self.n_tokens = n_tokens
-        self.columns: dict[str, list[Any]] = {}
-
-    def add(self, stream: Stream, layer: int) -> None:
-        """The rows of every measure of a variant's X at one layer."""
-        floor = measures.floor(stream.computed)
-        arrays, power = stream.values, stream.power
-        bounds = measures.bounds(arrays, stream.bound, *stream.X.shape[1:])
-        for name in measures.MEASURES:
-            mantissa = arrays[name]  # (B,)
-            with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-                value, log10 = mantissa, np.where(mantissa > 0, np.log10(mantissa), np.nan)
-                if name == "mu":  # the only measure with the size of the stream in it
-                    whole = np.floor(power)
-                    value = np.ldexp(mantissa * np.exp2(power - whole), whole.astype(int))
-                    log10 = log10 + power * LOG10_2
-            hidden = (name in measures.VANISHING) & (arrays["relative_mu" if name == "mu" else name] < floor)
-            flags = zip(stream.status, hidden, np.isnan(mantissa), stream.settled, strict=True)
-            status = [_status(*row) for row in flags]
-            self.extend(stream, layer, name, value, log10, status, bounds[name], floor)
-
-    def extend(
-        self, stream: Stream, layer: int, measure: str, value: np.ndarray, log10: np.ndarray, status: list[str],
-        bound: np.ndarray, floor: float = math.nan,
-    ) -> None:  # fmt: skip
-        """The rows of one measure, one an excerpt."""
-        variant = stream.variant
-        common = {
-            "variant": stream.number,
-            "arm": variant.arm(self.has_gate),
-            "lam": math.nan if isinstance(variant.lam, tuple) else float(variant.lam),
-            "gating": variant.gating if self.has_gate else None,
-            "layernorm": variant.layernorm,
-            "skip_site": variant.skip_site,
-            "norm_site": variant.norm_site,
-            "dtype": str(stream.computed).removeprefix("torch."),
-            "n_tokens": self.n_tokens,
-            "layer": layer,
-            "floor": floor,
-            "measure": measure,
-        }
-        per_excerpt: dict[str, Any] = {
-            "excerpt": range(len(value)),
-            "value": value,
-            "log10": log10,
-            "status": status,
-            "bound": bound,
-            "rounding": [math.nan] * len(value),
-        }
-        for key, column in ({key: [constant] * len(value) for key, constant in common.items()} | per_excerpt).items():
-            self.columns.setdefault(key, []).extend(column)
-
-    def frame(self) -> pd.DataFrame:
-        return pd.DataFrame(self.columns).astype(
-            {"gating": "boolean", "lam": "float64", "bound": "float64", "rounding": "float64"}
-        )
-
-
-def _status(stream: str, below_floor: bool, undefined: bool, settled: bool) -> str:
-    if stream != "ok":
-        return stream
-    return "nan" if undefined else "below_floor" if below_floor else "certified" if settled else "ok"

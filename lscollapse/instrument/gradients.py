@@ -17,20 +17,22 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lscollapse.instrument.forward import LOG10_2, Table, checked_ids
+from lscollapse.instrument.forward import checked_ids
 from lscollapse.instrument.lm_loss import Targets, excerpt_numbers, head_of, last_X, losses, targets_of
 from lscollapse.instrument.rounding import Twins
+from lscollapse.instrument.rows import LOG10_2, Table
 from lscollapse.instrument.stream import Stream
 from lscollapse.instrument.surgery import Variant, check
 from lscollapse.models.adapt import adapt
 from lscollapse.models.adapters.adapter import Adapter, Head, Scores, UnsupportedModel
+from lscollapse.models.numerics.carried import largest_entries
 
 
 class State(NamedTuple):
     """The input of a block, X * 2^exponent."""
 
     X: Tensor  # (B, N, d)
-    exponent: np.ndarray  # (B,)
+    exponent: Tensor  # (B,)
 
 
 def grad_norm(
@@ -69,16 +71,16 @@ def grad_norm(
     table = Table(adapter, tokens.shape[1])
     for number, variant in enumerate(variants):
         with torch.no_grad():
-            stream = Stream(single, number, variant, single.embed(targets.inputs), torch.float32, twins=twins)
+            stream = Stream(single, {number: variant}, single.embed(targets.inputs), torch.float32, twins=twins)
         check_chain(single)
         norms = list(_norms(single, stream, head, targets))
-        lost = np.array(stream.status) != "ok"
+        lost = stream.known.status != "ok"
         for layer, log2 in enumerate(reversed(norms)):
             log2 = np.where(lost, np.nan, log2)
-            status = ["below_floor" if v == -np.inf else s for s, v in zip(stream.status, log2, strict=True)]
+            status = ["below_floor" if v == -np.inf else s for s, v in zip(stream.known.status, log2, strict=True)]
             log10 = np.where(np.isfinite(log2), log2 * LOG10_2, np.nan)
             bound = np.full(len(lost), np.nan)
-            table.extend(stream, layer, "grad_norm", np.exp2(log2), log10, status, bound)
+            table.extend(stream.arms[0], layer, "grad_norm", np.exp2(log2), log10, status, bound)
     return table.frame()
 
 
@@ -98,16 +100,19 @@ def _norms(adapter: Adapter, stream: Stream, head: Head | Scores, targets: Targe
         for layer in range(adapter.n_layers):
             stream.step(adapter, layer, None)
             states.append(State(stream.X, stream.carried.exponent))
-    lost = torch.tensor([status != "ok" for status in stream.status], device=stream.X.device)
+    stream.read()
+    lost = stream.lost != 0
     g, power = _from_head(adapter, stream, head, targets), np.zeros(len(lost))
     for layer in reversed(range(-1, adapter.n_layers)):
         g = torch.where(lost[:, None, None], 0.0, g)
-        shift = torch.frexp(g.abs().amax((1, 2))).exponent  # (B, N, d) -> (B,)
+        shift = torch.frexp(largest_entries(g)).exponent  # (B, N, d) -> (B,)
         g = torch.ldexp(g.double(), -shift[:, None, None]).float()  # a power of two rounds nothing
         power += shift.cpu().numpy()
         with np.errstate(divide="ignore"):
             size = np.log2(torch.linalg.vector_norm(g.double(), dim=(1, 2)).cpu().numpy())
-        yield size + power - states[layer + 1].exponent  # by X = 2^exponent times the X that is carried
+        yield (
+            size + power - states[layer + 1].exponent.numpy(force=True)
+        )  # by X = 2^exponent times the X that is carried
         if layer >= 0:
             g = _pulled_back(adapter, stream, layer, states[layer], g)
 

@@ -76,7 +76,7 @@ def _step(adapter: Adapter, layer: int, path: str, X: Tensor, handed: dict[int, 
     if path == "native":
         block = adapter.own_block(layer, X.dtype)
         return block(X, lam=1.0, gating=True, layernorm=True, skip_site="residual", norm_site="both")
-    with surgery_on_layer(adapter, layer, Variant(), Carried(len(X))):
+    with surgery_on_layer(adapter, layer, Variant(), Carried(X)):
         return adapter.run(layer, X, handed)
 
 

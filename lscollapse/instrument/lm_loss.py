@@ -25,15 +25,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lscollapse.instrument.forward import Table, checked_ids
+from lscollapse.instrument.engines import Engines
+from lscollapse.instrument.forward import checked_ids
 from lscollapse.instrument.rounding import Twins
-from lscollapse.instrument.stream import Engines, Stream
+from lscollapse.instrument.rows import Table
+from lscollapse.instrument.stream import Stream
 from lscollapse.instrument.surgery import Variant
 from lscollapse.models.adapt import adapt
 from lscollapse.models.adapters.adapter import Adapter, Head, Scores
 from lscollapse.models.adapters.heads import missing
 from lscollapse.models.checkpoints.tensors import forget
-from lscollapse.models.numerics.carried import HIGH
+from lscollapse.models.numerics.carried import HIGH, largest_entries
 from lscollapse.models.numerics.widened import computing_in
 
 MASKED = 0.15  # share of the tokens that an encoder has to fill in
@@ -94,15 +96,20 @@ def lm_loss(
             streams = engines.streams(targets.inputs, twins=twins)
             for _ in engines.steps(streams):
                 pass  # nothing is measured on the way
+            for stream in streams:
+                stream.read()
         table = Table(adapter, tokens.shape[1])
-        certified = any(stream.settled.any() for stream in streams)
+        certified = any(stream.known.settled.any() for stream in streams)
         root, largest, longest = _steepness(head) if certified else (math.nan,) * 3
         for stream in streams:
-            value = losses(head, last_X(adapter, stream), targets).double().cpu().numpy()  # (B,)
-            status = [_status(*row) for row in zip(stream.status, np.isfinite(value), stream.settled, strict=True)]
-            value = np.where(np.isin(status, ("ok", "certified")), value, np.nan)
-            bound = 4 * stream.bound * root * largest * longest
-            table.extend(stream, adapter.n_layers, "lm_loss", value, np.log10(value), status, bound)
+            X, known = last_X(adapter, stream), stream.known
+            for arm in stream.arms:
+                value = losses(head, X[arm.rows], targets).double().cpu().numpy()  # (B,)
+                left = zip(known.status[arm.rows], np.isfinite(value), known.settled[arm.rows], strict=True)
+                status = [_status(*row) for row in left]
+                value = np.where(np.isin(status, ("ok", "certified")), value, np.nan)
+                bound = 4 * known.bound[arm.rows] * root * largest * longest
+                table.extend(arm, adapter.n_layers, "lm_loss", value, np.log10(value), status, bound)
     return table.frame()
 
 
@@ -147,17 +154,18 @@ def targets_of(adapter: Adapter, tokens: Tensor, mask_token: int | None, seed: i
 
 
 def last_X(adapter: Adapter, stream: Stream) -> Tensor:
-    """X^(K) as the head gets it, (B, N, d), float32 at least; zeros for excerpts that left the range.
+    """X^(K) as the head gets it, (R, N, d), float32 at least; zeros for excerpts that left the range.
 
     In its true size up to 2^HIGH, and in that size beyond, where a final norm gives the same.
     """
-    X = stream.X.to(torch.promote_types(stream.X.dtype, torch.float32))
-    lost = torch.tensor([status != "ok" for status in stream.status], device=X.device)
+    X, known = stream.whole(), stream.known
+    X = X.to(torch.promote_types(X.dtype, torch.float32))
+    lost = torch.as_tensor(known.status != "ok", device=X.device)
     X = torch.where(lost[:, None, None], 0.0, X)
     if not adapter.pre_norm:
         return X
-    largest = torch.frexp(X.abs().amax((1, 2))).exponent.cpu().numpy()  # (B, N, d) -> (B,)
-    scale = stream.sign * np.exp2(np.minimum(stream.power, HIGH - largest))
+    largest = torch.frexp(largest_entries(X)).exponent.cpu().numpy()  # (B, N, d) -> (B,)
+    scale = known.sign * np.exp2(np.minimum(known.power, HIGH - largest))
     return X * torch.as_tensor(scale, dtype=X.dtype, device=X.device)[:, None, None]
 
 

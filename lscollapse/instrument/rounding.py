@@ -24,6 +24,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from lscollapse.core.allocation import is_out_of_memory
 from lscollapse.core.table import ABSOLUTE, KNOWN, LOGARITHMIC, LOST, UNRESOLVED
 from lscollapse.measures import VANISHING, log10_mu_change, stable_rank_change
 from lscollapse.models.adapters.adapter import UnsupportedModel
@@ -47,11 +48,14 @@ class Twins:
     numbers: Sequence[int]
 
     def shaken(self, X: Tensor, layer: int, unit: float) -> Tensor:
-        """X (2n, N, d) of layer `layer`, the twins multiplied by 1 + unit * xi; the originals as they are, bit for bit."""
+        """X of layer `layer`, the twins multiplied by 1 + unit * xi; the originals as they are, bit for bit.
+
+        X: (2n, N, d), or of several arms, one after the other.
+        """
         signs = torch.from_numpy(np.stack([_signs(number, layer, *X.shape[1:]) for number in self.numbers]))
-        factor = torch.ones_like(X)  # (2n, N, d)
-        factor[len(signs) :] += unit * signs.to(X.device, X.dtype)
-        return X * factor
+        factor = X.new_ones(2 * len(signs), *X.shape[1:])  # (2n, N, d)
+        factor[len(signs) :] += unit * signs.to(X.device, X.dtype, non_blocking=True)
+        return (X.view(-1, *factor.shape) * factor).flatten(0, 1)
 
 
 @lru_cache(maxsize=PROBED)  # layer by layer, every variant asks for the same
@@ -171,8 +175,12 @@ def probe(
     wide = dict.fromkeys(why, torch.float64)
     try:
         again = _asked(estimated(twice(wide), resolve), wide)
-    except (UnsupportedModel, torch.OutOfMemoryError):  # there is no float64 of this model, or no room for it
-        return rows
+    except Exception as error:
+        if isinstance(error, UnsupportedModel) or is_out_of_memory(
+            error
+        ):  # no float64 of this model, or no room for it
+            return rows
+        raise
     again = again.assign(why=again["variant"].map(why))
     return pd.concat([rows[~rows["variant"].isin(why)], again], ignore_index=True)
 

@@ -1,139 +1,204 @@
-"""The residual streams of the variants of one model, and what takes them from block to block.
+"""The residual streams of the arms of one model, and what takes them from block to block.
 
 Large lambda. The residual stream of a pre-norm net grows as |lam|^K and would leave float32 at |lam| = 4 and 64 layers.
 It is carried as X * 2^exponent (models/numerics/carried.py), and log10 of mu is that of the true value.
 
 Early exit (early_exit.py). From the layer at which an excerpt is certified on its X stands still, with its exponent, its
 measures and all; what later layers would do to it is one factor, the product of their lambdas.
+
+What decides how the next block is computed stays on the device; what the rows of the table need is known later (known.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lscollapse import measures
-from lscollapse.instrument import early_exit, precision, rounding
-from lscollapse.instrument.surgery import Variant, check, surgery_on_layer
+from lscollapse.instrument import early_exit, rounding
+from lscollapse.instrument.known import Known
+from lscollapse.instrument.surgery import Variant, surgery_on_layer
+from lscollapse.measures import Shared
 from lscollapse.models.adapters.adapter import Adapter
 from lscollapse.models.kernels.mamba2_block import Mamba2Block
-from lscollapse.models.numerics.carried import Carried, lose_unsquarable
+from lscollapse.models.numerics.carried import Carried, Lambda, largest_entries, lose_unsquarable
 from lscollapse.models.numerics.scores import scores_in_range
 
 
-class Stream:
-    """The residual stream of one variant and what became of its excerpts.
+class Arm(NamedTuple):
+    """One variant of a stream, the `number`-th of those measured together, and which rows are its excerpts."""
 
-    The stream is X * 2^carried.exponent; of a certified excerpt, times `sign` * 2^`skipped` besides.
+    number: int
+    variant: Variant
+    rows: slice
+    computed: torch.dtype
+
+
+class Stream:
+    """The residual stream of arms that differ in lambda alone, (R, N, d): the excerpts of the first, then of the second, ...
+
+    The stream is X * 2^carried.exponent; of a certified row, times known.sign * 2^known.skipped besides.
 
     Attributes:
-        number: of the variant among those that are measured together.
+        variant: the first of the arms, for what all of them share.
         dtype: of the stream.
         computed: what the rows say that it was computed in; of float64 the narrowest dtype among its operations.
-        status: of each excerpt, `ok` or how it left the range.
-        values: the measures of X.
-        bound: of the certified excerpts, how far the values can be off: what the weights prove, and rounding (B,).
-        skipped, sign: log2 and sign of the product of the lambdas since an excerpt was certified, (B,).
+        rows: which rows X is of; the others have left the batch.
+        lost: which rows have left the range, and how: 0 for none, else the place in table.LOST from 1 on, (R,).
+        bound: of the certified rows, how far the values can be off: what the weights prove, and rounding; NaN of others, (R,).
+        recorded: what `record` noted of X last, (R, measures + known.STATE).
         twins: which excerpts are twins of others, whose X is shaken after every block (rounding.py); None where none is.
     """
 
     def __init__(
-        self, adapter: Adapter, number: int, variant: Variant, X: Tensor, dtype: torch.dtype,
+        self, adapter: Adapter, arms: dict[int, Variant], X: Tensor, dtype: torch.dtype,
         computed: torch.dtype | None = None, gains: Sequence[float] | None = None, twins: rounding.Twins | None = None,
     ) -> None:  # fmt: skip
-        self.number = number
-        self.variant = variant
+        """X: the embedded excerpts (B, N, d), the same for all arms, which are given by their numbers."""
+        self.variants = list(arms.values())
+        self.variant = self.variants[0]
         self.dtype = dtype
         self.computed = computed or dtype
         self.twins = twins
-        self.X = self._shaken(X, 0)  # (B, N, d)
-        self.carried = Carried(len(X))
-        self.status = measures.status(X)
-        self.carries_scale = adapter.pre_norm and not variant.removes_block_norm
-        self.values: dict[str, np.ndarray] = {}
-        self.bound = np.full(len(X), np.nan)
-        self.skipped = np.zeros(len(X))
-        self.sign = np.ones(len(X))
+        each = [slice(i * len(X), (i + 1) * len(X)) for i in range(len(arms))]
+        self.arms = [Arm(number, arms[number], rows, self.computed) for number, rows in zip(arms, each, strict=True)]
+        self.X = self._shaken(X.repeat(len(arms), 1, 1) if len(arms) > 1 else X, 0)  # (R, N, d)
+        self.rows = np.arange(len(self.X))
+        self.carried = Carried(self.X)
+        self.carries_scale = adapter.pre_norm and not self.variant.removes_block_norm
+        self.known = Known.of(len(self.X))
+        self.recorded = self.X.new_empty(0)
         self.handed: dict[int, Any] = {}  # what the blocks hand to later ones beside X (see Adapter.run)
-        exits = gains is not None and early_exit.applies(variant)
-        self._left = early_exit.remaining(gains or (), variant, dtype) if exits else None  # e_k of every layer
-        self._proved = self.bound
+        self._largest: Tensor | None = largest_entries(self.X)
+        self.lost = torch.where(self._largest.isnan(), 2, torch.where(self._largest.isfinite(), 0, 1))
+        self.bound = self._next_bound = torch.full_like(self.lost, math.nan, dtype=torch.float64)
+        self._gone: list[tuple[np.ndarray, Tensor]] = []  # rows that have left, and their X
+        lams = [[variant.lam_at(layer) for layer in range(adapter.n_layers)] for variant in self.variants]
+        self._lams = np.repeat(np.array(lams).T, len(X), axis=1)  # (K, R)
+        self._lams_there = torch.from_numpy(self._lams).to(X.device)
+        self._left: Tensor | None = None  # (K + 1, R), e_k of every layer
+        if gains is not None and any(map(early_exit.applies, self.variants)):
+            left = [early_exit.remaining(gains, variant, dtype) for variant in self.variants]
+            self._left = torch.tensor(left, dtype=torch.float64).T.repeat_interleave(len(X), 1).to(X.device)
 
     def _shaken(self, X: Tensor, layer: int) -> Tensor:
         return X if self.twins is None else self.twins.shaken(X, layer, rounding.unit(X, self.computed))
 
     @property
-    def settled(self) -> np.ndarray:
-        """Which excerpts are certified, so that their X stands still, (B,)."""
-        settled: np.ndarray = ~np.isnan(self.bound)
-        return settled
-
-    @property
     def running(self) -> bool:
-        """Whether the next block has to be computed: some excerpt is finite and not certified."""
-        return any(s == "ok" and not settled for s, settled in zip(self.status, self.settled, strict=True))
+        """Whether the next block has to be computed, as far as is known: some row is finite and not certified."""
+        return bool(self.known.running[self.rows].any())
 
     @property
-    def power(self) -> np.ndarray:
-        """log2 of the size of the stream over that of X, (B,)."""
-        return self.carried.exponent + self.skipped
+    def largest(self) -> Tensor:
+        """The largest entries of X, (R,)."""
+        if self._largest is None:
+            self._take(largest_entries(self.X))
+        assert self._largest is not None
+        return self._largest
 
-    def record(self, layer: int, values: dict[str, Tensor] | None) -> None:
-        """Take the measures of X, the input of block `layer`; None where X is what it was."""
-        settled = self.settled
-        if settled.any():
-            lam = self.variant.lam_at(layer - 1)
-            self.skipped[settled] += np.log2(abs(lam))
-            self.sign[settled] *= np.sign(lam)
-        if values is None:
+    def _take(self, largest: Tensor) -> None:
+        self._largest = largest
+        # A finite input under finite weights becomes NaN only by way of infinity.
+        self.lost = torch.where(self.lost == 0, ~largest.isfinite(), self.lost)
+
+    def record(self, layer: int, shared: Shared | None, copies: int = 1) -> None:
+        """Note the measures of X, the input of block `layer`, and its state; None where X is what it was.
+
+        shared: of X, or of the part of it of which there are so many `copies`.
+        """
+        if shared is None:
+            self.recorded = self.recorded[:0]
             return
-        self.values = {name: value.cpu().numpy() for name, value in values.items()}
-        self._proved = np.full(len(self.bound), np.nan)
+        values = [value.repeat(copies) for value in measures.measure_all(shared).values()]
+        if self._largest is None:
+            self._take(shared.peak)
         if self._left is not None:
-            bound = early_exit.relative_change(self._left[layer], self.X, self.carried.exponent)
-            proved = ~settled & (bound < torch.finfo(self.dtype).eps)
-            self._proved = np.where(proved, np.maximum(bound, measures.floor(self.computed)), np.nan)
+            shortest = shared.shortest.repeat(copies)
+            change = early_exit.relative_change(self._left[layer], shortest, self.carried.exponent)
+            proved = torch.where(
+                change < torch.finfo(self.dtype).eps, change.clamp(measures.floor(self.computed)), math.nan
+            )
+            self._next_bound = torch.where(self.bound.isnan(), proved, self.bound)
+        self._note(values)
+
+    def _note(self, values: Sequence[Tensor]) -> None:
+        state = (self.carried.exponent, self.lost, self.bound, self._next_bound)
+        self.recorded = torch.stack([part.double() for part in (*values, *state)], 1)
+
+    def learn(self, layer: int, rows: np.ndarray, found: np.ndarray) -> None:
+        """Let `known` be of `layer`, given what was recorded of it."""
+        self.known.learn(rows, found, self._lams[layer - 1] if layer else None)
+
+    def read(self) -> None:
+        """Let `known` be of X as it is, without its measures; waits for the device."""
+        self._take(self.largest)
+        self._note([torch.full_like(self.bound, math.nan)] * len(measures.MEASURES))
+        self.learn(0, self.rows, self.recorded.numpy(force=True))
 
     def settle(self) -> None:
-        """From the next layer on, the excerpts just proved keep their values."""
-        if self._left is not None:
-            self.bound = np.where(self.settled, self.bound, self._proved)
+        """From the next layer on, the rows just proved keep their values."""
+        self.bound = self._next_bound
+
+    def leave(self) -> None:
+        """Take the rows out of the batch that are known to need no further block."""
+        stay = self.known.running[self.rows]
+        if stay.all():
+            return
+        going, staying = (
+            torch.from_numpy(np.flatnonzero(part)).to(self.X.device, non_blocking=True) for part in (~stay, stay)
+        )
+        self._gone.append((self.rows[~stay], self.X[going]))
+        self.rows = self.rows[stay]
+        self.X, self._largest, self.lost, self.bound, self._next_bound, self.carried.exponent = (
+            part.index_select(0, staying)
+            for part in (self.X, self.largest, self.lost, self.bound, self._next_bound, self.carried.exponent)
+        )
+        self._lams_there = self._lams_there.index_select(1, staying)
+        self._left = None if self._left is None else self._left.index_select(1, staying)
+
+    def whole(self) -> Tensor:
+        """X of all rows, also of those that have left."""
+        if not self._gone:
+            return self.X
+        X = self.X.new_empty(len(self._lams[0]), *self.X.shape[1:])
+        for rows, part in [*self._gone, (self.rows, self.X)]:
+            X[torch.from_numpy(rows).to(X.device)] = part
+        return X
 
     def step(self, adapter: Adapter, layer: int, block: Mamba2Block | None) -> None:
-        """X <- block `layer` of this variant, (B, N, d) -> (B, N, d); by `block`, or the model's module where that is None."""
-        if not self.carries_scale and not self.variant.removes_block_norm:
-            self.X = lose_unsquarable(self.X)
-        before, exponent = self.X, self.carried.exponent
-        self.X = self._output(adapter, layer, block)
-        if self.carries_scale:
-            self.X = self.carried.fit(self.X)
-        self.X = self._shaken(self.X, layer + 1)
-        settled = self.settled
-        if settled.any():
-            frozen = torch.from_numpy(settled).to(before.device)
-            self.X[frozen] = before[frozen]
-            self.carried.exponent = np.where(settled, exponent, self.carried.exponent)
-        for i, status in enumerate(measures.status(self.X)):
-            if self.status[i] == "ok" and status != "ok":
-                self.status[i] = "overflow"  # a finite input under finite weights becomes NaN only by way of infinity
-
-    def _output(self, adapter: Adapter, layer: int, block: Mamba2Block | None) -> Tensor:
-        """The block's output, (B, N, d), in the scale that it is carried in from then on."""
-        variant = self.variant
-        lam = variant.lam_at(layer) if variant.acts else 1.0
-        unscaled = not self.carries_scale or (lam == 1.0 and not self.carried.exponent.any())
+        """X <- block `layer` of every arm, (R, N, d) -> (R, N, d); by `block`, or the model's module where that is None."""
+        still = None if self._left is None else ~self.bound.isnan()
         if block is None:
-            watched = scores_in_range() if variant.removes_block_norm else nullcontext()
-            with watched, surgery_on_layer(adapter, layer, variant, None if unscaled else self.carried):
-                return adapter.run(layer, self.X, self.handed)
+            self._by_module(adapter, layer, still)
+        else:
+            self.X = self._by_block(block, layer, still)
+        self.X = self._shaken(self.X, layer + 1)
+        self._largest = None
+
+    def _lam(self, layer: int) -> Lambda:
+        """Lambda of block `layer`, of one arm as a number; 1 where it does not act."""
+        if not self.variant.acts:
+            return 1.0
+        return self.variant.lam_at(layer) if len(self.variants) == 1 else self._lams_there[layer]
+
+    def _by_block(self, block: Mamba2Block, layer: int, still: Tensor | None) -> Tensor:
+        """The output of the package's own block, which takes an X of any size: the next one's factors bring it into range."""
+        variant, lam = self.variant, self._lam(layer)
         # At skip_site `mixer` lambda is inside O, and the sum round the block is X + O.
         on_mixer = variant.acts and variant.skip_site == "mixer"
-        factors = {} if unscaled else self.carried.plan(self.X, 1.0 if on_mixer else lam)._asdict()
+        factors: dict[str, Tensor] = {}
+        if self.carries_scale:
+            factors = self.carried.plan(self.largest, 1.0 if on_mixer else lam, still)._asdict()
+        elif still is not None:
+            lams = lam if isinstance(lam, Tensor) else torch.full_like(self.bound, lam)
+            factors = {"skip": torch.where(still, 1.0, lams), "o_scale": (~still).double()}
         return block(
             self.X,
             lam=lam,
@@ -144,81 +209,21 @@ class Stream:
             **factors,
         )
 
-
-def dtypes_of(variants: Sequence[Variant], dtype: torch.dtype | None, weights: torch.dtype) -> list[torch.dtype]:
-    """What each variant computes in: `dtype`, or where that is None the dtype of the weights, and float64 where the blocks have
-    lost their norm, since their values leave float32 within a few layers."""
-    return [dtype or (torch.float64 if v.removes_block_norm else weights) for v in variants]
-
-
-class Engines:
-    """Which dtype each variant computes in, and what computes a block in that dtype.
-
-    Raises:
-        SurgeryError: a variant is not possible for this model.
-    """
-
-    def __init__(
-        self, adapter: Adapter, variants: Sequence[Variant], dtypes: Sequence[torch.dtype] | torch.dtype | None
-    ) -> None:
-        """`dtypes` as for `dtypes_of`, or one for each variant."""
-        for variant in variants:
-            check(adapter, variant)
-        self._original = adapter
-        self._variants = variants
-        # The modules of a float64 model may hold float32 constants: they are replaced by a copy's (precision.py).
-        self._adapters = {adapter.dtype: adapter} if adapter.has_own_blocks or adapter.dtype != torch.float64 else {}
-        if dtypes is None or isinstance(dtypes, torch.dtype):
-            dtypes = dtypes_of(variants, dtypes, adapter.dtype)
-        self._dtypes = list(dtypes)
-
-    def adapter(self, dtype: torch.dtype) -> Adapter:
-        """The model in `dtype`: itself, or a copy in that dtype where the model's own modules compute the blocks."""
-        if dtype not in self._adapters:
-            original = self._original
-            self._adapters[dtype] = original if original.has_own_blocks else precision.converted(original, dtype)
-        return self._adapters[dtype]
-
-    def streams(
-        self, tokens: Tensor, gains: Sequence[float] | None = None, twins: rounding.Twins | None = None
-    ) -> list[Stream]:
-        """The stream of every variant, in order, at the embedded tokens (B, N); `gains` as for `measure`, `twins` of the tokens."""
-        starts = {dtype: self._start(tokens, dtype) for dtype in set(self._dtypes)}
-        arms = zip(self._variants, self._dtypes, strict=True)
-        return [
-            Stream(self._original, number, variant, starts[dtype][0], dtype, starts[dtype][1], gains, twins)
-            for number, (variant, dtype) in enumerate(arms)
-        ]
-
-    def _start(self, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, torch.dtype]:
-        """The first residual stream, and the narrowest dtype that it is computed in.
-
-        The stream is float32 at least where the package's own blocks keep it so. Before the first one, an excerpt goes
-        through the float64 copy of a model, to see whether all of that is float64.
-        """
-        adapter = self.adapter(dtype)
-        probed = dtype == torch.float64 and not adapter.has_own_blocks  # elsewhere wider operations only help
-        computed = precision.computed_in(adapter, tokens[:1]) if probed else dtype
-        X = adapter.embed(tokens)  # (B, N) -> (B, N, d)
-        return X.to(torch.promote_types(dtype, torch.float32)) if adapter.has_own_blocks else X, computed
-
-    def steps(self, streams: Sequence[Stream]) -> Iterator[tuple[int, Stream, bool]]:
-        """Take all streams through layer 0, then all through layer 1, and so on: a layer's weights are touched once.
-
-        Yields:
-            The layer, the stream, and whether its X was computed anew, which it is not where no excerpt is running.
-        """
-        for layer in range(self._original.n_layers):
-            dtypes = {stream.dtype for stream in streams if stream.running}
-            blocks = {dtype: self.block(layer, dtype) for dtype in dtypes}
-            for stream in streams:
-                stream.settle()
-                running = stream.running
-                if running:
-                    stream.step(self.adapter(stream.dtype), layer, blocks[stream.dtype])
-                yield layer, stream, running
-
-    def block(self, layer: int, dtype: torch.dtype) -> Mamba2Block | None:
-        """The package's own block `layer` in `dtype`; None where the model's module computes it."""
-        adapter = self.adapter(dtype)
-        return adapter.own_block(layer, dtype) if adapter.has_own_blocks else None
+    def _by_module(self, adapter: Adapter, layer: int, still: Tensor | None) -> None:
+        """The output of the model's own module under hooks, in the scale that it is carried in from then on."""
+        variant, lam = self.variant, self._lam(layer)
+        if not self.carries_scale and not variant.removes_block_norm:
+            self.X = lose_unsquarable(self.X)
+        before, exponent = self.X, self.carried.exponent
+        plain = not self.carries_scale or (
+            not isinstance(lam, Tensor) and lam == 1.0 and not measures.any_of(exponent != 0)
+        )
+        watched = scores_in_range() if variant.removes_block_norm else nullcontext()
+        lams = lam if isinstance(lam, Tensor) else None
+        with watched, surgery_on_layer(adapter, layer, variant, None if plain else self.carried, lams):
+            self.X = adapter.run(layer, self.X, self.handed)
+        if self.carries_scale:
+            self.X = self.carried.fit(self.X)
+        if still is not None and measures.any_of(still):
+            self.X = torch.where(still[:, None, None], before, self.X)
+            self.carried.exponent = torch.where(still, exponent, self.carried.exponent)

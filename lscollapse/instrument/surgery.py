@@ -12,8 +12,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from torch import Tensor
 
 from lscollapse.models.adapt import adapt
 from lscollapse.models.adapters.adapter import Adapter
@@ -113,14 +115,19 @@ def surgery(model: Any, variant: Variant) -> Iterator[Adapter]:
     """
     adapter = adapt(model)
     check(adapter, variant)
-    with _edited(adapter, adapter.distinct_blocks, adapter.layers_of, variant, None):
+    with _edited(adapter, adapter.distinct_blocks, adapter.layers_of, variant):
         yield adapter
 
 
 @contextmanager
-def surgery_on_layer(adapter: Adapter, layer: int, variant: Variant, carried: Carried | None = None) -> Iterator[None]:
-    """The same for one call of one layer, with the block's sums formed anew in the scale that X is carried in."""
-    with _edited(adapter, [adapter.block(layer)], lambda block: [layer], variant, carried):
+def surgery_on_layer(
+    adapter: Adapter, layer: int, variant: Variant, carried: Carried | None = None, lams: Tensor | None = None
+) -> Iterator[None]:
+    """The same for one call of one layer, with the block's sums formed anew in the scale that X is carried in.
+
+    lams: a lambda for each excerpt (B,), in place of the variant's.
+    """
+    with _edited(adapter, [adapter.block(layer)], lambda block: [layer], variant, carried, lams):
         yield
 
 
@@ -130,7 +137,8 @@ def _edited(
     blocks: list[Any],
     layers_of: Callable[[Any], list[int]],
     variant: Variant,
-    carried: Carried | None,
+    carried: Carried | None = None,
+    lams: Tensor | None = None,
 ) -> Iterator[None]:
     if adapter.model.training:
         raise SurgeryError(
@@ -138,7 +146,8 @@ def _edited(
         )
 
     def edit_of(block: Any, hooks: HookSet) -> Edit:
-        return _edit(layers_of(block), variant, carried, hooks)
+        edit = _edit(layers_of(block), variant, carried, hooks)
+        return edit if lams is None else replace(edit, lam=lambda: lams, changes_sum=True)
 
     with edited(adapter.install, blocks, edit_of) as installed:
         yield

@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lscollapse.core.allocation import is_out_of_memory
 from lscollapse.core.config import ConfigError, Experiment
 from lscollapse.core.progress import Progress
 from lscollapse.data.corpus import Corpus
 from lscollapse.instrument import early_exit
+from lscollapse.instrument.engines import dtypes_of
 from lscollapse.instrument.forward import checked_ids
 from lscollapse.instrument.gradients import check_chain
-from lscollapse.instrument.stream import dtypes_of
 from lscollapse.instrument.surgery import Variant, check
 from lscollapse.models.adapt import adapt
 from lscollapse.models.adapters import heads
@@ -138,8 +139,12 @@ def _try(adapter: Adapter, tokens: Tensor) -> None:
     try:
         with torch.no_grad():
             adapter.embed(tokens)
-    except torch.OutOfMemoryError:
-        raise MemoryPlanError("the device has no room for one excerpt: use fewer --tokens or --device cpu") from None
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise MemoryPlanError(
+                "the device has no room for one excerpt: use fewer --tokens or --device cpu"
+            ) from None
+        raise
 
 
 def needs_head(config: Experiment) -> bool:
@@ -164,11 +169,18 @@ def load_adapter(name: str, init: str, config: Experiment, progress: Progress) -
     # The package's own blocks round the weights themselves; the modules of other models are loaded in the dtype.
     own = architecture == "mamba2" or config.dtype == "auto"
     dtype = torch.float32 if own else getattr(torch, config.dtype)
-    loaded = checkpoint.load(name, dtype=dtype, random_init=config.seed if init == "random" else None, **where)
+    seed = config.seed if init == "random" else None
     try:
-        adapter = adapt(loaded.model.to(on))
-    except torch.OutOfMemoryError:
-        raise MemoryPlanError(f"{name} does not fit on {on}: use --stream always (Mamba-2) or --device cpu") from None
+        loaded = checkpoint.load(name, dtype=dtype, device=on, as_stored=on != "cpu", random_init=seed, **where)
+        adapter = adapt(loaded.model)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise MemoryPlanError(
+                f"{name} does not fit on {on}: use --stream always (Mamba-2) or --device cpu"
+            ) from None
+        raise
+    if isinstance(adapter, Mamba2Adapter):
+        adapter.computes_in = dtype
     set_threads(adapter.config.hidden_size)
     _choose_kernels(adapter, config, progress)
     _attach_head(adapter, name, init, config)

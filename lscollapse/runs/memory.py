@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import itertools
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 
+from lscollapse.core.allocation import is_out_of_memory
 from lscollapse.core.config import Experiment
 from lscollapse.core.progress import Progress
 from lscollapse.data.corpus import Corpus
@@ -19,6 +22,7 @@ from lscollapse.models.adapters.adapter import Adapter
 from lscollapse.models.adapters.mamba2 import Mamba2Adapter
 from lscollapse.models.adapters.streamed import StreamedMamba2
 from lscollapse.models.checkpoints.checkpoint import ModelInfo
+from lscollapse.models.kernels import ssd
 from lscollapse.models.kernels.mamba2_block import Mamba2Shape
 from lscollapse.runs.devices import allowed_memory, worker_devices
 
@@ -26,7 +30,8 @@ T = TypeVar("T")
 
 BASE = 600 * 2**20  # interpreter, torch, transformers, pandas and the table, measured
 KEPT = 3  # times what a tile uses: freed blocks that the allocator keeps (core/allocation.py), measured at the shape of 2.7B
-LARGEST_TILE = 8  # excerpts; more make the products no faster
+LARGEST_TILE = 8  # excerpts on a CPU; more make the products no faster
+SATURATED = 352 * 128  # rows of a batch on a GPU, tokens of all its texts; more make the products no faster
 
 
 class MemoryPlanError(ValueError):
@@ -91,13 +96,14 @@ def plan_run(
     on_gpu = adapter.device.type == "cuda"
     share = -(-n_excerpts // len(worker_devices(config))) if on_gpu else n_excerpts  # so that every GPU has some
     probed = min(PROBED, n_excerpts)
+    together = max(Counter(arm.gating for arm in arms).values())
 
     def tile(excerpts: int, itemsize: int, copies: int = 1) -> Plan:
         if on_gpu:
             shape = adapter.shape if isinstance(adapter, Mamba2Adapter) else None
-            room = limit - (layer_bytes(adapter.shape, itemsize) if isinstance(adapter, StreamedMamba2) else 0)
+            room = limit - (layer_bytes(shape, itemsize) if shape else 0)
             width = adapter.config.hidden_size
-            return plan_on_gpu(width, shape, n_tokens, excerpts, len(arms), itemsize, room, copies)
+            return plan_on_gpu(width, shape, n_tokens, excerpts, len(arms), together, itemsize, room, copies)
         if isinstance(adapter, StreamedMamba2):
             return plan_streamed(adapter.shape, n_tokens, excerpts, len(arms), itemsize, limit, copies)
         return Plan(min(LARGEST_TILE, excerpts), len(arms), 0)
@@ -167,29 +173,53 @@ def _bytes_of_an_entry(itemsize: int) -> int:
 
 
 def layer_bytes(shape: Mamba2Shape, itemsize: int) -> int:
-    """What streaming keeps of the weights: this layer and the next, converted, and as they are in the file."""
+    """What is made of the weights while they are used: this layer and the next, converted, and as they are in the file."""
     weights = (shape.inner + shape.conv_dim + shape.heads + shape.inner) * shape.hidden
     return weights * (2 * itemsize + 2 * 4)
 
 
 def plan_on_gpu(
-    hidden: int, shape: Mamba2Shape | None, n_tokens: int, n_excerpts: int, n_variants: int, itemsize: int, limit: int,
-    copies: int = 1,
+    hidden: int, shape: Mamba2Shape | None, n_tokens: int, n_excerpts: int, n_variants: int, together: int, itemsize: int,
+    limit: int, copies: int = 1,
 ) -> Plan:  # fmt: skip
     """The largest tile within `limit` bytes of device memory beside the weights; one of everything if none is.
 
-    An estimate on the safe side (`in_halves` mends it): the streams, float64 copies of one for the measures, and one
-    block's activations, for Mamba-2 (`shape`) with the chunked scan's decays, else 32 times the width.
+    Of two tiles the one whose batches are larger, up to SATURATED rows, then the one of more work. An estimate
+    (`in_halves` mends it): the streams, and of one batch two more in the making, what its block computes on the way, and
+    float64 copies for the measures where they are not fused.
+
+    Args:
+        together: how many variants of one gate setting there are at most; they go through a block as one batch.
     """
-    block = 32 * hidden if shape is None else 12 * shape.inner + 6 * shape.conv_dim + 6 * 64 * shape.heads + 4 * hidden
-    number = _bytes_of_an_entry(itemsize)
+    entry = _bytes_of_an_entry(itemsize)
+    text = itemsize * n_tokens * 32 * hidden if shape is None else _block_bytes(shape, n_tokens, entry)
+    text += entry * n_tokens * 2 * hidden + (8 * n_tokens * 5 * hidden if entry == 8 else 0)
 
     def peak(excerpts: int, variants: int) -> int:
-        return copies * excerpts * n_tokens * (number * hidden * (variants + 2) + 8 * 5 * hidden + itemsize * block)
+        streams = entry * n_tokens * hidden * variants
+        return copies * excerpts * (streams + text * min(variants, together))
 
-    sizes = [(excerpts, variants) for variants in _halvings(n_variants) for excerpts in _halvings(n_excerpts)]
-    excerpts, variants = next((size for size in sizes if peak(*size) <= limit), (1, 1))
+    def worth(size: tuple[int, int]) -> tuple[int, int, int]:
+        excerpts, variants = size
+        rows = copies * excerpts * min(variants, together) * n_tokens
+        return min(rows, SATURATED), excerpts * variants, variants
+
+    sizes = itertools.product(_halvings(n_excerpts), _halvings(n_variants))
+    excerpts, variants = max((size for size in sizes if peak(*size) <= limit), key=worth, default=(1, 1))
     return Plan(excerpts, variants, peak(excerpts, variants))
+
+
+def _block_bytes(shape: Mamba2Shape, n_tokens: int, entry: int) -> int:
+    """What a block of Mamba-2 computes on the way of one text: in_proj's output, the mixer's twice, the normed X, and O.
+
+    Texts of one chunk are scanned in one kernel; longer ones, and float64, by torch's operations, which keep what goes into
+    the convolution and the scan three times, and the decays of a chunk in float64 and twice as they are used.
+    """
+    numbers = 3 * shape.inner + shape.conv_dim + shape.heads + 2 * shape.hidden
+    if entry < 8 and n_tokens <= ssd.CHUNK:
+        return entry * n_tokens * numbers
+    decays = shape.heads * min(n_tokens, ssd.CHUNK) ** 2
+    return entry * n_tokens * (numbers + 3 * (shape.inner + shape.conv_dim)) + (8 + 2 * entry) * decays
 
 
 def in_halves(tile: Callable[[range, range], T], excerpts: range, variants: range) -> list[T]:
@@ -198,12 +228,15 @@ def in_halves(tile: Callable[[range, range], T], excerpts: range, variants: rang
     Excerpts are halved first, then variants. Results come in the order of their ranges.
 
     Raises:
-        MemoryPlanError: one excerpt of one variant is too much.
+        MemoryPlanError: one excerpt of one variant is too much, or a Triton kernel needs more than the GPU has.
     """
     try:
         return [tile(excerpts, variants)]
-    except torch.OutOfMemoryError:
-        pass  # what the failed pass held is let go of with the exception, before the halves run
+    except Exception as error:
+        if type(error).__name__ == "OutOfResources":
+            raise MemoryPlanError(f"this GPU cannot run a Triton kernel ({error}): use --kernels torch") from None
+        if not is_out_of_memory(error):
+            raise  # else what the failed pass held is let go of with the exception, before the halves run
     release()
     if len(excerpts) > 1:
         middle = len(excerpts) // 2

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lscollapse import measures
+from lscollapse.instrument.engines import Engines
 from lscollapse.instrument.forward import checked_ids
-from lscollapse.instrument.stream import Engines
 from lscollapse.instrument.sublayers import sublayers
 from lscollapse.instrument.surgery import Variant
 from lscollapse.models.adapters.adapter import Adapter
@@ -115,9 +115,9 @@ def trace(
             else:
                 O = own(X, lam=0.0, gating=gating, layernorm=True, skip_site="residual", norm_site="both")
                 parts = [(X, O)]
-            yield Step(X, parts, stream.carried.exponent)
+            yield Step(X, parts, stream.carried.exponent.numpy(force=True))
             stream.step(adapter, layer, own)
-        yield Step(stream.X, [], stream.carried.exponent)
+        yield Step(stream.X, [], stream.carried.exponent.numpy(force=True))
 
 
 def head_rows(task: LoadedTask) -> Iterator[dict[str, Any]]:

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 import pandas as pd
 
 from lscollapse.core.config import Compute, ConfigError
-from lscollapse.core.files import atomic, write_json, write_text
+from lscollapse.core.files import atomic, write_csv, write_json
 from lscollapse.core.progress import SILENT, Progress
 from lscollapse.core.run_folder import RunFolder, read_rows
 from lscollapse.data import images
@@ -111,7 +111,7 @@ def train_one(cell: Cell, progress: Progress = SILENT) -> pd.DataFrame:
         raise Diverged(result["note"])
     write_net(cell.folder, result)
     rows = frame([*result["rows"], *test_cell((cell, result["weights"]))["rows"]])
-    write_text(cell.folder / "rows.csv", rows.to_csv(index=False, float_format="%.10g"))
+    write_csv(cell.folder / "rows.csv", rows)
     return rows
 
 

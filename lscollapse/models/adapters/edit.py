@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lscollapse.models.numerics.carried import Carried, lose_unsquarable
+from lscollapse.models.numerics.carried import Carried, Lambda, lose_unsquarable, times
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -27,13 +27,13 @@ class Edit:
     """What a block should compute instead of what it is.
 
     Attributes:
-        lam: the lambda of the layer that the current call of the block stands for.
+        lam: the lambda of the layer that the current call of the block stands for; one for all excerpts or one for each.
         changes_sum: the block's own X + O must become lam*X + O, formed anew.
         changes_mixer: lam*V must be added to the scan output (skip_site `mixer`).
         carried: the scale that X is carried in (numerics/carried.py); None where it is in its own.
     """
 
-    lam: Callable[[], float]
+    lam: Callable[[], Lambda]
     changes_sum: bool
     changes_mixer: bool
     gating: bool
@@ -49,11 +49,14 @@ class Edit:
         """lam*X + O, Eq. (3), arXiv:2410.10609v3, at a skip where lambda acts; at skip_site `mixer` that is none."""
         return self.sum(1.0 if self.skip_site == "mixer" else self.lam(), X, O)
 
-    def sum(self, lam: float, X: Tensor, O: Tensor) -> Tensor:
+    def sum(self, lam: Lambda, X: Tensor, O: Tensor) -> Tensor:
         """lam*X + O, exactly O for lam = 0; infinite where it is not carried and too large for a norm."""
         if self.carried is not None:
             return self.carried.add(lam, X, O)
-        Y = O.to(torch.promote_types(X.dtype, O.dtype)) if lam == 0.0 else lam * X + O
+        if isinstance(lam, Tensor):
+            Y = times(lam[:, None, None], X) + O
+        else:
+            Y = O.to(torch.promote_types(X.dtype, O.dtype)) if lam == 0.0 else lam * X + O
         return lose_unsquarable(Y) if self.layernorm and Y.ndim == 3 else Y
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lscollapse.models.adapters.adapter import Adapter
 from lscollapse.models.adapters.edit import Args, Edit, HookSet, Kwargs
+from lscollapse.models.checkpoints.refusals import token_embedding
 from lscollapse.models.kernels.backends import Kernels, resolve_kernels
 from lscollapse.models.kernels.cpu_block import CpuBlock, Workers
 from lscollapse.models.kernels.gpu_block import GpuBlock
@@ -30,14 +31,48 @@ class MambaStack(Adapter):
 
 
 class Mamba2Adapter(MambaStack):
-    """Blocks with the usual activation are computed by the package itself (kernels/), in any dtype, others by their modules."""
+    """Blocks with the usual activation are computed by the package itself (kernels/), in any dtype, others by their modules.
+
+    Attributes:
+        held_as: the model as it is held. Where `computes_in` is set its weights may be of 16 bits, which the package's own
+            blocks convert; whoever asks for `model`, whose modules do not, gets it in that dtype from then on.
+        computes_in: the dtype that counts as the model's, None for that of its weights.
+    """
 
     norm_sites = ("both", "mixer", "block")
     bounded_mixer = True
+    computes_in: torch.dtype | None = None
 
     def __init__(self, model: Any) -> None:
-        super().__init__(model)
+        self.held_as, self.config = model, model.config
         self.workers = Workers()
+
+    @property
+    def model(self) -> Any:
+        if self.computes_in is not None:
+            self.held_as.to(self.computes_in)  # which does nothing from the second time on
+        return self.held_as
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.held_as.layers)
+
+    @property
+    def embedding(self) -> tuple[str, Tensor] | None:
+        return token_embedding(self.held_as)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.computes_in or super().dtype
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.held_as.embeddings.weight.device
+        return device
+
+    def embed(self, ids: Tensor) -> Tensor:
+        X: Tensor = self.held_as.embeddings(ids)  # (B, N, d)
+        return X if self.computes_in is None else X.to(self.computes_in)
 
     @property
     def has_own_blocks(self) -> bool:
@@ -48,12 +83,12 @@ class Mamba2Adapter(MambaStack):
         return self.kernels.backend if self.has_own_blocks else super().backend
 
     def tensors(self, layer: int) -> dict[str, Tensor]:
-        """The tensors of block `layer` under transformers' names in it, in the dtype of the model."""
+        """The tensors of block `layer` under transformers' names in it, which hold the numbers that the model computes with."""
         return self.held(layer)
 
     def held(self, layer: int) -> dict[str, Tensor]:
         """The same in the dtype that they are held in."""
-        return dict(self.block(layer).named_parameters())
+        return dict(self.held_as.layers[layer].named_parameters())
 
     def own_block(self, layer: int, dtype: torch.dtype) -> Mamba2Block:
         return self.make_block(self.tensors(layer), dtype)
@@ -105,7 +140,7 @@ class Mamba2Adapter(MambaStack):
 
 def _in_range(y: Tensor) -> Tensor:
     """y (B, N, inner) at a size whose squares float32 holds, for a norm: a large lambda in the scan makes it larger."""
-    return Carried(len(y)).fit(y)
+    return Carried(y).fit(y)
 
 
 def _norm_arguments(args: Args, kwargs: Kwargs) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ def edit_sum(
     def replace_sum(args: Args, kwargs: Kwargs) -> Args:
         X, O = seen.pop("X"), seen.pop("O")
         if not edit.removes_norm("block"):
-            edit.carried = Carried(len(X))  # of this sum alone: the norm that follows does not see its scale
+            edit.carried = Carried(X)  # of this sum alone: the norm that follows does not see its scale
         return (edit.add(X, O),)
 
     if scaled:

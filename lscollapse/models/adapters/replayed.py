@@ -140,6 +140,8 @@ class ReplayedAdapter(Adapter):
     runs them, against whole forwards of the model with the same edits.
     """
 
+    any_batch = False
+
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         self._tested = False

@@ -116,8 +116,8 @@ class StreamedMamba2(Mamba2Adapter):
     def own_block(self, layer: int, dtype: torch.dtype) -> Mamba2Block:
         try:
             block = self._ask(layer, dtype).result()()
-        except torch.OutOfMemoryError:
-            self._reading.clear()  # the next attempt starts anew
+        except Exception:
+            self._reading.clear()  # the next attempt starts anew, in a smaller tile if there was no room
             raise
         for old in [key for key in self._reading if key[1] == dtype and key[0] != layer]:
             self._reading.pop(old).cancel()

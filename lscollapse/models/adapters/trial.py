@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from lscollapse.core.allocation import is_out_of_memory
 from lscollapse.core.files import first_line
 from lscollapse.models.adapters.adapter import UnsupportedModel
 
@@ -20,9 +21,9 @@ def failures_as(refusal: Callable[[str], UnsupportedModel]) -> Iterator[None]:
     """Errors of a model's own code become refusal(first line); those of memory stay what they are."""
     try:
         yield
-    except (UnsupportedModel, torch.OutOfMemoryError):
-        raise
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
+        if isinstance(error, UnsupportedModel) or is_out_of_memory(error):
+            raise
         raise refusal(first_line(error)) from error
 
 

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModel
 from transformers.utils import logging
 
+from lscollapse.core.allocation import is_out_of_memory
 from lscollapse.core.files import first_line
 from lscollapse.core.hub import PICTURES
 from lscollapse.models.checkpoints.architectures import on_meta
@@ -61,6 +62,8 @@ def _read(kind: Any, config: Any, folder: Path, where: str, dtype: torch.dtype) 
             )  # fmt: skip
             return model, report
         except Exception as error:  # whatever a damaged file makes the readers raise
+            if is_out_of_memory(error):
+                raise
             raise CheckpointError(f"the weights of {where} cannot be read: {first_line(error)}") from error
 
 

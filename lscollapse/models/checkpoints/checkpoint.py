@@ -9,7 +9,6 @@ read with `weights_only=True`. Other architectures than those of `architectures.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
@@ -32,11 +31,11 @@ from lscollapse.models.checkpoints.refusals import (
 from lscollapse.models.checkpoints.tensors import (
     CheckpointError,
     base_tensors,
+    hashing,
     head_tensors,
     is_mapped,
     is_old_buffer,
     read_tensors,
-    sha256,
 )
 
 
@@ -90,6 +89,8 @@ def load(
     name_or_path: str | Path,
     *,
     dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    as_stored: bool = False,
     random_init: int | None = None,
     **where: Unpack[Where],
 ) -> Checkpoint:
@@ -97,6 +98,8 @@ def load(
 
     Args:
         dtype: of the loaded weights, whatever the file holds.
+        device: where they are loaded to; those of Mamba-2 go there in the dtype of the file and are converted there.
+        as_stored: weights of Mamba-2 in 16 bits keep the dtype of the file.
         random_init: a seed; no weights are read, and the model of this config is initialised afresh by transformers.
         where: revision, cache_dir and offline (see Where).
 
@@ -105,20 +108,19 @@ def load(
     """
     files = locate_checkpoint(registry.resolve(name_or_path), config_only=random_init is not None, **where)
     config = config_of(files)
-    if random_init is None:
-        if config.model_type in CLASSES:
-            tensors = _tensors(files)
-            _match(files, config, tensors)
-            model = _filled(config, tensors, dtype)
-        else:
-            model = auto.filled(config, files.weights, files.where, dtype)
-        _check_values(model, files.where)
-        digest = sha256(files.weights)
-    else:
+    if random_init is not None:
         with seeded(random_init):
-            model = built(config).to(dtype)
-        digest = f"random-init-{random_init}"
-    return Checkpoint(model.eval(), _info(files, config, digest))
+            model = built(config).to(device, dtype)
+        return Checkpoint(model.eval(), _info(files, config, f"random-init-{random_init}"))
+    with hashing(files.weights) as digest:
+        if config.model_type == "mamba2":
+            model = _mamba2(config, _matching(files, config), dtype, device, as_stored)
+        elif config.model_type in CLASSES:
+            model = _filled(config, _matching(files, config), dtype).to(device)
+        else:
+            model = auto.filled(config, files.weights, files.where, dtype).to(device)
+        _check_values(model, files.where)
+        return Checkpoint(model.eval(), _info(files, config, digest.result()))
 
 
 def open_layers(name_or_path: str | Path, **where: Unpack[Where]) -> LayerReader:
@@ -133,11 +135,11 @@ def open_layers(name_or_path: str | Path, **where: Unpack[Where]) -> LayerReader
             f"{whole} is a pickle from before PyTorch 1.6, which is read whole or not at all: use --stream never, or save"
             " its tensors as model.safetensors"
         )
-    tensors = _tensors(files)
-    _match(files, config, tensors)
-    refuse_values(tensors, files.where, mapped=True)
-    refuse_zeros("embeddings.weight", tensors["embeddings.weight"], files.where)
-    return LayerReader(config, _info(files, config, sha256(files.weights)), tensors)
+    tensors = _matching(files, config)
+    with hashing(files.weights) as digest:
+        refuse_values(tensors, files.where, mapped=True)
+        refuse_zeros("embeddings.weight", tensors["embeddings.weight"], files.where)
+        return LayerReader(config, _info(files, config, digest.result()), tensors)
 
 
 def open_head(name_or_path: str | Path, **where: Unpack[Where]) -> dict[str, Tensor]:
@@ -180,19 +182,19 @@ def inspect(name_or_path: str | Path, **where: Unpack[Where]) -> tuple[str, int]
     files = locate_checkpoint(registry.resolve(name_or_path), **where)
     config = config_of(files)
     if config.model_type in CLASSES:
-        _match(files, config, _tensors(files))
+        _matching(files, config)
     else:
         auto.inspect_headers(config, files.weights, files.where)
     return config.model_type, count_parameters(config)
 
 
-def _tensors(files: Located) -> dict[str, Tensor]:
-    """Tensors of the base model under transformers' names, memory mapped: nothing is read before it is used."""
-    return {name: tensor for file in files.weights for name, tensor in base_tensors(read_tensors(file)).items()}
+def _matching(files: Located, config: Any) -> dict[str, Tensor]:
+    """Tensors of the base model under transformers' names, memory mapped: nothing is read before it is used.
 
-
-def _match(files: Located, config: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Raise unless the tensors are those of the config's base model in name, shape and number of parameters."""
+    Raises:
+        CheckpointError: they are not those of the config's base model in name, shape and number of parameters.
+    """
+    tensors = {name: tensor for file in files.weights for name, tensor in base_tensors(read_tensors(file)).items()}
     expected = {name: tuple(tensor.shape) for name, tensor in on_meta(config).state_dict().items()}
     refuse_kinds({name: tensor for name, tensor in tensors.items() if name in expected}, files.where)
     missing = [name for name in expected if name not in tensors]
@@ -204,6 +206,7 @@ def _match(files: Located, config: Any, tensors: Mapping[str, Tensor]) -> None:
         raise CheckpointError(
             f"{files.where} has {n_parameters:,} parameters, {files.entry.name} should have {published:,}"
         )
+    return tensors
 
 
 def _check_values(model: Any, where: str) -> None:
@@ -215,6 +218,20 @@ def _check_values(model: Any, where: str) -> None:
     embedding = token_embedding(model)
     if embedding is not None:
         refuse_zeros(*embedding, where)
+
+
+def _mamba2(
+    config: Any, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device | str, as_stored: bool
+) -> Any:  # fmt: skip
+    """Mamba-2 with these tensors; on a CPU those that are of the dtype asked for stay in their file."""
+
+    def placed(tensor: Tensor) -> Tensor:
+        there = tensor.to(device)  # before it is converted: half the bytes of a file in 16 bits
+        return there if as_stored and there.dtype.itemsize == 2 else there.to(dtype)
+
+    model = on_meta(config)
+    model.load_state_dict({name: placed(tensor) for name, tensor in tensors.items()}, assign=True)
+    return model
 
 
 def _filled(config: Any, tensors: dict[str, Tensor], dtype: torch.dtype) -> Any:

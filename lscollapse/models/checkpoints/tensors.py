@@ -8,7 +8,9 @@ import json
 import mmap
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lscollapse.core.allocation import is_out_of_memory
 from lscollapse.core.files import first_line, read_text, sha256_file
 
 # At the top of a model: heads and poolers.
@@ -110,6 +113,8 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
             return load_file(file)
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_mapped(file))
     except Exception as error:  # whatever a damaged file makes the readers raise
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(f"{file} cannot be read{_size_hint(file)}: {first_line(error)}") from error
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise CheckpointError(f"{file} is not a state dict: expected names and tensors only")
@@ -136,6 +141,16 @@ def forget(tensors: Mapping[str, Tensor]) -> None:
         start, end = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE, last // mmap.PAGESIZE * mmap.PAGESIZE
         if end > start and hasattr(libc, "madvise"):
             libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)
+
+
+@contextmanager
+def hashing(files: Sequence[Path]) -> Iterator[Future[str]]:
+    """While open, a thread computes `sha256` of files that this one reads too: from the disk they come once."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        yield pool.submit(sha256, files)
+    finally:
+        pool.shutdown(wait=False)
 
 
 def sha256(files: Sequence[Path]) -> str:

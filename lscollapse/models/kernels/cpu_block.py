@@ -70,8 +70,8 @@ class CpuBlock(Mamba2Block):
             else:
                 out.copy_(X)
 
-        def mix(workspace: ssd.Workspace, projected: Tensor, out: Tensor) -> None:
-            self._mix(workspace, projected, what, out)
+        def mix(workspace: ssd.Workspace, projected: Tensor, D: Tensor, out: Tensor) -> None:
+            self._mix(workspace, projected, what._replace(D=D), out)
 
         take, each = self.workers.workspace.take, self.workers.each
         normed = take("normed", X.shape, self.dtype)  # (B, N, hidden)
@@ -81,7 +81,7 @@ class CpuBlock(Mamba2Block):
         _linear(normed.flatten(0, 1), weight, bias, projected.flatten(0, 1))
 
         mixed = projected[..., : self.shape.inner]  # (B, N, inner)
-        each(mix, projected, mixed)
+        each(mix, projected, what.D.expand(len(X), -1), mixed)
         O = normed  # its buffer is free again
         _linear(mixed.flatten(0, 1), self._out_proj, self._out_bias, O.flatten(0, 1))  # (B, N, hidden)
 

@@ -66,7 +66,10 @@ class Mamba2Shape:
 
 
 class BlockCall(NamedTuple):
-    """What one call computes: D of the scan, whether gate and norms are there, Y = skips*X + scales*O, (B,) each."""
+    """What one call computes: D of the scan, whether gate and norms are there, Y = skips*X + scales*O.
+
+    D is (heads,), or (B, heads) where it is not the same for all excerpts; skips and scales (B,), on the device of X.
+    """
 
     D: Tensor
     gating: bool
@@ -109,7 +112,7 @@ class Mamba2Block(ABC):
         self,
         X: Tensor,
         *,
-        lam: float = 1.0,
+        lam: float | Tensor = 1.0,
         gating: bool = True,
         layernorm: bool = True,
         skip_site: str = "residual",
@@ -121,7 +124,7 @@ class Mamba2Block(ABC):
 
         Args:
             X: (B, N, hidden).
-            lam: strength of the skip.
+            lam: strength of the skip; one number or one an excerpt (B,).
             gating: False takes the gate, silu(z), out of the mixer.
             layernorm: False takes out the norms that norm_site names.
             skip_site: `residual`: Y = lam*X + O, exactly O for lam = 0. `mixer`: lam times the scan's input is added to
@@ -140,8 +143,10 @@ class Mamba2Block(ABC):
         on_mixer = skip_site == "mixer"
         if skip is None:
             skip = 1.0 if on_mixer else lam
-        D = self._D + lam if on_mixer else self._D
-        skips, scales = (_per_excerpt(factor, len(X), self.stream) for factor in (skip, o_scale))
+        D = self._D
+        if on_mixer:
+            D = D + (lam.to(D)[:, None] if isinstance(lam, Tensor) else lam)
+        skips, scales = (self._per_excerpt(factor, X) for factor in (skip, o_scale))
         norms = layernorm or norm_site == "mixer", layernorm or norm_site == "block"
         return self._compute(X.to(self.stream), BlockCall(D, gating, *norms, skips, scales))
 
@@ -177,17 +182,18 @@ class Mamba2Block(ABC):
         B, C = (torch.unflatten(t, -1, (s.groups, s.state)) for t in (B, C))  # (B, N, groups, state)
         return scan(x, dt, self._A, B, C, D, self._dt_bias, dt_limit=s.dt_limit, **options)
 
+    def _per_excerpt(self, factor: float | Tensor, X: Tensor) -> Tensor:
+        """One number an excerpt, (B,), where X is and as the stream's dtype holds it: infinite where it is too large."""
+        if not isinstance(factor, Tensor):
+            factor = torch.full((len(X),), factor, dtype=torch.float64, device=X.device)
+        return factor.to(X.device, self.stream).flatten()
+
     def _check_call(self, X: Tensor, skip_site: str, norm_site: str) -> None:
         if X.ndim != 3 or X.shape[-1] != self.shape.hidden:
             raise BlockError(f"X has shape {tuple(X.shape)}, expected (B, N, {self.shape.hidden})")
         for name, site, known in (("skip_site", skip_site, SKIP_SITES), ("norm_site", norm_site, NORM_SITES)):
             if site not in known:
                 raise BlockError(f"{name} {site!r} does not exist: choose one of {', '.join(known)}")
-
-
-def _per_excerpt(factor: float | Tensor, batch: int, dtype: torch.dtype) -> Tensor:
-    """One number an excerpt, (B,), as `dtype` holds it: infinite where it is too large."""
-    return torch.as_tensor(factor, dtype=torch.float64).to(dtype).flatten().expand(batch)
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], shape: Mamba2Shape) -> None:

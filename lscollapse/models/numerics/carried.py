@@ -2,6 +2,8 @@
 
 Its mixers see norm(X), which does not depend on the scale of X. So where lam*X would leave the range of the dtype,
 powers of two go from lam to the exponent: Y = (lam * 2^-t) X + 2^-(exponent + t) O stands for lam*X + O, exactly.
+
+Everything is where X is: on a GPU nothing here waits for a number.
 """
 
 from __future__ import annotations
@@ -9,9 +11,12 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from lscollapse import measures
+
+Lambda = float | Tensor  # one for all excerpts, or one for each: float64, (B,)
 
 # A stream whose largest entry would pass 2^HIGH is carried at 2^LOW, and one that has shrunk is raised to it as far as
 # its exponent goes: as high as a norm's gradient allows, which has the third power of 1/rms(X) in float32. A norm's
@@ -21,7 +26,7 @@ STEEPEST = 100  # log2 of the largest number that X is multiplied with; 2^128 is
 
 
 class Factors(NamedTuple):
-    """Y = skip * X + o_scale * O, float64 on the CPU, (B, 1, 1) each."""
+    """Y = skip * X + o_scale * O, float64, (B, 1, 1) each."""
 
     skip: Tensor
     o_scale: Tensor
@@ -31,53 +36,90 @@ class Carried:
     """The exponents of a tile of excerpts; the only record of what X was divided by.
 
     Attributes:
-        exponent: (B,), int64, never negative. The array is replaced, not changed, so that it may be kept.
+        exponent: (B,), int64, never negative. The tensor is replaced, not changed, so that it may be kept.
     """
 
-    def __init__(self, excerpts: int) -> None:
-        self.exponent = np.zeros(excerpts, dtype=np.int64)
+    def __init__(self, X: Tensor) -> None:
+        """Of X (B, N, d), which is in its own scale."""
+        self.exponent = torch.zeros(len(X), dtype=torch.int64, device=X.device)
 
-    def plan(self, X: Tensor, lam: float) -> Factors:
-        """What X and O are multiplied with in lam*X + O, whose exponents become those carried from now on."""
-        shift = self._shift(X, lam)
+    def plan(self, largest: Tensor, lam: Lambda, still: Tensor | None = None) -> Factors:
+        """What X and O are multiplied with in lam*X + O, whose exponents become those carried from now on.
+
+        Args:
+            largest: (B,), the largest entries of X.
+            still: (B,), which excerpts are to stay as they are, 1 X + 0 O.
+        """
+        mantissa, power = _frexp(lam)
+        shift = self._shift(largest, mantissa, power)
+        if still is not None:
+            shift = torch.where(still, 0, shift)
         self.exponent = self.exponent + shift
-        skip = np.ldexp(lam, np.minimum(-shift, STEEPEST - math.frexp(lam)[1]))
-        return Factors(_per_excerpt(skip), _per_excerpt(np.ldexp(1.0, -self.exponent)))
+        skip = mantissa * power_of_two(torch.clamp(power - shift, max=STEEPEST))
+        o_scale = power_of_two(-self.exponent)
+        if still is not None:
+            skip, o_scale = torch.where(still, 1.0, skip), torch.where(still, 0.0, o_scale)
+        return Factors(skip[:, None, None], o_scale[:, None, None])
 
-    def add(self, lam: float, X: Tensor, O: Tensor) -> Tensor:
+    def add(self, lam: Lambda, X: Tensor, O: Tensor) -> Tensor:
         """lam*X + O in the scale that it is carried in from now on; exactly O, in its own, for lam = 0."""
-        skip, o_scale = self.plan(X, lam)
+        skip, o_scale = self.plan(largest_entries(X), lam)
         O = O * o_scale.to(O)
-        if lam == 0.0:
+        if not isinstance(lam, Tensor) and lam == 0.0:
             return self.fit(O.to(torch.promote_types(X.dtype, O.dtype)))
-        mantissa = math.frexp(lam)[0]  # X times a power of two first: that rounds nothing, in any dtype
-        return self.fit(mantissa * (X * (skip / mantissa).to(X)) + O)
+        mantissa = _frexp(lam)[0]
+        if isinstance(mantissa, Tensor):
+            mantissa = torch.where(mantissa == 0, 1.0, mantissa)[:, None, None]
+        # X times a power of two first: that rounds nothing, in any dtype.
+        return self.fit(times(mantissa, X * (skip / mantissa).to(X)) + O)
 
     def fit(self, X: Tensor) -> Tensor:
         """X with its largest entry in range, where O was large or cancelled the rest."""
-        shift = self._shift(X, 0.5)
-        if not shift.any():
+        shift = self._shift(largest_entries(X), *_frexp(0.5))
+        if not measures.any_of(shift != 0):
             return X
         self.exponent = self.exponent + shift
-        return X * _per_excerpt(np.ldexp(1.0, -shift)).to(X)
+        return X * power_of_two(-shift)[:, None, None].to(X)
 
-    def _shift(self, X: Tensor, lam: float) -> np.ndarray:
-        """By how much the exponents have to grow (or fall) for lam*X, (B,)."""
-        largest = X.detach().abs().amax((1, 2)).double().cpu().numpy()
-        mantissa, exponent = np.frexp(largest)
-        mine = math.frexp(lam)[1]
-        top = exponent.astype(np.int64) + mine  # |lam*X| < 2^top
-        shift = np.where(top > HIGH, top - LOW, np.minimum(np.maximum(top - LOW, -self.exponent), 0))
-        shift = np.where((mantissa == 0) | (lam == 0.0), -self.exponent, np.maximum(shift, mine - STEEPEST))
-        return np.where(np.isfinite(largest), shift, 0)
+    def _shift(self, largest: Tensor, mantissa: float | Tensor, power: int | Tensor) -> Tensor:
+        """By how much the exponents have to grow (or fall) for lam*X, (B,), where lam = mantissa * 2^power."""
+        size, exponent = torch.frexp(largest.double())
+        top = exponent.long() + power  # |lam*X| < 2^top
+        shift = torch.where(top > HIGH, top - LOW, (top - LOW).maximum(-self.exponent).clamp_max(0))
+        shift = torch.where((size == 0) | (mantissa == 0), -self.exponent, shift.clamp(min=power - STEEPEST))
+        return torch.where(largest.isfinite(), shift, 0)
+
+
+def _frexp(lam: Lambda) -> tuple[float, int] | tuple[Tensor, Tensor]:
+    if not isinstance(lam, Tensor):
+        return math.frexp(lam)
+    mantissa, power = torch.frexp(lam)
+    return mantissa, power.long()
+
+
+def power_of_two(n: Tensor) -> Tensor:
+    """2^n in float64, exact on any device, for integers n; 0 or infinite where float64 has no such number."""
+    half = n.clamp(-2044, 2046) >> 1  # the two factors are normal numbers, made of their exponents
+    return (
+        torch.stack([half, n.clamp(-2044, 2046) - half]).add_(1023).bitwise_left_shift_(52).view(torch.float64).prod(0)
+    )
+
+
+def largest_entries(X: Tensor) -> Tensor:
+    """(B, N, d) -> (B,), the largest absolute values; NaN where one is NaN."""
+    X = X.detach()
+    return torch.maximum(X.amax((1, 2)), -X.amin((1, 2)))  # without a copy of X
+
+
+def times(factor: float | Tensor, X: Tensor) -> Tensor:
+    """factor * X, rounded once to the dtype of X; factor a number, or float64 and (B, 1, 1)."""
+    if isinstance(factor, Tensor):
+        return (factor.to(torch.promote_types(X.dtype, torch.float32)) * X).to(X.dtype)
+    return factor * X
 
 
 def lose_unsquarable(X: Tensor) -> Tensor:
     """X (B, N, d), infinite where an excerpt's squares leave the range: a norm would make zeros of it unseen."""
     limit = math.sqrt(torch.finfo(torch.promote_types(X.dtype, torch.float32)).max / X.shape[-1])
-    lost = X.detach().abs().amax((1, 2)) > limit
-    return X.masked_fill(lost[:, None, None], math.inf) if lost.any() else X
-
-
-def _per_excerpt(values: np.ndarray) -> Tensor:
-    return torch.from_numpy(values)[:, None, None]
+    lost = largest_entries(X) > limit
+    return X.masked_fill(lost[:, None, None], math.inf) if measures.any_of(lost) else X

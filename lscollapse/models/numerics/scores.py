@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lscollapse.measures import any_of
+
 
 class scores_in_range(TorchFunctionMode):
     """NaN for every excerpt of F.scaled_dot_product_attention in which a score may exceed the dtype of the query."""
@@ -29,7 +31,7 @@ class scores_in_range(TorchFunctionMode):
         scale = kwargs.get("scale") or 1.0 / math.sqrt(query.shape[-1])
         largest = _longest(query) * _longest(key) * scale  # (B,); |q k| <= ||q|| ||k||
         lost = ~(largest <= torch.finfo(query.dtype).max)
-        return out.masked_fill(lost.view(-1, *[1] * (out.ndim - 1)), math.nan) if lost.any() else out
+        return out.masked_fill(lost.view(-1, *[1] * (out.ndim - 1)), math.nan) if any_of(lost) else out
 
 
 def _longest(rows: Tensor) -> Tensor:

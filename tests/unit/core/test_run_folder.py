@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -52,9 +53,53 @@ def test_rows_are_the_parts_in_the_order_of_the_table(tmp_path: Path) -> None:
     rows = read_rows(tmp_path / "run")
     pd.testing.assert_frame_equal(rows, expected_rows())
     csv = pd.read_csv(tmp_path / "run" / "rows.csv")
-    np.testing.assert_allclose(csv["value"], rows["value"], rtol=1e-9)
+    np.testing.assert_array_equal(csv["value"], rows["value"])
     assert len(csv) == len(rows) and list(csv) == list(rows)
     assert sorted(file.name for file in (tmp_path / "run").iterdir()) == ["manifest.json", "rows.csv", "rows.parquet"]
+
+
+SPECIAL = [1.0, -math.inf, math.inf, math.nan, 0.1 + 0.2, 5e-324, -1.7976931348623157e308, 1e16]
+
+
+def test_the_csv_says_the_same_to_pandas_as_the_parquet(tmp_path: Path) -> None:
+    """Every digit, infinity, missing numbers and truth values, and text with all that CSV gives a meaning to."""
+    rows = part(0)
+    rows["value"] = np.resize(SPECIAL, len(rows))
+    rows["gating"] = pd.array(np.resize(np.array([True, False, None], object), len(rows)), "boolean")
+    rows["layernorm"] = np.resize([True, False], len(rows))
+    rows["text"] = np.resize(['a, "b"', "two\nlines", "Zürich"], len(rows))
+    rows["revision"] = None
+    folder = RunFolder(tmp_path / "run", IDENTITY)
+    folder.add(ITEMS[0], rows)
+    folder.finish(ITEMS[:1], {})
+    binary, text = read_rows(tmp_path / "run"), pd.read_csv(tmp_path / "run" / "rows.csv", dtype={"gating": "boolean"})
+    assert set(binary["value"].dropna()) == {number for number in SPECIAL if number == number}
+    pd.testing.assert_frame_equal(text.drop(columns="revision"), binary.drop(columns="revision"), check_exact=True)
+    assert text["layernorm"].dtype == bool and text["revision"].isna().all() and binary["revision"].isna().all()
+
+
+def test_categoricals_are_written_as_what_they_stand_for(tmp_path: Path) -> None:
+    """Whatever categories each part has, in whatever order, used or not: the bytes are those of plain strings."""
+    finished(tmp_path / "plain")
+    folder = RunFolder(tmp_path / "run", IDENTITY)
+    for number, item in enumerate(ITEMS):
+        measures = pd.CategoricalDtype([["mu", "relative_mu"], ["relative_mu", "rank", "mu"]][number % 2])
+        names = [name for name, dtype in part(number).dtypes.items() if pd.api.types.is_string_dtype(dtype)]
+        folder.add(item, part(number).astype(dict.fromkeys(names, "category") | {"measure": measures}))
+        pd.testing.assert_frame_equal(folder.part(item), part(number))
+    pd.testing.assert_frame_equal(folder.finish(ITEMS, {}), expected_rows())
+    for name in ("rows.parquet", "rows.csv"):
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+
+
+def test_rows_without_a_layer_come_last(tmp_path: Path) -> None:
+    """As numpy sorts them, NaN after every number, and rows that are alike in the order in which they came."""
+    rows = part(0).assign(layer=np.tile([2.0, np.nan, 0.0, np.nan, 1.0, 2.0], 4))
+    folder = RunFolder(tmp_path / "run", IDENTITY)
+    folder.add(ITEMS[0], rows)
+    found = folder.finish(ITEMS[:1], {})
+    of_variant = [rows[rows["variant"] == variant] for variant in (0, 1)]
+    assert np.array_equal(found["layer"], np.concatenate([np.sort(of["layer"]) for of in of_variant]), equal_nan=True)
 
 
 def test_manifest(tmp_path: Path) -> None:

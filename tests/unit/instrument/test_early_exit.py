@@ -17,6 +17,7 @@ from lscollapse.data import corpus
 from lscollapse.instrument import early_exit
 from lscollapse.instrument.forward import measure_pass
 from lscollapse.instrument.surgery import Variant
+from lscollapse.measures import Shared
 from lscollapse.models.adapt import adapt
 from lscollapse.models.checkpoints import checkpoint
 from tests.equivalence import plain_models, tiny
@@ -253,7 +254,8 @@ def test_the_bound_is_never_under_the_floor() -> None:
 def test_the_relative_change_of_a_stream_carried_far_is_not_taken_for_zero() -> None:
     """e = 2^1000 against rows of 2^20 * 2^970 is a change of 2^10, though 2^-970 itself is nothing in float32."""
     X = torch.full((2, 3, 4), 2.0**19)
-    found = early_exit.relative_change(2.0**1000, X, np.array([970, 1060]))
+    left = torch.full((2,), 2.0**1000, dtype=torch.float64)
+    found = early_exit.relative_change(left, Shared(X).shortest, torch.tensor([970, 1060]))
     np.testing.assert_allclose(found, [2.0**10, 2.0**-80], rtol=1e-12)
 
 

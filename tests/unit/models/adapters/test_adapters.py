@@ -47,7 +47,7 @@ def outputs(model: Any, ids: np.ndarray, variant: Variant, anew: bool = False) -
     X = adapter.embed(torch.as_tensor(ids))
     found = [X]
     for layer in range(adapter.n_layers):
-        with surgery_on_layer(adapter, layer, variant, Carried(len(X)) if anew else None):
+        with surgery_on_layer(adapter, layer, variant, Carried(X) if anew else None):
             X = adapter.run(layer, X)
         found.append(X)
     return [Y.detach().double().numpy() for Y in found]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -126,6 +127,32 @@ def test_dtype(tmp_path, dtype):
     model = checkpoint.load(write_hf(tmp_path), dtype=dtype).model
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     assert torch.equal(model.embeddings.weight, hf_state()["backbone.embeddings.weight"].to(dtype))
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_as_stored(tmp_path, kind):
+    """16 bits stay what they are in the file, also beside others; wider weights come in the dtype asked for."""
+    folder, norm = write_hf(tmp_path), "backbone.norm_f.weight"
+    stored = {name: tensor.to(kind) for name, tensor in hf_state().items()} | {norm: hf_state()[norm].float()}
+    save_file(stored, folder / "model.safetensors")
+    model = checkpoint.load(folder, as_stored=True).model
+    expected = torch.float32 if kind == torch.float64 else kind
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == (torch.float32 if name == "norm_f.weight" else expected)
+        assert torch.equal(parameter.float(), stored[f"backbone.{name}"].float()) and not parameter.is_meta
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="Linux tells what is mapped")
+def test_weights_of_the_dtype_asked_for_stay_in_their_file(tmp_path):
+    """So that loading takes no memory for them: each storage is the mapped file, or its part of one."""
+    folder = write_hf(tmp_path)
+    save_file(_float(hf_state()), folder / "model.safetensors")
+    model = checkpoint.load(folder).model
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    mapped = [line.split()[0] for line in maps if line.endswith(str(folder / "model.safetensors"))]
+    ranges = [tuple(int(end, 16) for end in part.split("-")) for part in mapped]
+    for parameter in model.parameters():
+        assert any(start <= parameter.data_ptr() < end for start, end in ranges)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -1,0 +1,164 @@
+"""The measures of a batch where it lies; on an NVIDIA GPU by four Triton kernels. Nothing is read back."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lscollapse.eigenvector import SQUARINGS
+from lscollapse.measures import Shared
+
+MOST_ROWS = 128  # of a matrix in a program of the kernels
+TILE = 64  # of a Gram matrix, for tensor cores
+COLUMNS = 32  # of Y at a time: 128 bytes of a row
+
+
+def shared_of(Y: Tensor) -> Shared:
+    """What the measures share of Y (B, N, d), made by what suits it best.
+
+    float64 Y, and more than 128 rows, are measured by torch on a GPU too; on a CPU everything is.
+    """
+    if not Y.is_cuda or torch.version.hip or find_spec("triton") is None:
+        return Shared(Y)
+    fused = Y.dtype != torch.float64 and Y.shape[-2] <= MOST_ROWS
+    return Fused(Y) if fused else BySquaring(Y)
+
+
+class BySquaring(Shared):
+    """Measures by torch, but for the leading eigenvector of matrices that the kernel can hold."""
+
+    def leading(self, gram: Tensor) -> Tensor:
+        n = gram.shape[-1]
+        if n > MOST_ROWS:
+            return super().leading(gram)
+        rows = _rows(n)
+        room = gram.new_zeros(len(gram), 2, rows, rows)
+        room[:, 0, :n, :n] = gram
+        return _leading(room, n)
+
+
+class Fused(Shared):
+    """Measures of a Y (B, N <= 128, d) of numbers that float32 has: every sum over it is made by the kernels, with scale 1."""
+
+    def __init__(self, Y: Tensor) -> None:
+        # Triton does not compile a float64 product of 16-bit numbers.
+        super().__init__(Y.to(torch.float32).contiguous())
+
+    @cached_property
+    def scale(self) -> Tensor:  # (B,)
+        return self._sums[6]
+
+    @cached_property
+    def unit(self) -> Tensor:  # (B, N, d), for measures whose sum no kernel makes
+        return self.Y.to(torch.float64) * self.scale[:, None, None]
+
+    @cached_property
+    def _sums(self) -> tuple[Tensor, ...]:  # 9 x (B,)
+        from lscollapse.models.kernels import measure_code
+
+        Y = self.Y
+        batch, n, d = Y.shape
+        rows, tile, tiles = _rows(n), _tile(n), _tiles(n)
+        sums, lengths, w, room = (
+            torch.empty(batch, *shape, dtype=torch.float64, device=Y.device)
+            for shape in ((9,), (n,), (2, d), (2, rows, rows))
+        )
+        measure_code.sums_kernel[(batch,)](Y, lengths, sums, n, d, ROWS=rows, COLUMNS=COLUMNS, num_warps=16)
+        measure_code.gram_kernel[(batch * tiles,)](
+            Y, room, n, d, ROWS=rows, TILE=tile, TILES=tiles, COLUMNS=COLUMNS, num_warps=8
+        )
+        u = _leading(room, n)
+        measure_code.rest_kernel[(batch,)](Y, u, lengths, w, sums, n, d, ROWS=rows, COLUMNS=COLUMNS, num_warps=16)
+        return sums.unbind(-1)
+
+    @cached_property
+    def peak(self) -> Tensor:
+        return self._sums[7]
+
+    @cached_property
+    def shortest(self) -> Tensor:
+        return self._sums[8]
+
+    @cached_property
+    def size(self) -> Tensor:
+        return self._sums[0]
+
+    @cached_property
+    def centred(self) -> Tensor:
+        return self._sums[1]
+
+    @cached_property
+    def size_1_inf(self) -> Tensor:
+        return self._sums[2]
+
+    @cached_property
+    def centred_1_inf(self) -> Tensor:
+        return self._sums[3]
+
+    @cached_property
+    def rest(self) -> Tensor:
+        return self._sums[4]
+
+    @cached_property
+    def aligned(self) -> Tensor:
+        return self._sums[5]
+
+
+def _rows(n: int) -> int:
+    """The rows that n rows are padded to: a power of two that tensor cores take."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def _tile(n: int) -> int:
+    return min(_rows(n), TILE)
+
+
+def _tiles(n: int) -> int:
+    """The tiles of a Gram matrix of n rows on its diagonal and over it."""
+    across = _rows(n) // _tile(n)
+    return across * (across + 1) // 2
+
+
+def _leading(room: Tensor, n: int) -> Tensor:
+    """(B, 2, rows, rows), the first of each two a Gram matrix of n rows -> (B, n)."""
+    from lscollapse.models.kernels import measure_code
+
+    rows, tile = room.shape[-1], _tile(n)
+    u = room.new_empty(len(room), n)
+    measure_code.leading_kernel[(len(room),)](
+        room, u, n, SQUARINGS, ROWS=rows, TILE=tile, COLUMNS=min(rows, COLUMNS), num_warps=4
+    )
+    return u
+
+
+class Cost(NamedTuple):
+    """What `Fused` takes for one excerpt, by formula.
+
+    Attributes:
+        reads: bytes of Y, read four times and a Gram matrix's tiles besides, which a cache may save: from memory.
+        other: bytes of what the kernels hand to each other, most of which stays in the cache.
+        products: floating-point operations of the float64 products on tensor cores.
+        arithmetic: of the rest, in float64.
+    """
+
+    reads: int
+    other: int
+    products: int
+    arithmetic: int
+
+
+def cost(n: int, d: int, squarings: float = 10) -> Cost:
+    """Of an excerpt of n tokens in d channels. `squarings` lie between 1 (collapsed) and SQUARINGS (equal singular values);
+    10 is for a second eigenvalue of 0.97 of the first."""
+    rows, tile = _rows(n), _tile(n)
+    tiled = 2 * _tiles(n) * tile**2  # operations of a Gram matrix for each column
+    return Cost(
+        reads=4 * 4 * n * d,
+        other=8 * (4 * d + round((squarings + 1) * 2 * rows**2)),
+        products=round(tiled * (d + squarings * rows)),
+        arithmetic=40 * n * d,
+    )
