@@ -51,7 +51,7 @@ test-slow: setup  ## the tier slow
 	  .venv-kernels/bin/python -m pip install --no-build-isolation --no-deps -r configs/kernels-packages.txt
 	@touch $@
 
-test-kernels:  ## mamba-ssm's Triton kernels without a GPU: interpreted, and compiled for sm_80, sm_90 and sm_100
+test-kernels:  ## the Triton kernels without a GPU: interpreted, and compiled for sm_80, sm_90 and sm_100
 	@$(MAKE) .venv-kernels/stamp || { echo "test-kernels: SKIPPED, its packages cannot be installed here (above)" >&2; exit 0; }; \
 	TRITON_INTERPRET=1 .venv-kernels/bin/python -m pytest --confcutdir=tests/kernels tests/kernels
 

@@ -13,8 +13,8 @@ from lscollapse.core.config import Experiment
 if TYPE_CHECKING:
     import pandas as pd
 
-MEASURED = ("dtype", "device", "kernels", "seed", "random_init", "offline", "certified_exit", "stream", "max_memory",
-            "quality", "gradients", "engine", "address")  # fmt: skip
+MEASURED = ("dtype", "device", "kernels", "products", "seed", "random_init", "offline", "certified_exit", "stream",
+            "max_memory", "quality", "gradients", "engine", "address")  # fmt: skip
 TEXTS = ("excerpts", "tokens", "source", "titles", "tokenizer", "skip_site", "norm_site")
 
 

@@ -54,9 +54,9 @@ def fetch(
 
 def verify_kernels(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    kernels: Annotated[str, typer.Option(help="auto, torch or triton.")] = "auto",
+    kernels: Annotated[str, typer.Option(help="auto, torch, triton or mamba-ssm.")] = "auto",
 ) -> None:
-    """Compare scan, conv, gated norm and a whole block with a float64 recurrence; exit 1 over tolerance."""
+    """Compare scan, conv, gated norm, a product and a whole block with float64; exit 1 over tolerance."""
     from lscollapse.cli.terminal.prepare import kernels_table
     from lscollapse.models.kernels import verify
 

@@ -144,7 +144,13 @@ class Experiment(Compute):
         lt=1,
         description="Rounding that leaves a number unresolved: absolute for relative measures, else relative to it.",
     )
-    kernels: Literal["auto", "torch", "triton"] = Field(default="auto", description="auto, torch or triton.")
+    kernels: Literal["auto", "torch", "triton", "mamba-ssm"] = Field(
+        default="auto", description="Of Mamba-2 on a GPU: auto, triton (the package's own), mamba-ssm or torch."
+    )
+    products: Literal["split", "ieee"] = Field(
+        default="split",
+        description="float32 products of the triton kernels: split, on tensor cores, or ieee; others are always ieee.",
+    )
     seed: int = Field(default=0, ge=0, description="Which excerpts are drawn, and random initial weights.")
     random_init: bool = Field(default=False, description="Measure freshly initialised weights too.")
     certified_exit: bool = Field(default=True, description="Skip layers that provably change nothing.")

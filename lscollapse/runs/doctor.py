@@ -58,11 +58,12 @@ def _devices(config: Experiment) -> Iterator[Diagnosis]:
     cpu = f"cpu ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
     yield Diagnosis("device", ", ".join(gpus) or cpu + (f", {len(on)} processes" if len(on) > 1 else ""))
     try:
-        kernels = resolve_kernels(config.kernels, on[0])
+        kernels = resolve_kernels(config.kernels, on[0], products=config.products)
     except KernelError as error:
         yield Diagnosis("kernels", f"{config.kernels} cannot run", str(error))
     else:
         paths = ", ".join(f"{what} {_path(getattr(kernels, what))}" for what in ("scan", "conv", "gated_norm"))
+        paths = kernels.own.__name__ if kernels.own else paths
         yield Diagnosis("kernels", f"{paths} ({kernels.backend}): {_why(kernels, config)}", good=not kernels.note)
     bf16 = _bf16(on[0])
     slow = "" if bf16 or config.dtype != "bfloat16" else ": bfloat16 runs here, but slower than float32"
@@ -72,7 +73,7 @@ def _devices(config: Experiment) -> Iterator[Diagnosis]:
 def _why(kernels: Kernels, config: Experiment) -> str:
     if kernels.note or config.kernels != "auto":
         return kernels.note or "as asked for"
-    return "mamba-ssm and causal-conv1d are there" if kernels.triton else "the Triton kernels need a GPU"
+    return "Triton is there" if kernels.triton else "the Triton kernels need a GPU"
 
 
 def _path(function: object) -> str:

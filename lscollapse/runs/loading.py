@@ -202,6 +202,6 @@ def _attach_head(adapter: Adapter, name: str, init: str, config: Experiment) -> 
 
 def _choose_kernels(adapter: Adapter, config: Experiment, progress: Progress) -> None:
     if isinstance(adapter, Mamba2Adapter):
-        adapter.kernels = resolve_kernels(config.kernels, adapter.device)
+        adapter.kernels = resolve_kernels(config.kernels, adapter.device, products=config.products)
         if adapter.kernels.note:
             progress.note(adapter.kernels.note)

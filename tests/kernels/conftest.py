@@ -1,4 +1,4 @@
-"""Tests of mamba-ssm's Triton kernels without a GPU, in their own environment: `make test-kernels`.
+"""Tests of the Triton kernels without a GPU, in their own environment: `make test-kernels`.
 
 Triton decides when it is imported whether it interprets, so these tests need a process of their own and are left out of
 any other.

@@ -53,9 +53,8 @@ class Upload(Transfer):
         def finish() -> Mamba2Block:
             computing = torch.cuda.current_stream(self.device)
             computing.wait_event(arrived)
-            for tensor in vars(block).values():
-                if isinstance(tensor, Tensor):
-                    tensor.record_stream(computing)  # its memory is not given away before `computing` is past its use
+            for tensor in block.parts():
+                tensor.record_stream(computing)  # its memory is not given away before `computing` is past its use
             return block
 
         return finish

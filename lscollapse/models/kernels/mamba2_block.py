@@ -98,7 +98,7 @@ class Mamba2Block(ABC):
             raise BlockError(f"dtype {dtype} is not supported: choose one of {', '.join(map(str, DTYPES))}")
         self.shape, self.dtype = shape, dtype
         self.stream = ssd.compute_dtype(dtype)
-        weights = {name: t.to(dtype if "_proj" in name else self.stream) for name, t in tensors.items()}
+        weights = {name: self._held(name, tensor) for name, tensor in tensors.items()}
         self._norm, self._mixer_norm = weights["norm.weight"], weights["mixer.norm.weight"]
         self._in_proj, self._in_bias = weights["mixer.in_proj.weight"], weights.get("mixer.in_proj.bias")
         self._out_proj, self._out_bias = weights["mixer.out_proj.weight"], weights.get("mixer.out_proj.bias")
@@ -149,6 +149,14 @@ class Mamba2Block(ABC):
         skips, scales = (self._per_excerpt(factor, X) for factor in (skip, o_scale))
         norms = layernorm or norm_site == "mixer", layernorm or norm_site == "block"
         return self._compute(X.to(self.stream), BlockCall(D, gating, *norms, skips, scales))
+
+    def _held(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor as the block keeps it: what the two products read in the block's dtype, all else in the stream's."""
+        return tensor.to(self.dtype if "_proj" in name else self.stream)
+
+    def parts(self) -> list[Tensor]:
+        """Every tensor that the block holds, for what must know whose memory it is."""
+        return [tensor for tensor in vars(self).values() if isinstance(tensor, Tensor)]
 
     @abstractmethod
     def _compute(self, X: Tensor, what: BlockCall) -> Tensor:

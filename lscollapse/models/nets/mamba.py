@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lscollapse.models.kernels.backends import differentiable, selective_scan_kernel
+from lscollapse.models.kernels.backends import differentiable
+from lscollapse.models.kernels.mamba_ssm import selective_scan_kernel
 from lscollapse.models.kernels.ssd import compute_dtype
 
 PIECE = 8  # tokens that are scanned one after the other

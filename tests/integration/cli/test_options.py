@@ -18,7 +18,7 @@ from lscollapse.experiments.table1.schema import Table1
 
 SWEEP = (
     "config model lambdas lambdas-file excerpts tokens source titles tokenizer skip-site norm-site gating dtype device kernels"
-    " seed random-init offline certified-exit stream max-memory quality gradients engine address set out yscale"
+    " products seed random-init offline certified-exit stream max-memory quality gradients engine address set out yscale"
 )
 FLAGS = {
     "sweep-lambda": SWEEP,

@@ -27,7 +27,7 @@ from lscollapse.models.adapt import adapt
 from lscollapse.models.adapters.mamba2 import Mamba2Adapter
 from lscollapse.models.adapters.streamed import StreamedMamba2, Transfer
 from lscollapse.models.checkpoints import checkpoint
-from lscollapse.models.kernels import backends
+from lscollapse.models.kernels import backends, chunked
 from lscollapse.models.kernels.gpu_block import GpuBlock
 from lscollapse.models.kernels.mamba2_block import Mamba2Block
 from lscollapse.runs import devices, memory, processes, work
@@ -258,7 +258,7 @@ def late(config: Experiment) -> StreamedMamba2:
     adapter = StreamedMamba2(checkpoint.open_layers(config.models[0]), Late())
     # A GpuBlock with torch operations: what a GPU runs, without the GPU.
     adapter.kernels = replace(
-        backends.resolve_kernels("torch", "cpu"), scan=backends.chunked_scan, conv=backends.causal_conv, triton=True
+        backends.resolve_kernels("torch", "cpu"), scan=chunked.chunked_scan, conv=chunked.causal_conv, triton=True
     )
     return adapter
 

@@ -12,15 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lscollapse.models.kernels import ssd
-from lscollapse.models.kernels.backends import (
-    KernelError,
-    Kernels,
-    causal_conv,
-    chunked_scan,
-    gated_norm,
-    resolve_kernels,
-)
+from lscollapse.models.kernels import backends, ssd
+from lscollapse.models.kernels.backends import KernelError, Kernels, resolve_kernels
+from lscollapse.models.kernels.chunked import causal_conv, chunked_scan, gated_norm
 from lscollapse.models.kernels.gpu_block import GpuBlock
 from lscollapse.models.kernels.mamba2_block import BlockError
 from lscollapse.models.kernels.verify import TOY, KernelCheck, passed, verify
@@ -38,31 +32,31 @@ def test_on_a_cpu_auto_is_the_native_code() -> None:
         assert found.for_dtype(torch.float64) is found
 
 
-def test_products_are_ieee_unless_tf32_is_asked_for() -> None:
-    try:
-        resolve_kernels("torch", "cpu", allow_tf32=True)
-        assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
-    finally:
-        resolve_kernels("torch", "cpu")
+def test_what_torch_computes_is_ieee() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # cudnn's is so by default
+    resolve_kernels("torch", "cpu")
     assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
 
 
 @pytest.mark.parametrize(
     ("kernels", "device", "message"),
     [
-        ("cuda", "cpu", "'cuda' do not exist: choose one of auto, torch, triton"),
+        ("cuda", "cpu", "'cuda' do not exist: choose one of auto, torch, triton, mamba-ssm"),
         ("triton", "cpu", "need a GPU: use --device cuda, or --kernels torch"),
+        ("mamba-ssm", "cpu", "need a GPU: use --device cuda, or --kernels torch"),
         ("auto", "meta", "no kernels for device 'meta': use cpu or cuda"),
     ],
 )
 def test_what_cannot_be_had_is_refused(kernels: str, device: str, message: str) -> None:
     with pytest.raises(KernelError, match=message):
         resolve_kernels(kernels, device)
+    with pytest.raises(KernelError, match="products 'tf32' do not exist: choose one of split, ieee"):
+        resolve_kernels("auto", "cpu", products="tf32")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu_is_said() -> None:
-    for kernels in ("auto", "torch", "triton"):
+    for kernels in ("auto", "torch", "triton", "mamba-ssm"):
         with pytest.raises(KernelError, match="torch sees no GPU"):
             resolve_kernels(kernels, "cuda:0")
 
@@ -77,22 +71,57 @@ def in_a_process(program: str, path: Path) -> str:
     return done.stdout
 
 
-def test_triton_not_installed_says_how_to_install(tmp_path: Path) -> None:
-    (tmp_path / "mamba_ssm").mkdir()
-    (tmp_path / "mamba_ssm" / "__init__.py").write_text("raise ImportError('undefined symbol')")
+def without(package: str, path: Path) -> None:
+    (path / package).mkdir()
+    (path / package / "__init__.py").write_text("raise ImportError('undefined symbol')")
+
+
+def test_what_is_not_installed_says_how_to_install_it(tmp_path: Path) -> None:
+    for package in ("triton", "mamba_ssm", "causal_conv1d"):
+        without(package, tmp_path)
     program = """
         from lscollapse.models.kernels.backends import KernelError, resolve_kernels
-        try:
-            resolve_kernels("triton", "cpu")
-        except KernelError as error:
-            print(error)
+        for kernels in ("triton", "mamba-ssm"):
+            try:
+                resolve_kernels(kernels, "cpu")
+            except KernelError as error:
+                print(error)
         print(resolve_kernels("auto", "cpu").backend)
     """
-    refusal, auto = in_a_process(program, tmp_path).splitlines()
-    for part in ("cannot be imported", "CUDA build of torch", "pip install setuptools wheel packaging ninja",
-                 'pip install --no-build-isolation "lscollapse[gpu]"', "--kernels torch"):  # fmt: skip
-        assert part in refusal
+    triton, mamba_ssm, auto = in_a_process(program, tmp_path).splitlines()
+    assert "cannot be imported (undefined symbol): install a CUDA build of torch, which brings triton" in triton
+    for part in ("mamba-ssm cannot be imported (No module named 'mamba_ssm.ops')", "CUDA build of torch", "ninja",
+                 'pip install --no-build-isolation "lscollapse[gpu]"', "--kernels triton or torch"):  # fmt: skip
+        assert part in mamba_ssm
     assert auto == "torch native"
+
+
+def test_on_a_gpu_each_package_is_resolved_alone(tmp_path: Path) -> None:
+    """torch says that there is a GPU; nothing runs on it."""
+    for package in ("triton", "mamba_ssm"):
+        without(package, tmp_path)
+    (tmp_path / "causal_conv1d").mkdir()
+    (tmp_path / "causal_conv1d" / "__init__.py").write_text("causal_conv1d_fn = print")
+    (tmp_path / "causal_conv1d-1.6.1.dist-info").mkdir()
+    (tmp_path / "causal_conv1d-1.6.1.dist-info" / "METADATA").write_text("Name: causal-conv1d\nVersion: 1.6.1\n")
+    program = """
+        import torch
+        torch.cuda.is_available = lambda: True
+        from lscollapse.models.kernels.backends import differentiable, resolve_kernels
+        for found in (resolve_kernels("mamba-ssm", "cuda"), resolve_kernels("auto", "cuda:0"), differentiable("cuda")):
+            print(found.backend.replace(torch.__version__, "VERSION"), found.note, found.triton, sep="; ")
+    """
+    mixed, auto, training = in_a_process(program, tmp_path).splitlines()
+    missing = "mamba-ssm cannot be imported (No module named 'mamba_ssm.ops'), torch operations run in its place"
+    assert mixed == f"torch VERSION chunked + causal-conv1d 1.6.1 cuda, ieee fp32; {missing}; False" == training
+    backend, note, triton = auto.split("; ", 2)
+    assert backend == "torch VERSION chunked, ieee fp32" and triton.endswith("False")
+    assert note.startswith("torch operations run: the triton kernels cannot be imported (undefined symbol)")
+
+
+def test_differentiable_on_a_cpu_is_torch() -> None:
+    found = backends.differentiable("cpu")
+    assert found.scan is chunked_scan and found.differentiable and found.own is None
 
 
 @pytest.mark.parametrize("decay", DECAYS)
@@ -105,6 +134,15 @@ def test_chunked_scan_is_the_recurrence(size: tuple[int, ...], decay: str) -> No
     narrow = {name: t.float() for name, t in tensors.items()}
     found = chunked_scan(**narrow)
     assert found.dtype == torch.float32 and relative_error(found, recurrence(**narrow)) < 1e-5
+
+
+def test_chunked_scan_takes_one_D_an_excerpt() -> None:
+    tensors = inputs((2, 9, 4, 3, 2, 5, 32))
+    D = torch.stack([tensors.pop("D"), torch.arange(4.0)]).double()
+    found = chunked_scan(**tensors, D=D)
+    for one, own in enumerate(D):
+        expected = recurrence(**tensors, D=own)
+        assert relative_error(found[one], expected[one]) < 1e-12
 
 
 def test_chunked_scan_has_the_gradients_of_the_recurrence() -> None:
@@ -181,6 +219,8 @@ def test_lambda_zero_is_exactly_the_mixer_output() -> None:
     block, X = GpuBlock(weights(s), s, CHUNKED, torch.float64), stream(s)
     assert relative_error(block(X, lam=0.0), plain_O(weights(s), s, X, True, True, True, 0.0)) < 1e-12
     assert torch.equal(block(1e30 * X, lam=0.0)[..., 0], block(2e30 * X, lam=0.0)[..., 0])
+    X[1] = torch.nan
+    assert torch.equal(block(X, lam=0.0)[::2], block(X, lam=0.0, skip=torch.tensor([0.0, 1.0, 0.0]).view(3, 1, 1))[::2])
 
 
 def test_block_refuses_kernels_of_another_device() -> None:
@@ -194,7 +234,7 @@ def test_block_refuses_kernels_of_another_device() -> None:
 def test_verify_on_a_cpu() -> None:
     rows = verify("cpu", "torch")
     assert passed(rows) and {row.backend for row in rows} == {"torch native"}
-    names = ("scan", "conv", "gated norm", "block")  # the native scan has no backward pass
+    names = ("scan", "conv", "gated norm", "product", "block")  # the native scan has no backward pass
     assert [(row.case, row.name) for row in rows] == [(case.name, name) for case in TOY for name in names]
     assert all(0 < row.error < row.tolerance and row.torch_seconds is None for row in rows)
 

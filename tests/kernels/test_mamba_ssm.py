@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import subprocess
@@ -10,18 +9,10 @@ import sys
 
 import pytest
 import torch
-from torch import Tensor
 
-from lscollapse.models.kernels.backends import (
-    KernelError,
-    Kernels,
-    causal_conv,
-    chunked_scan,
-    gated_norm,
-    resolve_kernels,
-)
+from lscollapse.models.kernels.backends import resolve_kernels
 from lscollapse.models.kernels.gpu_block import GpuBlock
-from lscollapse.models.kernels.mamba2_block import Mamba2Shape
+from lscollapse.models.kernels.mamba2_block import BlockCall, Mamba2Shape
 from tests.unit.models.kernels.test_cpu_block import plain_norm, plain_O, relative_error, stream, weights
 from tests.unit.models.kernels.test_ssd import inputs, recurrence
 
@@ -32,7 +23,7 @@ SIZES = [  # batch, L, heads, head_dim, groups, state, chunk
     (1, 3, 2, 16, 1, 16, 16),
     (1, 130, 2, 64, 1, 128, 64),
 ]
-KERNELS = resolve_kernels("triton", "cpu")
+KERNELS = resolve_kernels("mamba-ssm", "cpu")
 
 
 def n_configurations() -> int:
@@ -51,8 +42,6 @@ def test_what_is_bound_says_so() -> None:
     assert resolve_kernels("auto", "cpu").backend == "torch native"  # by device, not by what is installed
     assert KERNELS.for_dtype(torch.float32) is KERNELS
     assert KERNELS.for_dtype(torch.float64).backend == "torch native"
-    with pytest.raises(KernelError, match="new process"):
-        resolve_kernels("triton", "cpu", allow_tf32=True)
 
 
 @pytest.mark.parametrize("decay", ["weak", "usual"])
@@ -91,32 +80,20 @@ def test_gated_norm(width: int, groups: int, gated: bool) -> None:
     assert relative_error(KERNELS.gated_norm(y, gate if gated else None, weight, 1e-5, groups), expected) < 1e-6
 
 
-ARMS = [
-    {"gating": gating, "layernorm": norm_site is None, "skip_site": skip_site, "norm_site": norm_site or "both"}
-    for gating, skip_site, norm_site in itertools.product(
-        [True, False], ["residual", "mixer"], [None, "both", "mixer", "block"]
-    )
-]
-TORCH = Kernels(chunked_scan, causal_conv, gated_norm, "torch chunked", "cpu")
-
-
-@pytest.mark.parametrize("arm", ARMS, ids=lambda arm: "-".join(map(str, arm.values())))
-def test_every_arm_of_a_block(arm: dict) -> None:
-    """The interpreted kernels, and torch's operations for a GPU, against the plain float64 block; lambda of both signs."""
-    s, o_scale = Mamba2Shape(hidden=32, heads=4, head_dim=16, state=16, groups=2), 0.25
+@pytest.mark.parametrize("D", ["one", "one an excerpt"])
+def test_a_block_is_the_plain_block(D: str) -> None:
+    s = Mamba2Shape(hidden=32, heads=4, head_dim=16, state=16, groups=2)
     w, X = weights(s), stream(s, batch=2, N=21)
-    blocks: dict[str, GpuBlock] = {
-        name: GpuBlock({key: t.float() for key, t in w.items()}, s, kernels)
-        for name, kernels in (("triton", KERNELS), ("torch", TORCH))
-    }
-    for lam in (-1.5, 0.0):
-        on_mixer = arm["skip_site"] == "mixer"
-        keeps_block, keeps_mixer = (arm["layernorm"] or arm["norm_site"] == site for site in ("mixer", "block"))
-        O = plain_O(w, s, X, arm["gating"], keeps_block, keeps_mixer, lam if on_mixer else 0.0)
-        expected = (1.0 if on_mixer else lam) * X + o_scale * O
-        for name, block in blocks.items():
-            found: Tensor = block(X.float(), lam=lam, o_scale=o_scale, **arm)
-            assert found.dtype == torch.float32 and relative_error(found, expected) < 1e-5, (name, lam)
+    block = GpuBlock({key: t.float() for key, t in w.items()}, s, KERNELS)
+    lams = torch.tensor([-1.5, 0.5]) if D == "one an excerpt" else torch.tensor([0.5, 0.5])
+    what = BlockCall(
+        block._D + (lams[:, None] if D == "one an excerpt" else 0.5), True, True, True, lams, torch.ones(2)
+    )
+    with torch.no_grad():
+        found = block._compute(X.float(), what)
+    for one, x, lam in zip(found, X, lams.tolist(), strict=True):
+        O = plain_O(w, s, x[None], True, True, True, lam)
+        assert relative_error(one, lam * x + O[0]) < 1e-5
 
 
 def test_verify_in_a_process_of_its_own() -> None:
@@ -128,6 +105,7 @@ def test_verify_in_a_process_of_its_own() -> None:
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MAMBA_DETERMINISTIC")}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    operations = ("block", "conv", "gated norm", "scan")
-    pairs = [(name, by) for name in operations for by in ("mamba-ssm", "torch")] + [("scan backward", "mamba-ssm")]
-    assert done.stdout.strip() == " ".join(map(str, pairs))
+    expected = {(name, by) for name in ("block", "product") for by in ("lscollapse", "mamba-ssm", "torch")}
+    expected |= {(name, by) for name in ("conv", "gated norm", "scan") for by in ("mamba-ssm", "torch")}
+    expected |= {("mixer", "lscollapse"), ("scan backward", "mamba-ssm")}
+    assert done.stdout.strip() == " ".join(map(str, sorted(expected)))

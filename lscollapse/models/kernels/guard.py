@@ -1,0 +1,85 @@
+"""Own kernels on a card that nobody measured: compared with float64 before they are used, so that they are right or not used.
+
+Two excerpts through what lies between the products of a block, and one product of 2,560 terms: a second, once a process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from lscollapse.models.kernels.mamba2_block import Mamba2Shape
+from lscollapse.models.kernels.reference import TOLERANCE, block_weights, plain_mixer, relative_error
+
+SHAPE = Mamba2Shape(256, heads=4, head_dim=64, state=128)
+N_TOKENS = 128
+PRODUCT = (256, 2560, 256)  # m, k, n
+
+
+def faults(own: ModuleType, device: torch.device, split: bool) -> dict[str, str]:
+    """What of `own`, a module as fused.py, is not right on this device: `mixer` or `product` -> why, for the user.
+
+    Raises:
+        torch.OutOfMemoryError: the device has no room for the few MB that this takes.
+    """
+    checks: dict[str, Callable[[], float]] = {"mixer": lambda: _mixer(own, device)}
+    if split:
+        checks["product"] = lambda: _product(own, device)
+    found = {}
+    for name, error in checks.items():
+        try:
+            off = error()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as fault:  # of a compiler, a driver or a launch: whatever it is, the kernel cannot be used
+            line = " ".join(str(fault).split())[:200]
+            found[name] = f"the package's {name} kernels do not run on this device ({type(fault).__name__}: {line})"
+            continue
+        if not off <= TOLERANCE[name]:  # nor a NaN
+            found[name] = f"the package's {name} kernels are off by {off:.0e} here, {TOLERANCE[name]:.0e} is allowed"
+    return found
+
+
+def _normal(device: torch.device, *sizes: tuple[int, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(size, generator=generator).to(device) for size in sizes]
+
+
+def mixed(own: ModuleType, weights: dict[str, Tensor], s: Mamba2Shape, projected: Tensor) -> Tensor:
+    """Convolution, scan, gate and norm by own kernels: projected (B, N, inner + conv_dim + heads) -> (B, N, inner)."""
+    taps = weights["mixer.conv1d.weight"].flatten(1).T.contiguous().T
+    A, D, dt_bias = -weights["mixer.A_log"].exp(), weights["mixer.D"], weights["mixer.dt_bias"]
+    y = own.scan(projected, s, A, D, dt_bias, taps, weights["mixer.conv1d.bias"])
+    norm = weights["mixer.norm.weight"]
+    return torch.as_tensor(own.rows(y, projected[..., : s.inner], norm, s.eps, s.groups, torch.float32))
+
+
+def _mixer(own: ModuleType, device: torch.device) -> float:
+    """Error of `mixed`, and of 3 X - 0.5 O with it for one excerpt and O for another."""
+    s, w = SHAPE, block_weights(SHAPE, torch.Generator().manual_seed(0), device)
+    projected, X = _normal(device, (2, N_TOKENS, s.inner + s.conv_dim + s.heads), (2, N_TOKENS, s.inner))
+    exact, O = plain_mixer(w, s, projected), mixed(own, w, s, projected)
+    skips, scales = torch.tensor([[3.0, 0.0], [-0.5, 1.0]], device=device)
+    Y = own.combine(X, O, skips, scales)
+    skips, scales = skips[:, None, None].double(), scales[:, None, None].double()
+    return max(relative_error(O, exact), relative_error(Y, skips * X + scales * exact), key=_order)
+
+
+def _product(own: ModuleType, device: torch.device) -> float:
+    """The largest error with weights of each dtype."""
+    m, k, n = PRODUCT
+    X, W = _normal(device, (m, k), (n, k))
+    errors = []
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        weight = W.to(dtype)
+        exact = X.double() @ weight.double().T
+        errors.append(relative_error(own.product(own.split(X), own.Weight.of(weight)), exact))
+    return max(errors, key=_order)
+
+
+def _order(error: float) -> float:
+    """For `max`: a NaN is the largest."""
+    return float("inf") if error != error else error
