@@ -98,11 +98,9 @@ def remaining(gains: Sequence[float], variant: Variant, dtype: torch.dtype) -> l
     return left[::-1]
 
 
-def relative_change(left: Tensor, shortest: Tensor, exponent: Tensor) -> Tensor:
-    """e_k / min_i ||x_i|| of every excerpt, (B,), for an X carried as X * 2^exponent; infinite where a row is zero.
+def log2_change(log2_left: Tensor, shortest: Tensor, down: Tensor) -> Tensor:
+    """log2 of e_k / min_i ||x_i|| of every excerpt, (B,), for an X carried as X * 2^-down; not finite where a row is zero.
 
-    left, shortest, exponent: (B,), e_k, min_i of the rows of X in float64, and integers. Logarithms are subtracted: no power of
-    two on the way leaves float64.
+    log2_left, shortest, down: (B,) in float64: log2 of e_k, min_i of the rows of X, and whole numbers.
     """
-    change = torch.exp2(torch.log2(left) - torch.log2(shortest) - exponent)
-    return torch.where(shortest > 0, change, math.inf)
+    return log2_left - torch.log2(shortest) + down

@@ -11,6 +11,7 @@ from lscollapse.instrument import precision, rounding
 from lscollapse.instrument.stream import Stream
 from lscollapse.instrument.surgery import Variant, check
 from lscollapse.models.adapters.adapter import Adapter
+from lscollapse.models.kernels.backends import ieee
 from lscollapse.models.kernels.mamba2_block import Mamba2Block
 
 
@@ -38,6 +39,8 @@ class Engines:
         """`dtypes` as for `dtypes_of`, or one for each variant; `batched` by the device where it is not given."""
         for variant in variants:
             check(adapter, variant)
+        if adapter.device.type == "cuda":
+            ieee()
         self._original = adapter
         self._variants = variants
         self.batched = adapter.device.type != "cpu" if batched is None else batched
@@ -107,6 +110,15 @@ class Engines:
                 if running:
                     stream.step(self.adapter(stream.dtype), layer, blocks[stream.dtype])
                 yield layer, stream, running
+
+    def ends(self, tokens: Tensor, twins: rounding.Twins | None = None) -> list[Stream]:
+        """The streams as they come out of the last layer, without measures on the way; `known` is of then."""
+        streams = self.streams(tokens, twins=twins)
+        for _ in self.steps(streams):
+            pass
+        for stream in streams:
+            stream.read()
+        return streams
 
     def block(self, layer: int, dtype: torch.dtype) -> Mamba2Block | None:
         """The package's own block `layer` in `dtype`; None where the model's module computes it."""

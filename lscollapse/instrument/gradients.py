@@ -29,10 +29,10 @@ from lscollapse.models.numerics.carried import largest_entries
 
 
 class State(NamedTuple):
-    """The input of a block, X * 2^exponent."""
+    """The input of a block, X * 2^-down."""
 
     X: Tensor  # (B, N, d)
-    exponent: Tensor  # (B,)
+    down: Tensor  # (B,)
 
 
 def grad_norm(
@@ -95,11 +95,11 @@ def check_chain(adapter: Adapter) -> None:
 
 def _norms(adapter: Adapter, stream: Stream, head: Head | Scores, targets: Targets) -> Iterator[np.ndarray]:
     """log2 of the norm for k = K..0, (B,) each; meaningless where the stream ends with another status than ok."""
-    states = [State(stream.X, stream.carried.exponent)]
+    states = [State(stream.X, stream.carried.down)]
     with torch.no_grad():
         for layer in range(adapter.n_layers):
             stream.step(adapter, layer, None)
-            states.append(State(stream.X, stream.carried.exponent))
+            states.append(State(stream.X, stream.carried.down))
     stream.read()
     lost = stream.lost != 0
     g, power = _from_head(adapter, stream, head, targets), np.zeros(len(lost))
@@ -110,9 +110,7 @@ def _norms(adapter: Adapter, stream: Stream, head: Head | Scores, targets: Targe
         power += shift.cpu().numpy()
         with np.errstate(divide="ignore"):
             size = np.log2(torch.linalg.vector_norm(g.double(), dim=(1, 2)).cpu().numpy())
-        yield (
-            size + power - states[layer + 1].exponent.numpy(force=True)
-        )  # by X = 2^exponent times the X that is carried
+        yield (size + power + states[layer + 1].down.numpy(force=True))  # by X = 2^-down times the X that is carried
         if layer >= 0:
             g = _pulled_back(adapter, stream, layer, states[layer], g)
 
@@ -134,6 +132,6 @@ def _pulled_back(adapter: Adapter, stream: Stream, layer: int, state: State, g: 
     """The gradient with respect to the input of block `layer` from that with respect to its output, both as carried."""
     with torch.enable_grad():
         X = stream.X = state.X.detach().requires_grad_()
-        stream.carried.exponent = state.exponent
+        stream.carried.down = state.down
         stream.step(adapter, layer, None)
         return torch.autograd.grad(stream.X, X, g)[0]

@@ -10,7 +10,7 @@ from lscollapse import measures
 from lscollapse.core.table import LOST
 
 HOW = np.array(["ok", *LOST], dtype=object)
-STATE = ("exponent", "lost", "bound", "next_bound")  # the columns after the measures
+STATE = ("down", "lost", "log2_bound", "next_log2_bound")  # the columns after the measures
 
 
 @dataclass
@@ -60,16 +60,20 @@ class Known:
         power: np.ndarray = self.exponent + self.skipped
         return power
 
-    def learn(self, rows: np.ndarray, found: np.ndarray, lams: np.ndarray | None) -> None:
+    def learn(self, rows: np.ndarray, found: np.ndarray, lams: np.ndarray | None, floor: float) -> None:
         """Take the columns `found` of some rows in the layer after the last; of the others X stands still.
 
+        floor: of what the rows are computed in.
         lams: (R,), lambda of the block before; None for the embedding.
         """
         self.bound = self.next_bound.copy()
         self.values[rows] = found[:, : -len(STATE)]
-        exponent, lost, bound, next_bound = found[:, -len(STATE) :].T
-        self.exponent[rows], self.bound[rows], self.next_bound[rows] = exponent, bound, next_bound
-        self.status[rows] = HOW[lost.astype(int)]
+        down, lost, bound, next_bound = found[:, -len(STATE) :].T
+        self.exponent[rows] = -down
+        # What is left to compute may be less than rounding, which is there all the same.
+        self.bound[rows], self.next_bound[rows] = (np.maximum(np.exp2(log2), floor) for log2 in (bound, next_bound))
+        # A finite input under finite weights becomes NaN only by way of infinity: how a row was lost is known from then on.
+        self.status[rows] = np.where(self.status[rows] == "ok", HOW[lost.astype(int)], self.status[rows])
         if lams is not None and self.settled.any():
             settled = self.settled
             self.skipped[settled] += np.log2(np.abs(lams[settled]))

@@ -93,12 +93,7 @@ def lm_loss(
     targets = targets_of(adapter, tokens, mask_token, seed, excerpt_numbers(tokens, first, twins))
     with torch.no_grad():
         if streams is None or adapter.masked:
-            engines = Engines(adapter, variants, dtype)
-            streams = engines.streams(targets.inputs, twins=twins)
-            for _ in engines.steps(streams):
-                pass  # nothing is measured on the way
-            for stream in streams:
-                stream.read()
+            streams = Engines(adapter, variants, dtype).ends(targets.inputs, twins)
         table = Table(adapter, tokens.shape[1])
         certified = any(stream.known.settled.any() for stream in streams)
         root, largest, longest = _steepness(head) if certified else (math.nan,) * 3

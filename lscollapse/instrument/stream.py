@@ -27,7 +27,7 @@ from lscollapse.instrument.surgery import Variant, surgery_on_layer
 from lscollapse.measures import Shared
 from lscollapse.models.adapters.adapter import Adapter
 from lscollapse.models.kernels.mamba2_block import Mamba2Block
-from lscollapse.models.numerics.carried import Carried, Lambda, any_of, largest_entries, lose_unsquarable
+from lscollapse.models.numerics.carried import Carried, Lambda, Split, any_of, frexp, largest_entries, lose_unsquarable
 from lscollapse.models.numerics.scores import scores_in_range
 
 
@@ -51,7 +51,7 @@ class Stream:
         computed: what the rows say that it was computed in; of float64 the narrowest dtype among its operations.
         rows: which rows X is of; the others have left the batch.
         lost: which rows have left the range, and how: 0 for none, else the place in table.LOST from 1 on, (R,).
-        bound: of the certified rows, how far the values can be off: what the weights prove, and rounding; NaN of others, (R,).
+        bound: of the certified rows, log2 of how far the values can be off by what the weights prove; NaN of others, (R,).
         recorded: what `record` noted of X last, (R, measures + known.STATE).
         twins: which excerpts are twins of others, whose X is shaken after every block (rounding.py); None where none is.
     """
@@ -76,16 +76,18 @@ class Stream:
         self.recorded = self.X.new_empty(0)
         self.handed: dict[int, Any] = {}  # what the blocks hand to later ones beside X (see Adapter.run)
         self._largest: Tensor | None = largest_entries(self.X)
-        self.lost = torch.where(self._largest.isnan(), 2, torch.where(self._largest.isfinite(), 0, 1))
-        self.bound = self._next_bound = torch.full_like(self.lost, math.nan, dtype=torch.float64)
+        self.lost = torch.where(self._largest.isnan(), 2.0, (self._largest.isinf()).double())
+        self.bound = self._next_bound = torch.full_like(self.lost, math.nan)
+        self._still = self.bound == self.bound
         self._gone: list[tuple[np.ndarray, Tensor]] = []  # rows that have left, and their X
         lams = [[variant.lam_at(layer) for layer in range(adapter.n_layers)] for variant in self.variants]
         self._lams = np.repeat(np.array(lams).T, len(X), axis=1)  # (K, R)
-        self._lams_there = torch.from_numpy(self._lams).to(X.device)
-        self._left: Tensor | None = None  # (K + 1, R), e_k of every layer
+        there = torch.from_numpy(self._lams).to(X.device)
+        self._lams_there = torch.stack([there, *frexp(there)])  # (3, K, R), lambda, its m and p
+        self._left: Tensor | None = None  # (K + 1, R), log2 of e_k of every layer
         if gains is not None and any(map(early_exit.applies, self.variants)):
             left = [early_exit.remaining(gains, variant, dtype) for variant in self.variants]
-            self._left = torch.tensor(left, dtype=torch.float64).T.repeat_interleave(len(X), 1).to(X.device)
+            self._left = torch.tensor(left, dtype=torch.float64).log2().T.repeat_interleave(len(X), 1).to(X.device)
 
     def _shaken(self, X: Tensor, layer: int) -> Tensor:
         return X if self.twins is None else self.twins.shaken(X, layer, rounding.unit(X, self.computed))
@@ -105,8 +107,7 @@ class Stream:
 
     def _take(self, largest: Tensor) -> None:
         self._largest = largest
-        # A finite input under finite weights becomes NaN only by way of infinity.
-        self.lost = torch.where(self.lost == 0, ~largest.isfinite(), self.lost)
+        self.lost = torch.where(largest < math.inf, self.lost, 1.0)  # nor is NaN under infinity
 
     def record(self, layer: int, shared: Shared | None, copies: int = 1) -> None:
         """Note the measures of X, the input of block `layer`, and its state; None where X is what it was.
@@ -116,25 +117,24 @@ class Stream:
         if shared is None:
             self.recorded = self.recorded[:0]
             return
-        values = [value.repeat(copies) for value in measures.measure_all(shared).values()]
+        values = [value.repeat(copies) if copies > 1 else value for value in measures.measure_all(shared).values()]
         if self._largest is None:
             self._take(shared.peak)
         if self._left is not None:
-            shortest = shared.shortest.repeat(copies)
-            change = early_exit.relative_change(self._left[layer], shortest, self.carried.exponent)
-            proved = torch.where(
-                change < torch.finfo(self.dtype).eps, change.clamp(measures.floor(self.computed)), math.nan
-            )
-            self._next_bound = torch.where(self.bound.isnan(), proved, self.bound)
+            shortest = shared.shortest.repeat(copies) if copies > 1 else shared.shortest
+            change = early_exit.log2_change(self._left[layer], shortest, self.carried.down)
+            proved = torch.where(change < math.log2(torch.finfo(self.dtype).eps), change, math.nan)
+            self._next_bound = torch.where(self._still, self.bound, proved)
         self._note(values)
 
     def _note(self, values: Sequence[Tensor]) -> None:
-        state = (self.carried.exponent, self.lost, self.bound, self._next_bound)
-        self.recorded = torch.stack([part.double() for part in (*values, *state)], 1)
+        state = (self.carried.down, self.lost, self.bound, self._next_bound)
+        self.recorded = torch.stack([*values, *state], 1)
 
     def learn(self, layer: int, rows: np.ndarray, found: np.ndarray) -> None:
         """Let `known` be of `layer`, given what was recorded of it."""
-        self.known.learn(rows, found, self._lams[layer - 1] if layer else None)
+        lams = self._lams[layer - 1] if layer else None
+        self.known.learn(rows, found, lams, measures.floor(self.computed))
 
     def read(self) -> None:
         """Let `known` be of X as it is, without its measures; waits for the device."""
@@ -144,7 +144,9 @@ class Stream:
 
     def settle(self) -> None:
         """From the next layer on, the rows just proved keep their values."""
-        self.bound = self._next_bound
+        if self._left is not None:
+            self.bound = self._next_bound
+            self._still = self.bound == self.bound  # not NaN
 
     def leave(self) -> None:
         """Take the rows out of the batch that are known to need no further block."""
@@ -156,11 +158,11 @@ class Stream:
         )
         self._gone.append((self.rows[~stay], self.X[going]))
         self.rows = self.rows[stay]
-        self.X, self._largest, self.lost, self.bound, self._next_bound, self.carried.exponent = (
-            part.index_select(0, staying)
-            for part in (self.X, self.largest, self.lost, self.bound, self._next_bound, self.carried.exponent)
+        parts = (self.X, self.largest, self.lost, self.bound, self._next_bound, self._still, self.carried.down)
+        self.X, self._largest, self.lost, self.bound, self._next_bound, self._still, self.carried.down = (
+            part.index_select(0, staying) for part in parts
         )
-        self._lams_there = self._lams_there.index_select(1, staying)
+        self._lams_there = self._lams_there.index_select(2, staying)
         self._left = None if self._left is None else self._left.index_select(1, staying)
 
     def whole(self) -> Tensor:
@@ -174,7 +176,7 @@ class Stream:
 
     def step(self, adapter: Adapter, layer: int, block: Mamba2Block | None) -> None:
         """X <- block `layer` of every arm, (R, N, d) -> (R, N, d); by `block`, or the model's module where that is None."""
-        still = None if self._left is None else ~self.bound.isnan()
+        still = None if self._left is None else self._still
         if block is None:
             self._by_module(adapter, layer, still)
         else:
@@ -182,20 +184,22 @@ class Stream:
         self.X = self._shaken(self.X, layer + 1)
         self._largest = None
 
-    def _lam(self, layer: int) -> Lambda:
-        """Lambda of block `layer`, of one arm as a number; 1 where it does not act."""
-        if not self.variant.acts:
-            return 1.0
-        return self.variant.lam_at(layer) if len(self.variants) == 1 else self._lams_there[layer]
+    def _lam(self, layer: int) -> tuple[Lambda, Split]:
+        """Lambda of block `layer`, of one arm as a number, and as it is split; 1 where it does not act."""
+        if self.variant.acts and len(self.variants) > 1:
+            lam, mantissa, power = self._lams_there[:, layer].unbind()
+            return lam, (mantissa, power)
+        number = self.variant.lam_at(layer) if self.variant.acts else 1.0
+        return number, frexp(number)
 
     def _by_block(self, block: Mamba2Block, layer: int, still: Tensor | None) -> Tensor:
         """The output of the package's own block, which takes an X of any size: the next one's factors bring it into range."""
-        variant, lam = self.variant, self._lam(layer)
+        variant, (lam, split) = self.variant, self._lam(layer)
         # At skip_site `mixer` lambda is inside O, and the sum round the block is X + O.
         on_mixer = variant.acts and variant.skip_site == "mixer"
         factors: dict[str, Tensor] = {}
         if self.carries_scale:
-            factors = self.carried.plan(self.largest, 1.0 if on_mixer else lam, still)._asdict()
+            factors = self.carried.plan(self.largest, frexp(1.0) if on_mixer else split, still)._asdict()
         elif still is not None:
             lams = lam if isinstance(lam, Tensor) else torch.full_like(self.bound, lam)
             factors = {"skip": torch.where(still, 1.0, lams), "o_scale": (~still).double()}
@@ -211,11 +215,11 @@ class Stream:
 
     def _by_module(self, adapter: Adapter, layer: int, still: Tensor | None) -> None:
         """The output of the model's own module under hooks, in the scale that it is carried in from then on."""
-        variant, lam = self.variant, self._lam(layer)
+        variant, (lam, _) = self.variant, self._lam(layer)
         if not self.carries_scale and not variant.removes_block_norm:
             self.X = lose_unsquarable(self.X)
-        before, exponent = self.X, self.carried.exponent
-        plain = not self.carries_scale or (not isinstance(lam, Tensor) and lam == 1.0 and not any_of(exponent != 0))
+        before, down = self.X, self.carried.down
+        plain = not self.carries_scale or (not isinstance(lam, Tensor) and lam == 1.0 and not any_of(down != 0))
         watched = scores_in_range() if variant.removes_block_norm else nullcontext()
         lams = lam if isinstance(lam, Tensor) else None
         with watched, surgery_on_layer(adapter, layer, variant, None if plain else self.carried, lams):
@@ -224,4 +228,4 @@ class Stream:
             self.X = self.carried.fit(self.X)
         if still is not None and any_of(still):
             self.X = torch.where(still[:, None, None], before, self.X)
-            self.carried.exponent = torch.where(still, exponent, self.carried.exponent)
+            self.carried.down = torch.where(still, down, self.carried.down)

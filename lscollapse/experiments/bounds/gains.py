@@ -115,9 +115,9 @@ def trace(
             else:
                 O = own(X, lam=0.0, gating=gating, layernorm=True, skip_site="residual", norm_site="both")
                 parts = [(X, O)]
-            yield Step(X, parts, stream.carried.exponent.numpy(force=True))
+            yield Step(X, parts, stream.carried.exponent.numpy(force=True).astype(int))
             stream.step(adapter, layer, own)
-        yield Step(stream.X, [], stream.carried.exponent.numpy(force=True))
+        yield Step(stream.X, [], stream.carried.exponent.numpy(force=True).astype(int))
 
 
 def head_rows(task: LoadedTask) -> Iterator[dict[str, Any]]:

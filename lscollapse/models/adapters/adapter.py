@@ -58,6 +58,7 @@ class Adapter(ABC):
         norm_sites: which norms `layernorm=False` can remove, the default first.
         knows_sites: False where only the first skip is known: no edit reaches other skips and norms that there may be.
         bounded_mixer: the weights alone bound the mixer's output (see early_exit.py).
+        engine: what computes the blocks.
         any_batch: the blocks take any number of excerpts, not only as many as were embedded last.
         pre_norm: the block adds O = mixer(norm(X)) to X and no norm follows, so O does not depend on the scale of X.
 
@@ -73,6 +74,7 @@ class Adapter(ABC):
     norm_sites: ClassVar[tuple[str, ...]] = ("both",)
     knows_sites: ClassVar[bool] = True
     bounded_mixer: ClassVar[bool] = False
+    engine: ClassVar[str] = "transformers"
     any_batch: ClassVar[bool] = True
     pre_norm: ClassVar[bool] = False
     whole: Any = None
@@ -205,8 +207,8 @@ class Adapter(ABC):
 
     @property
     def backend(self) -> str:
-        """What computes the blocks, as the table records it."""
-        return "transformers"
+        """What computes the blocks, as the table records it; on a GPU with what float32 is there."""
+        return self.engine if self.device.type == "cpu" else f"{self.engine}, ieee fp32"
 
     @property
     def has_own_blocks(self) -> bool:

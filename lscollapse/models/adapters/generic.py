@@ -47,7 +47,7 @@ class GenericAdapter(ReplayedAdapter):
 
     has_gate = None
     knows_sites = False
-    backend = BACKEND
+    engine = BACKEND
 
     def __init__(self, model: Any) -> None:
         self._is_encoder = bool(getattr(model.config, "is_encoder_decoder", False))

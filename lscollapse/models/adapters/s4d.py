@@ -13,7 +13,7 @@ from lscollapse.models.adapters.post_norm import edit_sum
 
 class S4DAdapter(Adapter):
     norm_sites = ("both", "block")
-    backend = "torch"
+    engine = "torch"
 
     def embed(self, ids: Tensor) -> Tensor:
         X: Tensor = self.model.embed(ids)  # (B, N, d)

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 Lambda = float | Tensor  # one for all excerpts, or one for each: float64, (B,)
+Split = tuple[float, int] | tuple[Tensor, Tensor]  # the same as m and p, lam = m 2^p
 
 # A stream whose largest entry would pass 2^HIGH is carried at 2^LOW, and one that has shrunk is raised to it as far as
 # its exponent goes: as high as a norm's gradient allows, which has the third power of 1/rms(X) in float32. A norm's
 # eps is negligible beside rows down to 2^-36 of the largest then, as it is beside their true size.
 HIGH, LOW = 42, 40
+NOTHING = -(2**20)  # stands for log2 of 0
 STEEPEST = 100  # log2 of the largest number that X is multiplied with; 2^128 is too large for float32
 
 
@@ -34,38 +36,47 @@ class Carried:
     """The exponents of a tile of excerpts; the only record of what X was divided by.
 
     Attributes:
-        exponent: (B,), int64, never negative. The tensor is replaced, not changed, so that it may be kept.
+        down: -exponent, (B,), whole numbers in float64, never positive. The tensor is replaced, not changed, so that it may be
+            kept.
     """
 
     def __init__(self, X: Tensor) -> None:
         """Of X (B, N, d), which is in its own scale."""
-        self.exponent = torch.zeros(len(X), dtype=torch.int64, device=X.device)
+        self.down = torch.zeros(len(X), dtype=torch.float64, device=X.device)
 
-    def plan(self, largest: Tensor, lam: Lambda, still: Tensor | None = None) -> Factors:
+    @property
+    def exponent(self) -> Tensor:
+        """(B,), whole numbers in float64, never negative."""
+        return -self.down
+
+    def plan(self, largest: Tensor, lam: Split, still: Tensor | None = None) -> Factors:
         """What X and O are multiplied with in lam*X + O, whose exponents become those carried from now on.
 
         Args:
             largest: (B,), the largest entries of X.
+            lam: as `frexp` splits it.
             still: (B,), which excerpts are to stay as they are, 1 X + 0 O.
         """
-        mantissa, power = _frexp(lam)
-        shift = self._shift(largest, mantissa, power)
+        mantissa, power = lam
+        shift = self._shift(largest, power)
+        skip = mantissa * torch.exp2(power - shift)
+        shift = torch.where(largest > 0, shift, self.down)
         if still is not None:
-            shift = torch.where(still, 0, shift)
-        self.exponent = self.exponent + shift
-        skip = mantissa * power_of_two(torch.clamp(power - shift, max=STEEPEST))
-        o_scale = power_of_two(-self.exponent)
+            shift = torch.where(still, 0.0, shift)
+        self.down = self.down - shift
+        o_scale = torch.exp2(self.down)
         if still is not None:
             skip, o_scale = torch.where(still, 1.0, skip), torch.where(still, 0.0, o_scale)
         return Factors(skip[:, None, None], o_scale[:, None, None])
 
     def add(self, lam: Lambda, X: Tensor, O: Tensor) -> Tensor:
         """lam*X + O in the scale that it is carried in from now on; exactly O, in its own, for lam = 0."""
-        skip, o_scale = self.plan(largest_entries(X), lam)
+        split = frexp(lam)
+        skip, o_scale = self.plan(largest_entries(X), split)
         O = O * o_scale.to(O)
         if not isinstance(lam, Tensor) and lam == 0.0:
             return self.fit(O.to(torch.promote_types(X.dtype, O.dtype)))
-        mantissa = _frexp(lam)[0]
+        mantissa = split[0]
         if isinstance(mantissa, Tensor):
             mantissa = torch.where(mantissa == 0, 1.0, mantissa)[:, None, None]
         # X times a power of two first: that rounds nothing, in any dtype.
@@ -73,19 +84,21 @@ class Carried:
 
     def fit(self, X: Tensor) -> Tensor:
         """X with its largest entry in range, where O was large or cancelled the rest."""
-        shift = self._shift(largest_entries(X), *_frexp(0.5))
+        largest = largest_entries(X)
+        shift = torch.where(largest > 0, self._shift(largest, 0), self.down)
         if not any_of(shift != 0):
             return X
-        self.exponent = self.exponent + shift
-        return X * power_of_two(-shift)[:, None, None].to(X)
+        self.down = self.down - shift
+        return X * torch.exp2(-shift)[:, None, None].to(X)
 
-    def _shift(self, largest: Tensor, mantissa: float | Tensor, power: int | Tensor) -> Tensor:
-        """By how much the exponents have to grow (or fall) for lam*X, (B,), where lam = mantissa * 2^power."""
-        size, exponent = torch.frexp(largest.double())
-        top = exponent.long() + power  # |lam*X| < 2^top
-        shift = torch.where(top > HIGH, top - LOW, (top - LOW).maximum(-self.exponent).clamp_max(0))
-        shift = torch.where((size == 0) | (mantissa == 0), -self.exponent, shift.clamp(min=power - STEEPEST))
-        return torch.where(largest.isfinite(), shift, 0)
+    def _shift(self, largest: Tensor, power: int | Tensor) -> Tensor:
+        """By how much the exponents have to grow (or fall) for lam*X, not zero, with |lam| < 2^power, (B,).
+
+        Where X is infinite it is lost, whatever its exponent.
+        """
+        over = torch.frexp(largest.double()).exponent + (power - LOW)  # |lam*X| < 2^(over + LOW)
+        shift = torch.where(over > HIGH - LOW, over, over.clamp(max=0).maximum(self.down))
+        return shift.clamp(min=power - STEEPEST)
 
 
 def any_of(mask: Tensor) -> bool:
@@ -93,19 +106,12 @@ def any_of(mask: Tensor) -> bool:
     return mask.device.type != "cpu" or bool(mask.any())
 
 
-def _frexp(lam: Lambda) -> tuple[float, int] | tuple[Tensor, Tensor]:
+def frexp(lam: Lambda) -> Split:
+    """m and p of lam = m 2^p, 0.5 <= |m| < 1; of 0 the p is so low that nothing of lam*X matters beside O."""
     if not isinstance(lam, Tensor):
-        return math.frexp(lam)
+        return math.frexp(lam) if lam else (lam, NOTHING)
     mantissa, power = torch.frexp(lam)
-    return mantissa, power.long()
-
-
-def power_of_two(n: Tensor) -> Tensor:
-    """2^n in float64, exact on any device, for integers n; 0 or infinite where float64 has no such number."""
-    half = n.clamp(-2044, 2046) >> 1  # the two factors are normal numbers, made of their exponents
-    return (
-        torch.stack([half, n.clamp(-2044, 2046) - half]).add_(1023).bitwise_left_shift_(52).view(torch.float64).prod(0)
-    )
+    return mantissa, torch.where(lam == 0, NOTHING, power)
 
 
 def largest_entries(X: Tensor) -> Tensor:

@@ -254,9 +254,9 @@ def test_the_bound_is_never_under_the_floor() -> None:
 def test_the_relative_change_of_a_stream_carried_far_is_not_taken_for_zero() -> None:
     """e = 2^1000 against rows of 2^20 * 2^970 is a change of 2^10, though 2^-970 itself is nothing in float32."""
     X = torch.full((2, 3, 4), 2.0**19)
-    left = torch.full((2,), 2.0**1000, dtype=torch.float64)
-    found = early_exit.relative_change(left, Shared(X).shortest, torch.tensor([970, 1060]))
-    np.testing.assert_allclose(found, [2.0**10, 2.0**-80], rtol=1e-12)
+    down = torch.tensor([-970.0, -1060.0], dtype=torch.float64)
+    found = early_exit.log2_change(torch.full_like(down, 1000.0), Shared(X).shortest, down)
+    np.testing.assert_allclose(found, [10.0, -80.0], rtol=1e-14)
 
 
 @pytest.mark.parametrize(
