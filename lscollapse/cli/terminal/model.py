@@ -23,7 +23,7 @@ def show(rows: pd.DataFrame, own_tokens: bool) -> None:
         tokens = ", ".join(rows["tokenizer"].unique())
         aside = " (the model's own; the paper feeds every model BERT's: --tokenizer bert)"
         console.print(f"Tokens: {tokens}{aside if own_tokens and tokens != 'bert-base-uncased' else ''}.", markup=False)
-    if BACKEND in set(rows["backend"]):
+    if rows["backend"].str.startswith(BACKEND).any():
         console.print("No adapter of its own: blocks and residual sums were found, and tested on these excerpts.")
     found = list(arms(rows))
     for title, own in itertools.groupby(found, _title):
