@@ -46,7 +46,7 @@ test-slow: setup  ## the tier slow
 
 .venv-kernels/stamp: configs/kernels-packages.txt configs/constraints.txt
 	$(PYTHON) -m venv .venv-kernels
-	.venv-kernels/bin/python -m pip install -c configs/constraints.txt torch numpy pytest setuptools wheel packaging
+	.venv-kernels/bin/python -m pip install -c configs/constraints.txt -e . pytest setuptools wheel packaging
 	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE \
 	  .venv-kernels/bin/python -m pip install --no-build-isolation --no-deps -r configs/kernels-packages.txt
 	@touch $@

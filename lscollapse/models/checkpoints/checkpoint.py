@@ -99,7 +99,7 @@ def load(
     Args:
         dtype: of the loaded weights, whatever the file holds.
         device: where they are loaded to; those of Mamba-2 go there in the dtype of the file and are converted there.
-        as_stored: weights of Mamba-2 in 16 bits keep the dtype of the file.
+        as_stored: matrices of Mamba-2 in 16 bits keep the dtype of the file.
         random_init: a seed; no weights are read, and the model of this config is initialised afresh by transformers.
         where: revision, cache_dir and offline (see Where).
 
@@ -227,7 +227,8 @@ def _mamba2(
 
     def placed(tensor: Tensor) -> Tensor:
         there = tensor.to(device)  # before it is converted: half the bytes of a file in 16 bits
-        return there if as_stored and there.dtype.itemsize == 2 else there.to(dtype)
+        matrix = there.ndim == 2  # of all else the block needs every number in float32 for every tile
+        return there if as_stored and matrix and there.dtype.itemsize == 2 else there.to(dtype)
 
     model = on_meta(config)
     model.load_state_dict({name: placed(tensor) for name, tensor in tensors.items()}, assign=True)

@@ -86,7 +86,10 @@ class CpuBlock(Mamba2Block):
         _linear(mixed.flatten(0, 1), self._out_proj, self._out_bias, O.flatten(0, 1))  # (B, N, hidden)
 
         Y = torch.empty_like(X)
-        each(_add, X, O, what.skips.tolist(), what.scales.tolist(), Y)
+        skips, scales = (
+            factors.to(self.stream).tolist() for factors in (what.skips, what.scales)
+        )  # infinite where too large
+        each(_add, X, O, skips, scales, Y)
         return Y
 
     def _mix(self, workspace: ssd.Workspace, projected: Tensor, what: BlockCall, out: Tensor) -> None:

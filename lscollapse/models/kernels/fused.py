@@ -69,7 +69,10 @@ def scan(
 
 
 def combine(X: Tensor, O: Tensor, skips: Tensor, scales: Tensor) -> Tensor:
-    """skips*X + scales*O, (B, N, hidden) and (B,), float32; exactly scales*O where a skip is 0, whatever X holds."""
+    """skips*X + scales*O, (B, N, hidden) in float32 and (B,); exactly scales*O where a skip is 0, whatever X holds.
+
+    Factors of more digits are rounded to float32: infinite where they are too large.
+    """
     Y = torch.empty_like(X)
     size = X[0].numel()
     triton_code.combine_kernel[(len(X) * triton.cdiv(size, 2048),)](

@@ -62,10 +62,9 @@ class GpuBlock(Mamba2Block):
         projected = self._product(normed, self._in_weight[skipped:], bias)  # (B, N, [z,] xBC, dt)
         mixed = self._mix(projected, what)  # (B, N, inner)
         O = self._product(mixed, self._out_weight, self._out_bias)  # (B, N, hidden)
-        skips, scales = (factors.to(X.device).contiguous() for factors in (what.skips, what.scales))  # (B,)
         if self._own is not None:
-            return torch.as_tensor(self._own.combine(X, O, skips, scales))
-        skips, scales = skips[:, None, None], scales[:, None, None]  # (B, 1, 1)
+            return torch.as_tensor(self._own.combine(X, O, what.skips, what.scales))
+        skips, scales = (factors.to(self.stream)[:, None, None] for factors in (what.skips, what.scales))  # (B, 1, 1)
         O = O.to(self.stream) * scales
         return torch.where(skips == 0, O, torch.addcmul(O, X, skips))
 

@@ -68,7 +68,7 @@ class Mamba2Shape:
 class BlockCall(NamedTuple):
     """What one call computes: D of the scan, whether gate and norms are there, Y = skips*X + scales*O.
 
-    D is (heads,), or (B, heads) where it is not the same for all excerpts; skips and scales (B,), on the device of X.
+    D is (heads,), or (B, heads) where it is not the same for all excerpts; skips and scales (B,), float64, on the device of X.
     """
 
     D: Tensor
@@ -146,7 +146,7 @@ class Mamba2Block(ABC):
         D = self._D
         if on_mixer:
             D = D + (lam.to(D)[:, None] if isinstance(lam, Tensor) else lam)
-        skips, scales = (self._per_excerpt(factor, X) for factor in (skip, o_scale))
+        skips, scales = (_per_excerpt(factor, X) for factor in (skip, o_scale))
         norms = layernorm or norm_site == "mixer", layernorm or norm_site == "block"
         return self._compute(X.to(self.stream), BlockCall(D, gating, *norms, skips, scales))
 
@@ -182,18 +182,19 @@ class Mamba2Block(ABC):
         B, C = (torch.unflatten(t, -1, (s.groups, s.state)) for t in (B, C))  # (B, N, groups, state)
         return scan(x, dt, self._A, B, C, D, self._dt_bias, dt_limit=s.dt_limit, **options)
 
-    def _per_excerpt(self, factor: float | Tensor, X: Tensor) -> Tensor:
-        """One number an excerpt, (B,), where X is and as the stream's dtype holds it: infinite where it is too large."""
-        if not isinstance(factor, Tensor):
-            factor = torch.full((len(X),), factor, dtype=torch.float64, device=X.device)
-        return factor.to(X.device, self.stream).flatten()
-
     def _check_call(self, X: Tensor, skip_site: str, norm_site: str) -> None:
         if X.ndim != 3 or X.shape[-1] != self.shape.hidden:
             raise BlockError(f"X has shape {tuple(X.shape)}, expected (B, N, {self.shape.hidden})")
         for name, site, known in (("skip_site", skip_site, SKIP_SITES), ("norm_site", norm_site, NORM_SITES)):
             if site not in known:
                 raise BlockError(f"{name} {site!r} does not exist: choose one of {', '.join(known)}")
+
+
+def _per_excerpt(factor: float | Tensor, X: Tensor) -> Tensor:
+    """One number an excerpt, (B,), where X is."""
+    if not isinstance(factor, Tensor):
+        return torch.full((len(X),), factor, dtype=torch.float64, device=X.device)
+    return factor.to(X.device, torch.float64).flatten()
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], shape: Mamba2Shape) -> None:

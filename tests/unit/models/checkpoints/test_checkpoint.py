@@ -131,14 +131,15 @@ def test_dtype(tmp_path, dtype):
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
 def test_as_stored(tmp_path, kind):
-    """16 bits stay what they are in the file, also beside others; wider weights come in the dtype asked for."""
-    folder, norm = write_hf(tmp_path), "backbone.norm_f.weight"
-    stored = {name: tensor.to(kind) for name, tensor in hf_state().items()} | {norm: hf_state()[norm].float()}
+    """Matrices of 16 bits stay what they are in the file, also beside others; all else comes in the dtype asked for."""
+    folder, wide = write_hf(tmp_path), "backbone.layers.0.mixer.in_proj.weight"
+    stored = {name: tensor.to(kind) for name, tensor in hf_state().items()} | {wide: hf_state()[wide].float()}
     save_file(stored, folder / "model.safetensors")
     model = checkpoint.load(folder, as_stored=True).model
     expected = torch.float32 if kind == torch.float64 else kind
     for name, parameter in model.named_parameters():
-        assert parameter.dtype == (torch.float32 if name == "norm_f.weight" else expected)
+        kept = parameter.ndim == 2 and f"backbone.{name}" != wide
+        assert parameter.dtype == (expected if kept else torch.float32)
         assert torch.equal(parameter.float(), stored[f"backbone.{name}"].float()) and not parameter.is_meta
 
 
