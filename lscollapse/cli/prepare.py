@@ -60,7 +60,7 @@ def verify_kernels(
     from lscollapse.cli.terminal.prepare import kernels_table
     from lscollapse.models.kernels import verify
 
-    rows = verify.verify(device, kernels)
+    rows = verify.verify(device, kernels, note=lambda line: typer.echo(line, err=True))
     kernels_table(rows)
     if not verify.passed(rows):
         raise typer.Exit(1)

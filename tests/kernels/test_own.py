@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -260,3 +262,19 @@ def test_kernels_that_are_wrong_are_not_used(
         assert found.own is fused and not found.split and "products ieee fp32" in found.backend
     else:
         assert found.own is None and found.backend == "torch native"
+
+
+def test_an_interpreter_that_breaks_down_is_one_line() -> None:
+    """That of Triton 3.6 makes numbers of arrays with one entry, which numpy has come to refuse; torch's are checked all the same."""
+    program = (
+        "import triton.runtime.interpreter as interpreter\n"
+        "def broken(*args, **kwargs): raise interpreter.InterpreterError('only 0-dimensional arrays')\n"
+        "interpreter.GridExecutor.__call__ = broken\n"
+        "from lscollapse.cli.app import main; import sys; sys.argv[1:] = ['verify-kernels']; main()"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "MAMBA_DETERMINISTIC"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "torch" in done.stdout, done.stderr
+    assert "Traceback" not in done.stderr
+    said = [line for line in done.stderr.splitlines() if "kernels are not checked: the interpreter of Triton" in line]
+    assert len(said) == 2 and all("or use --kernels torch" in line for line in said)

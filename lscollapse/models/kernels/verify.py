@@ -14,12 +14,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata, util
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lscollapse.core.files import first_line
 from lscollapse.models.kernels import guard
 from lscollapse.models.kernels.backends import CHOICES, KernelError, Kernels, own_kernels, resolve_kernels
 from lscollapse.models.kernels.gpu_block import GpuBlock
@@ -96,13 +98,17 @@ def passed(rows: Sequence[KernelCheck]) -> bool:
     return bool(rows) and all(row.ok for row in rows)
 
 
-def verify(device: str = "cpu", kernels: str = "auto", cases: Sequence[Case] | None = None) -> list[KernelCheck]:
+def verify(
+    device: str = "cpu", kernels: str = "auto", cases: Sequence[Case] | None = None,
+    note: Callable[[str], None] = lambda line: None,
+) -> list[KernelCheck]:  # fmt: skip
     """Compare the parts of a block, a product and one whole block with float64, the scan with the recurrence.
 
     Args:
         device: `cpu` or `cuda`.
         kernels: `torch`, `triton`, `mamba-ssm`, or `auto`: all that are installed.
         cases: sizes; default TOY, on a GPU also PAPER.
+        note: is told what of `auto` is installed and cannot be checked here.
 
     On a CPU this sets TRITON_INTERPRET=1 for the process, so that nothing can run on its GPU with Triton afterwards.
 
@@ -113,21 +119,40 @@ def verify(device: str = "cpu", kernels: str = "auto", cases: Sequence[Case] | N
         raise KernelError(f"no kernels {kernels} on {device}: choose {', '.join(CHOICES)}, on cpu or cuda")
     on_gpu = torch.device(device).type == "cuda"
     torch_kernels = resolve_kernels("torch", device)
-    checked = [torch_kernels] if kernels in ("auto", "torch") else []
-    installed = [name for name, package in PACKAGES.items() if util.find_spec("triton") and util.find_spec(package)]
-    for name in installed if kernels == "auto" else {kernels} & set(PACKAGES):
-        if not on_gpu and name in installed:
-            _interpret()
-        checked.append(own_kernels(device) if name == "triton" else resolve_kernels(name, device))
     if cases is None:
         cases = TOY + PAPER if on_gpu else TOY
+    compare = partial(_rows, cases=cases, device=device, torch_kernels=torch_kernels)
+    rows = compare(torch_kernels) if kernels in ("auto", "torch") else []
+    installed = [name for name, package in PACKAGES.items() if util.find_spec("triton") and util.find_spec(package)]
+    for name in installed if kernels == "auto" else {kernels} & set(PACKAGES):
+        try:
+            if not on_gpu and name in installed:
+                _interpret()
+            rows += compare(own_kernels(device) if name == "triton" else resolve_kernels(name, device))
+        except KernelError as error:
+            if kernels != "auto":
+                raise
+            note(f"the {name} kernels are not checked: {error}")
+    return rows
+
+
+def _rows(kernels: Kernels, cases: Sequence[Case], device: str, torch_kernels: Kernels) -> list[KernelCheck]:
+    """The checks of one choice of kernels. Raises KernelError where Triton's interpreter breaks down."""
     rows = []
     for case in cases:
         for name, run in _operations(case, torch.device(device)).items():
-            expected = run(None)
-            for candidate in checked:
-                if _has(candidate, name, case):
-                    rows.append(_check(name, run, case, candidate, torch_kernels, expected))
+            if not _has(kernels, name, case):
+                continue
+            try:
+                rows.append(_check(name, run, case, kernels, torch_kernels, run(None)))
+            except Exception as error:
+                if type(error).__name__ != "InterpreterError":
+                    raise
+                numpy, triton = (metadata.version(package) for package in ("numpy", "triton"))
+                raise KernelError(
+                    f"the interpreter of Triton {triton} fails with numpy {numpy} ({first_line(error)}): install a newer triton or an"
+                    " older numpy, or use --kernels torch"
+                ) from error
     return rows
 
 
@@ -141,19 +166,11 @@ def _has(kernels: Kernels, name: str, case: Case) -> bool:
 
 
 def _interpret() -> None:
-    """Raises KernelError where it cannot be switched on, or would end in a traceback."""
-    numpy, triton = (metadata.version(name) for name in ("numpy", "triton"))
-    if _release(numpy) >= (2, 5) and _release(triton) < (3, 7):
-        mend = "install numpy<2.5 or triton>=3.7, or use --kernels torch"
-        raise KernelError(f"the interpreter of Triton {triton} does not run with numpy {numpy}: {mend}")
+    """Raises KernelError where it cannot be switched on."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         if "triton" in sys.modules:
             raise KernelError("Triton is imported already: set TRITON_INTERPRET=1 to check it on a CPU")
         os.environ["TRITON_INTERPRET"] = "1"
-
-
-def _release(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def _check(
