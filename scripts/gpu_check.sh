@@ -2,7 +2,7 @@
 # What one card says of this package: scripts/gpu_check.py, run from the tree on a machine that may be bare and offline.
 #   bash scripts/gpu_check.sh smoke|full [--dry-run]
 # OUT: where results go, results/gpu-check by default. WHEELS: a folder of wheels of what the machine lacks; they are
-# unpacked beside the tree, without their dependencies, and nothing that is there is replaced. PYTHON: python3 by default.
+# unpacked into a folder of their own, without their dependencies, and go before what is installed. PYTHON: python3 by default.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}

@@ -7,7 +7,7 @@ import os
 import signal
 from typing import Any
 
-from gpu.setting import NotRun, Setting, compared, said
+from gpu.setting import Setting, compared, said
 from gpu.smoke import Found
 
 
@@ -53,7 +53,7 @@ def streaming(s: Setting) -> Found:
     bringing, size = s.seconds(blocks)
     taken, rows = s.seconds(lambda: measure_pass(streamed, ids, arms, torch.float32, batched=True))
     difference = compared(rows, expected)
-    hidden = 1.0 - max(0.0, taken - resident) / bringing
+    hidden = max(0.0, 1.0 - max(0.0, taken - resident) / bringing)
     numbers = difference | {
         "resident": resident, "streamed": taken, "bringing": bringing, "GB/s": size / 1e9 / bringing, "hidden": hidden,
     }  # fmt: skip
@@ -112,7 +112,7 @@ def killed(s: Setting) -> Found:
     from lscollapse.runs.memory import release
     from lscollapse.runs.processes import measure_on
     from lscollapse.runs.schedule import Schedule
-    from lscollapse.runs.work import Worker, WorkerError
+    from lscollapse.runs.work import WorkerError
 
     model = str(s.checkpoint) if s.dry else "mamba2-tiny"
     config = s.config(models=[model], random_init=True, certified_exit=False)
@@ -122,16 +122,6 @@ def killed(s: Setting) -> Found:
     def schedule(name: str) -> tuple[RunFolder, Any]:
         folder = RunFolder(s.scratch / name, {"step": "killed"})
         return folder, Schedule(tasks, folder, SILENT)
-
-    def alone(name: str) -> tuple[int, Any]:
-        """What is missing, measured in this process."""
-        folder, plan = schedule(name)
-        left, worker, done = plan.first(), Worker(config), 0
-        while left:
-            item = left.pop(0)
-            folder.add(item.key, worker.rows(item))
-            left, done = [*plan.after(item), *left], done + 1
-        return done, folder.finish(plan.keys, {})
 
     folder, plan = schedule("two")
     shots = []
@@ -150,13 +140,25 @@ def killed(s: Setting) -> Found:
         said_so = str(error)
     else:
         raise AssertionError("a killed process was not noticed")
-    done, continued = alone("two")
-    every, whole = alone("one")
+    done, continued = _alone(*schedule("two"), config)
+    every, whole = _alone(*schedule("one"), config)
     difference = compared(_numbered(continued), _numbered(whole))
     if not difference["off relative_mu"] <= 1e-4:
         raise AssertionError(said(difference))
     numbers = difference | {"error": said_so, "items": every, "items left": done}
     return f"{every - done} of {every} items kept; {said(difference)}", numbers
+
+
+def _alone(folder: Any, plan: Any, config: Any) -> tuple[int, Any]:
+    """What is missing, measured in this process: how many items that was, and the finished table."""
+    from lscollapse.runs.work import Worker
+
+    left, worker, done = plan.first(), Worker(config), 0
+    while left:
+        item = left.pop(0)
+        folder.add(item.key, worker.rows(item))
+        left, done = [*plan.after(item), *left], done + 1
+    return done, folder.finish(plan.keys, {})
 
 
 def _numbered(rows: Any) -> Any:
@@ -168,14 +170,32 @@ def _numbered(rows: Any) -> Any:
 def monitor(s: Setting) -> Found:
     """A training with MonitorCallback on and off: the same bits in the end, and what it takes."""
     import torch
-    from transformers import Mamba2Config, Mamba2ForCausalLM, TrainerControl, TrainerState, TrainingArguments
 
     from lscollapse.instrument.monitor import MonitorCallback
 
-    try:
-        arguments = TrainingArguments(str(s.scratch / "trainer"), use_cpu=s.dry, report_to="none")
-    except ImportError as error:
-        raise NotRun(f"no TrainingArguments: {' '.join(str(error).split())[:80]}") from None
+    _trained(s, None)
+    off, plain = _trained(s, None)
+    callback = MonitorCallback(s.ids(4)[:, :16] % 64, every=1 if s.dry else 15)
+    on, watched = _trained(s, callback)
+    pairs = zip(plain.parameters(), watched.parameters(), strict=True)
+    equal = all(torch.equal(one, other) for one, other in pairs)
+    numbers = {"off": off, "on": on, "measurements": len(callback.history), "equal": equal}
+    each = 1e3 * (on - off) / len(callback.history)
+    if not equal:
+        # Additions of some backward passes have no fixed order on a GPU, with or without the callback.
+        again = _trained(s, None)[1]
+        same = all(torch.equal(a, b) for a, b in zip(plain.parameters(), again.parameters(), strict=True))
+        if same:
+            raise AssertionError("the trained weights differ with the callback, and do not without")
+        return f"{each:.1f} ms a measurement; this training has not the same bits twice", numbers
+    return f"{each:.1f} ms a measurement, {len(callback.history)} of them; trained weights equal to the bit", numbers
+
+
+def _trained(s: Setting, callback: Any) -> tuple[float, Any]:
+    """Seconds of some steps of a small Mamba-2, with a callback or None, and the model."""
+    import torch
+    from transformers import Mamba2Config, Mamba2ForCausalLM, TrainerControl, TrainerState
+
     width, layers, steps = (32, 2, 4) if s.dry else (256, 12, 60)
     sizes = {
         "hidden_size": width,
@@ -184,42 +204,23 @@ def monitor(s: Setting) -> Found:
         "state_size": 16,
         "num_hidden_layers": layers,
     }
+    torch.manual_seed(0)
+    model: Any = Mamba2ForCausalLM(
+        Mamba2Config(vocab_size=64, pad_token_id=0, n_groups=1, expand=2, chunk_size=16, **sizes)
+    )
+    model.to(s.device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    generator = torch.Generator().manual_seed(0)
+    state, control = TrainerState(), TrainerControl()
 
-    def train(callback: Any) -> tuple[float, Any]:
-        torch.manual_seed(0)
-        model: Any = Mamba2ForCausalLM(
-            Mamba2Config(vocab_size=64, pad_token_id=0, n_groups=1, expand=2, chunk_size=16, **sizes)
-        )
-        model.to(s.device).train()
-        optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-        generator = torch.Generator().manual_seed(0)
-        state, control = TrainerState(), TrainerControl()
+    def run() -> None:
+        for step in range(1, steps + 1):
+            ids = torch.randint(0, 64, (8, 32), generator=generator).to(s.device)
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            state.global_step = step
+            if callback is not None:
+                callback.on_step_end(None, state, control, model=model)
 
-        def run() -> None:
-            for step in range(1, steps + 1):
-                ids = torch.randint(0, 64, (8, 32), generator=generator).to(s.device)
-                model(input_ids=ids, labels=ids).loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                state.global_step = step
-                if callback is not None:
-                    callback.on_step_end(arguments, state, control, model=model)
-
-        return s.seconds(run)[0], model
-
-    train(None)
-    off, plain = train(None)
-    callback = MonitorCallback(s.ids(4)[:, :16] % 64, every=max(1, steps // 4))
-    on, watched = train(callback)
-    pairs = zip(plain.parameters(), watched.parameters(), strict=True)
-    equal = all(torch.equal(one, other) for one, other in pairs)
-    numbers = {"off": off, "on": on, "measurements": len(callback.history), "equal": equal}
-    each = 1e3 * (on - off) / len(callback.history)
-    if not equal:
-        # Additions of some backward passes have no fixed order on a GPU, with or without the callback.
-        again = train(None)[1]
-        same = all(torch.equal(a, b) for a, b in zip(plain.parameters(), again.parameters(), strict=True))
-        if same:
-            raise AssertionError("the trained weights differ with the callback, and do not without")
-        return f"{each:.1f} ms a measurement; this training has not the same bits twice", numbers
-    return f"{each:.1f} ms a measurement, {len(callback.history)} of them; trained weights equal to the bit", numbers
+    return s.seconds(run)[0], model

@@ -62,15 +62,18 @@ def checkpoint(s: Setting) -> Found:
         written += file.stat().st_size
     index = {"metadata": {}, "weight_map": weights}
     (s.checkpoint / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    config = {
-        "model_type": "mamba2", "architectures": ["Mamba2ForCausalLM"], "hidden_size": d, "state_size": size["state"],
+    (s.checkpoint / "config.json").write_text(json.dumps(_config(size)), encoding="utf-8")
+    return f"{written / 1e9:.2f} GB", {"bytes": written}
+
+
+def _config(size: dict[str, int]) -> dict[str, Any]:
+    return {
+        "model_type": "mamba2", "architectures": ["Mamba2ForCausalLM"], "hidden_size": size["hidden"], "state_size": size["state"],
         "num_hidden_layers": size["layers"], "num_heads": size["heads"], "head_dim": size["head_dim"], "n_groups": 1,
-        "expand": inner // d, "conv_kernel": 4, "chunk_size": 256, "vocab_size": size["vocabulary"],
+        "expand": size["heads"] * size["head_dim"] // size["hidden"], "conv_kernel": 4, "chunk_size": 256, "vocab_size": size["vocabulary"],
         "tie_word_embeddings": True, "layer_norm_epsilon": 1e-5, "residual_in_fp32": True, "dtype": "float16",
         "pad_token_id": 0,
     }  # fmt: skip
-    (s.checkpoint / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return f"{written / 1e9:.2f} GB", {"bytes": written}
 
 
 def floor(s: Setting, precision: str) -> float:
