@@ -78,9 +78,8 @@ class Mamba2Adapter(MambaStack):
     def has_own_blocks(self) -> bool:
         return bool(self.config.hidden_act == "silu")
 
-    @property
-    def backend(self) -> str:
-        return self.kernels.backend if self.has_own_blocks else super().backend
+    def backend(self, dtype: torch.dtype) -> str:
+        return self.kernels.for_dtype(dtype).backend if self.has_own_blocks else super().backend(dtype)
 
     def tensors(self, layer: int) -> dict[str, Tensor]:
         """The tensors of block `layer` under transformers' names in it, which hold the numbers that the model computes with."""

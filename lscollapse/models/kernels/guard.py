@@ -6,6 +6,7 @@ Two excerpts through what lies between the products of a block, and one product 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import ModuleType
 
 import torch
@@ -17,6 +18,12 @@ from lscollapse.models.kernels.reference import TOLERANCE, block_weights, plain_
 SHAPE = Mamba2Shape(256, heads=4, head_dim=64, state=128)
 N_TOKENS = 128
 PRODUCT = (256, 2560, 256)  # m, k, n
+
+
+def launching_at(tensor: Tensor) -> AbstractContextManager[None]:
+    """Triton launches on the current GPU, wherever its tensors are: while open that is the one of this tensor."""
+    device: AbstractContextManager[None] = torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]  # of torch
+    return device
 
 
 def faults(own: ModuleType, device: torch.device, split: bool) -> dict[str, str]:
@@ -31,7 +38,8 @@ def faults(own: ModuleType, device: torch.device, split: bool) -> dict[str, str]
     found = {}
     for name, error in checks.items():
         try:
-            off = error()
+            with launching_at(torch.empty(0, device=device)):
+                off = error()
         except torch.OutOfMemoryError:
             raise
         except Exception as fault:  # of a compiler, a driver or a launch: whatever it is, the kernel cannot be used
