@@ -40,7 +40,7 @@ def fault(device: torch.device) -> str:
     """Why the kernels are not used on this GPU, for the user; empty where they are right. Waits for the GPU, once a process.
 
     Raises:
-        torch.OutOfMemoryError: the device has no room for the few MB that this takes.
+        Exception: the device has no room for the few MB that this takes (`is_out_of_memory`).
     """
     if torch.version.hip or find_spec("triton") is None:
         return "there are no Triton kernels for this GPU: torch operations measure"

@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from lscollapse.core.allocation import is_out_of_memory
 from lscollapse.models.kernels.mamba2_block import Mamba2Shape
 from lscollapse.models.kernels.reference import TOLERANCE, block_weights, plain_mixer, relative_error
 
@@ -30,7 +31,7 @@ def faults(own: ModuleType, device: torch.device, split: bool) -> dict[str, str]
     """What of `own`, a module as fused.py, is not right on this device: `mixer` or `product` -> why, for the user.
 
     Raises:
-        torch.OutOfMemoryError: the device has no room for the few MB that this takes.
+        Exception: the device has no room for the few MB that this takes (`is_out_of_memory`).
     """
     checks: dict[str, Callable[[], float]] = {"mixer": lambda: _mixer(own, device)}
     if split:
@@ -40,9 +41,9 @@ def faults(own: ModuleType, device: torch.device, split: bool) -> dict[str, str]
         try:
             with launching_at(torch.empty(0, device=device)):
                 off = error()
-        except torch.OutOfMemoryError:
-            raise
         except Exception as fault:  # of a compiler, a driver or a launch: whatever it is, the kernel cannot be used
+            if is_out_of_memory(fault):
+                raise
             line = " ".join(str(fault).split())[:200]
             found[name] = f"the package's {name} kernels do not run on this device ({type(fault).__name__}: {line})"
             continue
