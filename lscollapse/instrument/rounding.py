@@ -53,6 +53,7 @@ class Twins:
         X: (2n, N, d), or of several arms, one after the other.
         """
         signs = torch.from_numpy(np.stack([_signs(number, layer, *X.shape[1:]) for number in self.numbers]))
+        signs = signs.pin_memory() if X.is_cuda else signs  # so that the copy waits for nothing
         factor = X.new_ones(2 * len(signs), *X.shape[1:])  # (2n, N, d)
         factor[len(signs) :] += unit * signs.to(X.device, X.dtype, non_blocking=True)
         return (X.view(-1, *factor.shape) * factor).flatten(0, 1)

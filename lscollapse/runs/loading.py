@@ -29,6 +29,7 @@ from lscollapse.models.adapters.streamed import StreamedMamba2, Upload
 from lscollapse.models.checkpoints import checkpoint
 from lscollapse.models.checkpoints.checkpoint import ModelInfo
 from lscollapse.models.checkpoints.located import Where
+from lscollapse.models.kernels import fused_measures
 from lscollapse.models.kernels.backends import resolve_kernels
 from lscollapse.runs.devices import device, set_threads
 from lscollapse.runs.excerpts import excerpts_for
@@ -201,7 +202,9 @@ def _attach_head(adapter: Adapter, name: str, init: str, config: Experiment) -> 
 
 
 def _choose_kernels(adapter: Adapter, config: Experiment, progress: Progress) -> None:
+    notes = [fused_measures.fault(adapter.device) if adapter.device.type == "cuda" else ""]
     if isinstance(adapter, Mamba2Adapter):
         adapter.kernels = resolve_kernels(config.kernels, adapter.device, products=config.products)
-        if adapter.kernels.note:
-            progress.note(adapter.kernels.note)
+        notes.append(adapter.kernels.note)
+    for note in filter(None, notes):
+        progress.note(note)

@@ -103,7 +103,8 @@ def plan_run(
             shape = adapter.shape if isinstance(adapter, Mamba2Adapter) else None
             room = limit - (layer_bytes(shape, itemsize) if shape else 0)
             width = adapter.config.hidden_size
-            return plan_on_gpu(width, shape, n_tokens, excerpts, len(arms), together, itemsize, room, copies)
+            own = isinstance(adapter, Mamba2Adapter) and adapter.kernels.own is not None
+            return plan_on_gpu(width, shape, n_tokens, excerpts, len(arms), together, itemsize, room, copies, own)
         if isinstance(adapter, StreamedMamba2):
             return plan_streamed(adapter.shape, n_tokens, excerpts, len(arms), itemsize, limit, copies)
         return Plan(min(LARGEST_TILE, excerpts), len(arms), 0)
@@ -180,7 +181,7 @@ def layer_bytes(shape: Mamba2Shape, itemsize: int) -> int:
 
 def plan_on_gpu(
     hidden: int, shape: Mamba2Shape | None, n_tokens: int, n_excerpts: int, n_variants: int, together: int, itemsize: int,
-    limit: int, copies: int = 1,
+    limit: int, copies: int = 1, own: bool = True,
 ) -> Plan:  # fmt: skip
     """The largest tile within `limit` bytes of device memory beside the weights; one of everything if none is.
 
@@ -190,9 +191,10 @@ def plan_on_gpu(
 
     Args:
         together: how many variants of one gate setting there are at most; they go through a block as one batch.
+        own: whether the package's own kernels compute the blocks of Mamba-2, where they can.
     """
     entry = _bytes_of_an_entry(itemsize)
-    text = itemsize * n_tokens * 32 * hidden if shape is None else _block_bytes(shape, n_tokens, entry)
+    text = itemsize * n_tokens * 32 * hidden if shape is None else _block_bytes(shape, n_tokens, entry, own)
     text += entry * n_tokens * 2 * hidden + (8 * n_tokens * 5 * hidden if entry == 8 else 0)
 
     def peak(excerpts: int, variants: int) -> int:
@@ -209,14 +211,14 @@ def plan_on_gpu(
     return Plan(excerpts, variants, peak(excerpts, variants))
 
 
-def _block_bytes(shape: Mamba2Shape, n_tokens: int, entry: int) -> int:
+def _block_bytes(shape: Mamba2Shape, n_tokens: int, entry: int, own: bool) -> int:
     """What a block of Mamba-2 computes on the way of one text: in_proj's output, the mixer's twice, the normed X, and O.
 
-    Texts of one chunk are scanned in one kernel; longer ones, and float64, by torch's operations, which keep what goes into
+    Texts of one chunk are scanned in one own kernel; longer ones, and float64, by torch's operations, which keep what goes into
     the convolution and the scan three times, and the decays of a chunk in float64 and twice as they are used.
     """
     numbers = 3 * shape.inner + shape.conv_dim + shape.heads + 2 * shape.hidden
-    if entry < 8 and n_tokens <= ssd.CHUNK:
+    if own and entry < 8 and n_tokens <= ssd.CHUNK:
         return entry * n_tokens * numbers
     decays = shape.heads * min(n_tokens, ssd.CHUNK) ** 2
     return entry * n_tokens * (numbers + 3 * (shape.inner + shape.conv_dim)) + (8 + 2 * entry) * decays

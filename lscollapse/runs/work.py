@@ -163,7 +163,7 @@ def _measure(
         init=task.init,
         text=task.corpus.source,
         tokenizer=task.corpus.excerpts[0].tokenizer,
-        backend=adapter.backend,
+        backend=adapter.backend(dtype),
         seed=config.seed,
     )
     return rows[["subject", "variant", *COLUMNS]]

@@ -166,6 +166,28 @@ def test_a_measure_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.tolist() == pytest.approx([1.0, math.nan, float(share.max() / share.sum())], rel=1e-14, nan_ok=True)
 
 
+def test_kernels_that_are_right_are_used() -> None:
+    fused_measures.fault.cache_clear()
+    assert fused_measures.fault(torch.device("cpu")) == ""
+
+
+@pytest.mark.parametrize("wrong", [10.0, math.nan, "does not launch"])
+def test_kernels_that_are_wrong_are_not_used(wrong: float | str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = fused_measures._leading
+
+    def off(room: Tensor, n: int) -> Tensor:
+        if isinstance(wrong, str):
+            raise RuntimeError(f"the kernel\n{wrong}")
+        return right(room, n) * torch.tensor([wrong] + [1.0] * (n - 1))  # a factor of all would be made good
+
+    monkeypatch.setattr(fused_measures, "_leading", off)
+    fused_measures.fault.cache_clear()
+    said = fused_measures.fault(torch.device("cpu"))
+    fused_measures.fault.cache_clear()
+    assert ("do not run here" if isinstance(wrong, str) else "are off by") in said and "\n" not in said
+    assert said.endswith("torch operations run instead")
+
+
 class Operations(TorchDispatchMode):
     """Counts what a GPU would launch, by name."""
 

@@ -106,6 +106,14 @@ def test_rows_at_every_scale(groups: int, scale: float) -> None:
         assert torch.equal(factor.frexp().mantissa, torch.full_like(factor, 0.5))  # powers of two
 
 
+@pytest.mark.parametrize(("small", "large"), [(1e-3, 1e37), (1e-30, 1e37), (1e37, 1e-37), (1e-20, 1e-20)])
+def test_a_product_whose_factors_are_far_apart(small: float, large: float) -> None:
+    """What is in the range of float32 at the end has not left it on the way."""
+    X, W = normal(3, 96) * small, normal(16, 96, seed=1) * large
+    found, expected = fused.product(fused.split(X), fused.Weight.of(W)), X.double() @ W.double().T
+    assert relative_error(found, expected) < 1e-6
+
+
 def test_halves_keep_22_bits() -> None:
     X = normal(5, 300) * torch.logspace(-42, 37, 5)[:, None]
     X[4, 7] = torch.finfo(torch.float32).max
@@ -234,9 +242,9 @@ def unguarded() -> Iterator[None]:
 def test_kernels_that_are_right_are_used(unguarded: None) -> None:
     found = resolve_kernels("triton", "cpu")
     assert found.own is fused and found.split and found.note == "" and found.backend == KERNELS.backend
-    assert found.backend.endswith("interpreted: scan tf32x3 (torch over 128 tokens), products of float16 halves")
+    assert found.backend.endswith("interpreted: scan tf32x3 (torch over 128 tokens), fp32 products of float16 halves")
     found = resolve_kernels("triton", "cpu", products="ieee")
-    assert found.own is fused and not found.split and found.backend.endswith("products ieee fp32")
+    assert found.own is fused and not found.split and found.backend.endswith("fp32 products ieee")
     assert found.for_dtype(torch.float32) is found and found.for_dtype(torch.float64).backend == "torch native"
 
 
@@ -260,7 +268,7 @@ def test_kernels_that_are_wrong_are_not_used(
         found.note.startswith(said) and found.note.endswith("torch operations run instead") and "\n" not in found.note
     )
     if what == "product":
-        assert found.own is fused and not found.split and "products ieee fp32" in found.backend
+        assert found.own is fused and not found.split and "fp32 products ieee" in found.backend
     else:
         assert found.own is None and found.backend == "torch native"
 

@@ -205,9 +205,8 @@ class Adapter(ABC):
         device: torch.device = next(self.model.parameters()).device
         return device
 
-    @property
-    def backend(self) -> str:
-        """What computes the blocks, as the table records it; on a GPU with what float32 is there."""
+    def backend(self, dtype: torch.dtype) -> str:
+        """What computes the blocks of an arm in `dtype`, as the table records it; on a GPU with what float32 is there."""
         return self.engine if self.device.type == "cpu" else f"{self.engine}, ieee fp32"
 
     @property

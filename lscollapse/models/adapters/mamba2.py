@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lscollapse.models.adapters.adapter import Adapter
 from lscollapse.models.adapters.edit import Args, Edit, HookSet, Kwargs
@@ -61,6 +61,10 @@ class Mamba2Adapter(MambaStack):
     def embedding(self) -> tuple[str, Tensor] | None:
         return token_embedding(self.held_as)
 
+    def before_output(self) -> nn.Module | None:
+        norm: nn.Module = self.held_as.norm_f
+        return norm
+
     @property
     def dtype(self) -> torch.dtype:
         return self.computes_in or super().dtype
@@ -78,9 +82,8 @@ class Mamba2Adapter(MambaStack):
     def has_own_blocks(self) -> bool:
         return bool(self.config.hidden_act == "silu")
 
-    @property
-    def backend(self) -> str:
-        return self.kernels.backend if self.has_own_blocks else super().backend
+    def backend(self, dtype: torch.dtype) -> str:
+        return self.kernels.for_dtype(dtype).backend if self.has_own_blocks else super().backend(dtype)
 
     def tensors(self, layer: int) -> dict[str, Tensor]:
         """The tensors of block `layer` under transformers' names in it, which hold the numbers that the model computes with."""

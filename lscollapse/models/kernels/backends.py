@@ -1,7 +1,7 @@
 """Which code computes the blocks of Mamba-2; the one importer of kernels.
 
     kernels = resolve_kernels("auto", "cuda")
-    kernels.backend      # "lscollapse triton 3.6.0: scan tf32x3 (torch over 128 tokens), products of float16 halves"
+    kernels.backend      # "lscollapse triton 3.6.0: scan tf32x3 (torch over 128 tokens), fp32 products of float16 halves"
 
 On CPU it is `lscollapse.models.kernels.ssd`; on a GPU the package's own Triton kernels, which a CUDA build of torch is
 enough for, torch operations, or mamba-ssm's Triton kernels and causal-conv1d's CUDA kernel. Own kernels are compared
@@ -141,7 +141,7 @@ def own_kernels(device: str, split: bool = True) -> Kernels:
     kind = torch.device(device).type
     backend = (
         f"lscollapse triton {own.VERSION}{'' if kind == 'cuda' else ' interpreted'}: scan tf32x3 (torch over "
-        f"{own.LENGTH} tokens), products {'of float16 halves' if split else 'ieee fp32'}"
+        f"{own.LENGTH} tokens), fp32 products {'of float16 halves' if split else 'ieee'}"
     )
     return Kernels(
         chunked_scan, causal_conv, gated_norm, backend, kind, triton=True, own=own, split=split

@@ -1,31 +1,67 @@
-"""The measures of a batch where it lies; on an NVIDIA GPU by four Triton kernels. Nothing is read back."""
+"""The measures of a batch where it lies; on an NVIDIA GPU by four Triton kernels. Nothing is read back.
+
+Before their first use on a GPU the kernels are compared with LAPACK's measures of the same numbers.
+"""
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lscollapse.core.allocation import is_out_of_memory
 from lscollapse.eigenvector import SQUARINGS
-from lscollapse.measures import Shared
+from lscollapse.measures import Shared, measure_all
+from lscollapse.models.kernels import guard
 
 MOST_ROWS = 128  # of a matrix in a program of the kernels
 TILE = 64  # of a Gram matrix, for tensor cores
 COLUMNS = 32  # of Y at a time: 128 bytes of a row
+TOLERANCE = 1e-11  # relative, of a measure in `error`; float32 sums would be off by 1e-7
 
 
 def shared_of(Y: Tensor) -> Shared:
     """What the measures share of Y (B, N, d), made by what suits it best.
 
-    float64 Y, and more than 128 rows, are measured by torch on a GPU too; on a CPU everything is.
+    float64 Y, and more than 128 rows, are measured by torch on a GPU too; on a CPU everything is, and where the kernels are
+    not right.
     """
-    if not Y.is_cuda or torch.version.hip or find_spec("triton") is None:
+    if not Y.is_cuda or fault(Y.device):
         return Shared(Y)
     fused = Y.dtype != torch.float64 and Y.shape[-2] <= MOST_ROWS
     return Fused(Y) if fused else BySquaring(Y)
+
+
+@cache
+def fault(device: torch.device) -> str:
+    """Why the kernels are not used on this GPU, for the user; empty where they are right. Waits for the GPU, once a process.
+
+    Raises:
+        Exception: the device has no room for the few MB that this takes (`is_out_of_memory`).
+    """
+    if torch.version.hip or find_spec("triton") is None:
+        return "there are no Triton kernels for this GPU: torch operations measure"
+    try:
+        off = error(device)
+    except Exception as failure:  # of a compiler, a driver or a launch: whatever it is, the kernels cannot be used
+        if is_out_of_memory(failure):
+            raise
+        line = " ".join(str(failure).split())[:200]
+        return f"the kernels of the measures do not run here ({type(failure).__name__}: {line}): torch operations run instead"
+    if off <= TOLERANCE:  # nor a NaN
+        return ""
+    return f"the kernels of the measures are off by {off:.0e} here, {TOLERANCE:.0e} is allowed: torch operations run instead"
+
+
+def error(device: torch.device) -> float:
+    """The largest relative error of the kernels on two excerpts (128, 96), one near collapse, of whose measures none is near zero."""
+    Y = torch.randn(2, MOST_ROWS, 3 * COLUMNS, generator=torch.Generator().manual_seed(0)) + 0.5
+    Y[1, 1:] = Y[1, :1] + 0.01 * Y[1, 1:]
+    found, right = (torch.stack(list(measure_all(of).values())).cpu() for of in (Fused(Y.to(device)), Y))
+    return float(((found - right) / right).abs().max())
 
 
 class BySquaring(Shared):
@@ -67,12 +103,13 @@ class Fused(Shared):
             torch.empty(batch, *shape, dtype=torch.float64, device=Y.device)
             for shape in ((9,), (n,), (2, d), (2, rows, rows))
         )
-        measure_code.sums_kernel[(batch,)](Y, lengths, sums, n, d, ROWS=rows, COLUMNS=COLUMNS, num_warps=16)
-        measure_code.gram_kernel[(batch * tiles,)](
-            Y, room, n, d, ROWS=rows, TILE=tile, TILES=tiles, COLUMNS=COLUMNS, num_warps=8
-        )
-        u = _leading(room, n)
-        measure_code.rest_kernel[(batch,)](Y, u, lengths, w, sums, n, d, ROWS=rows, COLUMNS=COLUMNS, num_warps=16)
+        with guard.launching_at(Y):
+            measure_code.sums_kernel[(batch,)](Y, lengths, sums, n, d, ROWS=rows, COLUMNS=COLUMNS, num_warps=16)
+            measure_code.gram_kernel[(batch * tiles,)](
+                Y, room, n, d, ROWS=rows, TILE=tile, TILES=tiles, COLUMNS=COLUMNS, num_warps=8
+            )
+            u = _leading(room, n)
+            measure_code.rest_kernel[(batch,)](Y, u, lengths, w, sums, n, d, ROWS=rows, COLUMNS=COLUMNS, num_warps=16)
         return sums.unbind(-1)
 
     @cached_property
@@ -129,9 +166,10 @@ def _leading(room: Tensor, n: int) -> Tensor:
 
     rows, tile = room.shape[-1], _tile(n)
     u = room.new_empty(len(room), n)
-    measure_code.leading_kernel[(len(room),)](
-        room, u, n, SQUARINGS, ROWS=rows, TILE=tile, COLUMNS=min(rows, COLUMNS), num_warps=4
-    )
+    with guard.launching_at(room):
+        measure_code.leading_kernel[(len(room),)](
+            room, u, n, SQUARINGS, ROWS=rows, TILE=tile, COLUMNS=min(rows, COLUMNS), num_warps=4
+        )
     return u
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lscollapse.models.kernels import guard
 from lscollapse.models.kernels.backends import Kernels
 from lscollapse.models.kernels.chunked import gated_norm
 from lscollapse.models.kernels.mamba2_block import BlockCall, BlockError, Mamba2Block, Mamba2Shape
@@ -39,7 +40,8 @@ class GpuBlock(Mamba2Block):
         device = self._norm.device.type
         if device != kernels.device:
             raise BlockError(f"the tensors are on {device}, the kernels for {kernels.device}: move the tensors there")
-        self._in_weight, self._out_weight = (self._factor(weight) for weight in (self._in_proj, self._out_proj))
+        with guard.launching_at(self._norm):
+            self._in_weight, self._out_weight = (self._factor(weight) for weight in (self._in_proj, self._out_proj))
         del self._in_proj, self._out_proj  # of float32 weights the two halves are enough
 
     def parts(self) -> list[Tensor]:
@@ -55,7 +57,10 @@ class GpuBlock(Mamba2Block):
         return weight if self._own is None or not self._split else self._own.Weight.of(weight)
 
     def _compute(self, X: Tensor, what: BlockCall) -> Tensor:
-        X = X.contiguous()
+        with guard.launching_at(X):
+            return self._computed(X.contiguous(), what)
+
+    def _computed(self, X: Tensor, what: BlockCall) -> Tensor:
         normed = self._rows(X, None, self._norm if what.block_norm else None)  # (B, N, hidden)
         skipped = 0 if what.gating else self.shape.inner  # rows that make z
         bias = None if self._in_bias is None else self._in_bias[skipped:]

@@ -6,11 +6,13 @@ Two excerpts through what lies between the products of a block, and one product 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from lscollapse.core.allocation import is_out_of_memory
 from lscollapse.models.kernels.mamba2_block import Mamba2Shape
 from lscollapse.models.kernels.reference import TOLERANCE, block_weights, plain_mixer, relative_error
 
@@ -19,11 +21,17 @@ N_TOKENS = 128
 PRODUCT = (256, 2560, 256)  # m, k, n
 
 
+def launching_at(tensor: Tensor) -> AbstractContextManager[None]:
+    """Triton launches on the current GPU, wherever its tensors are: while open that is the one of this tensor."""
+    device: AbstractContextManager[None] = torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]  # of torch
+    return device
+
+
 def faults(own: ModuleType, device: torch.device, split: bool) -> dict[str, str]:
     """What of `own`, a module as fused.py, is not right on this device: `mixer` or `product` -> why, for the user.
 
     Raises:
-        torch.OutOfMemoryError: the device has no room for the few MB that this takes.
+        Exception: the device has no room for the few MB that this takes (`is_out_of_memory`).
     """
     checks: dict[str, Callable[[], float]] = {"mixer": lambda: _mixer(own, device)}
     if split:
@@ -31,10 +39,11 @@ def faults(own: ModuleType, device: torch.device, split: bool) -> dict[str, str]
     found = {}
     for name, error in checks.items():
         try:
-            off = error()
-        except torch.OutOfMemoryError:
-            raise
+            with launching_at(torch.empty(0, device=device)):
+                off = error()
         except Exception as fault:  # of a compiler, a driver or a launch: whatever it is, the kernel cannot be used
+            if is_out_of_memory(fault):
+                raise
             line = " ".join(str(fault).split())[:200]
             found[name] = f"the package's {name} kernels do not run on this device ({type(fault).__name__}: {line})"
             continue

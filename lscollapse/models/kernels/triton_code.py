@@ -191,9 +191,13 @@ def product_kernel(
             w = tl.load(w_low_ptr + w_at + start, mask=here[:, None], other=0.0)
             rest = tl.dot(tl.load(high_ptr + x_at + start, mask=here[None, :], other=0.0), w, rest)
         acc += rest
+    scale = tl.load(scale_ptr + i, mask=i < m, other=0.0)[:, None]
     if SCALED:
-        acc *= tl.load(w_scale_ptr + j, mask=j < n, other=0.0)[None, :]
-    acc *= tl.load(scale_ptr + i, mask=i < m, other=0.0)[:, None]
+        # The smaller of two scales first: large weights of small rows leave the range in no other order.
+        w_scale = tl.load(w_scale_ptr + j, mask=j < n, other=0.0)[None, :]
+        acc = acc * tl.minimum(scale, w_scale) * tl.maximum(scale, w_scale)
+    else:
+        acc *= scale
     if BIAS:
         acc += tl.load(bias_ptr + j, mask=j < n, other=0.0)[None, :]
     to = i.to(tl.int64)[:, None] * n + j[None, :]

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lscollapse.core.files import first_line
-from lscollapse.models.kernels import guard
+from lscollapse.models.kernels import fused_measures, guard
 from lscollapse.models.kernels.backends import CHOICES, KernelError, Kernels, own_kernels, resolve_kernels
 from lscollapse.models.kernels.gpu_block import GpuBlock
 from lscollapse.models.kernels.mamba2_block import Mamba2Shape
@@ -128,7 +128,10 @@ def verify(
         try:
             if not on_gpu and name in installed:
                 _interpret()
-            rows += compare(own_kernels(device) if name == "triton" else resolve_kernels(name, device))
+            chosen = own_kernels(device) if name == "triton" else resolve_kernels(name, device)
+            rows += compare(chosen)
+            if chosen.own is not None:
+                rows.append(_measures(chosen.backend, torch.device(device)))
         except KernelError as error:
             if kernels != "auto":
                 raise
@@ -154,6 +157,14 @@ def _rows(kernels: Kernels, cases: Sequence[Case], device: str, torch_kernels: K
                     " older numpy, or use --kernels torch"
                 ) from error
     return rows
+
+
+def _measures(backend: str, device: torch.device) -> KernelCheck:
+    """The measures by kernels against LAPACK's."""
+    error, tolerance = fused_measures.error(device), fused_measures.TOLERANCE
+    start = time.perf_counter()
+    fused_measures.error(device)
+    return KernelCheck("measures", "128 x 96", backend, error, tolerance, time.perf_counter() - start, None)
 
 
 def _has(kernels: Kernels, name: str, case: Case) -> bool:

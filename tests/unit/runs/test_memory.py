@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import math
 import re
+import weakref
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lscollapse.core import config
+from lscollapse.measures import Shared, measure_all
+from lscollapse.models.kernels.backends import Kernels
+from lscollapse.models.kernels.chunked import causal_conv, chunked_scan, gated_norm
+from lscollapse.models.kernels.gpu_block import GpuBlock
 from lscollapse.models.kernels.mamba2_block import Mamba2Shape
 from lscollapse.runs import memory
 
@@ -100,6 +109,39 @@ def test_the_default_sweep_of_2_7b_is_one_tile_on_80_gb(itemsize: int, least: fl
     tile = memory.plan_on_gpu(2560, SHAPE_27B, 128, 32, 22, 11, itemsize, int(0.8 * 74 * GIB))
     assert (tile.excerpts, tile.variants) == (32, 22)
     assert least * GIB < tile.bytes < most * GIB
+
+
+class Held(TorchDispatchMode):
+    """The most bytes that tensors held at a time, of those that were made while it is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+        self._alive: list[tuple[weakref.ref[torch.Tensor], int, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            storage = tensor.untyped_storage()
+            self._alive.append((weakref.ref(tensor), storage._cdata, storage.nbytes()))
+        self._alive = [one for one in self._alive if one[0]() is not None]
+        self.most = max(self.most, sum({place: size for _, place, size in self._alive}.values()))
+        return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("n_tokens", [128, 300])
+def test_what_torch_operations_hold_is_planned(n_tokens: int, dtype: torch.dtype) -> None:
+    """Counted on tensors without numbers, with the measures that follow."""
+    weights = {name: torch.empty(size, device="meta") for name, size in SHAPE_27B.tensors().items()}
+    kernels = Kernels(chunked_scan, causal_conv, gated_norm, "torch chunked", "meta")
+    block = GpuBlock(weights, SHAPE_27B, kernels, dtype)
+    X = torch.empty(4, n_tokens, 2560, device="meta").to(block.stream)
+    with torch.no_grad(), Held() as held:
+        measure_all(Shared(block(X, lam=2.0)))
+    sizes = 2560, SHAPE_27B, n_tokens, 4, 1, 1, dtype.itemsize, 80 * GIB
+    planned = memory.plan_on_gpu(*sizes, own=False).bytes
+    assert held.most + X.nbytes < planned < 3 * held.most
 
 
 def test_other_models_take_32_times_their_width() -> None:

@@ -11,6 +11,8 @@ from lscollapse import Variant
 from lscollapse.instrument.forward import measure_pass
 from lscollapse.models.adapt import adapt
 from lscollapse.models.adapters.mamba2 import Mamba2Adapter
+from lscollapse.models.kernels.backends import Kernels
+from lscollapse.models.kernels.chunked import causal_conv, chunked_scan, gated_norm
 from tests.equivalence import plain_models, tiny
 from tests.equivalence.compare import assert_rows_match
 
@@ -34,6 +36,12 @@ def test_own_blocks_compute_with_the_very_weights_in_float32(held: Mamba2Adapter
         of = rows[(rows["gating"] == arm.gating) & (rows["lam"] == arm.lam)]
         assert_rows_match(of, plain_models.mamba2(weights, held.config, IDS, arm.lam, arm.gating))
     assert held.held_as.dtype == narrow == held.held(1)["mixer.in_proj.weight"].dtype
+
+
+def test_the_backend_is_that_of_the_dtype(held: Mamba2Adapter) -> None:
+    held.kernels = Kernels(chunked_scan, causal_conv, gated_norm, "own kernels", "cpu", triton=True)
+    assert (held.backend(torch.float32), held.backend(torch.bfloat16)) == ("own kernels", "own kernels")
+    assert held.backend(torch.float64) == "torch native"
 
 
 def test_modules_are_in_float32_where_they_are_asked_for(held: Mamba2Adapter) -> None:
