@@ -39,21 +39,21 @@ figures-check: drawn  ## the same; fails where a figure differs from results/ref
 	$(COMPARE)
 
 test: setup  ## the tiers unit and integration
-	$(BIN)/python -m pytest tests/unit tests/integration
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/integration
 
 test-slow: setup  ## the tier slow
 	$(BIN)/python -m pytest tests/slow
 
 .venv-kernels/stamp: configs/kernels-packages.txt configs/constraints.txt
 	$(PYTHON) -m venv .venv-kernels
-	.venv-kernels/bin/python -m pip install -c configs/constraints.txt -e . pytest setuptools wheel packaging
+	.venv-kernels/bin/python -m pip install -c configs/constraints.txt -e . pytest pytest-xdist setuptools wheel packaging
 	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE \
 	  .venv-kernels/bin/python -m pip install --no-build-isolation --no-deps -r configs/kernels-packages.txt
 	@touch $@
 
 test-kernels:  ## the Triton kernels without a GPU: interpreted, and compiled for sm_80, sm_90 and sm_100
 	@$(MAKE) .venv-kernels/stamp || { echo "test-kernels: SKIPPED, its packages cannot be installed here (above)" >&2; exit 0; }; \
-	TRITON_INTERPRET=1 .venv-kernels/bin/python -m pytest --confcutdir=tests/kernels tests/kernels
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv-kernels/bin/python -m pytest -n 2 --confcutdir=tests/kernels tests/kernels
 
 lint: setup  ## ruff (rules and format), the contracts of the rooms, and mypy
 	$(BIN)/ruff check

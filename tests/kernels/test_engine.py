@@ -33,14 +33,14 @@ VIEWS = {
 def test_every_arm_is_that_of_the_plain_model(held: torch.dtype) -> None:
     """As one batch for each gate setting, from weights as they are stored."""
     model = tiny.mamba2(n_layers=2, **SIZES).to(held)
-    adapter, ids = adapt(model), tiny.ids(2, 19)
+    adapter, ids = adapt(model), tiny.ids(2, 9)
     adapter.computes_in, adapter.kernels = torch.float32, own_kernels("cpu")
     weights = {name: tensor.astype(float) for name, tensor in plain_models.weights_of(model).items()}
     norms = ((True, "both"), (False, "mixer"))
     arms = [
         Variant(lam, gating, layernorm, skip_site, norm_site)
         for lam, gating, (layernorm, norm_site), skip_site in itertools.product(
-            (-2.0, 0.0, 3.0), (True, False), norms, ("residual", "mixer")
+            (-2.0, 0.0), (True, False), norms, ("residual", "mixer")
         )
     ]
     rows = measure_pass(adapter, ids, arms, torch.float32, batched=True)

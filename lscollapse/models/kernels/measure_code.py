@@ -30,7 +30,7 @@ def sums_kernel(
     share = tl.full((COLUMNS,), 1.0, tl.float64) / n  # of a row in a mean
     lengths, size, centred = tl.zeros((ROWS,), tl.float64), tl.zeros((ROWS,), tl.float64), tl.zeros((ROWS,), tl.float64)
     centred_size = tl.zeros((ROWS,), tl.float64)
-    peaks = tl.zeros((ROWS,), tl.float64)
+    peaks = tl.zeros((COLUMNS,), tl.float32)
     column_sums, centred_column_sums = tl.zeros((COLUMNS,), tl.float64), tl.zeros((COLUMNS,), tl.float64)
     for first in tl.range(0, d, COLUMNS, num_stages=3):
         Y = _tile(x_ptr, excerpt, first, n, d, ROWS, COLUMNS)
@@ -38,7 +38,7 @@ def sums_kernel(
         start = tl.load(x_ptr + excerpt * n * d + column, mask=column < d, other=0.0).to(tl.float64)
         lengths += tl.sum(Y * Y, 1)
         size += tl.sum(tl.abs(Y), 1)
-        peaks = tl.maximum(peaks, tl.max(tl.abs(Y), 1))
+        peaks = tl.maximum(peaks, tl.max(tl.abs(Y), 0).to(tl.float32))  # Y was float32
         column_sums = tl.maximum(column_sums, tl.sum(tl.abs(Y), 0))
         # The first row goes first, and the mean is taken twice.
         R = tl.where(inside, Y - start[None, :], 0.0)
@@ -57,7 +57,7 @@ def sums_kernel(
     tl.store(to + 2, tl.sqrt(tl.max(column_sums, 0) * tl.max(size, 0)) + nan)
     tl.store(to + 3, tl.sqrt(tl.max(centred_column_sums, 0) * tl.max(centred_size, 0)) + nan)
     tl.store(to + 6, 1.0 + nan)
-    tl.store(to + 7, tl.max(peaks, 0) + nan)
+    tl.store(to + 7, tl.max(peaks, 0).to(tl.float64) + nan)
     tl.store(to + 8, tl.sqrt(tl.min(tl.where(row < n, lengths, float("inf")), 0)))
 
 
