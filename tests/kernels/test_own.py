@@ -132,14 +132,14 @@ def test_rows_leave_what_is_not_finite_visible() -> None:
     assert torch.equal(product[0], torch.full((2,), 4.0)) and not torch.isfinite(product[1:]).any()
 
 
-def test_combine_is_exactly_the_scaled_output_where_the_skip_is_zero() -> None:
-    X, O = normal(3, 7, 900), normal(3, 7, 900, seed=1)
-    X[1] = torch.nan
-    skips, scales = torch.tensor([-1.5, 0.0, 2.0]), torch.tensor([1.0, 0.3, 0.25])
+def test_combine_leaves_out_what_has_the_factor_0_whatever_it_holds() -> None:
+    X, O = normal(4, 7, 900), normal(4, 7, 900, seed=1)
+    X[1], O[3] = torch.nan, torch.inf
+    skips, scales = torch.tensor([-1.5, 0.0, 2.0, 1.0]), torch.tensor([1.0, 0.3, 0.25, 0.0])
     found = fused.combine(X, O, skips, scales)
-    assert torch.equal(found[1], 0.3 * O[1])
-    expected = (skips.view(3, 1, 1) * X.double() + scales.view(3, 1, 1).double() * O.double())[::2]
-    assert relative_error(found[::2], expected) < 1e-7
+    assert torch.equal(found[1], 0.3 * O[1]) and torch.equal(found[3], X[3])
+    expected = (skips.view(4, 1, 1) * X.double() + scales.view(4, 1, 1).double() * O.double())[:3:2]
+    assert relative_error(found[:3:2], expected) < 1e-7
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

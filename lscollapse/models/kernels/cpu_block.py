@@ -112,8 +112,11 @@ class CpuBlock(Mamba2Block):
 
 
 def _add(_: ssd.Workspace, X: Tensor, O: Tensor, skip: float, scale: float, out: Tensor) -> None:
-    """out = skip*X + scale*O of one excerpt, (N, hidden); exactly scale*O for skip = 0, whatever X holds."""
-    torch.mul(O, scale, out=out)
+    """out = skip*X + scale*O of one excerpt, (N, hidden); a factor of 0 leaves X or O out, whatever it holds."""
+    if scale:
+        torch.mul(O, scale, out=out)
+    else:
+        out.zero_()
     if skip:
         out.add_(X, alpha=skip)
 

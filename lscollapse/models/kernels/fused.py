@@ -69,7 +69,7 @@ def scan(
 
 
 def combine(X: Tensor, O: Tensor, skips: Tensor, scales: Tensor) -> Tensor:
-    """skips*X + scales*O, (B, N, hidden) in float32 and (B,); exactly scales*O where a skip is 0, whatever X holds.
+    """skips*X + scales*O, (B, N, hidden) in float32 and (B,); a factor of 0 leaves X or O out, whatever it holds.
 
     Factors of more digits are rounded to float32: infinite where they are too large.
     """

@@ -70,7 +70,7 @@ class GpuBlock(Mamba2Block):
         if self._own is not None:
             return torch.as_tensor(self._own.combine(X, O, what.skips, what.scales))
         skips, scales = (factors.to(self.stream)[:, None, None] for factors in (what.skips, what.scales))  # (B, 1, 1)
-        O = O.to(self.stream) * scales
+        O = torch.where(scales == 0, 0.0, O.to(self.stream) * scales)
         return torch.where(skips == 0, O, torch.addcmul(O, X, skips))
 
     def _product(self, rows: Any, weight: Any, bias: Tensor | None) -> Tensor:

@@ -131,7 +131,7 @@ class Mamba2Block(ABC):
                 its output (D + lam in the place of D), and Y = X + O.
             norm_site: `mixer` (the norm before out_proj), `block` (the pre-norm) or `both`.
             skip, o_scale: where X is carried scaled (carried.py), Y = skip*X + o_scale*O instead; one number or one an
-                excerpt (B, 1, 1).
+                excerpt (B, 1, 1). A factor of 0 leaves X or O out, whatever it holds.
 
         Returns:
             Y, (B, N, hidden), a new tensor, float32 (float64 for a float64 block).

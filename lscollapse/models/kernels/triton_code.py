@@ -206,11 +206,11 @@ def product_kernel(
 
 @triton.jit
 def combine_kernel(x_ptr, o_ptr, skips_ptr, scales_ptr, y_ptr, size, BLOCK: tl.constexpr):
-    """skips*X + scales*O, one number of each an excerpt of `size` numbers; where the skip is 0, X is not read."""
+    """skips*X + scales*O, one number of each an excerpt of `size` numbers; where a factor is 0, X or O is not read."""
     blocks = tl.cdiv(size, BLOCK)
     excerpt = (tl.program_id(0) // blocks).to(tl.int64)
     at = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     skip, scale = tl.load(skips_ptr + excerpt).to(tl.float32), tl.load(scales_ptr + excerpt).to(tl.float32)
-    o = tl.load(o_ptr + excerpt * size + at, mask=at < size, other=0.0).to(tl.float32)
+    o = tl.load(o_ptr + excerpt * size + at, mask=at < size * (scale != 0.0).to(tl.int32), other=0.0).to(tl.float32)
     x = tl.load(x_ptr + excerpt * size + at, mask=at < size * (skip != 0.0).to(tl.int32), other=0.0)
     tl.store(y_ptr + excerpt * size + at, scale * o + skip * x, mask=at < size)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from lscollapse.models.kernels.backends import Kernels
+from lscollapse.models.kernels.chunked import causal_conv, chunked_scan, gated_norm
 from lscollapse.models.kernels.cpu_block import CpuBlock
+from lscollapse.models.kernels.gpu_block import GpuBlock
 from lscollapse.models.kernels.mamba2_block import BlockError, Mamba2Shape
 
 SHAPES = {
@@ -151,6 +155,23 @@ def test_skip_stands_in_the_place_of_lambda_on_the_residual_excerpt_by_excerpt(s
         found = block(X, lam=shift or lam, gating=gating, skip_site=skip_site, skip=skip, o_scale=scale)
         assert relative_error(found, expected) < tolerance
     assert torch.isinf(CpuBlock(w, s, torch.float32)(X, lam=lam)).all()  # not carried, it leaves float32
+
+
+TORCH = Kernels(chunked_scan, causal_conv, gated_norm, "torch chunked", "cpu")
+
+
+@pytest.mark.parametrize("kind", [CpuBlock, lambda w, s: GpuBlock(w, s, TORCH)], ids=["CPU", "GPU"])
+def test_what_has_the_factor_0_is_left_out_whatever_it_holds(kind: Any) -> None:
+    """A row that stands still, X + 0 O, and one that begins anew, 0 X + O."""
+    s = SHAPES["one group"]
+    w, X = weights(s), stream(s).float()
+    zero, one = torch.tensor([0.0, 1.0, 1.0]).view(3, 1, 1), torch.tensor([1.0, 0.0, 1.0]).view(3, 1, 1)
+    whole = kind(w, s)(X, lam=0.0)
+    broken = w | {"mixer.out_proj.weight": torch.full_like(w["mixer.out_proj.weight"], torch.nan)}
+    still = kind(broken, s)(X, skip=zero, o_scale=one)
+    assert torch.equal(still[1], X[1]) and still[0].isnan().all() and still[2].isnan().all()
+    anew = kind(w, s)(X, skip=zero, o_scale=one)
+    torch.testing.assert_close(anew[0], whole[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
