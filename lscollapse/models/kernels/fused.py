@@ -11,9 +11,9 @@ import triton
 from torch import Tensor
 
 from lscollapse.models.kernels import triton_code
+from lscollapse.models.kernels.halves import rows, split, takes_rows
 from lscollapse.models.kernels.mamba2_block import Mamba2Shape
 from lscollapse.models.kernels.products import Weight, product
-from lscollapse.models.kernels.rows import rows, split, takes_rows
 
 __all__ = ["LENGTH", "VERSION", "Weight", "combine", "product", "rows", "scan", "split", "takes_rows", "takes_scan"]
 

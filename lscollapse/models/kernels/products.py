@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from lscollapse.models.kernels import triton_code
-from lscollapse.models.kernels.rows import Halves, split
+from lscollapse.models.kernels.halves import Halves, split
 
 TILE = {"BM": 128, "BN": 128, "BK": 64, "BAND": 8, "num_warps": 8}
 STAGE = 3 * 128 * 64 * 2  # bytes of shared memory that one step's tiles of high, low and W take
