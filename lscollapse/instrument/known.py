@@ -60,6 +60,11 @@ class Known:
         power: np.ndarray = self.exponent + self.skipped
         return power
 
+    def status_of(self, own: np.ndarray, rows: slice = slice(None)) -> np.ndarray:
+        """The status of some rows' numbers, given what is wrong with each ("" where nothing is): a row that is lost says how."""
+        status = np.where(self.settled[rows], "certified", "ok")
+        return np.where(self.status[rows] != "ok", self.status[rows], np.where(own == "", status, own))
+
     def learn(self, rows: np.ndarray, found: np.ndarray, lams: np.ndarray | None, floor: float) -> None:
         """Take the columns `found` of some rows in the layer after the last; of the others X stands still.
 
@@ -72,7 +77,6 @@ class Known:
         self.exponent[rows] = -down
         # What is left to compute may be less than rounding, which is there all the same.
         self.bound[rows], self.next_bound[rows] = (np.maximum(np.exp2(log2), floor) for log2 in (bound, next_bound))
-        # A finite input under finite weights becomes NaN only by way of infinity: how a row was lost is known from then on.
         self.status[rows] = np.where(self.status[rows] == "ok", HOW[lost.astype(int)], self.status[rows])
         if lams is not None and self.settled.any():
             settled = self.settled

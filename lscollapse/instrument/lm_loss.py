@@ -27,7 +27,6 @@ from torch import Tensor
 
 from lscollapse.instrument.engines import Engines
 from lscollapse.instrument.forward import checked_ids
-from lscollapse.instrument.known import Known
 from lscollapse.instrument.rounding import Twins
 from lscollapse.instrument.rows import Table
 from lscollapse.instrument.stream import Stream
@@ -101,17 +100,10 @@ def lm_loss(
             X, bound = last_X(adapter, stream), 4 * stream.known.bound * root * largest * longest
             for arm in stream.arms:
                 value = losses(head, X[arm.rows], targets).double().cpu().numpy()  # (B,)
-                status = _status(stream.known, value, arm.rows)
+                status = stream.known.status_of(np.where(np.isfinite(value), "", "overflow"), arm.rows)
                 value = np.where(np.isin(status, ("ok", "certified")), value, np.nan)
                 table.extend(arm, adapter.n_layers, "lm_loss", value, np.log10(value), status, bound[arm.rows])
     return table.frame()
-
-
-def _status(known: Known, loss: np.ndarray, rows: slice) -> np.ndarray:
-    """What is to be said of the losses of some rows, (B,)."""
-    status = np.where(known.settled[rows], "certified", "ok")
-    status = np.where(np.isfinite(loss), status, "overflow")
-    return np.where(known.status[rows] == "ok", status, known.status[rows])
 
 
 def head_of(adapter: Adapter) -> Head | Scores:

@@ -46,9 +46,7 @@ class Table:
                     value = np.ldexp(mantissa * np.exp2(known.power - whole), whole.astype(int))
                     log10 = log10 + known.power * LOG10_2
             hidden = (name in measures.VANISHING) & (arrays["relative_mu" if name == "mu" else name] < floor)
-            status = np.where(known.settled, "certified", "ok")
-            status = np.where(np.isnan(mantissa), "nan", np.where(hidden, "below_floor", status))
-            status = np.where(known.status == "ok", status, known.status)
+            status = known.status_of(np.where(np.isnan(mantissa), "nan", np.where(hidden, "below_floor", "")))
             columns[name] = value, log10, status, bounds[name]
         for arm in stream.arms:
             for name, column in columns.items():

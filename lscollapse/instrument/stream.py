@@ -76,7 +76,9 @@ class Stream:
         self.recorded = self.X.new_empty(0)
         self.handed: dict[int, Any] = {}  # what the blocks hand to later ones beside X (see Adapter.run)
         self._largest: Tensor | None = largest_entries(self.X)
-        self.lost = torch.where(self._largest.isnan(), 2.0, (self._largest.isinf()).double())
+        # A finite input under finite weights becomes NaN only by way of infinity.
+        self._how = torch.where(self._largest.isnan(), 2.0, 1.0).double()  # (R,), what `lost` is of a row that is lost
+        self.lost = torch.where(self._largest < math.inf, 0.0, self._how)  # nor is NaN under infinity
         self.bound = self._next_bound = torch.full_like(self.lost, math.nan)
         self._still = self.bound == self.bound
         self._gone: list[tuple[np.ndarray, Tensor]] = []  # rows that have left, and their X
@@ -107,7 +109,7 @@ class Stream:
 
     def _take(self, largest: Tensor) -> None:
         self._largest = largest
-        self.lost = torch.where(largest < math.inf, self.lost, 1.0)  # nor is NaN under infinity
+        self.lost = torch.where(largest < math.inf, self.lost, self._how)
 
     def record(self, layer: int, shared: Shared | None, copies: int = 1) -> None:
         """Note the measures of X, the input of block `layer`, and its state; None where X is what it was.
@@ -158,10 +160,11 @@ class Stream:
         )
         self._gone.append((self.rows[~stay], self.X[going]))
         self.rows = self.rows[stay]
-        parts = (self.X, self.largest, self.lost, self.bound, self._next_bound, self._still, self.carried.down)
-        self.X, self._largest, self.lost, self.bound, self._next_bound, self._still, self.carried.down = (
-            part.index_select(0, staying) for part in parts
-        )
+        largest = self.largest
+        for name in ("X", "lost", "_how", "bound", "_next_bound", "_still"):
+            setattr(self, name, getattr(self, name).index_select(0, staying))
+        self._largest = largest.index_select(0, staying)
+        self.carried.down = self.carried.down.index_select(0, staying)
         self._lams_there = self._lams_there.index_select(2, staying)
         self._left = None if self._left is None else self._left.index_select(1, staying)
 

@@ -365,6 +365,19 @@ def test_overflow_has_its_status_and_no_number() -> None:
     assert rows["value"].isna().all() and rows["log10"].isna().all()
 
 
+def test_an_embedding_that_is_nan_is_nan_not_overflow() -> None:
+    model, ids = mamba2(), tiny.ids(2, N)
+    ids[0], ids[1] = ids[0] % 30, 30 + ids[1] % 30
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())  # else it has the NaN too
+    with torch.no_grad():
+        model.backbone.embeddings.weight[:30] = torch.nan
+    for batched in (True, False):
+        streams: list[Any] = []
+        measure_pass(adapt(model), ids, [Variant()], None, finished=streams.append, batched=batched)
+        for given in (streams, None):  # known of the layers as they came, or at the end
+            assert list(lm_loss(model, ids, streams=given)["status"]) == ["nan", "ok"]
+
+
 # --- the head in blocks --------------------------------------------------------------------------------
 
 
