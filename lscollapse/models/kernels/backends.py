@@ -154,7 +154,7 @@ def _guarded(device: str, split: bool) -> Kernels:
     kernels = own_kernels(device, split)
     assert kernels.own is not None
     faults = guard.faults(kernels.own, torch.device(device), split)
-    note = "; ".join(f"{fault}: torch operations run instead" for fault in faults.values())
+    note = "; ".join(faults.values())
     if "mixer" in faults:
         return _torch_kernels(kernels.device, note)
     return replace(own_kernels(device, split and not faults), note=note)

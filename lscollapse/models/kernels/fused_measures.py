@@ -12,13 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lscollapse.core.allocation import is_out_of_memory
 from lscollapse.eigenvector import SQUARINGS
 from lscollapse.measures import Shared, measure_all
 from lscollapse.models.kernels import guard
 
 MOST_ROWS = 128  # of a matrix in a program of the kernels
 TILE = 64  # of a Gram matrix, for tensor cores
+# What the kernels write of an excerpt, in their order: properties of `Shared`.
+SUMS = ("size", "centred", "size_1_inf", "centred_1_inf", "rest", "aligned", "scale", "peak", "shortest")
 COLUMNS = 32  # of Y at a time: 128 bytes of a row
 TOLERANCE = 1e-11  # relative, of a measure in `error`; float32 sums would be off by 1e-7
 
@@ -44,16 +45,7 @@ def fault(device: torch.device) -> str:
     """
     if torch.version.hip or find_spec("triton") is None:
         return "there are no Triton kernels for this GPU: torch operations measure"
-    try:
-        off = error(device)
-    except Exception as failure:  # of a compiler, a driver or a launch: whatever it is, the kernels cannot be used
-        if is_out_of_memory(failure):
-            raise
-        line = " ".join(str(failure).split())[:200]
-        return f"the kernels of the measures do not run here ({type(failure).__name__}: {line}): torch operations run instead"
-    if off <= TOLERANCE:  # nor a NaN
-        return ""
-    return f"the kernels of the measures are off by {off:.0e} here, {TOLERANCE:.0e} is allowed: torch operations run instead"
+    return guard.fault("the kernels of the measures", lambda: error(device), TOLERANCE)
 
 
 def error(device: torch.device) -> float:
@@ -84,65 +76,31 @@ class Fused(Shared):
         # Triton does not compile a float64 product of 16-bit numbers.
         super().__init__(Y.to(torch.float32).contiguous())
 
-    @cached_property
-    def scale(self) -> Tensor:  # (B,)
-        return self._sums[6]
+        vars(self).update(zip(SUMS, _sums(self.Y).unbind(-1), strict=True))  # in the place of what would be computed
 
     @cached_property
     def unit(self) -> Tensor:  # (B, N, d), for measures whose sum no kernel makes
         return self.Y.to(torch.float64) * self.scale[:, None, None]
 
-    @cached_property
-    def _sums(self) -> tuple[Tensor, ...]:  # 9 x (B,)
-        from lscollapse.models.kernels import measure_code
 
-        Y = self.Y
-        batch, n, d = Y.shape
-        rows, tile, tiles = _rows(n), _tile(n), _tiles(n)
-        sums, lengths, w, room = (
-            torch.empty(batch, *shape, dtype=torch.float64, device=Y.device)
-            for shape in ((9,), (n,), (2, d), (2, rows, rows))
+def _sums(Y: Tensor) -> Tensor:
+    """SUMS of Y (B, N, d) in float32, (B, 9)."""
+    from lscollapse.models.kernels import measure_code
+
+    batch, n, d = Y.shape
+    rows, tile, tiles = _rows(n), _tile(n), _tiles(n)
+    sums, lengths, w, room = (
+        torch.empty(batch, *shape, dtype=torch.float64, device=Y.device)
+        for shape in ((len(SUMS),), (n,), (2, d), (2, rows, rows))
+    )
+    with guard.launching_at(Y):
+        measure_code.sums_kernel[(batch,)](Y, lengths, sums, n, d, ROWS=rows, COLUMNS=COLUMNS, num_warps=16)
+        measure_code.gram_kernel[(batch * tiles,)](
+            Y, room, n, d, ROWS=rows, TILE=tile, TILES=tiles, COLUMNS=COLUMNS, num_warps=8
         )
-        with guard.launching_at(Y):
-            measure_code.sums_kernel[(batch,)](Y, lengths, sums, n, d, ROWS=rows, COLUMNS=COLUMNS, num_warps=16)
-            measure_code.gram_kernel[(batch * tiles,)](
-                Y, room, n, d, ROWS=rows, TILE=tile, TILES=tiles, COLUMNS=COLUMNS, num_warps=8
-            )
-            u = _leading(room, n)
-            measure_code.rest_kernel[(batch,)](Y, u, lengths, w, sums, n, d, ROWS=rows, COLUMNS=COLUMNS, num_warps=16)
-        return sums.unbind(-1)
-
-    @cached_property
-    def peak(self) -> Tensor:
-        return self._sums[7]
-
-    @cached_property
-    def shortest(self) -> Tensor:
-        return self._sums[8]
-
-    @cached_property
-    def size(self) -> Tensor:
-        return self._sums[0]
-
-    @cached_property
-    def centred(self) -> Tensor:
-        return self._sums[1]
-
-    @cached_property
-    def size_1_inf(self) -> Tensor:
-        return self._sums[2]
-
-    @cached_property
-    def centred_1_inf(self) -> Tensor:
-        return self._sums[3]
-
-    @cached_property
-    def rest(self) -> Tensor:
-        return self._sums[4]
-
-    @cached_property
-    def aligned(self) -> Tensor:
-        return self._sums[5]
+        u = _leading(room, n)
+        measure_code.rest_kernel[(batch,)](Y, u, lengths, w, sums, n, d, ROWS=rows, COLUMNS=COLUMNS, num_warps=16)
+    return sums
 
 
 def _rows(n: int) -> int:

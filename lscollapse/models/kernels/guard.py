@@ -36,20 +36,27 @@ def faults(own: ModuleType, device: torch.device, split: bool) -> dict[str, str]
     checks: dict[str, Callable[[], float]] = {"mixer": lambda: _mixer(own, device)}
     if split:
         checks["product"] = lambda: _product(own, device)
-    found = {}
-    for name, error in checks.items():
-        try:
-            with launching_at(torch.empty(0, device=device)):
-                off = error()
-        except Exception as fault:  # of a compiler, a driver or a launch: whatever it is, the kernel cannot be used
-            if is_out_of_memory(fault):
-                raise
-            line = " ".join(str(fault).split())[:200]
-            found[name] = f"the package's {name} kernels do not run on this device ({type(fault).__name__}: {line})"
-            continue
-        if not off <= TOLERANCE[name]:  # nor a NaN
-            found[name] = f"the package's {name} kernels are off by {off:.0e} here, {TOLERANCE[name]:.0e} is allowed"
-    return found
+    with launching_at(torch.empty(0, device=device)):
+        said = {name: fault(f"the package's {name} kernels", error, TOLERANCE[name]) for name, error in checks.items()}
+    return {name: why for name, why in said.items() if why}
+
+
+def fault(kernels: str, error: Callable[[], float], tolerance: float) -> str:
+    """Why kernels of this name are not to be used, given how to find out by how much they are off; empty where they are right.
+
+    Raises:
+        Exception: as `faults`.
+    """
+    try:
+        off = error()
+    except Exception as failure:  # of a compiler, a driver or a launch: whatever it is, the kernels cannot be used
+        if is_out_of_memory(failure):
+            raise
+        line = " ".join(str(failure).split())[:200]
+        return f"{kernels} do not run here ({type(failure).__name__}: {line}): torch operations run instead"
+    if off <= tolerance:  # nor a NaN
+        return ""
+    return f"{kernels} are off by {off:.0e} here, {tolerance:.0e} is allowed: torch operations run instead"
 
 
 def _normal(device: torch.device, *sizes: tuple[int, ...]) -> list[Tensor]:
