@@ -177,10 +177,8 @@ def probe(
     try:
         again = _asked(estimated(twice(wide), resolve), wide)
     except Exception as error:
-        if isinstance(error, UnsupportedModel) or is_out_of_memory(
-            error
-        ):  # no float64 of this model, or no room for it
-            return rows
+        if isinstance(error, UnsupportedModel) or is_out_of_memory(error):
+            return rows  # there is no float64 of this model, or no room for it
         raise
     again = again.assign(why=again["variant"].map(why))
     return pd.concat([rows[~rows["variant"].isin(why)], again], ignore_index=True)

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lscollapse.core.allocation import is_out_of_memory
 from lscollapse.core.config import ConfigError, Experiment
 from lscollapse.core.progress import Progress
 from lscollapse.data.corpus import Corpus
@@ -33,7 +32,7 @@ from lscollapse.models.kernels import fused_measures
 from lscollapse.models.kernels.backends import resolve_kernels
 from lscollapse.runs.devices import device, set_threads
 from lscollapse.runs.excerpts import excerpts_for
-from lscollapse.runs.memory import MemoryPlanError, Plan, Plans, Tiles, is_streamed, plan_run
+from lscollapse.runs.memory import Plan, Plans, Tiles, is_streamed, plan_run, room_for
 
 
 @dataclass(frozen=True)
@@ -137,15 +136,8 @@ def load_tasks(config: Experiment, variants: Variants, progress: Progress) -> It
 
 def _try(adapter: Adapter, tokens: Tensor) -> None:
     """Embed one excerpt, so that what cannot be measured is refused before anything is written."""
-    try:
-        with torch.no_grad():
-            adapter.embed(tokens)
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise MemoryPlanError(
-                "the device has no room for one excerpt: use fewer --tokens or --device cpu"
-            ) from None
-        raise
+    with torch.no_grad(), room_for("the device has no room for one excerpt: use fewer --tokens or --device cpu"):
+        adapter.embed(tokens)
 
 
 def needs_head(config: Experiment) -> bool:
@@ -171,15 +163,9 @@ def load_adapter(name: str, init: str, config: Experiment, progress: Progress) -
     own = architecture == "mamba2" or config.dtype == "auto"
     dtype = torch.float32 if own else getattr(torch, config.dtype)
     seed = config.seed if init == "random" else None
-    try:
+    with room_for(f"{name} does not fit on {on}: use --stream always (Mamba-2) or --device cpu"):
         loaded = checkpoint.load(name, dtype=dtype, device=on, as_stored=on != "cpu", random_init=seed, **where)
         adapter = adapt(loaded.model)
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise MemoryPlanError(
-                f"{name} does not fit on {on}: use --stream always (Mamba-2) or --device cpu"
-            ) from None
-        raise
     if isinstance(adapter, Mamba2Adapter):
         adapter.computes_in = dtype
     set_threads(adapter.config.hidden_size)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import itertools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -251,6 +252,17 @@ def in_halves(tile: Callable[[range, range], T], excerpts: range, variants: rang
             "the device has no room for one excerpt of one variant: use fewer --tokens, --stream always, or --device cpu"
         )
     return [result for half in halves for result in in_halves(tile, *half)]
+
+
+@contextmanager
+def room_for(message: str) -> Iterator[None]:
+    """Allocations that fail inside are a MemoryPlanError of this message."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise MemoryPlanError(message) from None
+        raise
 
 
 def release() -> None:
