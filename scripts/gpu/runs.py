@@ -17,7 +17,7 @@ def command(s: Setting) -> Found:
 
     out = s.scratch / "sweep"
     taken, rows = s.seconds(lambda: sweep_lambda(s.config(), out))
-    counted = {"statuses": rows["status"].astype(str).value_counts().to_dict(), "dtypes": _counts(rows, "dtype")}
+    counted = {"statuses": _counts(rows, "status"), "dtypes": _counts(rows, "dtype")}
     return f"{taken:.1f} s, {len(rows):,} rows; {counted['dtypes']}", {"seconds": taken} | counted
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-LAMBDAS = (-8.0, -4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 # hidden, heads, head_dim, state, layers, vocabulary
 FULL = {"hidden": 2560, "heads": 80, "head_dim": 64, "state": 128, "layers": 64, "vocabulary": 50288}
 TINY = {"hidden": 32, "heads": 2, "head_dim": 32, "state": 16, "layers": 2, "vocabulary": 64}
@@ -49,10 +48,11 @@ class Setting:
 
     def arms(self) -> list[Any]:
         from lscollapse import Variant
+        from lscollapse.core.config import DEFAULT_LAMBDAS
 
         if self.dry:
             return [Variant(1.0), Variant(-2.0, gating=False), Variant(0.5, gating=False)]
-        return [Variant(lam, gating) for gating in (False, True) for lam in LAMBDAS]
+        return [Variant(lam, gating) for gating in (False, True) for lam in DEFAULT_LAMBDAS]
 
     def config(self, **changes: Any) -> Any:
         """The configuration of a run of the checkpoint on excerpts of `ids`."""
@@ -65,8 +65,7 @@ class Setting:
         settings = {
             "models": [str(self.checkpoint)], "device": self.device, "stream": "never", "offline": True, "seed": 0,
             "cache_dir": self.scratch / "cache", "source": str(frozen), "excerpts": len(ids), "tokens": ids.shape[1],
-            "lambdas": [-2.0, 0.5, 1.0] if self.dry else list(LAMBDAS),
-        }  # fmt: skip
+        } | ({"lambdas": [-2.0, 0.5, 1.0]} if self.dry else {})  # fmt: skip
         return Experiment(**settings | changes)
 
     def adapter(self, **changes: Any) -> tuple[Any, Any]:

@@ -8,7 +8,7 @@ import subprocess
 from importlib import metadata
 from typing import Any
 
-from gpu.setting import LAMBDAS, NotRun, Setting, compared, said
+from gpu.setting import NotRun, Setting, compared, said
 
 Found = tuple[str, dict[str, Any]]  # the headline of a step and its numbers
 PACKAGES = ("torch", "triton", "transformers", "numpy", "pandas", "mamba-ssm", "causal-conv1d", "accelerate")
@@ -177,7 +177,6 @@ def tiny_rows(s: Setting) -> Found:
     """mamba2-tiny on the CPU and here; of a dry run a random net, by turns and in batches."""
     import torch
 
-    from lscollapse import Variant
     from lscollapse.instrument.forward import measure_pass
     from lscollapse.models.adapt import adapt
 
@@ -187,13 +186,12 @@ def tiny_rows(s: Setting) -> Found:
         torch.manual_seed(0)
         sizes = {"hidden_size": 32, "num_heads": 2, "head_dim": 32, "state_size": 16, "num_hidden_layers": 2}
         model: Any = Mamba2Model(Mamba2Config(vocab_size=64, pad_token_id=0, n_groups=1, expand=2, **sizes)).eval()
-        there, arms, ids = model, s.arms(), s.ids()
+        there = model
     else:
         from lscollapse.models.checkpoints.checkpoint import load
 
         model, there = load("mamba2-tiny").model, load("mamba2-tiny", device=s.device).model
-        arms = [Variant(lam, gating) for gating in (False, True) for lam in LAMBDAS]
-        ids = s.ids(4)
+    arms, ids = s.arms(), s.ids(4)
     expected = measure_pass(adapt(model), ids, arms, torch.float32)
     taken, found = s.seconds(lambda: measure_pass(adapt(there), ids, arms, torch.float32, batched=True))
     numbers: dict[str, Any] = {"seconds": taken}

@@ -11,6 +11,8 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
+from gpu_cost import product_flops
+
 from gpu.setting import NotRun, Setting, compared, first_layers, said
 from gpu.smoke import Found
 
@@ -81,9 +83,9 @@ def floor(s: Setting, precision: str) -> float:
     size, (unit, passes) = s.sizes, PASSES[precision]
     inner = size["heads"] * size["head_dim"]
     n, N = s.ids().shape
-    widths = [inner * arm.gating + inner + 2 * size["state"] + size["heads"] + inner for arm in s.arms()]
-    work = 2 * size["layers"] * n * N * size["hidden"] * sum(widths)
-    return float(passes * work / (1e12 * s.ceilings()[unit]))
+    gates, conv_dim = tuple(arm.gating for arm in s.arms()), inner + 2 * size["state"]
+    work = size["layers"] * product_flops(n * N, size["hidden"], inner, conv_dim, size["heads"], gates)
+    return passes * work / (1e12 * s.ceilings()[unit])
 
 
 def split(s: Setting) -> Found:
@@ -114,7 +116,7 @@ def _sweep(s: Setting, precision: str) -> Found:
 
     with first_layers(adapter, 1):
         cold = s.seconds(sweep)[0]  # compiles what this process launches
-    numbers = {"floor": least, "loading": loading, "first layer, cold": cold, "backend": adapter.backend}
+    numbers = {"floor": least, "loading": loading, "first layer, cold": cold, "backend": adapter.backend(dtype)}
     numbers |= traced(s, adapter, sweep)
     if not s.dry:
         torch.cuda.reset_peak_memory_stats()
