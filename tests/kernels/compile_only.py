@@ -1,9 +1,10 @@
-"""Compiles every Triton kernel that a block of the 2.7B model launches; launches none.
+"""Compiles every Triton kernel that a block of the 2.7B model, or the measures, launch; launches none.
 
     TRITON_CACHE_DIR=... python -m tests.kernels.compile_only 90 own|ieee|tf32 [backward]
+    TRITON_CACHE_DIR=... python -m tests.kernels.compile_only 90 measures 128 2560
 
-`own`: the package's; `ieee`, `tf32`: mamba-ssm's with products in that precision. Prints one JSON object a kernel. Triton
-asks its active driver what to compile for; one that answers "compute capability 90" needs no GPU, and with warmup=True a
+`own`: the package's; `ieee`, `tf32`: mamba-ssm's with products in that precision; `measures`: as `Fused` launches them for an
+excerpt of so many rows and columns. Prints one JSON object a kernel. Triton asks its active driver what to compile for; one that answers "compute capability 90" needs no GPU, and with warmup=True a
 kernel is compiled and not launched.
 """
 
@@ -26,7 +27,7 @@ SHARED = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 INNER, CHANNELS, HEADS = 5120, 5376, 80
 
 
-def main(capability: int, what: str, backward: bool) -> None:
+def main(capability: int, what: str, *options: str) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
@@ -52,6 +53,8 @@ def main(capability: int, what: str, backward: bool) -> None:
             "tf32": "tf32" in ptx,
             "products": next((kind for kind in ("tcgen05.mma", "wgmma.mma", "mma.sync") if kind in ptx), ""),
             "additions": len(re.findall(r"\badd\.(?:rn\.)?f32", ptx)),
+            "of float64": sorted(set(re.findall(r"mma\.sync\S*", ptx))),
+            "conversions": sorted(set(re.findall(r"cvt\S*f64\.f32\S*", ptx))),
         }
         print(json.dumps(facts))
         return kernel
@@ -59,8 +62,10 @@ def main(capability: int, what: str, backward: bool) -> None:
     JITFunction.run = compile_and_report
     if what == "own":
         own(SHARED[capability])
+    elif what == "measures":
+        measures(*map(int, options))
     else:
-        mamba_ssm(what, backward)
+        mamba_ssm(what, backward="backward" in options)
 
 
 def spilled(cubin: bytes) -> int:
@@ -101,6 +106,12 @@ def own(shared: int) -> None:
     fused.product(halves, low, W[0])
 
 
+def measures(n: int, d: int) -> None:
+    from lscollapse.models.kernels.fused_measures import Fused
+
+    Fused(torch.zeros(2, n, d))
+
+
 def mamba_ssm(precision: str, backward: bool) -> None:
     from lscollapse.models.kernels.mamba_ssm import import_triton
 
@@ -118,4 +129,4 @@ def mamba_ssm(precision: str, backward: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], backward="backward" in sys.argv)
+    main(int(sys.argv[1]), *sys.argv[2:])

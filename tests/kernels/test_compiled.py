@@ -68,3 +68,17 @@ def test_tf32_would_be_seen(tmp_path: Path) -> None:
     found = {kernel["name"]: kernel["tf32"] for kernel in compiled(90, "tf32", tmp_path)}
     assert found["_chunk_scan_fwd_kernel"] and found["_bmm_chunk_fwd_kernel"]
     assert not found["_chunk_cumsum_fwd_kernel"]
+
+
+@pytest.mark.parametrize("shape", [(128, 2560), (100, 2561), (1, 64), (9, 1)])
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_kernel_of_the_measures_compiles(capability: int, shape: tuple[int, int], tmp_path: Path) -> None:
+    found = {kernel["name"]: kernel for kernel in compiled(capability, "measures", tmp_path, *map(str, shape))}
+    assert len(found) == 4
+    for name, kernel in found.items():
+        assert f"sm_{capability}" in kernel["target"], kernel
+        assert kernel["shared"] <= SHARED[capability] and kernel["spilled"] <= 128, kernel
+        assert kernel["conversions"] in ([], ["cvt.f64.f32"]), kernel  # none that flushes small numbers
+        tensor_cores = name in ("gram_kernel", "leading_kernel") and capability < 100
+        assert bool(kernel["of float64"]) == tensor_cores, kernel
+        assert all("f64.f64.f64.f64" in product for product in kernel["of float64"]), kernel

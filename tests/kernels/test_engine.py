@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 
 from lscollapse.instrument.engines import Engines
@@ -19,14 +17,10 @@ from lscollapse.models.kernels.backends import own_kernels
 from lscollapse.models.kernels.fused_measures import Fused
 from tests.equivalence import plain_models, tiny
 from tests.equivalence.compare import assert_rows_match
+from tests.launches import Launches
 
 SIZES = {"hidden_size": 32, "num_heads": 4, "head_dim": 16, "state_size": 16}
 MOST = 60  # launches a layer
-VIEWS = {
-    "view", "_unsafe_view", "t", "transpose", "select", "slice", "expand", "unsqueeze", "squeeze", "detach", "alias", "permute",
-    "as_strided", "split_with_sizes", "split", "unbind", "_reshape_alias", "empty", "empty_like", "empty_strided", "new_empty",
-    "scalar_tensor",  # a number on the CPU
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("held", [torch.float16, torch.float32], ids=str)
@@ -50,30 +44,23 @@ def test_every_arm_is_that_of_the_plain_model(held: torch.dtype) -> None:
         assert_rows_match(rows[rows["variant"] == number], outputs, what=str(v))
 
 
-class Launches(TorchDispatchMode):
-    """Counts what a GPU would launch: torch's operations, and the kernels, whose interpretation is not counted."""
+class AndKernels(Launches):
+    """Those of the kernels too, whose interpretation is not counted."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         super().__init__()
-        self.counts: Counter[str] = Counter()
-        self.interpreting = False
         plain = InterpretedFunction.__getitem__
 
         def counted(kernel: Any, grid: Any) -> Any:
             def launch(*args: Any, **kwargs: Any) -> None:
                 self.counts[kernel.fn.__name__] += 1
-                self.interpreting = True
+                self.paused = True
                 plain(kernel, grid)(*args, **kwargs)
-                self.interpreting = False
+                self.paused = False
 
             return launch
 
         patch.setattr(InterpretedFunction, "__getitem__", counted)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.__name__.split(".")[0]
-        self.counts[name] += not (self.interpreting or name in VIEWS)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("gating", [True, False], ids=["gate", "no gate"])
@@ -93,7 +80,7 @@ def test_launches_of_a_layer(
         engines = Engines(adapter, [Variant(1.5 + lam, gating) for lam in range(n)], dtype, batched=True)
         with torch.no_grad(), monkeypatch.context() as patch:
             (stream,) = engines.streams(torch.as_tensor(tiny.ids(1, 5)), gains)
-            with Launches(patch) as launches:
+            with AndKernels(patch) as launches:
                 for layer, _, _ in engines.steps([stream]):
                     stream.record(layer + 1, Fused(stream.X))
         assert "_local_scalar_dense" not in launches.counts and "item" not in launches.counts

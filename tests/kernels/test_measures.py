@@ -1,30 +1,22 @@
-"""The kernels of the measures, interpreted on CPU, against extended precision and built-in singular values; and compiled."""
+"""The kernels of the measures, interpreted on CPU, against extended precision and built-in singular values."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
-from collections import Counter
-from pathlib import Path
 
 import mpmath
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 
 from lscollapse import measures
 from lscollapse.models.kernels import fused_measures
 from lscollapse.models.kernels.fused_measures import BySquaring, Fused
+from tests.launches import Launches
 
 SHAPES = [(128, 96), (100, 33), (16, 64), (7, 20), (20, 7), (5, 1), (2, 40)]
-# Shared memory that a block may use, CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -188,30 +180,15 @@ def test_kernels_that_are_wrong_are_not_used(wrong: float | str, monkeypatch: py
     assert said.endswith("torch operations run instead")
 
 
-class Operations(TorchDispatchMode):
-    """Counts what a GPU would launch, by name."""
-
-    VIEWS = ("empty", "new_empty", "unbind", "select", "view", "alias", "detach")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        name = function.overloadpacket.__name__
-        self.counts[name] += name not in self.VIEWS
-        return function(*args, **(kwargs or {}))
-
-
 def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four kernels and a dozen operations on (B,) numbers; a meta tensor has nothing that could be read back."""
     kernels: list[str] = []
     monkeypatch.setattr(InterpretedFunction, "run", lambda self, *args, **kwargs: kernels.append(self.fn.__name__))
-    with Operations() as operations:
+    with Launches() as launches:
         found = measures.measure_all(Fused(torch.empty(352, 128, 2560, device="meta")))
     assert all(value.shape == (352,) for value in found.values())
     assert kernels == ["sums_kernel", "gram_kernel", "leading_kernel", "rest_kernel"]
-    assert operations.counts.total() <= 12, operations.counts
+    assert launches.counts.total() <= 12, launches.counts
 
 
 def test_cost() -> None:
@@ -219,21 +196,3 @@ def test_cost() -> None:
     reads, _, products, _ = fused_measures.cost(128, 2560, squarings=10)
     assert reads == 4 * 128 * 2560 * 4
     assert products == 0.75 * (2 * 128**2 * 2560 + 10 * 2 * 128**3)
-
-
-@pytest.mark.parametrize("shape", [(128, 2560), (100, 2561), (1, 64), (9, 1)])
-@pytest.mark.parametrize("capability", SHARED)
-def test_every_kernel_compiles(capability: int, shape: tuple[int, int], tmp_path: Path) -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-m", "tests.kernels.compile_measures", *map(str, (capability, *shape))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = {kernel["name"]: kernel for kernel in map(json.loads, done.stdout.splitlines())}
-    assert len(found) == 4
-    for name, kernel in found.items():
-        assert f"sm_{capability}" in kernel["target"], kernel
-        assert kernel["shared"] <= SHARED[capability] and kernel["stack"] <= 128, kernel
-        assert kernel["conversions"] in ([], ["cvt.f64.f32"]), kernel  # none that flushes small numbers
-        tensor_cores = name in ("gram_kernel", "leading_kernel") and capability < 100
-        assert bool(kernel["products"]) == tensor_cores, kernel
-        assert all("f64.f64.f64.f64" in product for product in kernel["products"]), kernel

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lscollapse import eigenvector, measures
+from tests.launches import Launches
 from tests.unit.test_measures import exact_mean_cosine, exact_rank1_residual
 
 GAPS = [0.0, 2.0**-55, 2.0**-53, 1e-15, 1e-14, 1e-13, 1e-12, 7e-12, 1e-11, 1e-10, 1e-9, 1e-7, 1e-5, 1e-3]
@@ -81,26 +80,14 @@ def test_what_is_not_a_number_stays_apart() -> None:
     assert all(math.isnan(value) for value in found[1:])
 
 
-class Operations(TorchDispatchMode):
-    """Counts what is dispatched, and so on a GPU launched, by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.counts[function.overloadpacket.__name__] += 1
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 8, 16), (3, 16, 8), (1, 4, 4), (5, 7)])
 def test_nothing_is_read_back(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """A meta tensor takes a GPU's branches and has nothing that could be read."""
-    with Operations() as operations:
+    with Launches() as launches:
         found = measures.measure_all(torch.empty(shape, dtype=dtype, device="meta"))
     assert all(value.shape == shape[:-2] and value.dtype == torch.float64 for value in found.values())
-    assert operations.counts["bmm"] >= eigenvector.SQUARINGS
+    assert launches.counts["bmm"] >= eigenvector.SQUARINGS
     with pytest.raises(RuntimeError):
         bool(found["mu"].sum() > 0)
 
