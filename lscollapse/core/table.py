@@ -17,8 +17,16 @@ KNOWN = ("ok", "certified", "below_floor")
 UNRESOLVED = "unresolved"  # rounding may have moved it by more than the tolerance
 LOST = ("overflow", "nan")
 STATUSES = (*KNOWN, UNRESOLVED, *LOST)
-# Measures of at most about 1, of which two values are compared as they stand; of all others as a share of the value.
-ABSOLUTE = ("relative_mu", "rank1_residual", "mean_cosine", "dong_residual")
+# In the order of a table's rows. What is no DEFAULT_MEASURES is measured where it is asked for.
+MEASURES = (
+    "mu", "relative_mu", "rank1_residual", "stable_rank", "mean_cosine", "dong_residual", "angular_mu",
+    "angular_rank1_residual", "row_norm_ratio", "longest_row", "effective_rank",
+)  # fmt: skip
+DEFAULT_MEASURES = tuple(name for name in MEASURES if name != "effective_rank")
+# What is asked of the directions of the rows alone, in the place of what one long row can decide.
+ANGULAR = {"relative_mu": "angular_mu", "rank1_residual": "angular_rank1_residual"}
+# Measures of at most about 1, and the position, of which two values are compared as they stand; of others as a share of the value.
+ABSOLUTE = (*ANGULAR, *ANGULAR.values(), "mean_cosine", "dong_residual", "longest_row")
 LOGARITHMIC = ("mu", "grad_norm")  # may leave the range of float64: their `rounding` is that of `log10`
 RESOLVE = 0.01  # the tolerance, where none is given
 ORDER = ("subject", "variant", "layer", "measure", "excerpt")  # of the rows, whatever the work items were
@@ -26,6 +34,9 @@ PIXELS = "pixels"  # stands in the table where a text has its tokenizer
 # Fixed before any run was judged: a layer counts as collapsed when its mean relative mu is under COLLAPSED (iid Gaussian
 # rows have about 1); a curve rises (or drops) when it gains (or loses) at least RISE between two layers.
 COLLAPSED, RISE = 0.5, 0.1
+# A row is massive from MASSIVE times the median norm on: with 128 rows it then has 44 % of ||Y||^2, so that it decides relative mu
+# and the rank-1 residual nearly alone. The models here that have none stay under 4, SmolLM2's first token has 170.
+MASSIVE = 10.0
 MARGIN = 0.02  # of test accuracy (of 1): a smaller loss by learning lambda does not count
 # Two figures agree where no mean differs by more: as it stands for ABSOLUTE measures, as a share of itself else.
 AGREES = 1e-4
