@@ -16,13 +16,14 @@ VERDICTS = AGREE, DISAGREE, NOT_MEASURED = "agrees", "disagrees", "not measured"
 
 @dataclass(frozen=True)
 class Finding:
-    """The verdict on one claim for one model, and the numbers behind it."""
+    """The verdict on one claim for one model, the numbers behind it, and what a reader of them has to know ("" if nothing)."""
 
     claim: str
     sentence: str
     model: str
     verdict: str
     numbers: str
+    note: str = ""
 
 
 NOT_EVEN = "not even float64 resolves {}"
