@@ -7,8 +7,9 @@ their vectors apart, any vector between them has it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,19 +28,33 @@ IN_A_ROW = 6
 def by_lapack(gram: Tensor) -> Tensor:
     """LAPACK's dsyevr for that one pair and on one thread: a third of the time of a full decomposition, and threads slow it
     down. A matrix with NaN gives any vector."""
+    n, vectors = gram.shape[-1], []
+    for matrix, (_, z, found, _) in _dsyevr(gram, range="I", il=n, iu=n):
+        # Of eigenvalues that agree to some roundings it may find none, and say nothing.
+        vectors.append(z[:, 0] if found == 1 else np.linalg.eigh(matrix)[1][:, -1])
+    return torch.from_numpy(np.array(vectors).reshape(gram.shape[:-1]))
+
+
+def eigenvalues(gram: Tensor) -> Tensor:
+    """All of them, ascending, (..., n, n) -> (..., n); a GPU is waited for. Of a matrix with NaN they are any numbers."""
+    if not gram.is_cpu:
+        values: Tensor = torch.linalg.eigvalsh(torch.nan_to_num(gram))
+        return values
+    # Not by torch, whose last bits depend on where in memory a matrix lies.
+    return torch.from_numpy(np.array([w for _, (w, *_) in _dsyevr(gram, compute_v=0)]).reshape(gram.shape[:-1]))
+
+
+def _dsyevr(gram: Tensor, **wanted: Any) -> Iterator[tuple[np.ndarray, tuple[Any, ...]]]:
+    """Each matrix, and what dsyevr finds of it: eigenvalues, vectors, the number of these and their supports."""
     from scipy.linalg.lapack import dsyevr
 
     n = gram.shape[-1]
-    flat = torch.nan_to_num(gram.detach()).reshape(-1, n, n).numpy()
-    vectors = np.empty((len(flat), n))
     with _thread_pools().limit(limits=1):
-        for i, matrix in enumerate(flat):
-            _, z, found, _, info = dsyevr(matrix, range="I", il=n, iu=n)
+        for matrix in torch.nan_to_num(gram.detach()).reshape(-1, n, n).numpy():
+            *found, info = dsyevr(matrix, **wanted)
             if info != 0:
                 raise ArithmeticError(f"LAPACK dsyevr failed with info={info} on a {n} x {n} Gram matrix")
-            # Of eigenvalues that agree to some roundings it may find none, and say nothing.
-            vectors[i] = z[:, 0] if found == 1 else np.linalg.eigh(matrix)[1][:, -1]
-    return torch.from_numpy(vectors).reshape(gram.shape[:-1])
+            yield matrix, tuple(found)
 
 
 @cache

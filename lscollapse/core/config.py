@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic_core import PydanticCustomError
 
 from lscollapse.core.files import read_text
-from lscollapse.core.table import RESOLVE
+from lscollapse.core.table import DEFAULT_MEASURES, MEASURES, RESOLVE, chosen_measures
 
 EMBEDDED_MODELS = ["mamba2-tiny", "minilm-l6", "albert-smiles"]
 DEFAULT_LAMBDAS = [-8.0, -4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0]
@@ -144,6 +144,10 @@ class Experiment(Compute):
         lt=1,
         description="Rounding that leaves a number unresolved: absolute for relative measures, else relative to it.",
     )
+    measures: list[str] = Field(
+        default=list(DEFAULT_MEASURES),
+        description="Which measures: a list of names, or all; relative_mu and rank1_residual are always among them.",
+    )
     kernels: Literal["auto", "torch", "triton", "mamba-ssm"] = Field(
         default="auto", description="Of Mamba-2 on a GPU: auto, triton (the package's own), mamba-ssm or torch."
     )
@@ -173,6 +177,13 @@ class Experiment(Compute):
         if len(set(values)) != len(values):
             raise ValueError("a lambda is given twice")
         return sorted(v + 0.0 for v in values)  # -0 becomes 0
+
+    @field_validator("measures", mode="before")
+    @classmethod
+    def _known_measures(cls, value: Any) -> Any:
+        names = list(MEASURES) if value == "all" else [value] if isinstance(value, str) else value
+        known = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        return list(chosen_measures(names)) if known else value
 
     @field_validator("workers", "address", "gpus_per_item")
     @classmethod

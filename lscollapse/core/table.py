@@ -26,10 +26,13 @@ MEASURES = (
     "angular_rank1_residual", "row_norm_ratio", "longest_row", "effective_rank",
 )  # fmt: skip
 DEFAULT_MEASURES = tuple(name for name in MEASURES if name != "effective_rank")
+ALWAYS = ("relative_mu", "rank1_residual")  # whatever is asked for: others and their rounding follow from them
 # What is asked of the directions of the rows alone, in the place of what one long row can decide.
 ANGULAR = {"relative_mu": "angular_mu", "rank1_residual": "angular_rank1_residual"}
 # Measures of at most about 1, and the position, of which two values are compared as they stand; of others as a share of the value.
 ABSOLUTE = (*ANGULAR, *ANGULAR.values(), "mean_cosine", "dong_residual", "longest_row")
+# That float32 leaves them open makes no arm run in float64: the gradient has none, and of rows that agree any may be the longest.
+NOT_WIDENED = ("grad_norm", "longest_row")
 LOGARITHMIC = ("mu", "grad_norm")  # may leave the range of float64: their `rounding` is that of `log10`
 RESOLVE = 0.01  # the tolerance, where none is given
 ORDER = ("subject", "variant", "layer", "measure", "excerpt")  # of the rows, whatever the work items were
@@ -47,6 +50,18 @@ MARGIN = 0.02
 # Two figures agree where no mean differs by more: as it stands for ABSOLUTE measures, as a share of itself else. Another
 # processor moves resolved values by less, and no figure and no number of three digits shows less.
 AGREES = 1e-4
+
+
+def chosen_measures(names: Sequence[str]) -> tuple[str, ...]:
+    """The named measures and those of ALWAYS, in the order of the table's rows.
+
+    Raises:
+        ValueError: no measure has such a name.
+    """
+    unknown = sorted(set(names) - set(MEASURES))
+    if unknown:
+        raise ValueError(f"unknown measure {unknown[0]!r}: known are {', '.join(MEASURES)}")
+    return tuple(name for name in MEASURES if name in {*names, *ALWAYS})
 
 
 def lambda_word(lam: float) -> str:

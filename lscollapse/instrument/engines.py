@@ -7,6 +7,7 @@ from collections.abc import Hashable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from lscollapse.core.table import DEFAULT_MEASURES
 from lscollapse.instrument import precision, rounding
 from lscollapse.instrument.stream import Stream
 from lscollapse.instrument.surgery import Variant, check
@@ -58,16 +59,18 @@ class Engines:
         return self._adapters[dtype]
 
     def streams(
-        self, tokens: Tensor, gains: Sequence[float] | None = None, twins: rounding.Twins | None = None
-    ) -> list[Stream]:
-        """The streams of all variants at the embedded tokens (B, N); `gains` as for `measure`, `twins` of the tokens."""
+        self, tokens: Tensor, gains: Sequence[float] | None = None, twins: rounding.Twins | None = None,
+        chosen: Sequence[str] = DEFAULT_MEASURES,
+    ) -> list[Stream]:  # fmt: skip
+        """The streams of all variants at the embedded tokens (B, N); `gains` as for `measure`, `twins` of the tokens, `chosen`
+        measures."""
         batches: dict[Hashable, dict[int, Variant]] = {}
         for number, variant in enumerate(self._variants):
             batches.setdefault(self._batch_of(number), {})[number] = variant
         starts = {dtype: self._start(tokens, dtype) for dtype in set(self._dtypes)}
         dtypes = [self._dtypes[next(iter(arms))] for arms in batches.values()]
         return [
-            Stream(self._original, arms, starts[dtype][0], dtype, starts[dtype][1], gains, twins)
+            Stream(self._original, arms, starts[dtype][0], dtype, starts[dtype][1], gains, twins, chosen)
             for arms, dtype in zip(batches.values(), dtypes, strict=True)
         ]
 

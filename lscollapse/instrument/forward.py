@@ -13,18 +13,17 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lscollapse import measures
-from lscollapse.core.table import RESOLVE
+from lscollapse.core.table import DEFAULT_MEASURES, MEASURES, RESOLVE, chosen_measures
 from lscollapse.instrument import precision, rounding
 from lscollapse.instrument.engines import Engines, dtypes_of
 from lscollapse.instrument.readback import Readback
 from lscollapse.instrument.rows import Table
 from lscollapse.instrument.stream import Stream
 from lscollapse.instrument.surgery import Variant
-from lscollapse.measures import Shared
 from lscollapse.models.adapt import adapt
 from lscollapse.models.adapters.adapter import Adapter
 from lscollapse.models.kernels.fused_measures import shared_of
+from lscollapse.passes import Shared
 
 
 def measure(
@@ -37,6 +36,7 @@ def measure(
     *,
     resolve: float = RESOLVE,
     batch: int | None = None,
+    measures: Sequence[str] = DEFAULT_MEASURES,
 ) -> pd.DataFrame:
     """Measure every variant of `model` on every excerpt, layer 0 (embeddings) to K, each number with its rounding error.
 
@@ -51,20 +51,21 @@ def measure(
             change by more than the dtype resolves; its further rows have status `certified` and the bound.
         resolve: rounding over this, absolute or relative by the measure, makes a row `unresolved`.
         batch: how many excerpts, twins counted, go through the model together, but a pair at least; all by default.
+        measures: which, by name; relative_mu and rank1_residual are always among them (core.table.MEASURES lists all).
 
     Returns:
         One row per arm, excerpt, layer and measure (docs/table.md lists the columns).
 
     Raises:
         SurgeryError, UnsupportedModel: a variant or the architecture is not supported.
-        ValueError: ids are not (excerpts, N) or fall outside the vocabulary.
+        ValueError: ids are not (excerpts, N) or fall outside the vocabulary, or a measure is unknown.
     """
-    adapter = adapt(model)
+    chosen, adapter = chosen_measures(measures), adapt(model)
     tokens, own = checked_ids(adapter, ids), dict(enumerate(dtypes_of(variants, dtype, adapter.dtype)))
     first, size = min(rounding.PROBED, len(tokens)), batch or rounding.TWINS * len(tokens)
 
     def rows(start: int, stop: int, dtypes: dict[int, torch.dtype], twins: bool) -> Iterator[pd.DataFrame]:
-        return _rows(adapter, tokens[start:stop], start, variants, dtypes, progress, gains, twins)
+        return _rows(adapter, tokens[start:stop], start, variants, dtypes, progress, gains, twins, chosen)
 
     def twice(dtypes: dict[int, torch.dtype]) -> pd.DataFrame:
         pairs = max(1, size // rounding.TWINS)
@@ -81,21 +82,21 @@ def measure(
 
 def _rows(
     adapter: Adapter, tokens: Tensor, start: int, variants: Sequence[Variant], dtypes: dict[int, torch.dtype],
-    progress: Callable[[int], None] | None, gains: Sequence[float] | None, twins: bool,
+    progress: Callable[[int], None] | None, gains: Sequence[float] | None, twins: bool, chosen: Sequence[str],
 ) -> Iterator[pd.DataFrame]:  # fmt: skip
     """Of some variants on excerpts that are numbered from `start`, or on them and their twins; those of one dtype together."""
     numbers = rounding.Twins(range(start, start + len(tokens))) if twins else None
     part = tokens.repeat(rounding.TWINS if twins else 1, 1)
-    for dtype, chosen in rounding.of_one_dtype(dtypes).items():
-        arms = [variants[number] for number in chosen]
-        rows = measure_pass(adapter, part, arms, dtype, progress, gains, twins=numbers)
-        rows = rows.assign(variant=rows["variant"].map(dict(enumerate(chosen))), excerpt=rows["excerpt"] + start)
+    for dtype, own in rounding.of_one_dtype(dtypes).items():
+        arms = [variants[number] for number in own]
+        rows = measure_pass(adapter, part, arms, dtype, progress, gains, twins=numbers, chosen=chosen)
+        rows = rows.assign(variant=rows["variant"].map(dict(enumerate(own))), excerpt=rows["excerpt"] + start)
         yield rounding.without_twins(rows, len(tokens)) if twins else rows
 
 
 def _in_order(rows: pd.DataFrame) -> pd.DataFrame:
     """By layer, variant, measure and excerpt, as the rows of one pass are."""
-    rank = rows["measure"].map({name: number for number, name in enumerate(measures.MEASURES)})
+    rank = rows["measure"].map({name: number for number, name in enumerate(MEASURES)})
     order = np.lexsort((rows["excerpt"], rank, rows["variant"], rows["layer"]))
     return rows.iloc[order].reset_index(drop=True)
 
@@ -111,6 +112,7 @@ def measure_pass(
     finished: Callable[[Stream], None] | None = None,
     twins: rounding.Twins | None = None,
     batched: bool | None = None,
+    chosen: Sequence[str] = DEFAULT_MEASURES,
 ) -> pd.DataFrame:
     """The rows of one pass, without `rounding`; arguments as for `measure`.
 
@@ -118,12 +120,13 @@ def measure_pass(
         dtypes: what each variant computes in, or as for `measure`, without float64 where that is for rounding.
         finished: called with every stream when all layers are done; `batched` as for Engines.
         twins: of the ids, which are then (2n, N).
+        chosen: the measures, as `core.table.chosen_measures` gives them.
     """
     engines = Engines(adapter, variants, dtypes, batched)
     tokens = checked_ids(adapter, ids)
     table = Table(adapter, tokens.shape[1])
     with torch.no_grad():
-        streams = engines.streams(tokens, gains, twins)
+        streams = engines.streams(tokens, gains, twins, chosen)
         readback = Readback(streams, late=int(engines.batched))
         _record_embedded(streams, len(tokens))
         readback.send(0)

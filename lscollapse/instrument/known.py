@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lscollapse import measures
 from lscollapse.core.table import LOST
 
 HOW = np.array(["ok", *LOST], dtype=object)
@@ -35,10 +34,10 @@ class Known:
     sign: np.ndarray
 
     @classmethod
-    def of(cls, n: int) -> Known:
+    def of(cls, n: int, n_measures: int) -> Known:
         """Of n rows, before the embedding is read."""
         unknown = np.full((3, n), np.nan)
-        values = np.full((n, len(measures.MEASURES)), np.nan)
+        values = np.full((n, n_measures), np.nan)
         exponent = np.zeros(n, dtype=np.int64)
         return cls(values, exponent, np.full(n, "ok", dtype=object), unknown[0], unknown[1], np.zeros(n), np.ones(n))
 

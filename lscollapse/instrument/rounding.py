@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from lscollapse.core.allocation import is_out_of_memory
-from lscollapse.core.table import ABSOLUTE, KNOWN, LOGARITHMIC, LOST, UNRESOLVED
-from lscollapse.measures import VANISHING, log10_mu_change, stable_rank_change
+from lscollapse.core.table import ABSOLUTE, KNOWN, LOGARITHMIC, LOST, NOT_WIDENED, UNRESOLVED
+from lscollapse.measures import VANISHING
 from lscollapse.models.adapters.adapter import UnsupportedModel
+from lscollapse.perturbation import log10_mu_change, stable_rank_change
 
 PROBED = 2  # excerpts that get a twin: the first ones
 TWINS = 2  # copies of such an excerpt: itself and its twin
@@ -84,7 +85,7 @@ def without_twins(rows: pd.DataFrame, n: int) -> pd.DataFrame:
     """
     number = rows["value"].where(~rows["measure"].isin(LOGARITHMIC), rows["log10"]).to_numpy().copy()
     mu, relative = ((rows["measure"] == name).to_numpy() for name in ("mu", "relative_mu"))
-    number[mu] -= rows.loc[relative, "log10"].to_numpy()
+    number[mu] -= rows.loc[relative, "log10"].to_numpy()[: mu.sum()]  # none where mu is not measured
     pairs, lost = number.reshape(-1, 2 * n), rows["status"].isin(LOST).to_numpy().reshape(-1, 2 * n)
     with np.errstate(invalid="ignore"):
         apart = np.abs(pairs[:, n:] - pairs[:, :n])
@@ -105,9 +106,11 @@ def estimated(rows: pd.DataFrame, resolve: float) -> pd.DataFrame:
     error = SAFETY * before.fillna(error)
     for name in set(error) & set(VANISHING) - set(LOGARITHMIC):
         error[name] = np.fmax(error[name], floor[name] * np.minimum(1.0, floor[name] / least[name]))
-    error["mu"] += log10_mu_change(least["relative_mu"].to_numpy(), error["relative_mu"].to_numpy())
-    r, s, b = (table.to_numpy() for table in (most["rank1_residual"], most["stable_rank"], error["rank1_residual"]))
-    error["stable_rank"] = stable_rank_change(r, s, np.minimum(b, 1.0), rows["n_tokens"].max())
+    if "mu" in error:
+        error["mu"] += log10_mu_change(least["relative_mu"].to_numpy(), error["relative_mu"].to_numpy())
+    if "stable_rank" in error:
+        r, s, b = (table.to_numpy() for table in (most["rank1_residual"], most["stable_rank"], error["rank1_residual"]))
+        error["stable_rank"] = stable_rank_change(r, s, np.minimum(b, 1.0), rows["n_tokens"].max())
     if "lm_loss" in error:  # itself a number of the dtype, in which twins may come out as one
         unit_of = {name: torch.finfo(getattr(torch, name)).eps for name in rows["dtype"].unique()}
         error["lm_loss"] = np.fmax(
@@ -168,7 +171,8 @@ def probe(
     """
     rows = _asked(estimated(twice(dtypes), resolve), dtypes)
     narrow = [number for number, dtype in dtypes.items() if dtype == torch.float32]
-    left = rows[rows["variant"].isin(narrow) & (rows["status"] == UNRESOLVED) & (rows["measure"] != "grad_norm")]
+    left = rows[rows["variant"].isin(narrow) & (rows["status"] == UNRESOLVED)]
+    left = left[~left["measure"].isin(NOT_WIDENED)]
     why = {number: _why(left[left["variant"] == number]) for number in sorted(left["variant"].unique().tolist())}
     rows = rows.assign(why=rows["variant"].map(dict.fromkeys(dtypes, "") | why))
     if not widen or not why:

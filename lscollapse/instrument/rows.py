@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lscollapse import measures
+from lscollapse import measures, perturbation
 from lscollapse.core.table import STATUSES
 from lscollapse.instrument.stream import Arm, Stream
 from lscollapse.models.adapters.adapter import Adapter
@@ -35,8 +35,8 @@ class Table:
 
     def _add(self, stream: Stream, layer: int) -> None:
         known, floor = stream.known, measures.floor(stream.computed)
-        arrays = dict(zip(measures.MEASURES, known.values.T, strict=True))  # (R,) each
-        bounds = measures.bounds(arrays, known.bound, *stream.X.shape[1:])
+        arrays = dict(zip(stream.chosen, known.values.T, strict=True))  # (R,) each
+        bounds = perturbation.bounds(arrays, known.bound, *stream.X.shape[1:])
         columns = {}
         for name, mantissa in arrays.items():
             with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -46,7 +46,8 @@ class Table:
                     value = np.ldexp(mantissa * np.exp2(known.power - whole), whole.astype(int))
                     log10 = log10 + known.power * LOG10_2
             hidden = (name in measures.VANISHING) & (arrays["relative_mu" if name == "mu" else name] < floor)
-            status = known.status_of(np.where(np.isnan(mantissa), "nan", np.where(hidden, "below_floor", "")))
+            wrong = np.select([np.isnan(mantissa), np.isinf(mantissa), hidden], ["nan", "overflow", "below_floor"], "")
+            status = known.status_of(wrong)
             columns[name] = value, log10, status, bounds[name]
         for arm in stream.arms:
             for name, column in columns.items():

@@ -21,14 +21,15 @@ import torch
 from torch import Tensor
 
 from lscollapse import measures
+from lscollapse.core.table import DEFAULT_MEASURES
 from lscollapse.instrument import early_exit, rounding
 from lscollapse.instrument.known import Known
 from lscollapse.instrument.surgery import Variant, surgery_on_layer
-from lscollapse.measures import Shared
 from lscollapse.models.adapters.adapter import Adapter
 from lscollapse.models.kernels.mamba2_block import Mamba2Block
 from lscollapse.models.numerics.carried import Carried, Lambda, Split, any_of, frexp, largest_entries, lose_unsquarable
 from lscollapse.models.numerics.scores import scores_in_range
+from lscollapse.passes import Shared
 
 
 class Arm(NamedTuple):
@@ -52,6 +53,7 @@ class Stream:
         rows: which rows X is of; the others have left the batch.
         lost: which rows have left the range, and how: 0 for none, else the place in table.LOST from 1 on, (R,).
         bound: of the certified rows, log2 of how far the values can be off by what the weights prove; NaN of others, (R,).
+        chosen: the measures that are made of X, by name.
         recorded: what `record` noted of X last, (R, measures + known.STATE).
         twins: which excerpts are twins of others, whose X is shaken after every block (rounding.py); None where none is.
     """
@@ -59,20 +61,22 @@ class Stream:
     def __init__(
         self, adapter: Adapter, arms: dict[int, Variant], X: Tensor, dtype: torch.dtype,
         computed: torch.dtype | None = None, gains: Sequence[float] | None = None, twins: rounding.Twins | None = None,
+        chosen: Sequence[str] = DEFAULT_MEASURES,
     ) -> None:  # fmt: skip
-        """X: the embedded excerpts (B, N, d), the same for all arms, which are given by their numbers."""
+        """X: the embedded excerpts (B, N, d), the same for all arms, which are given by their numbers; `chosen`: measures."""
         self.variants = list(arms.values())
         self.variant = self.variants[0]
         self.dtype = dtype
         self.computed = computed or dtype
         self.twins = twins
+        self.chosen = tuple(chosen)
         each = [slice(i * len(X), (i + 1) * len(X)) for i in range(len(arms))]
         self.arms = [Arm(number, arms[number], rows, self.computed) for number, rows in zip(arms, each, strict=True)]
         self.X = self._shaken(X.repeat(len(arms), 1, 1) if len(arms) > 1 else X, 0)  # (R, N, d)
         self.rows = np.arange(len(self.X))
         self.carried = Carried(self.X)
         self.carries_scale = adapter.pre_norm and not self.variant.removes_block_norm
-        self.known = Known.of(len(self.X))
+        self.known = Known.of(len(self.X), len(self.chosen))
         self.recorded = self.X.new_empty(0)
         self.handed: dict[int, Any] = {}  # what the blocks hand to later ones beside X (see Adapter.run)
         self._largest: Tensor | None = largest_entries(self.X)
@@ -119,7 +123,8 @@ class Stream:
         if shared is None:
             self.recorded = self.recorded[:0]
             return
-        values = [value.repeat(copies) if copies > 1 else value for value in measures.measure_all(shared).values()]
+        found = measures.measure_all(shared, self.chosen)
+        values = [value.repeat(copies) if copies > 1 else value for value in found.values()]
         if self._largest is None:
             self._take(shared.peak)
         if self._left is not None:
@@ -141,7 +146,7 @@ class Stream:
     def read(self) -> None:
         """Let `known` be of X as it is, without its measures; waits for the device."""
         self._take(self.largest)
-        self._note([torch.full_like(self.bound, math.nan)] * len(measures.MEASURES))
+        self._note([torch.full_like(self.bound, math.nan)] * len(self.chosen))
         self.learn(0, self.rows, self.recorded.numpy(force=True))
 
     def settle(self) -> None:

@@ -145,7 +145,8 @@ def _measure(
     def advance(done: int) -> None:
         progress.advance(done * float(task.width) ** 2)
 
-    parts = [measure_pass(adapter, ids, arms, dtype, advance, task.gains, finished=finished, twins=twins)]
+    options: dict[str, Any] = {"finished": finished, "twins": twins, "chosen": config.measures}
+    parts = [measure_pass(adapter, ids, arms, dtype, advance, task.gains, **options)]
     if needs_head(config) and adapter.head is not None:
         hidden: Any = {"seed": config.seed, "first": excerpts.start, "mask_token": task.corpus.mask, "twins": twins}
         if config.quality:

@@ -149,8 +149,9 @@ def measures(s: Setting) -> Found:
         raise NotRun("own kernels need a GPU")
     import torch
 
-    from lscollapse.measures import Shared, measure_all
+    from lscollapse.measures import measure_all
     from lscollapse.models.kernels.fused_measures import Fused
+    from lscollapse.passes import Shared
 
     generator = torch.Generator().manual_seed(0)
     Y = torch.randn(8, 128, 2560, generator=generator)

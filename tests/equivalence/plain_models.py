@@ -259,15 +259,21 @@ def s4d(w: Weights, config: Any, ids: np.ndarray, lam: Lam = 1.0, layernorm: boo
 
 
 def plain_measures(Y: np.ndarray) -> dict[str, float]:
-    """Every measure of one finite matrix that is not collapsed, from its definition, with numpy's SVD."""
+    """Every measure of one finite matrix that is not collapsed, from its definition, with numpy's SVD; NaN where a row is zero."""
     Y = np.asarray(Y, dtype=np.float64)
     size = float(np.abs(Y).max())
     unit = Y / size  # so that squares stay in range
     R = unit - unit.mean(0)
     sigma = np.linalg.svd(unit, compute_uv=False)
-    rows = unit / np.linalg.norm(unit, axis=1, keepdims=True)
+    largest = np.abs(Y).max(1, keepdims=True)
+    lengths = np.linalg.norm(Y / np.where(largest > 0, largest, 1.0), axis=1) * largest[:, 0]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rows = Y / largest / np.linalg.norm(Y / largest, axis=1, keepdims=True)
+        ratio = float(lengths.max() / np.median(lengths))
     cosines = rows @ rows.T
     n = len(Y)
+    turned = np.linalg.svd(rows, compute_uv=False) if np.isfinite(rows).all() else np.full(1, np.nan)
+    p = turned[turned > 0] ** 2 / n if np.isfinite(rows).all() else np.full(1, np.nan)
 
     def one_inf(A: np.ndarray) -> float:
         return math.sqrt(np.abs(A).sum(0).max() * np.abs(A).sum(1).max())
@@ -277,6 +283,11 @@ def plain_measures(Y: np.ndarray) -> dict[str, float]:
         "relative_mu": float(np.linalg.norm(R) / np.linalg.norm(unit)),
         "rank1_residual": float(np.linalg.norm(sigma[1:]) / np.linalg.norm(sigma)),
         "stable_rank": float((sigma**2).sum() / sigma[0] ** 2),
-        "mean_cosine": float((cosines.sum() - np.trace(cosines)) / (n * (n - 1))),
+        "mean_cosine": float((cosines.sum() - np.trace(cosines)) / (n * (n - 1))) if n > 1 else math.nan,
         "dong_residual": one_inf(R) / one_inf(unit),
+        "angular_mu": float(np.linalg.norm(rows - rows.mean(0)) / math.sqrt(n)),
+        "angular_rank1_residual": float(np.linalg.norm(turned[1:]) / math.sqrt(n)) if turned[0] > 0 else math.nan,
+        "row_norm_ratio": ratio,
+        "longest_row": float(lengths.argmax()),
+        "effective_rank": float(np.exp(-(p * np.log(p)).sum())),
     }

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from lscollapse import eigenvector, measures
+from lscollapse.core.table import DEFAULT_MEASURES
+from lscollapse.passes import Shared
 from tests.launches import Launches
 from tests.unit.test_measures import exact_mean_cosine, exact_rank1_residual
 
@@ -18,7 +20,7 @@ LEADING = {"lapack": eigenvector.by_lapack, "squaring": eigenvector.by_squaring}
 
 
 def rank1_residual(Y: Tensor, how: str) -> Tensor:
-    shared = measures.Shared(Y)
+    shared = Shared(Y.reshape(-1, *Y.shape[-2:]))
     shared.leading = LEADING[how]  # type: ignore[method-assign]
     return shared.rank1_residual
 
@@ -85,7 +87,7 @@ def test_what_is_not_a_number_stays_apart() -> None:
 def test_nothing_is_read_back(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """A meta tensor takes a GPU's branches and has nothing that could be read."""
     with Launches() as launches:
-        found = measures.measure_all(torch.empty(shape, dtype=dtype, device="meta"))
+        found = measures.measure_all(torch.empty(shape, dtype=dtype, device="meta"), DEFAULT_MEASURES)
     assert all(value.shape == shape[:-2] and value.dtype == torch.float64 for value in found.values())
     assert launches.counts["bmm"] >= eigenvector.SQUARINGS
     with pytest.raises(RuntimeError):
@@ -96,8 +98,6 @@ def test_rows_of_any_length_have_their_cosines_where_none_is_asked_for() -> None
     """Where a GPU would be: every row gets a scale of its own."""
     generator = np.random.default_rng(0)
     Y = generator.standard_normal((9, 5)) * 10.0 ** generator.integers(-290, 290, (9, 1))
-    shared = measures.Shared(torch.from_numpy(Y))
-    found = measures._aligned(measures._over(shared.Y, measures._power_of_two(shared.largest)[:, None]))
-    assert (float(found) - 9) / 72 == pytest.approx(exact_mean_cosine(Y), abs=1e-15)
-    shared.aligned = found
+    shared = Shared(torch.from_numpy(Y)[None])
+    shared.uneven = True
     assert float(measures.MEASURES["mean_cosine"](shared)) == pytest.approx(exact_mean_cosine(Y), abs=1e-15)

@@ -14,14 +14,30 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
-from lscollapse import measures
-from lscollapse.measures import dong_residual, mean_cosine, measure_all, mu, rank1_residual, relative_mu, stable_rank
+from lscollapse import measures, perturbation
+from lscollapse.core import table
+from lscollapse.measures import (
+    angular_mu,
+    angular_rank1_residual,
+    dong_residual,
+    effective_rank,
+    longest_row,
+    mean_cosine,
+    measure_all,
+    mu,
+    rank1_residual,
+    relative_mu,
+    row_norm_ratio,
+    stable_rank,
+)
 from tests.equivalence.plain_models import plain_measures
 
 TV1 = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 9.0]], dtype=torch.float64)
 FUNCTIONS = {
     "mu": mu, "relative_mu": relative_mu, "rank1_residual": rank1_residual, "stable_rank": stable_rank,
-    "mean_cosine": mean_cosine, "dong_residual": dong_residual,
+    "mean_cosine": mean_cosine, "dong_residual": dong_residual, "angular_mu": angular_mu,
+    "angular_rank1_residual": angular_rank1_residual, "row_norm_ratio": row_norm_ratio, "longest_row": longest_row,
+    "effective_rank": effective_rank,
 }  # fmt: skip
 SHAPES = st.tuples(st.integers(2, 7), st.integers(1, 7))
 ENTRIES = st.floats(-1e3, 1e3, allow_subnormal=False).map(lambda x: 0.0 if abs(x) < 1e-100 else x)
@@ -93,7 +109,7 @@ def test_vector_with_unit_rows() -> None:
 
 def test_every_function_agrees_with_measure_all() -> None:
     together = measure_all(TV1)
-    assert tuple(together) == tuple(measures.MEASURES) == tuple(FUNCTIONS)
+    assert tuple(together) == tuple(measures.MEASURES) == tuple(FUNCTIONS) == table.MEASURES
     for name, function in FUNCTIONS.items():
         assert torch.equal(function(TV1), together[name]), name
 
@@ -103,7 +119,8 @@ def test_closed_forms() -> None:
     found = {name: float(value) for name, value in measure_all(eye).items()}
     assert found == pytest.approx(
         {"mu": math.sqrt(3), "relative_mu": math.sqrt(3) / 2, "rank1_residual": math.sqrt(3) / 2, "stable_rank": 4.0,
-         "mean_cosine": 0.0, "dong_residual": 1.5}, rel=1e-14, abs=1e-15,
+         "mean_cosine": 0.0, "dong_residual": 1.5, "angular_mu": math.sqrt(3) / 2, "row_norm_ratio": 1.0, "longest_row": 0.0,
+         "angular_rank1_residual": math.sqrt(3) / 2, "effective_rank": 4.0}, rel=1e-14, abs=1e-15,
     )  # fmt: skip
     single = torch.zeros(4, 3, dtype=torch.float64)
     single[0, 0] = 1.0
@@ -227,7 +244,7 @@ def test_batch_is_a_loop() -> None:
             for j in range(3):
                 alone = float(function(Y[i, j]))
                 assert float(together[name][i, j]) == pytest.approx(alone, rel=1e-14, nan_ok=True), (name, i, j)
-                assert math.isnan(alone) == ((i, j) == (0, 1) or ((i, j) == (1, 0) and name != "mu"))
+                assert math.isnan(alone) == ((i, j) == (0, 1) or ((i, j) == (1, 0) and name != "mu")), name
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -255,8 +272,9 @@ def test_zero_matrix() -> None:
 def test_a_zero_row_has_no_cosine() -> None:
     Y = TV1.clone()
     Y[1] = 0.0
-    assert mean_cosine(Y).isnan()
-    assert relative_mu(Y).isfinite()
+    for name, function in FUNCTIONS.items():
+        of_directions = name in ("mean_cosine", "angular_mu", "angular_rank1_residual", "effective_rank")
+        assert bool(function(Y).isnan()) == of_directions, name
 
 
 def test_one_row() -> None:
@@ -264,6 +282,110 @@ def test_one_row() -> None:
     assert float(found["relative_mu"]) == 0.0
     assert float(found["stable_rank"]) == 1.0
     assert found["mean_cosine"].isnan()
+    assert float(found["angular_mu"]) == 0.0
+    assert float(found["angular_rank1_residual"]) < 1e-16
+    assert [float(found[name]) for name in ("row_norm_ratio", "longest_row", "effective_rank")] == [1.0, 0.0, 1.0]
+
+
+def two_directions(n: int, k: int, cosine: float, lengths: np.ndarray) -> Tensor:
+    """k rows along (1, 0, 0), n - k along (c, sqrt(1 - c^2), 0), of these lengths."""
+    rows = np.array([[1.0, 0.0, 0.0]] * k + [[cosine, math.sqrt(1 - cosine**2), 0.0]] * (n - k))
+    return torch.from_numpy(rows * lengths[:, None])
+
+
+@pytest.mark.parametrize("cosine", [-1.0, -0.3, 0.0, 0.8, 1.0])
+@pytest.mark.parametrize(("n", "k"), [(7, 3), (128, 1), (128, 64), (2, 1)])
+def test_two_directions_whatever_the_lengths(n: int, k: int, cosine: float) -> None:
+    """The Gram matrix of the directions has the eigenvalues n / 2 +- sqrt(n^2 / 4 - k (n - k) (1 - c^2)), and no others."""
+    lengths = 10.0 ** np.random.default_rng(n).uniform(-140, 140, n)
+    Y = two_directions(n, k, cosine, lengths)
+    half = math.sqrt(n**2 / 4 - k * (n - k) * (1 - cosine**2))
+    # As a product over the other eigenvalue, so that no digits cancel.
+    p = np.array([(n / 2 + half) / n, k * (n - k) * (1 - cosine**2) / (n / 2 + half) / n])
+    square = 2 * k * (n - k) * (1 - cosine) / n**2
+    assert float(angular_mu(Y)) == pytest.approx(math.sqrt(square), rel=1e-13, abs=1e-15)
+    assert float(angular_rank1_residual(Y)) == pytest.approx(math.sqrt(p[1]), rel=1e-12, abs=1e-15)
+    assert float(effective_rank(Y)) == pytest.approx(math.exp(-(p[p > 0] * np.log(p[p > 0])).sum()), rel=1e-12)
+    assert float(row_norm_ratio(Y)) == pytest.approx(lengths.max() / np.median(lengths), rel=1e-13)
+    assert float(longest_row(Y)) == lengths.argmax()
+
+
+@pytest.mark.parametrize("times", [1.0, 10.0, 100.0, 1000.0])
+def test_one_long_row_decides_what_is_not_angular(times: float) -> None:
+    """Gaussian rows, and one of them longer: an attention sink. In the limit relative mu is sqrt(1 - 1/N), whatever the others
+    are, and the rank-1 residual 0."""
+    Y = random_matrix(64, 96, seed=1) + 0.8
+    before = {name: float(value) for name, value in measure_all(Y).items()}
+    Y[5] *= times / float(row_norm_ratio(Y)) * (float(Y.norm(dim=1).max()) / float(Y[5].norm()))
+    found = {name: float(value) for name, value in measure_all(Y).items()}
+    for name in ("angular_mu", "angular_rank1_residual", "effective_rank", "mean_cosine"):
+        assert found[name] == pytest.approx(before[name], rel=1e-12), name
+    assert found["angular_mu"] == pytest.approx(0.77, abs=0.01)
+    if times > 1:
+        assert found["row_norm_ratio"] == pytest.approx(times, rel=1e-2)  # the median moves by half a row
+        assert found["longest_row"] == 5
+    if times >= 100:
+        assert found["relative_mu"] == pytest.approx(math.sqrt(1 - 1 / 64), abs=2e-2)
+        assert found["rank1_residual"] < 10 / times
+
+
+def adversarial(random: np.random.Generator, trial: int) -> np.ndarray:
+    """Matrices (N, d): plain, with rows of very different lengths, with one long row, of few directions, with a zero row, one row, d = 1."""
+    n, d = int(random.integers(1, 12)), int(random.integers(1, 12))
+    Y = random.standard_normal((n, d)) + random.choice([0.0, 0.5, 3.0])
+    kind = trial % 8
+    if kind == 1:
+        Y *= 10.0 ** random.uniform(-150, 150, (n, 1))
+    if kind == 2:
+        Y[random.integers(n)] *= 10.0 ** random.uniform(1, 150)
+    if kind == 3:
+        Y = (
+            Y[random.integers(0, min(n, 2), n)]
+            * random.choice([-1.0, 1.0], (n, 1))
+            * 10.0 ** random.uniform(0, 3, (n, 1))
+        )
+    if kind == 4:
+        Y[random.integers(n)] = 0.0
+    if kind == 5:
+        Y = Y[:, :1]
+    if kind == 6:
+        Y = Y[:1] * 10.0 ** random.uniform(-140, 140)
+    if kind == 7:
+        Y = random.integers(-2, 3, (n, d)).astype(float)  # equal and zero rows, ties
+    return Y
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_measures_of_directions_on_a_thousand_matrices() -> None:
+    """Against numpy, from the definitions; what is NaN there is NaN here."""
+    random = np.random.default_rng(0)
+    for trial in range(1000):
+        Y = adversarial(random, trial)
+        found = measure_all(torch.from_numpy(Y), table.MEASURES[6:])
+        expected = plain_measures(Y) if Y.any() else dict.fromkeys(found, math.nan)
+        for name, value in found.items():
+            # The least singular values of numpy are right to 1e-16 of the largest; the entropy has their p log p.
+            tolerance = {"rel": 1e-12, "abs": 1e-13} if name == "effective_rank" else {"rel": 1e-13, "abs": 1e-14}
+            assert float(value) == pytest.approx(expected[name], nan_ok=True, **tolerance), (name, trial)
+
+
+@pytest.mark.parametrize("collapse", [1e-2, 1e-6, 1e-10, 1e-14])
+@pytest.mark.parametrize(("n", "d"), [(5, 3), (3, 6), (12, 16)])
+def test_collapsed_directions_keep_their_digits(collapse: float, n: int, d: int) -> None:
+    """Against 60 digits; the lengths differ by 1 to 1e6."""
+    lengths = 10.0 ** np.random.default_rng(3).uniform(0, 6, (n, 1))
+    Y = ((random_matrix(1, d, seed=1) * 3.7 + collapse * random_matrix(n, d, seed=2)).numpy()) * lengths
+    with mpmath.workdps(60):
+        rows = [[mpmath.mpf(float(y)) for y in row] for row in Y]
+        units = [[y / mpmath.norm(row) for y in row] for row in rows]
+        means = [sum(column) / n for column in zip(*units, strict=True)]
+        square = sum((u - m) ** 2 for row in units for u, m in zip(row, means, strict=True)) / n
+        expected = float(mpmath.sqrt(square))
+        sigma = mpmath.svd_r(mpmath.matrix(units), compute_uv=False)
+        rank1 = float(mpmath.sqrt(sum(s * s for s in sigma) - max(sigma) ** 2) / mpmath.sqrt(n))
+    # The rows scaled to length 1 are rounded to half a spacing each.
+    assert float(angular_mu(torch.from_numpy(Y))) == pytest.approx(expected, rel=1e-13, abs=2e-16)
+    assert float(angular_rank1_residual(torch.from_numpy(Y))) == pytest.approx(rank1, rel=1e-13, abs=2e-16)
 
 
 @pytest.mark.parametrize("terms", [16, 64, 256, 1024, 3072])
@@ -312,30 +434,31 @@ def test_bounds_hold_for_rows_that_move(n: int, d: int) -> None:
         b = 10.0 ** -(1 + trial % 7)
         before, after = plain_measures(Y), plain_measures(Y + moved_rows(Y, b, random, trial % 4))
         values = {name: np.array([value]) for name, value in before.items()}
-        found = measures.bounds(values, np.array([b]), n, d)
+        found = perturbation.bounds(values, np.array([b]), n, d)
         before["mu"], after["mu"] = math.log10(before["mu"]), math.log10(after["mu"])
         for name, bound in found.items():
             difference = abs(after[name] - before[name]) - 1e-13
             assert difference <= bound[0], (name, trial)
             closest[name] = max(closest[name], difference / bound[0])
-    assert all(closest[name] > 0.5 for name in ("mu", "relative_mu", "rank1_residual", "stable_rank")), closest
+    tight = ("mu", "relative_mu", "rank1_residual", "stable_rank", "angular_mu", "angular_rank1_residual")
+    assert all(closest[name] > 0.5 for name in tight), closest
 
 
 def test_bound_of_the_stable_rank_grows_with_its_square() -> None:
     """s = 1 / (1 - r^2) has the slope 2 r s^2: 1224.7 at s = 25, r^2 = 24/25."""
     r = math.sqrt(24 / 25)
     values = {name: np.array([r]) for name in measures.MEASURES} | {"stable_rank": np.array([25.0])}
-    found = measures.bounds(values, np.array([1e-9]), 128, 64)
+    found = perturbation.bounds(values, np.array([1e-9]), 128, 64)
     assert float(found["stable_rank"][0]) == pytest.approx(2 * r * 625 * 1e-9, rel=1e-5)
     assert float(found["mean_cosine"][0]) == 2e-9
-    tiny = measures.bounds(values, np.array([1e-20]), 128, 64)  # under the spacing of every value
+    tiny = perturbation.bounds(values, np.array([1e-20]), 128, 64)  # under the spacing of every value
     assert float(tiny["stable_rank"][0]) == pytest.approx(2 * r * 625 * 1e-20, rel=1e-12)
     assert float(tiny["mu"][0]) == pytest.approx(1e-20 / r / math.log(10), rel=1e-12)
     D2 = 4 * (64 + 8) * 1e-20 + r**2 * (64 + 8) * 1e-20  # the change of D^2 to first order
     assert float(tiny["dong_residual"][0]) == pytest.approx(D2 / (2 * r), rel=1e-12)
-    none = measures.bounds(values | {"dong_residual": np.array([0.0])}, np.array([0.0]), 128, 64)
+    none = perturbation.bounds(values | {"dong_residual": np.array([0.0])}, np.array([0.0]), 128, 64)
     assert {float(bound[0]) for bound in none.values()} == {0.0}
-    assert all(np.isnan(bound[0]) for bound in measures.bounds(values, np.array([np.nan]), 128, 64).values())
+    assert all(np.isnan(bound[0]) for bound in perturbation.bounds(values, np.array([np.nan]), 128, 64).values())
 
 
 @given(MATRICES)
@@ -365,7 +488,7 @@ def test_invariance(Y: np.ndarray, decade: int, random: object) -> None:
     base = measure_all(torch.from_numpy(Y))
     moved = measure_all(torch.from_numpy(Y[order] * 10.0**decade))
     lost = np.abs(Y[Y != 0]).min() * 10.0**decade < 1e-300  # entries that became subnormal
-    for name in set(measures.MEASURES) - {"mu"}:
+    for name in set(measures.MEASURES) - {"mu", "longest_row"}:
         if not lost:
             assert float(moved[name]) == pytest.approx(float(base[name]), rel=1e-9, abs=1e-14, nan_ok=True), name
 
@@ -390,5 +513,5 @@ def test_measures_do_not_depend_on_what_is_measured_beside(n: int, d: int) -> No
 
 def test_a_small_change_of_mu_is_not_rounded_to_none() -> None:
     """-log10(1 - x) is x / ln 10 for an x that 1 - x does not show; infinite where all of relative mu may be gone."""
-    found = measures.log10_mu_change(np.array([0.5, 0.5, 0.25, 0.5]), np.array([1e-20, 0.25, 0.25, np.nan]))
+    found = perturbation.log10_mu_change(np.array([0.5, 0.5, 0.25, 0.5]), np.array([1e-20, 0.25, 0.25, np.nan]))
     np.testing.assert_allclose(found, [2e-20 / np.log(10), np.log10(2), np.inf, np.nan], rtol=1e-14)

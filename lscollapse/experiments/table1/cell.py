@@ -169,7 +169,7 @@ def _layer_rows(cell: Cell, net: Net, task: DrawnTask, when: str) -> list[Row]:
     for layer in range(len(net.layers) + 1):
         if layer:
             X = net.layers[layer - 1](X)
-        states, found = measures.status(X), measures.measure_all(X)
+        states, found = measures.status(X), measures.measure_all(X, MEASURED)
         for name in MEASURED:
             for excerpt, (value, status) in enumerate(zip(found[name].tolist(), states, strict=True)):
                 rows.append(_row(cell, when, name, value, layer, excerpt, status))

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from lscollapse.eigenvector import SQUARINGS
-from lscollapse.measures import Shared, measure_all
+from lscollapse.measures import measure_all
 from lscollapse.models.kernels import guard
+from lscollapse.passes import Shared
 
 MOST_ROWS = 128  # of a matrix in a program of the kernels
 TILE = 64  # of a Gram matrix, for tensor cores

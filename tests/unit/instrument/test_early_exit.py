@@ -17,9 +17,9 @@ from lscollapse.data import corpus
 from lscollapse.instrument import early_exit
 from lscollapse.instrument.forward import measure_pass
 from lscollapse.instrument.surgery import Variant
-from lscollapse.measures import Shared
 from lscollapse.models.adapt import adapt
 from lscollapse.models.checkpoints import checkpoint
+from lscollapse.passes import Shared
 from tests.equivalence import plain_models, tiny
 
 LAYERS = 7

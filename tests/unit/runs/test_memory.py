@@ -15,11 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lscollapse.core import config
-from lscollapse.measures import Shared, measure_all
+from lscollapse.measures import measure_all
 from lscollapse.models.kernels.backends import Kernels
 from lscollapse.models.kernels.chunked import causal_conv, chunked_scan, gated_norm
 from lscollapse.models.kernels.gpu_block import GpuBlock
 from lscollapse.models.kernels.mamba2_block import Mamba2Shape
+from lscollapse.passes import Shared
 from lscollapse.runs import memory
 
 SHAPE_27B = Mamba2Shape(2560, 80, 64, 128)
