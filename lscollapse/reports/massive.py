@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from lscollapse.core.table import MASSIVE, known, massive_words, reads_pixels
+from lscollapse.core.table import MASSIVE, known, known_ratio, massive_words, reads_pixels
 
 
 class Massive(NamedTuple):
@@ -44,6 +44,6 @@ def pooled(found: Iterable[Massive]) -> Massive:
 
 
 def curve(rows: pd.DataFrame) -> pd.Series:
-    """The mean of one measure over the excerpts by layer; NaN where that of an excerpt is not known."""
-    means: pd.Series = known(rows).groupby(rows["layer"]).agg(lambda values: values.mean(skipna=False))
+    """The mean of one measure over the excerpts by layer; NaN where that of an excerpt is not known. A ratio may be infinite."""
+    means: pd.Series = known_ratio(rows).groupby(rows["layer"]).agg(lambda values: values.mean(skipna=False))
     return means

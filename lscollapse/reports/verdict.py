@@ -80,12 +80,9 @@ def arms(rows: pd.DataFrame) -> Iterator[ArmCurves]:
         model, init, arm, lam, dtype = cast("tuple[str, str, str, float, str]", key)  # the stubs know one key only
         lost = _lost(part[part["measure"] == "relative_mu"], dtype)
         held = part if lost is None else part[part["layer"] < lost.layer]
-        measured = [name for name in WORST if name == "relative_mu" or (part["measure"] == name).any()]
-        curves, undefined = {}, {}
-        for name in measured:
-            own = held[held["measure"] == name]
-            curves[name] = curve(own)
-            undefined[name] = sorted({int(layer) for layer in own.loc[own["status"].isin(LOST), "layer"]})
+        parts = {name: held[held["measure"] == name] for name in WORST if (part["measure"] == name).any()}
+        curves = {name: curve(own) for name, own in parts.items()}
+        undefined = {name: _undefined(curves[name], own) for name, own in parts.items()}
         long = massive(held[held["layer"] > 0])
         yield ArmCurves(model, init, arm, lam, dtype, int(part["layer"].max()), curves, undefined, long, lost)
 
@@ -110,6 +107,11 @@ def _unknown(curve: pd.Series) -> list[int]:
     return [int(layer) for layer in curve.index[curve.isna()]]
 
 
+def _undefined(curve: pd.Series, rows: pd.DataFrame) -> list[int]:
+    lacking = set(rows.loc[rows["status"].isin(LOST), "layer"])
+    return [layer for layer in _unknown(curve) if layer in lacking]
+
+
 class Judged(NamedTuple):
     """The curve that decides, from layer 1 on: relative mu, and angular mu at the layers where a row is massive.
 
@@ -130,7 +132,7 @@ def judged(arm: ArmCurves) -> Judged:
     ratio = arm.curves.get("row_norm_ratio", relative).reindex(relative.index)
     open_layers = [layer for layer in _unknown(ratio) if relative[layer] == relative[layer]]
     aside = f"; whether a row is massive is unresolved at {layer_words(open_layers)}" if open_layers else ""
-    if not layers or relative.empty:
+    if not layers:
         return Judged("relative mu", relative, arm.unresolved, [], aside)
     span, own = _span(relative.reindex(layers)), f"is that {arm.massive.unit}'s"
     alone = f"relative mu, {span}, {own}" if span else f"relative mu {own}"
@@ -164,8 +166,6 @@ def verdict(arm: ArmCurves) -> str:
     curve, K = found.curve, arm.n_layers
     if arm.lost is not None:
         return f"no verdict: {_missing(arm.lost, K)}{_not_known(found, arm.dtype)}{_lowest(found, 'before that')}{found.aside}"
-    if curve.empty:
-        return f"no verdict: relative mu {AGAIN}"
     if arm.massive.layers and "angular_mu" not in arm.curves:
         return f"no verdict: {found.aside.removeprefix('; ')}{_lowest(found, 'elsewhere')}"
     unknown, under = _unknown(curve), curve.index[curve < COLLAPSED]
