@@ -8,7 +8,7 @@ from typing import NamedTuple, cast
 
 import pandas as pd
 
-from lscollapse.core.table import COLLAPSED, LOST, UNRESOLVED
+from lscollapse.core.table import COLLAPSED, LOST, UNRESOLVED, layer_words
 
 VERDICTS = AGREE, DISAGREE, NOT_MEASURED = "agrees", "disagrees", "not measured"
 
@@ -141,18 +141,6 @@ def _no_verdict(arm: ArmCurves, lost: Lost) -> str:
 def _lowest(arm: ArmCurves, where: str) -> str:
     worst = arm.worst("relative_mu")
     return "" if worst is None else f"; {where} relative mu is lowest in layer {worst[1]} ({worst[0]:.3f})"
-
-
-def layer_words(layers: Sequence[int]) -> str:
-    """Ascending layers in words, neighbours together: "layer 3", "layers 3 to 5 and 9"."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    *before, last = (f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-    return f"layer{'s' * (len(layers) > 1)} {' and '.join(filter(None, (', '.join(before), last)))}"
 
 
 def unresolved_words(layers: Sequence[int], dtype: str, of: str = "") -> str:

@@ -9,9 +9,8 @@ from typing import Any
 import pandas as pd
 
 from lscollapse.core import registry
-from lscollapse.core.table import STATUSES, UNRESOLVED, reads_pixels
+from lscollapse.core.table import STATUSES, UNRESOLVED, layer_words, reads_pixels
 from lscollapse.reports.figures.points import KEYS, groups_of, last_layer
-from lscollapse.reports.verdict import layer_words
 
 NAMES = {"relative_mu": "relative μ", "rank1_residual": "rank-1 residual"}
 SIGNS = {1: "λ > 0", -1: "λ < 0", 0: "either sign"}
