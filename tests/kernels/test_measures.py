@@ -168,7 +168,7 @@ def test_a_measure_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     Y = normal(3, 4, 6).float()
     Y[0, 1:], Y[1, 0, 0] = 0.0, math.nan
-    found = measures.measure_all(Fused(Y))["longest_share"]
+    found = measures.measure_all(Fused(Y), ["longest_share"])["longest_share"]
     share = Y[2].double().square().sum(-1)
     assert found.tolist() == pytest.approx([1.0, math.nan, float(share.max() / share.sum())], rel=1e-14, nan_ok=True)
 
