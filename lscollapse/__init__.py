@@ -14,7 +14,8 @@ Public names (docs/python.md has examples of each); everything else is private:
     Variant, surgery(model, variant)              one arm of an experiment; the model computes it while a context is open
     measure(model, ids, variants) -> DataFrame    every measure of every layer
     lm_loss, grad_norm(model, ids, variants)      language-model loss; norm of its gradient at every layer
-    monitor(model, ids), MonitorCallback(ids)     collapse watched while a net trains
+    monitor(model, ids), MonitorCallback(ids)     collapse watched while a net trains, by transformers' Trainer,
+    LightningMonitorCallback(ids)                 or Lightning's
     measures                                      the measures themselves, tensor -> numbers
 """
 
@@ -27,12 +28,15 @@ if TYPE_CHECKING:
     from lscollapse import measures
     from lscollapse.instrument.forward import measure
     from lscollapse.instrument.gradients import grad_norm
+    from lscollapse.instrument.lightning import LightningMonitorCallback as LightningMonitorCallback
     from lscollapse.instrument.lm_loss import lm_loss
-    from lscollapse.instrument.monitor import MonitorCallback, monitor
+    from lscollapse.instrument.monitor import monitor
     from lscollapse.instrument.surgery import Variant, surgery
+    from lscollapse.instrument.trainer import MonitorCallback
 
     __version__: str
 
+# Without LightningMonitorCallback: `from lscollapse import *` must not need Lightning.
 __all__ = [
     "MonitorCallback",
     "Variant",
@@ -46,7 +50,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "MonitorCallback": "monitor",
+    "LightningMonitorCallback": "lightning",
+    "MonitorCallback": "trainer",
     "Variant": "surgery",
     "grad_norm": "gradients",
     "lm_loss": "lm_loss",

@@ -4,8 +4,7 @@ N tokens, d channels; leading axes (excerpts, variants) are kept apart and never
 after scaling by a power of two, which rounds nothing, so values of 1e-300 or 1e300 are as good as values of 1.
 
 Accuracy, of the numbers in Y as they are: mu, relative mu, dong_residual and angular_mu to a relative 1e-13, also where all rows
-agree to their last bits; the rank-1 residuals to that or within 1e-16, however small (angular_mu and angular_rank1_residual of the
-kernels on a GPU: within 1e-8); mean_cosine within 1e-15, whatever the lengths of the rows; row_norm_ratio to a relative 1e-14;
+agree to their last bits; the rank-1 residuals to that or within 1e-16, however small; mean_cosine within 1e-15, whatever the lengths of the rows; row_norm_ratio to a relative 1e-14;
 stable_rank s to a relative s * 2e-13, effective_rank to 1e-12. The leading singular vector is found otherwise on a GPU
 (eigenvector.py), to the same accuracy.
 
@@ -63,7 +62,8 @@ def row_norm_ratio(Y: Tensor) -> Tensor:
 
 
 def longest_row(Y: Tensor) -> Tensor:
-    """The position of the row with the largest norm, from 0; the first of equals. NaN for Y = 0."""
+    """The position of the row with the largest norm, from 0; the first of those within a thousandth of it, which rounding could not
+    tell apart where all rows agree. NaN for Y = 0."""
     return _of(Y, "longest_row")
 
 

@@ -15,8 +15,10 @@ from lscollapse import eigenvector
 LARGEST_POWER = 1022
 # Rows shorter than this, relative to the largest entry, get a scale of their own before they are squared.
 SHORT = 2.0**-500
-# 1 - c of a quotient c that is right to some 2^-52 is right to a relative 1e-13 from here on.
-LARGE = 1e-2
+# The root of 1 - c, for a quotient c that is right to some 2^-52, is right to a relative 1e-15 from here on.
+LARGE = 0.25
+# Rows count as equally long from this quotient of their norms on, so that rounding does not say which is the longest of equals.
+ALIKE = 0.999
 
 
 def _power_of_two(size: Tensor) -> Tensor:
@@ -170,7 +172,8 @@ class Shared:
 
     @cached_property
     def longest_row(self) -> Tensor:  # (B,), from 0
-        first = self.lengths.argmax(-1).to(torch.float64)
+        longest = self.lengths >= ALIKE * self.lengths.amax(-1, keepdim=True)
+        first = longest.to(torch.int8).argmax(-1).to(torch.float64)
         return first.where((self.peak > 0) & (self.peak < math.inf), math.nan)
 
     # --- how ---
@@ -179,7 +182,7 @@ class Shared:
         return eigenvector.by_lapack(gram) if gram.is_cpu else eigenvector.by_squaring(gram)
 
     def _root(self, square: Tensor, exactly: Callable[[Tensor | slice], Tensor]) -> Tensor:
-        """The root of `square` (B,) = 1 - c; where rounding would leave less than 13 digits of it, what `exactly` makes of those
+        """The root of `square` (B,) = 1 - c; where rounding would show in it, what `exactly` makes of those
         of the B, by passes over Y. Which they are is asked where the answer costs nothing; elsewhere it makes all of them."""
         if not square.is_cpu:
             return exactly(slice(None))

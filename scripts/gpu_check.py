@@ -150,7 +150,7 @@ def main() -> int:
     setting, start, results = Setting(given.dry_run, out, scratch), time.monotonic(), {}
     if given.dry_run:
         import lscollapse.experiments.paper
-        import lscollapse.instrument.monitor  # noqa: F401  # and with it the Trainer of transformers
+        import lscollapse.instrument.trainer  # noqa: F401  # and with it the Trainer of transformers
     try:
         for name in STEPS[given.mode]:
             left = SECONDS[given.mode] - (time.monotonic() - start)

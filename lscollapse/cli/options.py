@@ -8,7 +8,7 @@ from functools import wraps
 from importlib import import_module
 from inspect import Parameter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -17,6 +17,10 @@ from lscollapse.core.config import Experiment, Section, WikipediaSection, config
 Model = Annotated[str, typer.Argument(help="Short name, folder or hub id.")]
 Models = Annotated[list[str] | None, typer.Option("--model", help=Experiment.model_fields["models"].description)]
 Out = Annotated[Path | None, typer.Option(help="Run folder.  \\[default: runs/VERB]")]
+Shown = Annotated[
+    Literal["relative_mu", "angular_mu"],
+    typer.Option(help="What Figures 1 and 3 show: relative_mu is the paper's; angular_mu, which no long row decides, has files of its own."),
+]  # fmt: skip
 Yscale = Annotated[str, typer.Option(help="linear or log vertical axis.")]
 FILE = "YAML file as in configs, of `table1` and `train` as in configs/table1; flags override it.  \\[default: the embedded one]"
 SHARED: dict[str, Any] = {

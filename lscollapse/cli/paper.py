@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lscollapse.cli.options import Models, Out, Yscale, takes
+from lscollapse.cli.options import Models, Out, Shown, Yscale, takes
 from lscollapse.core.config import Experiment
 
 if TYPE_CHECKING:
@@ -83,23 +83,24 @@ def ablate_s4d(
 def figures(
     runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
     to: Annotated[Path | None, typer.Option(help="Where to put the figures.  \\[default: each run's folder]")] = None,
+    measure: Shown = "relative_mu",
     yscale: Yscale = "linear",
 ) -> None:
     """Draw the figures of finished runs again, without computing."""
     from lscollapse.core.run_folder import read_rows
 
     for run in runs:
-        _draw(read_rows(run), to or run, yscale, run)
+        _draw(read_rows(run), to or run, yscale, measure, run)
 
 
-def _draw(rows: pd.DataFrame, folder: Path, yscale: str, run: Path | None = None) -> None:
+def _draw(rows: pd.DataFrame, folder: Path, yscale: str, measure: str = "relative_mu", run: Path | None = None) -> None:
     from lscollapse.core.files import write_text
     from lscollapse.core.run_folder import read_manifest
     from lscollapse.reports.claims.sentences import judge_readings
     from lscollapse.reports.figures import draw
 
     experiment = read_manifest(run or folder)["identity"].get("experiment")
-    written = draw.draw(experiment, rows, folder, yscale)
+    written = draw.draw(experiment, rows, folder, yscale, measure)
     if experiment == "all-readings":
         written.append(folder / draw.READINGS_VERDICTS)
         write_text(written[-1], judge_readings(rows).to_csv(index=False))

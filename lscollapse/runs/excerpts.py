@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lscollapse.core import registry
 from lscollapse.core.config import Experiment
-from lscollapse.core.files import cache_folder, read_text
+from lscollapse.core.files import cache_folder, is_gguf, read_text
 from lscollapse.core.progress import Progress
 from lscollapse.data import tokenizers
 from lscollapse.data.corpus import SOURCES, Corpus, draw_excerpts, is_frozen
@@ -140,7 +141,8 @@ def native_tokenizer(info: ModelInfo) -> str:
     embedded = {entry.location for entry in registry.ENTRIES.values() if entry.embedded}
     if info.location in embedded:
         return "bert"
-    return f"{info.location}@{info.revision}" if info.revision else info.location
+    at_revision = info.revision and not is_gguf(Path(info.location))
+    return f"{info.location}@{info.revision}" if at_revision else info.location
 
 
 def provenance(corpus: Corpus) -> dict[str, Any]:

@@ -28,8 +28,9 @@ from lscollapse.runs.memory import BASE, MemoryPlanError, bytes_of_a_weight, is_
 
 TIMEOUT = 5.0  # seconds for each call
 GIB = 2**30
-CACHED, EMBEDDED, FOLDER = "in the cache", "embedded", "a local folder"
-HERE = (CACHED, EMBEDDED, FOLDER)  # where the files of a model can be looked at
+CACHED = "in the cache"
+LOCAL = {"package": "embedded", "wheel": "an installed package", "folder": "a local folder", "file": "a local file"}
+HERE = (CACHED, *LOCAL.values())  # where the files of a model can be looked at
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def _stored(entry: Entry, config: Experiment, fault: str, needs: dict[Path, int]
         HubError: the hub has no such model, or does not give it.
     """
     if entry.source != "hub":
-        return EMBEDDED if entry.embedded else FOLDER, ""
+        return LOCAL[entry.source], ""
     revision = config.revision or entry.revision or None
     cache = hub.storage(config.cache_dir) or Path(constants.HF_HUB_CACHE)
     try:
@@ -100,7 +101,7 @@ def _fits(name: str, entry: Entry, config: Experiment, offline: bool, here: bool
 
     Raises:
         MemoryPlanError: there is less.
-        AssetError: an embedded file is missing.
+        AssetError: a file of a data package is missing.
         CheckpointError: config.json cannot be read, or the weights are not there or not those that it describes.
     """
     where: Any = {"revision": config.revision, "cache_dir": config.cache_dir, "offline": offline or here}

@@ -54,6 +54,7 @@ def _run(name: str, config: Experiment, out: Path, variants: Variants, progress:
     schedule = Schedule(tasks, folder, progress)
     missing = schedule.first()
     facts = {"excerpts": {task.info.name: provenance(task.corpus) for task in tasks}, "device": device(here)}
+    facts |= {"weights": stored} if (stored := {t.info.name: t.info.stored for t in tasks if t.info.stored}) else {}
 
     def keep(item: Item, rows: pd.DataFrame) -> list[Item]:
         folder.add(item.key, rows)

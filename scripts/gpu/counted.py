@@ -134,7 +134,7 @@ def _combine(grid: Any, a: Sequence[Any], k: dict[str, Any]) -> tuple[int, dict[
 
 
 def _sums(grid: Any, a: Sequence[Any], k: dict[str, Any]) -> tuple[int, dict[str, float]]:
-    """Of all four kernels of the measures, by the formula that stands beside them."""
+    """Of all kernels of the measures, by the formula that stands beside them."""
     from lscollapse.models.kernels.fused_measures import cost
 
     each = cost(*a[3:5])
@@ -148,7 +148,7 @@ PRICES: dict[str, Callable[..., tuple[int, dict[str, float]]]] = {
     "rows_kernel": _rows, "scores_kernel": _scores, "decays_kernel": _decays, "scan_kernel": _scan,
     "product_kernel": _product, "combine_kernel": _combine, "sums_kernel": _sums,
 }  # fmt: skip
-WITH_SUMS = ("gram_kernel", "leading_kernel", "rest_kernel")  # priced there
+WITH_SUMS = ("gram_kernel", "directions_kernel", "leading_kernel", "rest_kernel")  # priced there
 
 counts = Counts()  # of the pass that is counted
 

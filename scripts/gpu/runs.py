@@ -171,7 +171,7 @@ def monitor(s: Setting) -> Found:
     """A training with MonitorCallback on and off: the same bits in the end, and what it takes."""
     import torch
 
-    from lscollapse.instrument.monitor import MonitorCallback
+    from lscollapse.instrument.trainer import MonitorCallback
 
     _trained(s, None)
     off, plain = _trained(s, None)

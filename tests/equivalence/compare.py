@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from lscollapse.core.table import DEFAULT_MEASURES
 from tests.equivalence.plain_models import plain_measures
 
 
@@ -18,7 +19,7 @@ def by_layer(rows: pd.DataFrame) -> dict[tuple[int, int, str], tuple[float, floa
     return table
 
 
-VANISHING = {"mu", "relative_mu", "rank1_residual", "dong_residual"}
+VANISHING = {"mu", "relative_mu", "rank1_residual", "dong_residual", "angular_mu", "angular_rank1_residual"}
 
 
 def assert_rows_match(
@@ -29,15 +30,21 @@ def assert_rows_match(
     A value under `noise` (relative to ||Y||) may be called below the floor, or unresolved; any other must be ok.
     """
     table = by_layer(rows)
-    assert len(table) == len(outputs) * len(outputs[0]) * 6
+    assert len(table) == len(outputs) * len(outputs[0]) * len(DEFAULT_MEASURES)
     for layer, Y in enumerate(outputs):
         for excerpt, matrix in enumerate(Y):
-            for name, expected in plain_measures(matrix).items():
+            plain = plain_measures(matrix)
+            for name in DEFAULT_MEASURES:
+                expected = plain[name]
                 value, log10, status = table[layer, excerpt, name]
                 slack = noise * (float(np.linalg.norm(matrix)) if name == "mu" else 1.0)
                 where = f"{what} layer {layer}, excerpt {excerpt}, {name}: {value}, {status} against {expected}"
                 assert abs(value - expected) <= rel * abs(expected) + slack, where
-                if expected > (100 if name == "mu" else 1) * slack or name not in VANISHING:  # mu is to be known to 1 %
+                if name == "longest_row":  # two rows may be within rounding of a thousandth
+                    assert status in ("ok", "unresolved"), where
+                elif (
+                    expected > (100 if name == "mu" else 1) * slack or name not in VANISHING
+                ):  # mu is to be known to 1 %
                     assert status == "ok", where
                 else:
                     assert status in ("ok", "below_floor", "unresolved"), where

@@ -45,7 +45,7 @@ def test_the_page_on_python(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     logging.disable_progress_bar()
-    assert run("docs/python.md", {}, capsys) == 12
+    assert run("docs/python.md", {}, capsys) == 15
 
 
 def test_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

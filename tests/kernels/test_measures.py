@@ -12,10 +12,12 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from lscollapse import measures
+from lscollapse.core import table
 from lscollapse.models.kernels import fused_measures
 from lscollapse.models.kernels.fused_measures import BySquaring, Fused
 from tests.launches import Launches
 
+OF_DIRECTIONS = ("mean_cosine", "effective_rank", *table.ANGULAR.values())
 SHAPES = [(128, 96), (100, 33), (16, 64), (7, 20), (20, 7), (5, 1), (2, 40)]
 
 
@@ -31,22 +33,35 @@ def exact(Y: Tensor) -> dict[str, float]:
     units = A / np.sqrt((A**2).sum(1, keepdims=True))
     one_inf = [math.sqrt(np.abs(B).sum(0).max() * np.abs(B).sum(1).max()) for B in (R, A)]
     mu, size = np.sqrt((R**2).sum()), np.sqrt((A**2).sum())
+    lengths = np.sqrt((A**2).sum(1))
     with mpmath.workdps(40):
+        directions = [[mpmath.mpf(y) / mpmath.norm(row) for y in row] for row in Y.tolist()]
+        U = mpmath.matrix(directions)
+        turned = mpmath.eigsy(U * U.T if n <= A.shape[1] else U.T * U, eigvals_only=True)
         M = mpmath.matrix(Y.tolist() if n <= A.shape[1] else Y.T.tolist())
         sigma = mpmath.eigsy(M * M.T, eigvals_only=True)
         residual = float(mpmath.sqrt((mpmath.fsum(sigma) - max(sigma)) / mpmath.fsum(sigma)))
         rank = float(mpmath.fsum(sigma) / max(sigma))
+        angular_rank1 = float(mpmath.sqrt((mpmath.fsum(turned) - max(turned)) / n))
+        p = [q / n for q in turned if q > 1e-30]
+        effective = float(mpmath.exp(-mpmath.fsum(q * mpmath.log(q) for q in p)))
     return {
         "mu": float(mu), "relative_mu": float(mu / size), "rank1_residual": residual, "stable_rank": rank,
         "mean_cosine": float(((units.sum(0) ** 2).sum() - n) / (n * (n - 1))), "dong_residual": one_inf[0] / one_inf[1],
+        "angular_mu": float(np.sqrt(((units - units.mean(0)) ** 2).sum() / n)), "angular_rank1_residual": angular_rank1,
+        "row_norm_ratio": float(lengths.max() / np.median(lengths)), "effective_rank": effective,
+        "longest_row": float((lengths >= 0.999 * lengths.max()).argmax()),
     }  # fmt: skip
 
 
 def assert_measures(found: dict[str, Tensor], i: int, expected: dict[str, float]) -> None:
     for name, value in expected.items():
         tolerance = {"rel": 1e-14, "abs": 0.0}
-        if name in ("rank1_residual", "mean_cosine"):
-            tolerance["abs"] = {"rank1_residual": 1e-16, "mean_cosine": 1e-15}[name]
+        tolerance["abs"] = {"rank1_residual": 1e-16, "mean_cosine": 1e-15}.get(name, 0.0)
+        if name in table.ANGULAR.values():  # rows scaled to length 1 are rounded
+            tolerance["abs"] = 2e-16
+        if name == "effective_rank":
+            tolerance["rel"] = 1e-13
         if name == "stable_rank":
             tolerance["rel"] = value * 1e-15
         assert found[name].dtype == torch.float64
@@ -131,7 +146,7 @@ def test_what_is_not_finite_is_nan_and_stays_apart() -> None:
     Y[1, 3, 4], Y[2, 0, 39], Y[3, 8, 0], Y[4], Y[5, 2] = math.nan, math.inf, -math.inf, 0.0, 0.0
     found = measures.measure_all(Fused(Y))
     for name in measures.MEASURES:
-        nan = [False, True, True, True, name != "mu", name == "mean_cosine"]
+        nan = [False, True, True, True, name != "mu", name in OF_DIRECTIONS]
         assert found[name].isnan().tolist() == nan, name
         assert torch.equal(found[name][:1], alone[name]), name
     assert float(found["mu"][4]) == 0.0
@@ -153,7 +168,7 @@ def test_a_measure_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     Y = normal(3, 4, 6).float()
     Y[0, 1:], Y[1, 0, 0] = 0.0, math.nan
-    found = measures.measure_all(Fused(Y))["longest_share"]
+    found = measures.measure_all(Fused(Y), ["longest_share"])["longest_share"]
     share = Y[2].double().square().sum(-1)
     assert found.tolist() == pytest.approx([1.0, math.nan, float(share.max() / share.sum())], rel=1e-14, nan_ok=True)
 
@@ -181,18 +196,19 @@ def test_kernels_that_are_wrong_are_not_used(wrong: float | str, monkeypatch: py
 
 
 def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four kernels and a dozen operations on (B,) numbers; a meta tensor has nothing that could be read back."""
+    """Seven launches of kernels and a dozen operations on (B,) numbers; a meta tensor has nothing that could be read back."""
     kernels: list[str] = []
     monkeypatch.setattr(InterpretedFunction, "run", lambda self, *args, **kwargs: kernels.append(self.fn.__name__))
     with Launches() as launches:
-        found = measures.measure_all(Fused(torch.empty(352, 128, 2560, device="meta")))
+        found = measures.measure_all(Fused(torch.empty(352, 128, 2560, device="meta")), table.DEFAULT_MEASURES)
     assert all(value.shape == (352,) for value in found.values())
-    assert kernels == ["sums_kernel", "gram_kernel", "leading_kernel", "rest_kernel"]
-    assert launches.counts.total() <= 12, launches.counts
+    twice = ["leading_kernel", "rest_kernel"]
+    assert kernels == ["sums_kernel", "gram_kernel", "directions_kernel", *twice, *twice]
+    assert launches.counts.total() <= 14, launches.counts
 
 
 def test_cost() -> None:
-    """Of 2.7B's X: 4 float32 numbers read, half a Gram matrix and its diagonal, and 10 squarings of that."""
+    """Of 2.7B's X: 6 float32 numbers read, half a Gram matrix and its diagonal, and 10 squarings of that and of its directions'."""
     reads, _, products, _ = fused_measures.cost(128, 2560, squarings=10)
-    assert reads == 4 * 128 * 2560 * 4
-    assert products == 0.75 * (2 * 128**2 * 2560 + 10 * 2 * 128**3)
+    assert reads == 6 * 128 * 2560 * 4
+    assert products == 0.75 * (2 * 128**2 * 2560 + 20 * 2 * 128**3)

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 import lscollapse
 from lscollapse import Variant, measures
+from lscollapse.core import table
 from lscollapse.models import adapt
 from lscollapse.reports.figures import draw
 from tests import ROOT
@@ -170,7 +171,9 @@ def test_the_measure(model: ToyModel, toy: str, monkeypatch: pytest.MonkeyPatch)
     entry = eval(f"{{{entry_after('one entry of `MEASURES`, of')}}}", measures.__dict__)
     for name, measure in entry.items():
         monkeypatch.setitem(measures.MEASURES, name, measure)
-    rows = lscollapse.measure(model, IDS, [Variant(lam=0.5)], dtype=torch.float64)
+    monkeypatch.setattr(table, "MEASURES", tuple(measures.MEASURES))
+    rows = lscollapse.measure(model, IDS, [Variant(lam=0.5)], dtype=torch.float64, measures=["longest_share"])
+    assert set(rows["measure"]) == {*table.ALWAYS, "longest_share"}
     found = values(rows, "longest_share")
     for layer, Y in enumerate(plain(model, IDS, 0.5)):
         lengths = (Y**2).sum(-1)

@@ -12,6 +12,8 @@ from rich.table import Table
 from lscollapse.cli.terminal.printing import plain_table
 from lscollapse.core.registry import ENTRIES
 
+SOURCES = {"package": "embedded", "wheel": "lscollapse fetch", "hub": "hub"}
+
 if TYPE_CHECKING:
     from lscollapse.instrument.identity import LayerDifference
     from lscollapse.models.kernels.verify import KernelCheck
@@ -59,8 +61,8 @@ def models_table() -> None:
     for heading in ("name", "architecture", "parameters", "weights from", "reads"):
         table.add_column(heading, overflow="fold", justify="right" if heading == "parameters" else "left")
     for entry in ENTRIES.values():
-        where = f"embedded: {entry.location}" if entry.embedded else f"hub: {entry.location}"
+        where = f"{SOURCES[entry.source]}: {entry.location}"
         parameters = f"{entry.n_parameters:,}" if entry.n_parameters else "-"
         table.add_row(entry.name, entry.architecture, parameters, where, entry.text)
     Console().print(table)
-    print("Any hub id or local folder of a transformers model works too.")
+    print("Any hub id, local folder or GGUF file of a transformers model works too.")

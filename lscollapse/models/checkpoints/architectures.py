@@ -8,9 +8,18 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AlbertConfig, AlbertModel, AutoModel, BertConfig, BertModel, Mamba2Config, Mamba2Model
+from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    AutoModel,
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    Mamba2Config,
+    Mamba2Model,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from lscollapse.models.checkpoints import mamba_ssm
 from lscollapse.models.checkpoints.located import Located
@@ -40,18 +49,18 @@ def config_of(files: Located) -> Any:
         elif model_type in CLASSES:
             config = CLASSES[model_type][0].from_dict(dict(raw))
         else:
-            config = _transformers_config(raw, files.where)
+            config = _transformers_config(raw, files)
     except CheckpointError:
         raise
     except (StrictDataclassError, ValueError, TypeError, ZeroDivisionError) as error:  # transformers' own validation
-        raise CheckpointError(f"config.json of {files.where} is not valid: {' '.join(str(error).split())}") from error
+        raise CheckpointError(f"{files.described} is not valid: {' '.join(str(error).split())}") from error
     if files.entry.architecture not in ("", config.model_type):
         raise CheckpointError(f"{files.where} holds {config.model_type}, expected {files.entry.architecture}")
     return config
 
 
-def _transformers_config(raw: Mapping[str, Any], where: str) -> Any:
-    """The transformers config of a config.json; `where` names it in errors.
+def _transformers_config(raw: Mapping[str, Any], files: Located) -> Any:
+    """The transformers config of a config.json, or of what a GGUF file says in its place.
 
     Raises:
         CheckpointError: no architecture of the installed transformers, or quantised weights.
@@ -61,11 +70,11 @@ def _transformers_config(raw: Mapping[str, Any], where: str) -> Any:
         came = f"model_type {model_type!r}" if model_type else "neither model_type nor d_model and n_layer"
         code = "; it needs code from its repository, which is never run" if "auto_map" in raw else ""
         raise CheckpointError(
-            f"config.json of {where} has {came}: readable are the architectures of the installed transformers and"
+            f"{files.described} has {came}: readable are the architectures of the installed transformers and"
             f" mamba_ssm's own layout{code}"
         )
     if "quantization_config" in raw:
-        raise CheckpointError(f"{where} holds quantised weights: give the checkpoint they were made from")
+        raise CheckpointError(f"{files.where} holds quantised weights: give the checkpoint they were made from")
     return CONFIG_MAPPING[model_type].from_dict(dict(raw))
 
 
@@ -82,6 +91,15 @@ def on_meta(config: Any) -> Any:
     """The base model, of which no tensor takes memory."""
     with torch.device("meta"):
         return built(config)
+
+
+def whole_on_meta(config: Any) -> Any:
+    """The model with its language-model head, where the architecture has one; no tensor takes memory."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return on_meta(config)
+    from_config: Callable[..., Any] = AutoModelForCausalLM.from_config
+    with torch.device("meta"):
+        return from_config(config, dtype=torch.float32)
 
 
 def count_parameters(config: Any) -> int:

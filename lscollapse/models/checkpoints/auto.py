@@ -13,39 +13,41 @@ from transformers import AutoModel
 from transformers.utils import logging
 
 from lscollapse.core.allocation import is_out_of_memory
-from lscollapse.core.files import first_line
+from lscollapse.core.files import first_line, is_gguf
 from lscollapse.core.hub import PICTURES
-from lscollapse.models.checkpoints.architectures import on_meta
+from lscollapse.models.checkpoints import gguf_file
+from lscollapse.models.checkpoints.architectures import on_meta, whole_on_meta
 from lscollapse.models.checkpoints.refusals import other_shapes, refuse_kinds, refuse_misfits, refuse_values
 from lscollapse.models.checkpoints.tensors import CheckpointError, is_old_buffer, read_json, read_tensors
 
 
 def filled(config: Any, files: Sequence[Path], where: str, dtype: torch.dtype) -> Any:
-    """The base model with the weights in `files`, which lie in one folder.
+    """The base model with the weights in `files`, which lie in one folder, or are one GGUF file.
 
     Raises:
         CheckpointError: the weights are damaged, some are missing, left over or of another shape, or are no floats.
     """
-    folder = files[0].parent
-    model, report = _read(AutoModel, config, folder, where, dtype)
+    model, report = _read(AutoModel, config, files, where, dtype)
     missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
     left_over = sorted(name for name in report["unexpected_keys"] if _in_a_block(name, model))
     refuse_misfits({"missing": missing, "unexpected": left_over}, where)
+    if is_gguf(files[0]):
+        return model
     read = {
         name: t for file in files for name, t in read_tensors(file).items() if name not in report["unexpected_keys"]
     }
     refuse_kinds(_weights(read, model), where)
-    _note_pixels(model.config, folder / PICTURES)
+    _note_pixels(model.config, files[0].parent / PICTURES)
     return model
 
 
-def with_head(kind: Any, config: Any, folder: Path, where: str, dtype: torch.dtype) -> Any:
-    """The model of class `kind`, with its head, from a local folder; None where the weights of the head are missing.
+def with_head(kind: Any, config: Any, files: Sequence[Path], where: str, dtype: torch.dtype) -> Any:
+    """The model of class `kind`, with its head, from `files`; None where the weights of the head are missing.
 
     Raises:
         CheckpointError: the weights are damaged.
     """
-    model, report = _read(kind, config, folder, where, dtype)
+    model, report = _read(kind, config, files, where, dtype)
     inside = f"{model.base_model_prefix}."
     if not all(name.startswith(inside) for name in report["missing_keys"]):
         return None
@@ -53,13 +55,19 @@ def with_head(kind: Any, config: Any, folder: Path, where: str, dtype: torch.dty
     return model
 
 
-def _read(kind: Any, config: Any, folder: Path, where: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """A model of class `kind` from a local folder, and what transformers reports of its tensors."""
+def _read(kind: Any, config: Any, files: Sequence[Path], where: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """A model of class `kind` from local files, and what transformers reports of its tensors."""
+    folder: Path | None = files[0].parent
+    given: dict[str, Any] = {"local_files_only": True}
+    if is_gguf(files[0]):
+        whole = whole_on_meta(config)
+        folder, given = None, {"state_dict": gguf_file.read_tensors(files[0], whole, where, dtype)}
+        kind = type(whole.base_model) if kind is AutoModel else kind
     with quietly():
         try:
             model, report = kind.from_pretrained(
-                folder, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
-            )  # fmt: skip
+                folder, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True, **given
+            )
             return model, report
         except Exception as error:  # whatever a damaged file makes the readers raise
             if is_out_of_memory(error):
@@ -76,6 +84,9 @@ def inspect_headers(config: Any, files: Sequence[Path], where: str) -> None:
     Raises:
         CheckpointError: tensors are missing, of another shape, or are no floats.
     """
+    if is_gguf(files[0]):
+        gguf_file.inspect(files[0], whole_on_meta(config), where)
+        return
     model = on_meta(config)
     read = {_own_name(name, model): t for file in files for name, t in read_tensors(file).items()}
     expected = {name: tuple(p.shape) for name, p in model.named_parameters() if not name.startswith("pooler.")}

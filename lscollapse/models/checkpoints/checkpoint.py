@@ -1,4 +1,4 @@
-"""Reading checkpoints: HF layout of all architectures, and the original mamba_ssm layout of Mamba-2.
+"""Reading checkpoints: HF layout of all architectures, GGUF files, and the original mamba_ssm layout of Mamba-2.
 
 Every way in ends in the same two things: a transformers config built here, and the tensors of the base model under
 transformers' names, memory mapped. Heads and poolers are left out; of the rest nothing may be missing, left over, or of
@@ -9,7 +9,7 @@ read with `weights_only=True`. Other architectures than those of `architectures.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lscollapse.core import registry
+from lscollapse.core.files import is_gguf
 from lscollapse.models.checkpoints import auto
 from lscollapse.models.checkpoints.architectures import CLASSES, built, config_of, count_parameters, on_meta, seeded
 from lscollapse.models.checkpoints.located import Located, Where, locate_checkpoint
@@ -47,6 +48,7 @@ class ModelInfo:
         sha256: of the weights file; of several, that of the lines "<sha256>  <name>" as sha256sum prints them; of
             random weights, "random-init-SEED".
         n_parameters: of the base model, without pooler and heads.
+        stored: how the numbers are stored where that says something of them, such as "GGUF Q4_1, dequantised".
     """
 
     name: str
@@ -57,6 +59,7 @@ class ModelInfo:
     text: str
     n_layers: int
     n_parameters: int
+    stored: str = ""
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def load(
     random_init: int | None = None,
     **where: Unpack[Where],
 ) -> Checkpoint:
-    """A model by short name (see registry.ENTRIES), local folder, or hub id.
+    """A model by short name (see registry.ENTRIES), local folder, GGUF file, or hub id.
 
     Args:
         dtype: of the loaded weights, whatever the file holds.
@@ -111,13 +114,15 @@ def load(
     if random_init is not None:
         with seeded(random_init):
             model = built(config).to(device, dtype)
-        return Checkpoint(model.eval(), _info(files, config, f"random-init-{random_init}"))
+        info = _info(files, config, f"random-init-{random_init}")
+        return Checkpoint(model.eval(), replace(info, stored=""))
     with hashing(files.weights) as digest:
         if config.model_type == "mamba2":
             model = _mamba2(config, _matching(files, config), dtype, device, as_stored)
         elif config.model_type in CLASSES:
             model = _filled(config, _matching(files, config), dtype).to(device)
         else:
+            _check_count(files, config)
             model = auto.filled(config, files.weights, files.where, dtype).to(device)
         _check_values(model, files.where)
         return Checkpoint(model.eval(), _info(files, config, digest.result()))
@@ -145,7 +150,8 @@ def open_layers(name_or_path: str | Path, **where: Unpack[Where]) -> LayerReader
 def open_head(name_or_path: str | Path, **where: Unpack[Where]) -> dict[str, Tensor]:
     """The tensors of heads and poolers, which `load` leaves out, memory mapped; arguments and errors as for `load`."""
     files = locate_checkpoint(registry.resolve(name_or_path), **where)
-    heads = {name: tensor for file in files.weights for name, tensor in head_tensors(read_tensors(file)).items()}
+    named = [read_tensors(file) for file in files.weights if not is_gguf(file)]  # there they have other names
+    heads = {name: tensor for tensors in named for name, tensor in head_tensors(tensors).items()}
     scoring = {name: tensor for name, tensor in heads.items() if "lm_head" in name or "predictions" in name}
     refuse_kinds(scoring, files.where)
     refuse_values(scoring, files.where)
@@ -162,7 +168,7 @@ def load_with_head(name_or_path: str | Path, kind: Any, *, dtype: torch.dtype, *
     config = config_of(files)
     if config.model_type in CLASSES:
         return None
-    return auto.with_head(kind, config, files.weights[0].parent, files.where, dtype)
+    return auto.with_head(kind, config, files.weights, files.where, dtype)
 
 
 def outline(name_or_path: str | Path, **where: Unpack[Where]) -> tuple[str, int]:
@@ -201,12 +207,17 @@ def _matching(files: Located, config: Any) -> dict[str, Tensor]:
     unexpected = [name for name in tensors if name not in expected]
     shapes = other_shapes(tensors, expected)
     refuse_misfits({"missing": missing, "unexpected": unexpected, "of another shape": shapes}, files.where)
+    _check_count(files, config)
+    return tensors
+
+
+def _check_count(files: Located, config: Any) -> None:
+    """Raise a CheckpointError unless the base model has as many parameters as were published."""
     n_parameters, published = count_parameters(config), files.entry.n_parameters
     if published not in (None, n_parameters):
         raise CheckpointError(
             f"{files.where} has {n_parameters:,} parameters, {files.entry.name} should have {published:,}"
         )
-    return tensors
 
 
 def _check_values(model: Any, where: str) -> None:
@@ -249,10 +260,11 @@ def _info(files: Located, config: Any, digest: str) -> ModelInfo:
     return ModelInfo(
         name=files.entry.name,
         architecture=config.model_type,
-        location=files.entry.location,
+        location=str(files.weights[0]) if files.stored else files.entry.location,
         revision=files.revision,
         sha256=digest,
         text=files.entry.text,
         n_layers=getattr(config, "num_hidden_layers", 0),
         n_parameters=count_parameters(config),
+        stored=files.stored,
     )

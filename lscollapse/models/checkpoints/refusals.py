@@ -33,7 +33,7 @@ def refuse_misfits(misfits: Mapping[str, Sequence[str]], where: str) -> None:
     """Raise a CheckpointError if there are tensors `missing`, `unexpected` or `of another shape`, with their names."""
     parts = [f"{len(names)} {what} ({some_of(names)})" for what, names in misfits.items() if names]
     if parts:
-        raise CheckpointError(f"the weights of {where} do not fit its config.json: tensors " + ", ".join(parts))
+        raise CheckpointError(f"the weights of {where} do not fit its config: tensors " + ", ".join(parts))
 
 
 def other_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> list[str]:

@@ -115,13 +115,14 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     except Exception as error:  # whatever a damaged file makes the readers raise
         if is_out_of_memory(error):
             raise
-        raise CheckpointError(f"{file} cannot be read{_size_hint(file)}: {first_line(error)}") from error
+        raise CheckpointError(f"{file} cannot be read{size_hint(file)}: {first_line(error)}") from error
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise CheckpointError(f"{file} is not a state dict: expected names and tensors only")
     return content
 
 
-def _size_hint(file: Path) -> str:
+def size_hint(file: Path) -> str:
+    """What may be wrong with a file that cannot be read, in brackets."""
     with file.open("rb") as handle:
         if handle.read(20).startswith(b"version https://git"):
             return " (it is a Git LFS pointer: run `git lfs pull` in its folder)"

@@ -19,10 +19,18 @@ def _tile(x_ptr, excerpt, first, n, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 
 
 @triton.jit
+def _centred(Y, start, inside, share):
+    """Some columns less their mean: `start`, the first row, goes first, and the mean is taken twice."""
+    R = tl.where(inside, Y - start[None, :], 0.0)
+    R = tl.where(inside, R - (tl.sum(R, 0) * share)[None, :], 0.0)
+    return tl.where(inside, R - (tl.sum(R, 0) * share)[None, :], 0.0)
+
+
+@triton.jit
 def sums_kernel(
-    x_ptr, lengths_ptr, sums_ptr, n, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    x_ptr, lengths_ptr, sums_ptr, n, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUMS: tl.constexpr
 ):  # fmt: skip
-    """Squared lengths of rows (B, N); norms of Y and of R, Y minus its mean row, and their norms 1,inf: 7 of 9 sums (B, 9), of
+    """Squared lengths of rows (B, N); norms of Y and of R, Y minus its mean row, and their norms 1,inf: 7 of the sums (B, SUMS), of
     which the last are the scale, 1 or NaN, the largest entry and the length of the shortest row."""
     excerpt = tl.program_id(0).to(tl.int64)
     row = tl.arange(0, ROWS)
@@ -40,10 +48,7 @@ def sums_kernel(
         size += tl.sum(tl.abs(Y), 1)
         peaks = tl.maximum(peaks, tl.max(tl.abs(Y), 0).to(tl.float32))  # Y was float32
         column_sums = tl.maximum(column_sums, tl.sum(tl.abs(Y), 0))
-        # The first row goes first, and the mean is taken twice.
-        R = tl.where(inside, Y - start[None, :], 0.0)
-        R = tl.where(inside, R - (tl.sum(R, 0) * share)[None, :], 0.0)
-        R = tl.where(inside, R - (tl.sum(R, 0) * share)[None, :], 0.0)
+        R = _centred(Y, start, inside, share)
         centred += tl.sum(R * R, 1)
         centred_size += tl.sum(tl.abs(R), 1)
         centred_column_sums = tl.maximum(centred_column_sums, tl.sum(tl.abs(R), 0))
@@ -51,7 +56,7 @@ def sums_kernel(
     whole = tl.sum(lengths, 0)
     # Infinite or NaN where an entry is, which a maximum need not be: so it makes NaN of all.
     nan = whole - whole
-    to = sums_ptr + excerpt * 9
+    to = sums_ptr + excerpt * SUMS
     tl.store(to, tl.sqrt(whole) + nan)
     tl.store(to + 1, tl.sqrt(tl.sum(centred, 0)) + nan)
     tl.store(to + 2, tl.sqrt(tl.max(column_sums, 0) * tl.max(size, 0)) + nan)
@@ -130,23 +135,67 @@ def leading_kernel(
 
 
 @triton.jit
-def rest_kernel(
-    x_ptr, u_ptr, lengths_ptr, w_ptr, sums_ptr, n, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+def directions_kernel(
+    gram_ptr, turned_ptr, lengths_ptr, sums_ptr, n, ROWS: tl.constexpr, TILE: tl.constexpr, SUMS: tl.constexpr
 ):  # fmt: skip
-    """The other 2 of 9 sums (B, 9): the norm of Y less its leading component, as `measures._deflated` has it, and the square of
-    the sum of the rows scaled to length 1. Room: w (B, 2, d)."""
+    """The Gram matrix of the rows scaled to length 1 from that of the rows, the first of (B, 2, ROWS, ROWS) each; and 2 of the
+    sums: the longest over the median row, and the first row within a thousandth of the longest."""
+    excerpt = tl.program_id(0).to(tl.int64)
+    lengths_ptr += excerpt * n
+    row, t = tl.arange(0, ROWS), tl.arange(0, TILE)
+    there = row < n
+    squares = tl.load(lengths_ptr + row, mask=there, other=0.0)
+    lengths = tl.sqrt(squares)
+    across = tl.sqrt(tl.load(lengths_ptr + row, mask=there, other=0.0))
+    # How many rows come before each one when they are sorted, the first of equals first.
+    before = (across[None, :] < lengths[:, None]) | (
+        (across[None, :] == lengths[:, None]) & (row[None, :] < row[:, None])
+    )
+    place = tl.sum(tl.where(before & there[None, :], 1, 0), 1)
+    low = tl.sum(tl.where(there & (place == (n - 1) // 2), lengths, 0.0), 0)
+    high = tl.sum(tl.where(there & (place == n // 2), lengths, 0.0), 0)
+    longest, nan = tl.max(lengths, 0), tl.sum(squares, 0) - tl.sum(squares, 0)
+    first = tl.min(tl.where(there & (lengths >= 0.999 * longest), row, ROWS), 0).to(tl.float64)
+    to = sums_ptr + excerpt * SUMS
+    tl.store(to + 11, longest / ((low + high) / 2) + nan)
+    tl.store(to + 12, tl.where(longest > 0, first, float("nan")) + nan)
+    gram_ptr += excerpt * 2 * ROWS * ROWS
+    turned_ptr += excerpt * 2 * ROWS * ROWS
+    for i in range(ROWS // TILE):
+        for j in range(ROWS // TILE):
+            down, over = i * TILE + t, j * TILE + t
+            left = 1.0 / tl.sqrt(tl.load(lengths_ptr + down, mask=down < n, other=1.0))
+            right = 1.0 / tl.sqrt(tl.load(lengths_ptr + over, mask=over < n, other=1.0))
+            place_of = down[:, None] * ROWS + over[None, :]
+            tl.store(turned_ptr + place_of, tl.load(gram_ptr + place_of) * left[:, None] * right[None, :])
+
+
+@triton.jit
+def rest_kernel(
+    x_ptr, u_ptr, lengths_ptr, w_ptr, sums_ptr, n, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUMS: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
+):  # fmt: skip
+    """The norm of Y less its leading component, as `passes._residual` has it; or of the rows scaled to length 1 that over their
+    norm, the square of their sum, and the norm of them less their mean over their norm. Room: w (B, 2, d)."""
     excerpt = tl.program_id(0).to(tl.int64)
     row, k = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    inside = (row < n)[:, None]
     u = tl.load(u_ptr + excerpt * n + row, mask=row < n, other=0.0)[:, None]
-    length = tl.sqrt(tl.load(lengths_ptr + excerpt * n + row, mask=row < n, other=1.0))
-    shorten = (1.0 / length)[:, None]
+    scale = tl.full((ROWS, 1), 1.0, tl.float64)
+    share = tl.full((COLUMNS,), 1.0, tl.float64) / n
+    if DIRECTIONS:
+        scale = (1.0 / tl.sqrt(tl.load(lengths_ptr + excerpt * n + row, mask=row < n, other=1.0)))[:, None]
     w_ptr += excerpt * 2 * d
-    e = tl.zeros((ROWS,), tl.float64)
+    e, centred = tl.zeros((ROWS,), tl.float64), tl.zeros((ROWS,), tl.float64)
     w_square, aligned = tl.zeros((COLUMNS,), tl.float64), tl.zeros((COLUMNS,), tl.float64)
     for first in tl.range(0, d, COLUMNS, num_stages=3):
-        Y = _tile(x_ptr, excerpt, first, n, d, ROWS, COLUMNS)
-        together = tl.sum(Y * shorten, 0)
-        aligned += together * together
+        Y = _tile(x_ptr, excerpt, first, n, d, ROWS, COLUMNS) * scale
+        if DIRECTIONS:
+            together = tl.sum(Y, 0)
+            aligned += together * together
+            start = tl.sum(tl.where(row[:, None] == 0, Y, 0.0), 0)
+            C = _centred(Y, start, inside, share)
+            centred += tl.sum(C * C, 1)
         w = tl.sum(Y * u, 0)
         R = Y - u * w[None, :]
         e += tl.sum(R * w[None, :], 1)
@@ -158,12 +207,16 @@ def rest_kernel(
     shared = tl.sum(tl.sum(e * u, 1), 0)
     rest = tl.zeros((ROWS,), tl.float64)
     for first in tl.range(0, d, COLUMNS, num_stages=3):
-        Y = _tile(x_ptr, excerpt, first, n, d, ROWS, COLUMNS)
+        Y = _tile(x_ptr, excerpt, first, n, d, ROWS, COLUMNS) * scale
         w = tl.load(w_ptr + first + k, mask=first + k < d, other=0.0)
         other = tl.load(w_ptr + d + first + k, mask=first + k < d, other=0.0) - shared * w
         R = Y - u * w[None, :]
         R -= e * w[None, :] + u * other[None, :]
         rest += tl.sum(R * R, 1)
-    to = sums_ptr + excerpt * 9
-    tl.store(to + 4, tl.sqrt(tl.sum(rest, 0)))
-    tl.store(to + 5, tl.sum(aligned, 0))
+    to = sums_ptr + excerpt * SUMS
+    if DIRECTIONS:
+        tl.store(to + 5, tl.sum(aligned, 0))
+        tl.store(to + 9, tl.sqrt(tl.sum(centred, 0) / n))
+        tl.store(to + 10, tl.sqrt(tl.sum(rest, 0) / n))
+    else:
+        tl.store(to + 4, tl.sqrt(tl.sum(rest, 0)))

@@ -24,7 +24,7 @@ class Drawing(NamedTuple):
         stem: of the files' names.
         experiments: whose rows it is drawn of.
         each: a figure for each model, given as `model`; else one of all.
-        scaled: `draw` takes a `yscale`.
+        takes: which of `yscale` and `measure` are parameters of `draw`.
         wanted: the models of a table that it shows; a figure without any is not drawn.
     """
 
@@ -32,7 +32,7 @@ class Drawing(NamedTuple):
     experiments: tuple[str, ...]
     draw: Callable[..., tuple[Figure, pd.DataFrame]]
     each: bool = True
-    scaled: bool = False
+    takes: tuple[str, ...] = ()
     wanted: Callable[[pd.DataFrame, list[str]], list[str]] = lambda _rows, models: models
 
 
@@ -44,43 +44,49 @@ def _scored(rows: pd.DataFrame, models: list[str]) -> list[str]:
     return [model for model in models if (rows.loc[rows["model"] == model, "measure"] == "lm_loss").any()]
 
 
+PAPERS = "relative_mu"  # the measure of the paper's figures
 SWEEPS = ("sweep-lambda", "measure")
 DRAWINGS = (
-    Drawing("figure1", SWEEPS, figure1, scaled=True),
-    Drawing("figure2", SWEEPS, figure2, each=False, scaled=True, wanted=_swept),
+    Drawing("figure1", SWEEPS, figure1, takes=("yscale", "measure")),
+    Drawing("figure2", SWEEPS, figure2, each=False, takes=("yscale",), wanted=_swept),
     Drawing("quality", SWEEPS, figure_quality, each=False, wanted=_scored),
-    Drawing("figure3", ("ablate-gating",), figure3),
+    Drawing("figure3", ("ablate-gating",), figure3, takes=("measure",)),
     Drawing("figure4", ("ablate-s4d",), figure4),
     Drawing("readings", ("all-readings",), figure_readings),
 )
 READINGS_VERDICTS = "readings-verdicts.csv"  # beside the figure of readings, and none itself
 
 
-def draw(experiment: str, rows: pd.DataFrame, folder: str | Path, yscale: str = "linear") -> list[Path]:
-    """Save the figures of one experiment, those of DRAWINGS.
+def draw(
+    experiment: str, rows: pd.DataFrame, folder: str | Path, yscale: str = "linear", measure: str = PAPERS
+) -> list[Path]:
+    """Save the figures of one experiment, those of DRAWINGS; of another measure than the paper's those that show it.
 
-    Of a figure for each model, the first model with a gate (else the first) gives figure1, another one figure1-NAME.
-    Raises FigureError for an experiment without figures.
+    Of a figure for each model, the first model with a gate (else the first) gives figure1, another one figure1-NAME; of
+    angular mu figure1-angular and figure1-angular-NAME. Raises FigureError for an experiment without figures.
     """
-    drawings = [drawing for drawing in DRAWINGS if experiment in drawing.experiments]
+    offered = [drawing for drawing in DRAWINGS if measure == PAPERS or "measure" in drawing.takes]
+    drawings = [drawing for drawing in offered if experiment in drawing.experiments]
     if not drawings:
-        known = ", ".join(dict.fromkeys(name for drawing in DRAWINGS for name in drawing.experiments))
-        raise FigureError(f"no figure is drawn of {experiment!r}: only of {known}")
+        known = ", ".join(dict.fromkeys(name for drawing in offered for name in drawing.experiments))
+        of_measure = "" if measure == PAPERS else f" of {measure}"
+        raise FigureError(f"no figure{of_measure} is drawn of {experiment!r}: only of {known}")
     rows = with_columns(rows)
     models = list(dict.fromkeys([*rows["model"][rows["gating"].notna()], *rows["model"]]))
     stems = {model: "" if model == models[0] else "-" + re.sub(r"[^\w.-]+", "_", model) for model in models}
     written = []
     for drawing in drawings:
-        scale = {"yscale": yscale} if drawing.scaled else {}
+        options = {name: {"yscale": yscale, "measure": measure}[name] for name in drawing.takes}
+        stem = drawing.stem + ("" if measure == PAPERS else f"-{measure.removesuffix('_mu')}")
         shown = drawing.wanted(rows, models)
         if drawing.each:
             made = {
-                drawing.stem + stems[model]: drawing.draw(rows, model=model, note=embedded_note([model]), **scale)
+                stem + stems[model]: drawing.draw(rows, model=model, note=embedded_note([model]), **options)
                 for model in shown
             }
         else:
-            made = {drawing.stem: drawing.draw(rows, note=embedded_note(shown), **scale)} if shown else {}
-        written += [path for stem, (figure, data) in made.items() for path in style.save(figure, data, folder, stem)]
+            made = {stem: drawing.draw(rows, note=embedded_note(shown), **options)} if shown else {}
+        written += [path for name, (figure, data) in made.items() for path in style.save(figure, data, folder, name)]
     return written
 
 

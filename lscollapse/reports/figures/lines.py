@@ -13,8 +13,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lscollapse.core.table import UNRESOLVED
-from lscollapse.reports.figures.points import has_value
+from lscollapse.core.table import MASSIVE, UNRESOLVED
+from lscollapse.reports.figures.points import RATIO, has_value
 from lscollapse.reports.figures.style import (
     HATCH,
     SMALL,
@@ -33,13 +33,31 @@ from lscollapse.reports.figures.wording import ends_with, measure_word, number
 Curve = tuple[str, str, Any, pd.DataFrame]  # name, colour, line style, points
 
 
-def limits(ax: Axes, parts: Sequence[pd.DataFrame], yscale: str, ylabel: str) -> None:
-    """Axis from 0 to 1, or down to the decade of the least value; the floor as a dashed line where it is in sight."""
+def _seen(ax: Axes, parts: Sequence[pd.DataFrame], ylabel: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """All points of a panel, and those that have a value; it says so where none has. Names the axis."""
     ax.set_ylabel(ylabel)
     points = pd.concat(parts)
     seen = points[has_value(points)]
     if seen.empty:
         ax.text(0.5, 0.5, "no known value", transform=ax.transAxes, ha="center", va="center", color="0.4")
+    return points, seen
+
+
+def _ratio_limits(ax: Axes, parts: Sequence[pd.DataFrame], ylabel: str) -> None:
+    """A log axis from 1, at which all rows have one norm; a thin line where a row counts as massive."""
+    _, seen = _seen(ax, parts, ylabel)
+    highest = (seen["mean"] + seen["std"].fillna(0)).max() if len(seen) else MASSIVE
+    top = min(max(2 * MASSIVE, 1.5 * highest), 1e300)
+    ax.set(yscale="log", ylim=(0.8, top))
+    log_ticks(ax, few_decades=False)
+    if top < 1e5:  # 1, 10, 100 rather than powers of ten
+        ax.yaxis.set_major_formatter("{x:g}")
+    ax.axhline(MASSIVE, color="0.45", lw=0.7, ls=(0, (4, 3)), zorder=1)
+
+
+def limits(ax: Axes, parts: Sequence[pd.DataFrame], yscale: str, ylabel: str) -> None:
+    """Axis from 0 to 1, or down to the decade of the least value; the floor as a dashed line where it is in sight."""
+    points, seen = _seen(ax, parts, ylabel)
     if yscale == "linear":
         ax.set_ylim(0, 1.03)
         bottom = 0.01
@@ -142,12 +160,14 @@ def layer_curve(ax: Axes, points: pd.DataFrame, colour: str, dash: Any = "-") ->
 
     Where a stretch before the stop is unresolved the curve has no end to cross.
     """
+    if points.empty:
+        return 0.0, np.nan
     shown = _curve(ax, points, "layer", colour, ls=dash)
     _hatch(ax, points, "layer", colour)
     if shown.empty:
         return 0.0, np.nan
     x, y = shown["layer"].iloc[-1], shown["y"].iloc[-1]
-    if ends_with(points) and x == points.loc[points["drawn"] != "masked", "layer"].max():
+    if x == points.loc[points["drawn"] != "masked", "layer"].max() < points["layer"].max():
         ax.plot(x, y, "x", color=colour, ms=5, mew=1.2, clip_on=False, zorder=4)
     return x, y
 
@@ -169,8 +189,11 @@ def against_layer(
         parts = [points[points["measure"] == measure] for *_, points in curves]
         again = "log scale" if measure == panels[0][0] else measure_word(measure)
         title(ax, letter, heading if letter == "a" else again)
-        limits(ax, parts, yscale, measure_word(measure))
-        ax.set_xlim(0, max(1, max(part["layer"].max() for part in parts)))
+        if measure == RATIO:
+            _ratio_limits(ax, parts, measure_word(measure))
+        else:
+            limits(ax, parts, yscale, measure_word(measure))
+        ax.set_xlim(0, max(1, max(points["layer"].max() for *_, points in curves)))
         for (name, colour, dash, _), part in zip(curves, parts, strict=True):
             x, y = layer_curve(ax, part, colour, dash)
             end = ends_with(part)

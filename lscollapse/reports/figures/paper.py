@@ -8,7 +8,8 @@ behind the mean: those whose value is known), a count for each status, `floor`, 
     at_floor   every excerpt is under the floor: an open triangle on it
     unresolved rounding may have moved an excerpt by more than is tolerated, so nothing is known of the mean: a gap in the
                curve, and hatched at the bottom of the panel
-    masked     an excerpt overflowed or is NaN, so a mean of the others would mislead: the curve stops and is marked
+    masked     an excerpt overflowed, is NaN or infinite, so a mean of the others would mislead: the curve stops and is marked,
+               or has a hole and is named
 
 Values under the floor enter a mean as the floor itself, the most they can be.
 """
@@ -41,6 +42,7 @@ from lscollapse.reports.figures.points import (
     is_gated,
     last_layer,
     of_model,
+    shown_with,
     summarise,
     trained,
     with_columns,
@@ -59,16 +61,19 @@ def arm_look(gating: Any, layernorm: bool) -> tuple[str, str]:
 
 
 @styled
-def figure1(rows: pd.DataFrame, model: str, yscale: str = "linear", note: str = "") -> tuple[Figure, pd.DataFrame]:
+def figure1(
+    rows: pd.DataFrame, model: str, yscale: str = "linear", note: str = "", measure: str = "relative_mu"
+) -> tuple[Figure, pd.DataFrame]:
     """Figure 1 of arXiv:2410.10609v3: relative mu against layer, a curve per lambda; gate removed, LayerNorm on.
 
-    Under it the rank-1 residual of the same curves, which also sees rows collapsing to +u and -u. `note` ends the
+    Under it the rank-1 residual of the same curves, which also sees rows collapsing to +u and -u. With `measure`
+    "angular_mu" both are the angular ones. Where a row is massive the row norm ratio is under them. `note` ends the
     caption. Raises FigureError when the table holds no such rows.
     """
     rows = default_reading(of_model(rows, model))
     rows = rows[rows["layernorm"].astype(bool)]
     rows = trained(rows if is_gated(rows).all() else rows[~is_gated(rows)])
-    data = summarise(rows, tuple(wording.NAMES))
+    data = summarise(rows, shown_with(rows, wording.PAIRS[measure]))
     lams = list(data["lam"].unique())  # NaN for a schedule of lambdas
     curves = [
         ("per layer" if np.isnan(lam) else wording.number(lam), style.lambda_colour(lam, lams), "-", points)
@@ -76,7 +81,7 @@ def figure1(rows: pd.DataFrame, model: str, yscale: str = "linear", note: str = 
     ]
     gating = data["gating"].iloc[0]
     title = ", ".join((model, *(() if pd.isna(gating) else (wording.gate_word(gating),)), "LayerNorm on"))
-    panels = [(measure, yscale) for measure in data["measure"].unique()]
+    panels = [(shown, yscale) for shown in data["measure"].unique()]
     return against_layer(curves, panels, title, [*wording.caption(rows, data), note], header="λ"), data
 
 
@@ -89,7 +94,7 @@ def figure2(rows: pd.DataFrame, yscale: str = "linear", note: str = "") -> tuple
     rows = with_columns(rows)
     rows = rows[rows["layernorm"].astype(bool) & rows["lam"].notna()]
     rows = default_reading(trained(last_layer(rows)))
-    data = summarise(rows, tuple(wording.NAMES))
+    data = summarise(rows, wording.PAIR)
     texts = rows.drop_duplicates("model").set_index("model")["text"]
     gated = data["gating"].notna()
     pixels = data["model"].isin([model for (model,), part in groups_of(rows, ["model"]) if reads_pixels(part)])
@@ -119,14 +124,17 @@ def figure2(rows: pd.DataFrame, yscale: str = "linear", note: str = "") -> tuple
 
 
 @styled
-def figure3(rows: pd.DataFrame, model: str, note: str = "") -> tuple[Figure, pd.DataFrame]:
-    """Figure 3: gating x LayerNorm, relative mu against layer at lambda = 1, on a linear and on a log axis.
+def figure3(
+    rows: pd.DataFrame, model: str, note: str = "", measure: str = "relative_mu"
+) -> tuple[Figure, pd.DataFrame]:
+    """Figure 3: gating x LayerNorm, relative mu (or angular mu) against layer at lambda = 1, on a linear and on a log axis.
 
-    Random-init controls are dashed. Raises FigureError without such rows.
+    Random-init controls are dashed. Where a row is massive the row norm ratio is under them. Raises FigureError without
+    such rows.
     """
     rows = default_reading(of_model(rows, model))
     rows = rows[rows["lam"] == 1]
-    data = summarise(rows, ("relative_mu",))
+    data = summarise(rows, shown_with(rows, (measure,)))
     curves: list[Curve] = []
     for (gating, layernorm, init), points in groups_of(data, ["gating", "layernorm", "init"]):
         name, colour = arm_look(gating, layernorm)
@@ -134,7 +142,7 @@ def figure3(rows: pd.DataFrame, model: str, note: str = "") -> tuple[Figure, pd.
             curves.append((name, colour, "-", points))
         else:  # named by its colour; only its overflow needs a label
             curves.append(("random weights," if wording.ends_with(points) else "", colour, DASHED, points))
-    panels = [("relative_mu", "linear"), ("relative_mu", "log")]
+    panels = [(measure, "linear"), *((shown, "log") for shown in data["measure"].unique())]
     inits: list[Key] = [("trained", {"lw": 1.2}), ("random weights", {"lw": 1.0, "ls": DASHED})]
     key = inits if data["init"].nunique() > 1 else []
     return against_layer(curves, panels, f"{model}, λ = 1", [*wording.caption(rows, data), note], key=key), data
@@ -149,7 +157,7 @@ def figure4(rows: pd.DataFrame, model: str, note: str = "") -> tuple[Figure, pd.
     rows = of_model(rows, model)
     rows = trained(rows)
     rows = rows[rows["lam"].isin((0, 1))]
-    data = summarise(rows, tuple(wording.NAMES))
+    data = summarise(rows, wording.PAIR)
     curves: list[Curve] = []
     for (lam, layernorm), points in groups_of(data, ["lam", "layernorm"]):
         name = ("skip" if lam else "no skip") + (" + LN" if layernorm else ", no LN")
@@ -175,7 +183,7 @@ def figure_readings(rows: pd.DataFrame, model: str, note: str = "") -> tuple[Fig
     skip_sites = list(rows["skip_site"].unique())
     norm_sites = sorted(rows["norm_site"][arms & ~norm].unique(), key=lambda site: site == "both")  # both last
     rows = rows[swept | arms]
-    data = summarise(rows, tuple(wording.NAMES))
+    data = summarise(rows, wording.PAIR)
     words = wording.caption(rows, data)
     if (data["drawn"] == "masked").any():
         words.append("A cross: at that λ, or in the next layer, an excerpt overflowed or is NaN.")

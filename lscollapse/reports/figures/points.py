@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lscollapse.core.table import LOST, STATUSES, UNRESOLVED, known
+from lscollapse.core.table import LOST, MASSIVE, STATUSES, UNRESOLVED, known
 
 KEYS = ("model", "init", "arm", "gating", "layernorm", "skip_site", "norm_site", "lam", "measure", "layer")
 NEEDED = (*KEYS, "text", "dtype", "excerpt", "n_tokens", "value", "status", "floor")
+RATIO = "row_norm_ratio"
 
 
 class FigureError(ValueError):
@@ -36,7 +37,8 @@ def summarise(rows: pd.DataFrame, measures: Sequence[str]) -> pd.DataFrame:
         rounding=("rounding", "max"),
     ).reset_index()  # fmt: skip
     unresolved = data[UNRESOLVED] > 0
-    masked = (data[list(LOST)].sum(axis=1) > 0) | ((data["n"] == 0) & ~unresolved)
+    lost = (data[list(LOST)].sum(axis=1) > 0) | ((data["n"] == 0) & ~unresolved)
+    masked = lost | np.isinf(data["mean"])  # more than half of the rows may be zero, of which the ratio is infinite
     at_floor = data["below_floor"] == data[list(STATUSES)].sum(axis=1)
     data["drawn"] = np.select([masked, unresolved, at_floor], ["masked", "unresolved", "at_floor"], "point")
     return pd.concat([data[data["measure"] == measure] for measure in measures], ignore_index=True)
@@ -45,6 +47,24 @@ def summarise(rows: pd.DataFrame, measures: Sequence[str]) -> pd.DataFrame:
 def has_value(points: pd.DataFrame) -> pd.Series:
     """Whether the mean of a point is the value of all its excerpts."""
     return points["drawn"].isin(("point", "at_floor"))
+
+
+def row_norm_ratios(rows: pd.DataFrame) -> pd.DataFrame:
+    """The points of the row norm ratio; none of a table without it."""
+    held = rows[rows["measure"] == RATIO]
+    return held.assign(mean=np.nan, drawn="") if held.empty else summarise(held, (RATIO,))
+
+
+def massive(points: pd.DataFrame) -> pd.DataFrame:
+    """The points of the row norm ratio at which one row is so long that it decides relative mu and the rank-1 residual."""
+    long: pd.Series = has_value(points) | np.isinf(points["mean"])
+    long &= (points["measure"] == RATIO) & (points["mean"] > MASSIVE)
+    return points[long]
+
+
+def shown_with(rows: pd.DataFrame, measures: Sequence[str]) -> tuple[str, ...]:
+    """The measures, and the row norm ratio where a row is massive anywhere."""
+    return (*measures, RATIO) if len(massive(row_norm_ratios(rows))) else tuple(measures)
 
 
 def numbers(rows: pd.DataFrame) -> pd.Series:

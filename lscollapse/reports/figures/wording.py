@@ -9,10 +9,19 @@ from typing import Any
 import pandas as pd
 
 from lscollapse.core import registry
-from lscollapse.core.table import STATUSES, UNRESOLVED, layer_words, reads_pixels
-from lscollapse.reports.figures.points import KEYS, groups_of, last_layer
+from lscollapse.core.table import ANGULAR, MASSIVE, STATUSES, UNRESOLVED, layer_words, reads_pixels
+from lscollapse.reports.figures.points import KEYS, RATIO, groups_of, last_layer, massive, row_norm_ratios
 
-NAMES = {"relative_mu": "relative μ", "rank1_residual": "rank-1 residual"}
+# In the order in which the page offers them
+NAMES = {
+    "relative_mu": "relative μ", "rank1_residual": "rank-1 residual", "angular_mu": "angular μ",
+    "angular_rank1_residual": "angular rank-1 residual", "row_norm_ratio": "row norm ratio", "mu": "μ",
+    "stable_rank": "stable rank", "effective_rank": "effective rank", "mean_cosine": "mean cosine",
+    "dong_residual": "Dong residual", "longest_row": "longest row", "lm_loss": "language-model loss (nats)",
+    "grad_norm": "gradient norm",
+}  # fmt: skip
+PAIR = tuple(ANGULAR)  # relative mu, and what sees the collapse that it cannot see
+PAIRS = {PAIR[0]: PAIR, ANGULAR[PAIR[0]]: tuple(ANGULAR.values())}
 SIGNS = {1: "λ > 0", -1: "λ < 0", 0: "either sign"}
 SITES = {
     "residual": "the skip around the mixer",
@@ -20,6 +29,8 @@ SITES = {
     "ffn": "the FFN skip",
     "both": "both skips",
 }
+CURVE = ("model", "init", "arm")
+FEW = 3  # clauses about single curves in a sentence
 NORMS = {"mixer": "the mixer's norm", "block": "the block's norm", "both": "both norms"}
 
 
@@ -38,15 +49,18 @@ def lam_word(lam: float) -> str:
 
 
 def ends_with(points: pd.DataFrame) -> str:
-    """Why and where a curve against layer stops, and for how many excerpts if not for all; "" if it does not."""
+    """Why and where a curve against layer stops or has a hole, and for how many excerpts if not for all; "" if nowhere."""
     bad = points[points["drawn"] == "masked"]
     if bad.empty:
         return ""
-    first = bad.sort_values("layer").iloc[0]
-    status = "overflow" if first["overflow"] else "nan"
+    bad = bad.sort_values("layer")
+    first, goes_on = bad.iloc[0], bad["layer"].max() < points["layer"].max()
+    status, word = ("overflow", "overflow") if first["overflow"] else ("nan", "NaN")
+    if math.isinf(first["mean"]):
+        word = "infinite"
     total = int(sum(first[s] for s in STATUSES))
     some = f" ({first[status]} of {total})" if 0 < first[status] < total else ""
-    return f"{'overflow' if first['overflow'] else 'NaN'} at layer {first['layer']}{some}"
+    return f"{word} at {layer_words(list(bad['layer'])) if goes_on else 'layer ' + str(first['layer'])}{some}"
 
 
 def gaps(places: Iterable[float], x: str) -> str:
@@ -94,6 +108,7 @@ def caption(rows: pd.DataFrame, data: pd.DataFrame) -> list[str]:
     """The sentences that every caption begins with, before those of one figure."""
     sites = [SITES.get(str(site), str(site)) for site in rows["skip_site"].dropna().unique()]
     drawn, unit = set(data["drawn"]), "images" if reads_pixels(rows) else "excerpts"
+    angular = set(data["measure"]) & set(ANGULAR.values())
     return [
         describe(rows),
         "Weights: random, not trained." if set(data["init"]) == {"random"} else "",
@@ -101,7 +116,9 @@ def caption(rows: pd.DataFrame, data: pd.DataFrame) -> list[str]:
         f"Line and band: mean and one standard deviation over {unit}." if (data["n"] > 1).any() else "",
         "Triangles: under the floor, below which the dtype resolves nothing." if "at_floor" in drawn else "",
         unresolved(data),
-        disagreement(data),
+        "Angular μ: that of the rows scaled to norm 1, so that no row decides it alone." if angular else "",
+        disagreement(data, rows),
+        massive_words(row_norm_ratios(rows)),
     ]
 
 
@@ -116,23 +133,77 @@ def unresolved(data: pd.DataFrame) -> str:
     return f"Hatched at the bottom, a gap in the line: unresolved, rounding may move the value {by}."
 
 
-def disagreement(data: pd.DataFrame) -> str:
-    """Names the curves that relative mu calls spread out and the rank-1 residual does not, at the last layer."""
-    last = last_layer(data)
+def disagreement(data: pd.DataFrame, rows: pd.DataFrame) -> str:
+    """Names the curves that relative mu calls spread out and the rank-1 residual does not, at the last layer, and says why.
+
+    The same of the angular two. `rows` are those that `data` was made of, and say where one row decides both.
+    """
+    last, keys = last_layer(data), [key for key in KEYS if key != "measure"]
     last = last.loc[last["drawn"] == "point", [*KEYS, "mean"]]
-    spread, rank1 = (last[last["measure"] == m].drop(columns="measure") for m in ("relative_mu", "rank1_residual"))
-    both = spread.merge(rank1, on=[key for key in KEYS if key != "measure"], suffixes=("", "_rank1"))
-    both = both[(both["mean"] > 0.5) & (both["mean_rank1"] < both["mean"] / 2)]
-    if both.empty:
-        return ""
+    long = massive(row_norm_ratios(rows))[keys]
+    said = []
+    for pair in PAIRS.values():
+        spread, rank1 = (last[last["measure"] == measure].drop(columns="measure") for measure in pair)
+        both = spread.merge(rank1, on=keys, suffixes=("", "_rank1"))
+        both = both[(both["mean"] > 0.5) & (both["mean_rank1"] < both["mean"] / 2)]
+        one_row = both.merge(long, "left", keys, indicator="long")["long"].eq("both").to_numpy() & (pair == PAIR)
+        mu, residual = map(measure_word, pair)
+        disagree = f"At the last layer the two measures disagree ({mu} > 0.5, {residual} under half of it)"
+        if not one_row.all():
+            blind = f"{mu.capitalize()} cannot see rows going to +u and −u."
+            said.append(f"{blind} {disagree}: {_curves(both[~one_row], data)}.")
+        if one_row.any():
+            why = f"one row of over {MASSIVE:g} times the median norm decides both"
+            said.append(f"{disagree}, because {why}: {_curves(both[one_row], data)}.")
+    return " ".join(said)
+
+
+def _curves(points: pd.DataFrame, data: pd.DataFrame) -> str:
+    """These of the curves of `data`: their lambdas, and of which model and gate where there are several."""
     named: dict[str, list[str]] = {}
-    for (model, gating), part in groups_of(both, ["model", "gating"]):
-        lams = ",\N{NO-BREAK SPACE}".join(map(number, sorted(part["lam"].unique())))
-        named.setdefault(lams, []).append(model if pd.isna(gating) else f"{model} ({gate_word(gating)})")
+    for (model, gating), part in groups_of(points, ["model", "gating"]):
+        named.setdefault(_lams(part), []).append(model if pd.isna(gating) else f"{model} ({gate_word(gating)})")
     alone = data["model"].nunique() == 1 and data["gating"].nunique() < 2
-    equals = "λ\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}"
-    where = [equals + lams + ("" if alone else f" of {', '.join(names)}") for lams, names in named.items()]
-    return (
-        "Relative μ cannot see rows going to +u and −u. At the last layer the two measures disagree "
-        f"(relative μ > 0.5, rank-1 residual under half of it): {'; '.join(where)}."
-    )
+    return "; ".join(lams + ("" if alone else f" of {', '.join(names)}") for lams, names in named.items())
+
+
+def _lams(points: pd.DataFrame) -> str:
+    """Their lambdas, which no line break parts."""
+    lams = sorted(points["lam"].dropna().unique())
+    equals = [f"λ = {', '.join(map(number, lams))}"] if lams else []
+    schedule = ["λ per layer"] if points["lam"].isna().any() else []
+    return ", ".join([*equals, *schedule]).replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def massive_words(points: pd.DataFrame) -> str:
+    """That one row has more than MASSIVE times the median norm, and where among these points of the row norm ratio; "" if nowhere."""
+    long, ratios = massive(points), points[points["measure"] == RATIO]
+    if long.empty:
+        return ""
+    several = [name for name in (*CURVE, "lam") if ratios[name].nunique(dropna=False) > 1] or ["model"]
+    where = long.groupby(several, dropna=False)["layer"].transform(lambda layers: layer_words(sorted(set(layers))))
+    total, clauses = _number_of(ratios, several), []
+    for (layers,), part in groups_of(long.assign(layers=where), ["layers"]):
+        every = _number_of(part, several) == total
+        clauses.append(layers if every else f"{layers} of {_curves_of(part, several)}")
+    if len(clauses) > FEW:
+        some = layer_words(sorted(set(long["layer"])))
+        clauses = [f"some of {some} in {_number_of(long, several)} of {total} curves"]
+    long_at = f"One row has more than {MASSIVE:g} times the median norm at {'; '.join(clauses)}"
+    return f"{long_at}: relative μ is that row's there."
+
+
+def _number_of(points: pd.DataFrame, several: Sequence[str]) -> int:
+    return len(points[[*several]].drop_duplicates())
+
+
+def _curves_of(points: pd.DataFrame, several: Sequence[str]) -> str:
+    """The curves of these points, by what varies among all; several lambdas of one arm together."""
+    names: dict[str, None] = {}
+    for _, part in groups_of(points, [name for name in several if name != "lam"] or ["model"]):
+        first = part.iloc[0]
+        words = [first[name] for name in ("model", "arm") if name in several]
+        words += [_lams(part)] if "lam" in several else []
+        random = "init" in several and first["init"] == "random"
+        names[", ".join(words) + " (random weights)" * random] = None
+    return " / ".join(names)

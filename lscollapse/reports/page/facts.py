@@ -16,7 +16,6 @@ from lscollapse.reports.figures import wording
 from lscollapse.reports.figures.points import groups_of, summarise
 from lscollapse.reports.massive import pooled
 from lscollapse.reports.page.folders import Bounds, Run
-from lscollapse.reports.page.plots import MEASURES
 from lscollapse.reports.verdict import DISAGREE, NOT_EVEN, VERDICTS, ArmCurves, arms
 
 PRIVATE = ("contact", "cache_dir")  # settings that say who ran it and where, not what
@@ -86,11 +85,11 @@ def _of_rows(run: Run) -> Iterator[str]:
             yield f"{model}: one {unit} only, so nothing is known of the spread."
         if set(part["init"]) == {"random"}:
             yield f"{model}: random weights, not trained."
-    present = [measure for measure in wording.NAMES if (rows["measure"] == measure).any()]
+    present = [measure for measure in wording.PAIR if (rows["measure"] == measure).any()]
     if not present:
         return
     points = summarise(rows, present)
-    yield wording.disagreement(points)
+    yield wording.disagreement(points, rows)
     yield from _lost(points[points["measure"] == present[0]])
     yield from _massive(rows)
     yield from _unresolved(rows)
@@ -141,7 +140,7 @@ def _unresolved(rows: pd.DataFrame) -> Iterator[str]:
         first: dict[str, list[str]] = {}
         for measure, layer in part.groupby("measure", sort=False)["layer"].min().items():
             where = wording.lam_word(lam) + (f" from layer {layer:g}" if layer == layer else "")
-            first.setdefault(where, []).append(MEASURES.get(str(measure), str(measure)))
+            first.setdefault(where, []).append(wording.measure_word(str(measure)))
         for where, measures in first.items():
             found.setdefault((_arm_name(model, init, arm), dtype), {}).setdefault(", ".join(measures), []).append(where)
     for (name, dtype), places in found.items():

@@ -20,11 +20,12 @@ class Figure {
     const hint = "Arrow keys left and right move the crosshair, up and down choose a curve.";
     this.controls = html("div", { class: "controls" });
     this.title = html("p", { class: "view" });
+    this.massive = html("p", { class: "massive" });
     this.plotHost = html("div", { class: "plot", tabindex: "0", role: "group", "aria-label": `${this.figure.title}. ${hint}` });
     this.live = html("p", { class: "hidden", "aria-live": "polite" });
     this.legend = html("div", { class: "legend" });
     this.numbers = html("details", {}, html("summary", {}, "Numbers"));
-    const stage = html("div", { class: "stage" }, html("div", {}, this.title, this.plotHost), this.legend);
+    const stage = html("div", { class: "stage" }, html("div", {}, this.title, this.massive, this.plotHost), this.legend);
     this.host.append(this.controls, stage, this.live, this.numbers);
     this.numbers.addEventListener("toggle", () => this.fillNumbers());
     this.plotHost.addEventListener("pointermove", (event) => this.point(event));
@@ -44,8 +45,9 @@ class Figure {
   setMeasure(measure) {
     this.state.measure = this.measures.includes(measure) ? measure : this.measures[0];
     const values = this.tab.series.flatMap((series) => (series.of[this.state.measure] || { y: [] }).y).filter((value) => value !== null);
+    const facts = this.data.measures[this.state.measure];
     const wide = values.length > 0 && Math.min(...values) > 0 && Math.max(...values) > 1e3 * Math.min(...values);
-    this.set({ log: wide && !this.data.measures[this.state.measure].unit });
+    this.set({ log: facts.log || (wide && !facts.unit) });
   }
 
   set(change) {
@@ -65,14 +67,31 @@ class Figure {
     const { measure, log } = this.state, facts = this.data.measures[measure];
     this.width = this.plotHost.clientWidth;
     const name = html("b", {}, facts.name);
-    const line = facts.line ? ` · dotted: under ${facts.line} counts as collapsed` : "";
+    const line = facts.line ? ` · dotted: ${facts.means}` : "";
     const hatched = this.shown.some((series) => series.of[measure] && series.of[measure].hatched.size) ? " · hatched: unresolved, decided by rounding" : "";
     this.title.replaceChildren(this.tab.name && this.tab.name + " · ", name, log ? ", log scale" : "", line, hatched);
     const label = `${this.figure.title}: ${facts.name}${this.tab.name && ", " + this.tab.name}, ${this.shown.length} curves`;
     const view = { tab: this.tab, kind: this.figure.x, measure, facts, log, spread: this.spread, series: this.shown, pool: this.pool, width: Math.max(this.width, 260), label };
     this.plot = new Plot(view);
     this.plotHost.replaceChildren(this.plot.node);
+    this.fillMassive();
     this.fillLegend();
+  }
+
+  // Where one row decides the measure: says so, and offers the ratio that shows it and the measure that it does not decide.
+  fillMassive() {
+    const { measure } = this.state, angular = this.data.measures[measure].angular;
+    const others = angular ? [angular, "row_norm_ratio"] : measure === "row_norm_ratio" ? ["angular_mu"] : [];
+    const parts = this.tab.massive && others.length ? [html("span", {}, this.tab.massive)] : [];
+    for (const name of parts.length ? others.filter((other) => this.measures.includes(other)) : []) {
+      const button = html("button", { type: "button", "data-name": `instead ${name}` }, `Show ${this.data.measures[name].name}`);
+      button.addEventListener("click", () => {
+        this.setMeasure(name);
+        this.controls.querySelector("select").focus();
+      });
+      parts.push(button);
+    }
+    this.massive.replaceChildren(...parts);
   }
 
   get spread() { return this.state.spread === "excerpts" && !this.pool ? "band" : this.state.spread; }

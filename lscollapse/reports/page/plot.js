@@ -191,6 +191,7 @@ class Plot {
     if (this.view.kind === "lambda") return record.own.filter((i) => record.y[i] === null && !record.hatched.has(i)).map((i) => [this.x(i), MARGIN.top + 8]);
     if (!record.end || !runs.length) return [];
     const last = runs[runs.length - 1].at(-1);
+    if (last === record.own.at(-1)) return []; // it has a hole, and goes on
     if ([...record.hatched].some((i) => i > last)) return []; // where it ends nobody knows
     return [[this.x(last), this.y(record.y[last])]];
   }

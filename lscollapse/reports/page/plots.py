@@ -1,9 +1,10 @@
 """What the page plots: figures of tabs, tabs of series, series of measures, as JSON values; excerpts packed beside them.
 
-A figure is {id, title, caption, x, tabs}, a tab {name, run, x, series, marks}, a series {name, colour, dash, of} with
-`of` a record for each measure: `x` (left out where it is the tab's), `y` means (null: masked or
-unresolved), `s` standard deviations, `r` rounding, `n` excerpts, `at` the place of each point's excerpts in the pack, `notes`
-[first, last, words], `floor`, `open` and `hatched` (points at the floor and unresolved ones), `end` and `gaps` in words.
+A figure is {id, title, caption, x, tabs}, a tab {name, run, x, series, marks, massive} (`massive`: in words, where one row
+decides relative mu), a series {name, colour, dash, of} with `of` a record for each measure: `x` (left out where it is the
+tab's), `y` means (null: masked or unresolved), `s` standard deviations, `r` rounding, `n` excerpts, `at` the place of each
+point's excerpts in the pack, `notes` [first, last, words], `floor`, `open` and `hatched` (points at the floor and unresolved
+ones), `end` and `gaps` in words.
 """
 
 from __future__ import annotations
@@ -18,20 +19,24 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lscollapse.core.table import COLLAPSED, LOGARITHMIC, STATUSES, UNRESOLVED, reads_pixels
+from lscollapse.core.table import ANGULAR, COLLAPSED, LOGARITHMIC, MASSIVE, STATUSES, UNRESOLVED, reads_pixels
 from lscollapse.reports.figures import wording
-from lscollapse.reports.figures.points import KEYS, NEEDED, groups_of, has_value, numbers, summarise
+from lscollapse.reports.figures.points import KEYS, NEEDED, RATIO, groups_of, has_value, numbers, summarise
 from lscollapse.reports.figures.style import PALETTE, lambda_colour
 from lscollapse.reports.figures.theory import CURVES
 from lscollapse.reports.page.folders import Bounds, Run
 
+Json = dict[str, Any]
 ARM = ("model", "init", "arm", "gating", "layernorm", "skip_site", "norm_site")  # one curve over lambda
 SWEPT = 3  # lambdas from which an arm is a sweep
-UNIT = ("relative_mu", "rank1_residual", "dong_residual")  # between 0 and 1
-MEASURES = wording.NAMES | {
-    "mu": "μ", "stable_rank": "stable rank", "mean_cosine": "mean cosine", "dong_residual": "Dong residual",
-    "lm_loss": "language-model loss (nats)", "grad_norm": "gradient norm",
-}  # fmt: skip
+UNIT = (*ANGULAR, *ANGULAR.values(), "dong_residual")  # between 0 and 1
+POSITION = "longest_row"  # has no mean
+COUNTS = f"under {COLLAPSED:g} counts as collapsed"
+FACTS: dict[str, Json] = {  # where a dotted line is and what it means, and whether the axis begins as a log one
+    "relative_mu": {"line": COLLAPSED, "means": COUNTS},
+    "angular_mu": {"line": COLLAPSED, "means": COUNTS},
+    RATIO: {"line": MASSIVE, "means": f"over {MASSIVE:g} one row decides relative μ", "log": True},
+}
 STATUS = {
     "overflow": "overflow",
     "nan": "NaN",
@@ -50,7 +55,6 @@ TITLES = {
     ),
 }
 OTHER_TITLES = ("Every λ, layer by layer", "The last layer against λ", "Arms, layer by layer")
-Json = dict[str, Any]
 
 
 class Pack:
@@ -82,7 +86,7 @@ def drawable(rows: pd.DataFrame) -> bool:
 
 def figures(run: Run, pack: Pack) -> list[Json]:
     """The figures of one run: where an arm has several lambdas, over layers and over lambda; the other arms over layers."""
-    rows = run.rows.fillna({"skip_site": "", "norm_site": ""})
+    rows = run.rows[run.rows["measure"] != POSITION].fillna({"skip_site": "", "norm_site": ""})
     points = _points(rows, pack)
     lams = points.groupby(list(ARM), dropna=False)["lam"].transform(lambda lams: lams.nunique(dropna=False))
     swept = lams >= (1 if run.experiment == "sweep-lambda" else SWEPT)
@@ -106,11 +110,13 @@ def figures(run: Run, pack: Pack) -> list[Json]:
 
 
 def measure_facts(runs: Iterable[Run]) -> Json:
-    """Name, range and threshold of every measure that occurs, in the order in which they are offered."""
-    present = {*wording.NAMES, *(measure for run in runs for measure in run.rows["measure"].unique())}
-    order = [measure for measure in dict.fromkeys([*MEASURES, *sorted(present)]) if measure in present]
-    line = {"relative_mu": COLLAPSED}
-    return {m: {"name": MEASURES.get(m, m), "unit": m in UNIT, "line": line.get(m)} for m in order}
+    """Name, range, axis and threshold of every measure that occurs, in the order in which they are offered."""
+    present = {*ANGULAR, *(measure for run in runs for measure in run.rows["measure"].unique())} - {POSITION}
+    order = [measure for measure in dict.fromkeys([*wording.NAMES, *sorted(present)]) if measure in present]
+    return {
+        m: {"name": wording.measure_word(m), "unit": m in UNIT, "angular": ANGULAR.get(m)} | FACTS.get(m, {})
+        for m in order
+    }
 
 
 def theory_figure(folders: Sequence[Bounds]) -> Json:
@@ -122,7 +128,7 @@ def theory_figure(folders: Sequence[Bounds]) -> Json:
         series = []
         for sign, colour in CURVES.items():
             half = curve[curve["lam"] * sign > 0].sort_values("size")
-            of = {m: {"x": half["size"].tolist(), "y": _short(half[m], 6)} for m in wording.NAMES if m in half}
+            of = {m: {"x": half["size"].tolist(), "y": _short(half[m], 6)} for m in ANGULAR if m in half}
             series.append({"name": wording.SIGNS[sign], "colour": both_themes(colour), "dash": False, "of": of})
         tabs.append({"name": folder.name, "run": "", "x": sizes, "series": series, "marks": _marks(folder.bounds)})
     return {"id": "theory-plot", "title": "What the theorems ask for, and what is needed", "x": "size", "tabs": tabs,
@@ -151,7 +157,7 @@ def _points(rows: pd.DataFrame, pack: Pack) -> pd.DataFrame:
         excerpts = np.unique(part["excerpt"])
         values = np.full((len(data), len(excerpts)), np.nan)
         point = part.groupby(list(KEYS), dropna=False).ngroup()  # numbered as summarise sorts them
-        values[point, np.searchsorted(excerpts, part["excerpt"])] = part["number"]
+        values[point, np.searchsorted(excerpts, part["excerpt"])] = part["number"].replace(math.inf, math.nan)
         parts.append(data.assign(at=pack.add(values) + np.arange(len(data)) * len(excerpts), excerpts=len(excerpts)))
     return pd.concat(parts, ignore_index=True)
 
@@ -203,6 +209,10 @@ def _series(points: pd.DataFrame, x: str, of_tab: list[float], name: str, colour
     return {"name": name, "colour": both_themes(colour), "dash": dash, "of": of}
 
 
+def _tab(name: str, x: list[Any], series: list[Json], points: pd.DataFrame) -> Json:
+    return {"name": name, "x": x, "series": series, "massive": wording.massive_words(points)}
+
+
 def _sweep_tabs(points: pd.DataFrame) -> list[Json]:
     """A tab for each arm, those without a gate first; a curve for each lambda from the largest down."""
     tabs = []
@@ -215,7 +225,7 @@ def _sweep_tabs(points: pd.DataFrame) -> list[Json]:
             own = part[part["lam"].eq(lam) | (math.isnan(lam) & part["lam"].isna())]
             series.append(_series(own, "layer", layers, wording.lam_word(lam), lambda_colour(lam, lams)))
         name = ", ".join((model, *_facets(part, points[points["model"] == model])))
-        tabs.append({"name": name, "model": model, "x": layers, "series": series})
+        tabs.append(_tab(name, layers, series, part) | {"model": model})
     return tabs
 
 
@@ -229,7 +239,7 @@ def _lambda_tab(points: pd.DataFrame) -> Json:
         name = ", ".join((model, *_facets(part, points[points["model"] == model])))
         series.append(_series(part, "lam", lams, name, PALETTE[i % len(PALETTE)], init == "random"))
         series[-1]["model"] = model
-    return {"name": "", "x": lams, "series": series}
+    return _tab("", lams, series, points)
 
 
 def _arm_tabs(points: pd.DataFrame, experiment: str) -> list[Json]:
@@ -252,7 +262,7 @@ def _arm_tabs(points: pd.DataFrame, experiment: str) -> list[Json]:
                 series.append(_series(own, "layer", layers, name, colour, init == "random"))
             where = (wording.SITES.get(skip_site, skip_site), f"without {wording.NORMS.get(norm_site, norm_site)}")
             name = model if len(readings) == 1 else f"{model}, λ on {', '.join(where)}"
-            tabs.append({"name": name, "model": model, "x": layers, "series": series})
+            tabs.append(_tab(name, layers, series, part) | {"model": model})
     return tabs
 
 

@@ -19,6 +19,8 @@ from lscollapse.core import assets, config, registry
 from lscollapse.core.run_folder import read_rows
 from lscollapse.experiments import paper
 from tests import ROOT
+from tests.integration.reports.test_page import write_run
+from tests.unit.reports.figures.test_massive import SINK, table
 
 HEAVY = ("torch", "pandas", "transformers", "matplotlib", "pyarrow", "scipy", "datasets", "tokenizers", "numpy")
 DEADLINE = 120.0
@@ -207,6 +209,18 @@ def test_excerpts_to_an_unwritable_file(shell: Shell, minilm: str, tmp_path: Pat
 
 def test_figures_of_no_run(shell: Shell, tmp_path: Path) -> None:
     assert "has no rows.parquet" in shell.refused("figures", tmp_path)
+
+
+def test_angular_figures_of_a_run_that_has_and_of_one_that_lacks_the_measure(shell: Shell, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", "measure", table(SINK))
+    command = ("figures", run, "--to", tmp_path / "drawn", "--measure", "angular_mu")
+    assert shell(*command)[0] == 0
+    assert {file.name for file in (tmp_path / "drawn").iterdir()} == {
+        f"figure1-angular.{k}" for k in ("png", "pdf", "csv")
+    }
+    old = write_run(tmp_path / "old", "measure", table({"relative_mu": SINK["relative_mu"]}))
+    assert "no rows of angular_mu" in shell.refused("figures", old, "--measure", "angular_mu")
+    assert shell("figures", run, "--measure", "mu")[0] == 2
 
 
 # --- runs -----------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ def repos(tmp_path_factory):
     return {
         ORIGINAL: contents(write_original(base / "original")),
         HF: hf | {"pytorch_model.bin": b"older copy", "README.md": b"# a card"},
+        "tiny/gguf": {"model.Q4_1.gguf": b"x"},
         "tiny/none": {"config.json": b"{}", "weights.msgpack": b"x"},
     }
 
@@ -175,6 +176,7 @@ def test_refusals_say_what_helps(server, tmp_path):
     assert "does not exist" in fails("tiny/unheard-of", tmp_path)
     assert "no revision 'v9'" in fails(ORIGINAL, tmp_path, revision="v9")
     assert "no weights that can be read" in fails("tiny/none", tmp_path)
+    assert "of .gguf files, fetch one and give its path" in fails("tiny/gguf", tmp_path)
     server.faults.gated = True
     message = fails(ORIGINAL, tmp_path)
     assert "is gated: accept its terms" in message and "HF_TOKEN" in message

@@ -31,6 +31,7 @@ from tests.integration.reports.test_page import (
     sweep,
     write_run,
 )
+from tests.unit.reports.figures.test_massive import EVEN, SINK, table
 
 selenium = pytest.importorskip("selenium", reason="selenium is not installed")
 from selenium.webdriver import ActionChains, Chrome, ChromeOptions  # noqa: E402
@@ -333,6 +334,40 @@ def test_a_measure_of_one_layer_is_a_dot(view):
     Select(figure.find_element(By.TAG_NAME, "select")).select_by_visible_text("language-model loss (nats)")
     assert len(figure.find_elements(By.CSS_SELECTOR, ".series circle.dot")) == len(LAMBDAS)
     assert view.legend(figure)[1]["λ = 1"][0] == "5.500"
+
+
+@pytest.fixture(scope="module")
+def sunk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A decoder with a massive token at layers 2 to 4, whose ratio is infinite at layer 3 under lambda = 2."""
+    base = tmp_path_factory.mktemp("sunk")
+    hole = SINK | {"row_norm_ratio": (1.4, 2.6, 170.0, math.inf, 62.0, 5.6)}
+    rows = pd.concat([table(EVEN, lam=0.0), table(SINK, lam=1.0), table(hole, lam=2.0)])
+    return write([write_run(base / "decoder", "measure", rows)], base / "report.html")
+
+
+def test_a_massive_row_is_told_and_what_shows_it_is_one_click_away(chromium, sunk):
+    view = View(chromium, sunk)
+    figure = view.figure("Every λ")
+    note = figure.find_element(By.CSS_SELECTOR, ".massive")
+    assert "layers 2 to 4 of λ = 1, 2: relative μ is that row's there." in note.text.replace("\N{NO-BREAK SPACE}", " ")
+    view.click(figure, "instead angular_mu")
+    assert Select(figure.find_element(By.TAG_NAME, "select")).first_selected_option.text == "angular μ"
+    assert note.text == "" and "under 0.5 counts as collapsed" in figure.find_element(By.CSS_SELECTOR, ".view").text
+    assert float(view.legend(figure)[1]["λ = 1"][0]) == SINK["angular_mu"][-1]
+    Select(figure.find_element(By.TAG_NAME, "select")).select_by_visible_text("relative μ")
+    view.click(figure, "instead row_norm_ratio")
+    assert view.pressed(figure, "scale log")
+    assert "dotted: over 10 one row decides relative μ" in figure.find_element(By.CSS_SELECTOR, ".view").text
+    ticks = {text.text: float(text.get_attribute("y")) for text in figure.find_elements(By.CSS_SELECTOR, "svg text.tick[text-anchor=end]")}  # fmt: skip
+    (line,) = figure.find_elements(By.CSS_SELECTOR, "svg line.mark-line")
+    assert float(line.get_attribute("y1")) == pytest.approx(ticks["10"] - 4, abs=0.5)
+    view.hover(figure, view.tick(figure, 3))
+    values = view.legend(figure)[1]
+    assert (values["λ = 1"][0], values["λ = 2"][0], values["λ = 0"][0]) == ("137.0", "–", "3.000")
+    assert "infinite at layer 3" in view.button(figure, "λ = 2").text
+    assert not figure.find_elements(By.CSS_SELECTOR, "path.cross")  # the curve goes on
+    view.click(figure, "spread each excerpt")
+    assert view.curves(figure) == 3 and chromium.get_log("browser") == []
 
 
 def test_theory_lines_and_table(view):

@@ -22,6 +22,7 @@ import pytest
 from lscollapse.reports.page.folders import ReportError
 from lscollapse.reports.page.page import write
 from tests import ROOT
+from tests.unit.reports.figures.test_massive import EVEN, SINK, table
 
 HOSTILE = "</script><img src=x onerror=alert(1)>&\"'"
 LAMBDAS = (-2.0, 0.0, 1.0, 8.0)
@@ -379,6 +380,49 @@ def test_measures_that_nobody_knows_are_offered(tmp_path):
     record = page.figure("Every λ")["tabs"][0]["series"][0]["of"]
     assert record["lm_loss"]["x"] == [LAYERS] and record["lm_loss"]["y"] == [5.5]
     assert record["odd"]["x"] == list(range(1, LAYERS + 1)) and set(record["odd"]["y"]) == {-1.5}
+
+
+def test_a_massive_row_is_named_and_its_measures_are_offered(tmp_path):
+    effective = {"effective_rank": (40.0, 30.0, 20.0, 20.0, 18.0, 15.0)}
+    rows = pd.concat(
+        [table(SINK | effective, lam=1.0), table(EVEN | effective, lam=0.0), table(EVEN | effective, lam=2.0)]
+    )
+    page = Page(write([write_run(tmp_path / "run", "measure", rows)], tmp_path / "r.html"))
+    facts = page.data["measures"]
+    assert [facts[name]["name"] for name in facts] == [
+        "relative μ", "rank-1 residual", "angular μ", "angular rank-1 residual", "row norm ratio", "effective rank"
+    ]  # fmt: skip
+    assert {name: facts[name].get("line") for name in facts} == {
+        "relative_mu": 0.5, "rank1_residual": None, "angular_mu": 0.5, "angular_rank1_residual": None,
+        "row_norm_ratio": 10, "effective_rank": None,
+    }  # fmt: skip
+    assert facts["row_norm_ratio"]["log"] and not facts["row_norm_ratio"]["unit"] and facts["angular_mu"]["unit"]
+    assert facts["relative_mu"]["angular"] == "angular_mu"
+    (tab,) = page.figure("Every λ")["tabs"]
+    note = "One row has more than 10 times the median norm at layers 2 to 4 of λ = 1: relative μ is that row's there."
+    assert tab["massive"].replace("\N{NO-BREAK SPACE}", " ") == note
+    one = next(series for series in tab["series"] if series["name"] == "λ = 1")["of"]
+    assert set(one) == set(facts)
+    for measure, record in one.items():
+        np.testing.assert_allclose(record["y"], (SINK | effective)[measure], rtol=1e-5)
+    (last,) = page.figure("The last layer")["tabs"]
+    assert last["massive"] == ""
+    assert "scaled to norm 1" in page.text
+
+
+def test_a_page_without_the_new_measures_does_not_speak_of_them(page):
+    assert "scaled to norm 1" not in page.text
+    assert not [tab for figure in page.data["figures"] for tab in figure["tabs"] if tab["massive"]]
+
+
+def test_an_infinite_ratio_is_masked_and_named(tmp_path):
+    rows = table(SINK | {"row_norm_ratio": (1.4, np.inf, np.inf, 137.0, 62.0, 5.6)})
+    page = Page(write([write_run(tmp_path / "run", "measure", rows)], tmp_path / "r.html"))
+    record = page.data["figures"][0]["tabs"][0]["series"][0]["of"]["row_norm_ratio"]
+    assert record["y"][1:3] == [None] * 2 and record["y"][3] == 137.0
+    assert record["end"] == "infinite at layers 1 to 2"
+    values = unpacked(page.raw["pack"])[record["at"] :][: 6 * 2]
+    assert np.isnan(values).tolist() == [False] * 2 + [True] * 4 + [False] * 6
 
 
 def test_every_reading_has_a_tab(tmp_path):

@@ -147,7 +147,7 @@ def test_twins_of_every_arm_are_shaken_alike() -> None:
         )
         for batched in (True, False)
     )  # fmt: skip
-    assert (found["apart"] > 0).mean() > 0.9
+    assert (found.loc[found["measure"] != "longest_row", "apart"] > 0).mean() > 0.9
     np.testing.assert_allclose(found["apart"], expected["apart"], rtol=0, atol=3e-6)
 
 
