@@ -67,9 +67,13 @@ THERE = "judged by directions there (angular mu {}; relative mu, {}, is that tok
         (table(HEALTHY, SINK, HEALTHY), "falls under 0.5 and recovers: relative mu, angular where a row is massive, is lowest in"
          " layer 1 (0.200), last 0.900; token 0 has 100 times the median row norm at layer 1: "
          + THERE.format("0.200", "0.990")),
+        (table(HEALTHY, SINK, (0.7, 0.5, 5.0, 0.4, 0.4)), "falls under 0.5 and recovers: relative mu, angular where a row is massive,"
+         " is lowest in layer 1 (0.200), last 0.700; but angular mu of the last is 0.400: most rows point one way, and their"
+         " lengths keep relative mu over 0.5; token 0 has 100 times the median row norm at layer 1: "
+         + THERE.format("0.200", "0.990")),
         (table(SINK, HEALTHY), "does not collapse: relative mu stays over 0.5; lowest 0.900 (layer 1), last 0.900"),
         # 10 times the median is not massive, and a few long rows are why the rank-1 residual is low
-        (table(HEALTHY, (0.9, 0.3, 10.0, 0.1, 0.1)), "does not collapse: relative mu stays over 0.5; lowest 0.900 (layer 1), last"
+        (table(HEALTHY, (0.9, 0.3, 10.0, 0.5, 0.1)), "does not collapse: relative mu stays over 0.5; lowest 0.900 (layer 1), last"
          " 0.900; but the rank-1 residual of the last is 0.300: one direction carries nearly everything (rows at +u and -u, or"
          " a few long rows), which relative mu does not see"),
         (table(HEALTHY, (0.99, 0.05, 10.2, 0.9, 0.3)), "does not collapse: angular mu stays over 0.5; lowest 0.900 (layer 1),"
