@@ -74,6 +74,12 @@ def known(rows: pd.DataFrame) -> pd.Series:
     return rows["value"].where(rows["status"].isin(KNOWN))
 
 
+def known_ratio(rows: pd.DataFrame) -> pd.Series:
+    """The same, but that an infinite `row_norm_ratio`, whose status is overflow, is known: the median row is zero."""
+    infinite = rows["value"].eq(math.inf) & (rows["measure"] == "row_norm_ratio")
+    return known(rows).mask(infinite, math.inf)
+
+
 def reads_pixels(rows: pd.DataFrame) -> bool:
     """Whether every row of a table was measured on images."""
     return "tokenizer" in rows and set(rows["tokenizer"]) == {PIXELS}
@@ -89,6 +95,12 @@ def layer_words(layers: Sequence[int]) -> str:
             runs.append([layer])
     *before, last = (f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
     return f"layer{'s' * (len(layers) > 1)} {' and '.join(filter(None, (', '.join(before), last)))}"
+
+
+def times_words(ratio: float) -> str:
+    """A ratio of norms in words: "170 times"."""
+    many = "infinitely many" if math.isinf(ratio) else f"{ratio:,.0f}" if ratio < 1e6 else f"{ratio:.0e}"
+    return f"{many} times"
 
 
 def massive_words(layers: Sequence[int], ratio: float, positions: Iterable[float], unit: str = "token") -> str:
@@ -111,6 +123,5 @@ def massive_words(layers: Sequence[int], ratio: float, positions: Iterable[float
             who += f" ({place} in {times} of {len(places)} outputs)"
         else:
             who += " (not the same in all outputs)"
-    many = "infinitely many" if math.isinf(ratio) else f"{ratio:,.0f}" if ratio < 1e6 else f"{ratio:.0e}"
     most = "up to " if len(layers) > 1 and math.isfinite(ratio) else ""
-    return f"{who} has {most}{many} times the median row norm at {layer_words(layers)}"
+    return f"{who} has {most}{times_words(ratio)} the median row norm at {layer_words(layers)}"

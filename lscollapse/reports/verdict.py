@@ -8,24 +8,31 @@ from typing import NamedTuple, cast
 
 import pandas as pd
 
-from lscollapse.core.table import COLLAPSED, LOST, UNRESOLVED, layer_words
+from lscollapse.core.table import ANGULAR, COLLAPSED, LOST, layer_words
+from lscollapse.reports.massive import Massive, curve, massive
 
 VERDICTS = AGREE, DISAGREE, NOT_MEASURED = "agrees", "disagrees", "not measured"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """The verdict on one claim for one model, and the numbers behind it."""
+    """The verdict on one claim for one model, the numbers behind it, and what a reader of them has to know ("" if nothing)."""
 
     claim: str
     sentence: str
     model: str
     verdict: str
     numbers: str
+    note: str = ""
 
 
 NOT_EVEN = "not even float64 resolves {}"
-WORST = {"relative_mu": "min", "rank1_residual": "min", "stable_rank": "min", "mean_cosine": "max"}  # of a curve
+AGAIN = "is not in this table: run with --set measures=all"
+# The end of a curve that is nearest to collapse; of the ratio, to a row that decides alone.
+WORST = {
+    "relative_mu": "min", "rank1_residual": "min", "stable_rank": "min", "mean_cosine": "max", "angular_mu": "min",
+    "angular_rank1_residual": "min", "row_norm_ratio": "max", "effective_rank": "min",
+}  # fmt: skip
 
 
 class Lost(NamedTuple):
@@ -38,9 +45,10 @@ class Lost(NamedTuple):
 
 
 class ArmCurves(NamedTuple):
-    """One variant of one model: a curve over layers 0..K, mean over excerpts, for each measure of WORST.
+    """One variant of one model: a curve over layers 0..K, mean over excerpts, for each measure of WORST that was measured.
 
-    `lost` is None where every excerpt has every layer; curves end before it. They are NaN where an excerpt is unresolved.
+    `lost` is None where every excerpt has every layer; curves end before it. They are NaN where an excerpt is unresolved, or has
+    no value: `undefined` names those layers, where rows are zero. `massive` is of the layers from 1 on.
     """
 
     model: str
@@ -50,39 +58,33 @@ class ArmCurves(NamedTuple):
     dtype: str
     n_layers: int
     curves: dict[str, pd.Series]
+    undefined: dict[str, list[int]]
+    massive: Massive
     lost: Lost | None
 
     @property
     def unresolved(self) -> list[int]:
         """Layers from 1 on whose relative mu is not known, for rounding."""
-        curve = self.curves["relative_mu"].iloc[1:]
-        return [int(layer) for layer in curve.index[curve.isna()]]
+        return _unknown(self.curves["relative_mu"].iloc[1:])
 
     def worst(self, measure: str) -> tuple[float, int] | None:
         """The known value nearest to collapse from layer 1 on (0 is the embedding), and its layer; None where none is."""
-        curve = self.curves[measure].iloc[1:].dropna()
-        if curve.empty:
-            return None
-        values = curve.to_numpy()
-        at = int(values.argmin() if WORST[measure] == "min" else values.argmax())
-        return float(values[at]), int(curve.index[at])
+        return _worst(self.curves[measure].iloc[1:], WORST[measure])
 
 
 def arms(rows: pd.DataFrame) -> Iterator[ArmCurves]:
     """Every variant of a table, as its curves."""
     keys = ["model", "init", "arm", "lam", "dtype"]
-    rows = rows[rows["measure"].isin(list(WORST))]  # the gradient's norm is of float32 whatever the arm is
+    rows = rows[rows["measure"].isin([*WORST, "longest_row"])]  # the gradient's norm is of float32 whatever the arm is
     for key, part in rows.groupby(keys, sort=False, dropna=False):
         model, init, arm, lam, dtype = cast("tuple[str, str, str, float, str]", key)  # the stubs know one key only
         lost = _lost(part[part["measure"] == "relative_mu"], dtype)
         held = part if lost is None else part[part["layer"] < lost.layer]
-        curves = {name: _curve(held[held["measure"] == name]) for name in WORST}
-        yield ArmCurves(model, init, arm, lam, dtype, int(part["layer"].max()), curves, lost)
-
-
-def _curve(rows: pd.DataFrame) -> pd.Series:
-    unresolved = rows["status"].eq(UNRESOLVED).groupby(rows["layer"]).any()
-    return rows.groupby("layer")["value"].mean().mask(unresolved)
+        parts = {name: held[held["measure"] == name] for name in WORST if (part["measure"] == name).any()}
+        curves = {name: curve(own) for name, own in parts.items()}
+        undefined = {name: _undefined(curves[name], own) for name, own in parts.items()}
+        long = massive(held[held["layer"] > 0])
+        yield ArmCurves(model, init, arm, lam, dtype, int(part["layer"].max()), curves, undefined, long, lost)
 
 
 def _lost(relative: pd.DataFrame, dtype: str) -> Lost | None:
@@ -93,54 +95,136 @@ def _lost(relative: pd.DataFrame, dtype: str) -> Lost | None:
     return Lost(int(gone["layer"].min()), gone["excerpt"].nunique(), relative["excerpt"].nunique(), why)
 
 
+def _worst(curve: pd.Series, end: str) -> tuple[float, int] | None:
+    curve = curve.dropna()
+    if curve.empty:
+        return None
+    at = int(curve.to_numpy().argmin() if end == "min" else curve.to_numpy().argmax())
+    return float(curve.iloc[at]), int(curve.index[at])
+
+
+def _unknown(curve: pd.Series) -> list[int]:
+    return [int(layer) for layer in curve.index[curve.isna()]]
+
+
+def _undefined(curve: pd.Series, rows: pd.DataFrame) -> list[int]:
+    lacking = set(rows.loc[rows["status"].isin(LOST), "layer"])
+    return [layer for layer in _unknown(curve) if layer in lacking]
+
+
+class Judged(NamedTuple):
+    """The curve that decides, from layer 1 on: relative mu, and angular mu at the layers where a row is massive.
+
+    `name` is in words; layers of NaN are `unresolved`, or `undefined` where zero rows have no direction. `aside` says what is
+    massive, or not known to be, and is "" where nothing is.
+    """
+
+    name: str
+    curve: pd.Series
+    unresolved: list[int]
+    undefined: list[int]
+    aside: str
+
+
+def judged(arm: ArmCurves) -> Judged:
+    """By what an arm is judged. Where a row is massive and angular mu was not measured, the curve is NaN."""
+    relative, layers = arm.curves["relative_mu"].iloc[1:], arm.massive.layers
+    ratio = arm.curves.get("row_norm_ratio", relative).reindex(relative.index)
+    open_layers = [layer for layer in _unknown(ratio) if relative[layer] == relative[layer]]
+    aside = f"; whether a row is massive is unresolved at {layer_words(open_layers)}" if open_layers else ""
+    if not layers:
+        return Judged("relative mu", relative, arm.unresolved, [], aside)
+    span, own = _span(relative.reindex(layers)), f"is that {arm.massive.unit}'s"
+    alone = f"relative mu, {span}, {own}" if span else f"relative mu {own}"
+    chosen = relative.mask(relative.index.isin(layers))
+    if "angular_mu" not in arm.curves:
+        unresolved = [layer for layer in arm.unresolved if layer not in layers]
+        aside = f"; {arm.massive.words}: {alone}, and angular mu {AGAIN}{aside}"
+        return Judged("relative mu", chosen, unresolved, [], aside)
+    directions = arm.curves["angular_mu"].reindex(layers)
+    chosen = chosen.fillna(directions)
+    undefined = [layer for layer in arm.undefined["angular_mu"] if layer in layers]
+    unresolved = [layer for layer in _unknown(chosen) if layer not in undefined]
+    name = "relative mu, angular where a row is massive," if set(relative.index) - set(layers) else "angular mu"
+    if directions.notna().any():
+        alone = f"judged by directions there (angular mu {_span(directions)}; {alone})"
+    return Judged(name, chosen, unresolved, undefined, f"; {arm.massive.words}: {alone}{aside}")
+
+
+def _span(values: pd.Series) -> str:
+    low, high = f"{values.min():.3f}", f"{values.max():.3f}"
+    return "" if values.isna().all() else low if low == high else f"{low} to {high}"
+
+
 def verdict(arm: ArmCurves) -> str:
-    """Whether it collapses, by the threshold COLLAPSED on relative mu, with the numbers.
+    """Whether it collapses, with the numbers: by the threshold COLLAPSED on relative mu, or on angular mu where a row is massive.
 
     None where layers are missing, and none where unresolved ones would decide: the last, or any of a curve that is
-    otherwise over the threshold.
+    otherwise over the threshold. None where a row is massive and angular mu was not measured.
     """
+    found = judged(arm)
+    curve, K = found.curve, arm.n_layers
     if arm.lost is not None:
-        return _no_verdict(arm, arm.lost)
-    curve, unresolved = arm.curves["relative_mu"].iloc[1:], arm.unresolved
-    under = curve.index[curve < COLLAPSED]
-    if unresolved and (arm.n_layers in unresolved or not len(under)):
-        which = unresolved_words(unresolved, arm.dtype, f" of {arm.n_layers}")
-        return f"no verdict: {which}{_lowest(arm, 'elsewhere')}"
+        return f"no verdict: {_missing(arm.lost, K)}{_not_known(found, arm.dtype)}{_lowest(found, 'before that')}{found.aside}"
+    if arm.massive.layers and "angular_mu" not in arm.curves:
+        return f"no verdict: {found.aside.removeprefix('; ')}{_lowest(found, 'elsewhere')}"
+    unknown, under = _unknown(curve), curve.index[curve < COLLAPSED]
+    if unknown and (K in unknown or not len(under)):
+        return f"no verdict: {_undecided(found, arm)}{_lowest(found, 'elsewhere')}{found.aside}"
     lowest, at, last = float(curve.min()), int(curve.index[int(curve.argmin())]), float(curve.iloc[-1])
     if not len(under):
-        text = f"does not collapse: relative mu stays over {COLLAPSED:g}; lowest {lowest:.3f} (layer {at}), last {last:.3f}"
+        text = f"does not collapse: {found.name} stays over {COLLAPSED:g}; lowest {lowest:.3f} (layer {at}), last {last:.3f}"
     elif last >= COLLAPSED:
-        text = f"falls under {COLLAPSED:g} and recovers: relative mu is lowest in layer {at} ({lowest:.3f}), last {last:.3f}"
+        text = f"falls under {COLLAPSED:g} and recovers: {found.name} is lowest in layer {at} ({lowest:.3f}), last {last:.3f}"
     else:
         over = curve.index[~(curve < COLLAPSED)]  # or not known
         since, least = int(over[-1]) + 1 if len(over) else 1, f"lowest {lowest:.3f} (layer {at})"
-        text = f"collapses: relative mu is under {COLLAPSED:g} from layer {since} on; {least}, last {last:.3f}"
-    if unresolved:
-        text += f"; unresolved in {arm.dtype}: {layer_words(unresolved)}"
-    rank1 = float(arm.curves["rank1_residual"].iloc[-1])
-    if last >= COLLAPSED and rank1 != rank1:
-        text += f"; the rank-1 residual of the last is unresolved in {arm.dtype}"
-    elif last >= COLLAPSED and rank1 < last / 2:
-        text += (
-            f"; but the rank-1 residual of the last is {rank1:.3f}: one direction carries nearly everything (rows at +u and"
-            " -u, or a few long rows), which relative mu does not see"
-        )
-    return text
+        text = f"collapses: {found.name} is under {COLLAPSED:g} from layer {since} on; {least}, last {last:.3f}"
+    return text + _not_known(found, arm.dtype) + (_rank1(arm, last) if last >= COLLAPSED else "") + found.aside
 
 
-def _no_verdict(arm: ArmCurves, lost: Lost) -> str:
-    several = lost.layer < arm.n_layers
-    which = f"layers {lost.layer} to {arm.n_layers}" if several else f"layer {lost.layer}"
+def _rank1(arm: ArmCurves, last: float) -> str:
+    """What to say where the last layer is spread out by (angular) mu and not by the (angular) rank-1 residual."""
+    by_direction = arm.n_layers in arm.massive.layers
+    name = ANGULAR["rank1_residual"] if by_direction else "rank1_residual"
+    if name not in arm.curves:
+        return ""
+    rank1, words = float(arm.curves[name].iloc[-1]), f"{'angular ' * by_direction}rank-1 residual of the last"
+    if rank1 != rank1:
+        return f"; the {words} is unresolved in {arm.dtype}"
+    if rank1 >= last / 2:
+        return ""
+    why = (
+        "rows at +u and -u), which angular mu"
+        if by_direction
+        else "rows at +u and -u, or a few long rows), which relative mu"
+    )
+    return f"; but the {words} is {rank1:.3f}: one direction carries nearly everything ({why} does not see"
+
+
+def _missing(lost: Lost, n_layers: int) -> str:
+    several = lost.layer < n_layers
+    which = f"layers {lost.layer} to {n_layers}" if several else f"layer {lost.layer}"
     where = f"where the values of {lost.excerpts} of {lost.total} excerpts {lost.why}"
-    text = f"no verdict: {which} of {arm.n_layers} {'are' if several else 'is'} missing, {where}"
-    if arm.unresolved:
-        text += f"; unresolved in {arm.dtype}: {layer_words(arm.unresolved)}"
-    return text + _lowest(arm, "before that")
+    return f"{which} of {n_layers} {'are' if several else 'is'} missing, {where}"
 
 
-def _lowest(arm: ArmCurves, where: str) -> str:
-    worst = arm.worst("relative_mu")
-    return "" if worst is None else f"; {where} relative mu is lowest in layer {worst[1]} ({worst[0]:.3f})"
+def _undecided(found: Judged, arm: ArmCurves) -> str:
+    """Which layers leave the verdict open, and why."""
+    of = f" of {arm.n_layers}"
+    unresolved = unresolved_words(found.unresolved, arm.dtype, of) if found.unresolved else ""
+    return "; ".join(filter(None, (unresolved, undefined_words(found.undefined, of) if found.undefined else "")))
+
+
+def _not_known(found: Judged, dtype: str) -> str:
+    """Which layers are not known, where a verdict stands without them."""
+    unresolved = f"; unresolved in {dtype}: {layer_words(found.unresolved)}" if found.unresolved else ""
+    return unresolved + (f"; {undefined_words(found.undefined)}" if found.undefined else "")
+
+
+def _lowest(found: Judged, where: str) -> str:
+    worst = _worst(found.curve, "min")
+    return "" if worst is None else f"; {where} {found.name} is lowest in layer {worst[1]} ({worst[0]:.3f})"
 
 
 def unresolved_words(layers: Sequence[int], dtype: str, of: str = "") -> str:
@@ -148,3 +232,8 @@ def unresolved_words(layers: Sequence[int], dtype: str, of: str = "") -> str:
     which, it = ("are", "them") if len(layers) > 1 else ("is", "it")
     again = f"rounding in {dtype} decides {it}: run with --dtype float64"
     return f"{layer_words(layers)}{of} {which} unresolved: {NOT_EVEN.format(it) if dtype == 'float64' else again}"
+
+
+def undefined_words(layers: Sequence[int], of: str = "") -> str:
+    """That layers have no angular mu."""
+    return f"{layer_words(layers)}{of} {'have' if len(layers) > 1 else 'has'} no angular mu, since rows are zero"

@@ -12,6 +12,7 @@ import numpy as np
 from lscollapse.theory.arrays import Array
 
 MEASURES = ("relative_mu", "rank1_residual")
+BESIDE = ("angular_mu", "row_norm_ratio")  # what says whether one row decides them
 SIGNS = (1, -1)
 NOTHING = math.inf  # the low end of a stretch that is empty
 
@@ -61,7 +62,8 @@ class Found:
         arm: in words, without lambda.
         n_layers, n_excerpts, n_tokens: of the passes.
         estimates: sign -> Estimate.
-        points: lambda -> {measure: mean of the last layer over the excerpts}; NaN where an excerpt lacks it.
+        points: lambda -> {measure: mean of the last layer over the excerpts}, of MEASURES and BESIDE; NaN where an excerpt
+            lacks it.
     """
 
     model: str

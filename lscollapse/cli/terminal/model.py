@@ -41,7 +41,8 @@ def _table(title: str, arms: Iterable[ArmCurves]) -> Table:
             first = value_word(curve.iloc[0]) if len(curve) else "-"
             worst = arm.worst(measure)
             value, layer = ("-", "-") if worst is None else (f"{worst[0]:.3f}", str(worst[1]))
-            last = "missing" if arm.lost else value_word(curve.iloc[-1])
+            zero = len(curve) and curve.index[-1] in arm.undefined[measure]
+            last = "missing" if arm.lost else "undefined" if zero else value_word(curve.iloc[-1])
             table.add_row(lam, measure.replace("_", " "), first, value, layer, last)
             lam = ""
     return table

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from lscollapse.cli.terminal.printing import model_word, plain_console, plain_table, value_word
 from lscollapse.core.table import UNRESOLVED, lambda_word
-from lscollapse.reports.claims.sentences import judge, judge_readings
+from lscollapse.reports.claims.sentences import footnotes, judge, judge_readings
 from lscollapse.reports.verdict import AGREE, DISAGREE, NOT_MEASURED, arms, unresolved_words
 
 
@@ -57,12 +57,15 @@ def claims_table(rows: pd.DataFrame) -> None:
     """Print the verdict on each sentence of the paper that these rows can judge, with its numbers."""
     console = plain_console()
     console.print("what the paper writes, on these models (thresholds: docs/claims.md)", style="italic")
-    for finding in judge(rows):
+    found = list(judge(rows))
+    for finding in found:
         if finding.verdict != NOT_MEASURED or finding.numbers:
             console.print(
                 f"  {finding.claim}  {finding.model}  [bold]{finding.verdict}[/bold]  {finding.sentence}", markup=True
             )
             console.print(f"             {finding.numbers}", style="dim", markup=False)
+    for note in footnotes(pd.DataFrame(found)):
+        console.print(f"  note {note}", style="dim", markup=False)
 
 
 def readings_table(rows: pd.DataFrame) -> None:

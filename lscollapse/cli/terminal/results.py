@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from lscollapse.cli.terminal.printing import plain_console, plain_table
+from lscollapse.reports.claims.sentences import footnotes
 from lscollapse.reports.verdict import VERDICTS
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ def show_claims(rows: pd.DataFrame, form: str) -> None:
             reading = f"({row['reading']}) " if row["reading"] else ""
             line = f"    {row['verdict']:{WIDEST_VERDICT}}  {row['model']:{width}}  {reading}{row['numbers']}"
             console.print(line.rstrip(), markup=False)
+    for note in footnotes(rows):
+        console.print(f"note {note}", markup=False)
     default = rows[(rows["reading"] == "") & (rows["model"] != "")]
     table = plain_table(None, "model", *VERDICTS, right=VERDICTS)
     for model in dict.fromkeys(default["model"]):

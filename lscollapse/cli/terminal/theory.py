@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from lscollapse.cli.terminal.printing import plain_console, plain_table
+from lscollapse.core.table import MASSIVE, times_words
 from lscollapse.theory.checking import Verdict
 from lscollapse.theory.stretches import Found, Report, in_words
 
@@ -49,9 +50,33 @@ def found_table(found: Found) -> None:
         f"  checked: {len(found.points)} values of lambda from {-largest:g} to {largest:g}; the curve is not monotone in"
         " general, and between the tested values nothing is promised"
     )  # fmt: skip
-    warning = found.rank_warning()
-    if warning:
+    _warn(console, found)
+
+
+def _warn(console: Console, found: Found) -> None:
+    for warning in filter(None, (found.rank_warning(), massive_warning(found))):
         console.print(f"  warning: {warning}", style="bold")
+
+
+def massive_warning(found: Found) -> str | None:
+    """What to say where one massive row of the last layer decides that relative mu is over the target, and angular mu is not."""
+    doubtful = {
+        lam: point
+        for lam, point in found.points.items()
+        if point.get("row_norm_ratio", 0.0) >= MASSIVE
+        and point["relative_mu"] >= found.target
+        and not point["angular_mu"] >= found.target
+    }
+    if not doubtful:
+        return None
+    low, high = min(doubtful), max(doubtful)
+    several = f"{len(doubtful)} of {len(found.points)} tested lambdas, from {low:.4g} to {high:.4g}"
+    where, most = (several, "up to ") if low < high else (f"lambda = {low:.4g}", "")
+    ratio = max(point["row_norm_ratio"] for point in doubtful.values())
+    seen = [(point["angular_mu"], lam) for lam, point in doubtful.items() if not math.isnan(point["angular_mu"])]
+    falls = f"falls to {min(seen)[0]:.3f} (lambda = {min(seen)[1]:.4g})" if seen else "is not known"
+    row = f"at {where}, one row of the last layer has {most}{times_words(ratio)} the median norm"
+    return f"{row} and decides relative mu, which is over {found.target:g}; angular mu, of directions alone, {falls}"
 
 
 def sentence(found: Found, sign: int, measure: str) -> str:
@@ -96,6 +121,4 @@ def bounds_table(report: Report) -> None:
         console.print(f"  {words}, lambda = 1: {high:.3g} (layer {at_high}), least {low:.3g} (layer {at_low})")
     for remark in report.remarks:
         console.print(f"  {remark}")
-    warning = found.rank_warning()
-    if warning:
-        console.print(f"  warning: {warning}", style="bold")
+    _warn(console, found)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lscollapse.core.config import Experiment
 from lscollapse.core.progress import SILENT, Progress
-from lscollapse.core.table import known
+from lscollapse.core.table import known_ratio
 from lscollapse.instrument.forward import checked_ids, measure
 from lscollapse.instrument.sublayers import sublayers
 from lscollapse.instrument.surgery import Variant
@@ -26,7 +26,7 @@ from lscollapse.models.adapters.s4d import S4DAdapter
 from lscollapse.runs.loading import LoadedTask, load_tasks
 from lscollapse.theory import flow
 from lscollapse.theory.arrays import Array, unit_rows
-from lscollapse.theory.stretches import MEASURES, SIGNS, Estimate, Found, Kept
+from lscollapse.theory.stretches import BESIDE, MEASURES, SIGNS, Estimate, Found, Kept
 
 SMALLEST = 2.0**-4
 GRID = (0.0, *(2.0**k for k in range(-4, 5)), *(4.0**k for k in range(3, 7)))  # of |lambda|
@@ -99,7 +99,7 @@ def last_means(
 
     NaN where one of them is not known, because it left the range or because rounding decides it.
     """
-    first = task.variants[0]
+    first, names = task.variants[0], (*MEASURES, *BESIDE)
     variants = [Variant(lam=lam, gating=first.gating, skip_site=first.skip_site) for lam in sorted(set(lams))]
     tiles, dtype = [task.plans.own, *filter(None, [task.plans.wide])], task.compute_dtype
     if task.plans.wide is None and dtype is None:
@@ -110,18 +110,18 @@ def last_means(
     parts = []
     for low in range(0, len(variants), together):
         rows = measure(task.adapter, task.ids[:excerpts], variants[low : low + together], dtype, **options)
-        parts.append(rows[(rows["layer"] == task.adapter.n_layers) & rows["measure"].isin(MEASURES)])
+        parts.append(rows[(rows["layer"] == task.adapter.n_layers) & rows["measure"].isin(names)])
     last = pd.concat(parts)
     wide = sorted(set(last.loc[last["dtype"] == "float64", "lam"])) if task.dtype == "auto" else []
     if wide:
         said = ", ".join(f"{lam:.4g}" for lam in wide)
         progress.note(f"{task.info.name}: in float64, since float32 does not resolve them: lambda {said}")
     means = (
-        last.assign(known=known(last))
+        last.assign(known=known_ratio(last))
         .groupby(["lam", "measure"])["known"]
         .agg(lambda values: values.mean(skipna=False))
     )
-    return {lam: {name: float(means[lam, name]) for name in MEASURES} for lam in map(float, last["lam"].unique())}
+    return {lam: {name: float(means[lam, name]) for name in names} for lam in map(float, last["lam"].unique())}
 
 
 # --- estimates ---

@@ -7,7 +7,10 @@ from collections.abc import Iterable
 import pandas as pd
 
 from lscollapse.core.table import LOST, UNRESOLVED, known, reads_pixels
-from lscollapse.reports.verdict import unresolved_words
+from lscollapse.reports.massive import curve, massive, pooled
+from lscollapse.reports.verdict import AGAIN, unresolved_words
+
+Arm = tuple[float, bool, bool]  # lambda, gating, layernorm
 
 
 class NotMeasured(Exception):
@@ -15,10 +18,13 @@ class NotMeasured(Exception):
 
 
 class Curves:
-    """Mean relative mu of one model's arms: `curve(...)` by layer, `last(...)` by lambda."""
+    """Mean relative mu of one model's arms: `curve(...)` by layer, `last(...)` by lambda; `used` are the arms asked for."""
 
     def __init__(self, rows: pd.DataFrame) -> None:
-        relative = rows[(rows["measure"] == "relative_mu") & (rows["init"] == "trained")]
+        rows = rows[rows["init"] == "trained"]
+        self.used: dict[Arm, None] = {}
+        self.long = rows[rows["measure"].isin(("row_norm_ratio", "longest_row", "angular_mu"))]
+        relative = rows[rows["measure"] == "relative_mu"]
         self.relative = relative = relative.assign(value=known(relative))
         self.gated = bool(relative["gating"].notna().any())
         self.images = reads_pixels(relative)
@@ -46,7 +52,7 @@ class Curves:
             lowest = f"lowest {held.min():.3f} (layer {held.idxmin()})"
             before = f"; before: first {held.iloc[0]:.3f}, {lowest}, then {held.iloc[-1]:.3f}"
         raise NotMeasured(
-            f"{self._name(lam, gating, layernorm)}: layers {lost} to {int(arm['layer'].max())} are missing,"
+            f"{self._name(lam, gating=gating, layernorm=layernorm)}: layers {lost} to {int(arm['layer'].max())} are missing,"
             f" where {gone} of {total} excerpts leave the range of floating point{before}"
         )
 
@@ -55,7 +61,8 @@ class Curves:
         layers = sorted(arm.loc[arm["status"] == UNRESOLVED, "layer"].unique())
         if not layers or (last_only and layers[-1] < arm["layer"].max()):
             return
-        raise NotMeasured(f"{self._name(lam, gating, layernorm)}: {unresolved_words(layers, arm['dtype'].iloc[0])}")
+        name = self._name(lam, gating=gating, layernorm=layernorm)
+        raise NotMeasured(f"{name}: {unresolved_words(layers, arm['dtype'].iloc[0])}")
 
     def end(self, lam: float, gating: bool, layernorm: bool) -> float:
         """The last layer, whatever is unresolved before it.
@@ -77,6 +84,7 @@ class Curves:
 
     def held(self, lam: float, gating: bool, layernorm: bool) -> pd.Series:
         """The layers whose value is known for every excerpt; empty when the arm was not measured."""
+        self.used[lam, gating, layernorm] = None
         return self._layers(lam, gating, layernorm).dropna()
 
     def lost(self, lam: float, gating: bool, layernorm: bool) -> int | None:
@@ -101,9 +109,37 @@ class Curves:
         wanted = self.lams(gating) if lams is None else lams
         return {lam: self.end(lam, gating, True) for lam in wanted}
 
-    def _name(self, lam: float, gating: bool, layernorm: bool) -> str:
+    def note(self) -> str:
+        """In which of the arms `used` a row is massive, and what angular mu says of their last layers; "" where in none."""
+        parts = []
+        for gating, layernorm in dict.fromkeys(arm[1:] for arm in self.used):
+            lams = [lam for lam, *rest in self.used if rest == [gating, layernorm]]
+            every = {lam: massive(self._arm(self.long, lam, gating, layernorm)) for lam in lams}
+            found = {lam: long for lam, long in sorted(every.items()) if long.layers}
+            if found:
+                name = self._name(*found, gating=gating, layernorm=layernorm)
+                ends = self._directions(list(found), gating, layernorm)
+                parts.append(
+                    f"{name}: {pooled(found.values()).words}, which decides relative mu there; angular mu {ends}"
+                )
+        return "; ".join(parts)
+
+    def _directions(self, lams: list[float], gating: bool, layernorm: bool) -> str:
+        """What angular mu is at the last layer, in words that go on from its name."""
+        ends = []
+        for lam in lams:
+            rows = self._arm(self.long, lam, gating, layernorm)
+            angular = rows[rows["measure"] == "angular_mu"]
+            if angular.empty:
+                return AGAIN
+            end = curve(angular).iloc[-1]
+            value = f"{end:.3f}" if end == end else "not known"
+            ends.append(value if len(lams) == 1 else f"{lam:g}: {value}")
+        return f"of the last layer {', '.join(ends)}"
+
+    def _name(self, *lams: float, gating: bool, layernorm: bool) -> str:
         gate = ("gate, " if gating else "no gate, ") if self.gated else ""
-        return f"{gate}{'LN' if layernorm else 'no LN'}, lambda {lam:g}"
+        return f"{gate}{'LN' if layernorm else 'no LN'}, lambda {', '.join(f'{lam:g}' for lam in lams)}"
 
     def _layers(self, lam: float, gating: bool, layernorm: bool) -> pd.Series:
         values: pd.Series = self._arm(self.means, lam, gating, layernorm).set_index("layer")["value"]

@@ -19,7 +19,7 @@ from lscollapse.reports.claims.curves import Curves, NotMeasured
 from lscollapse.reports.claims.figures import CLAIMS
 from lscollapse.reports.verdict import AGREE, DISAGREE, NOT_MEASURED, Finding
 
-COLUMNS = ("run", "reading", "claim", "sentence", "model", "verdict", "numbers")
+COLUMNS = ("run", "reading", "claim", "sentence", "model", "verdict", "numbers", "note")
 NEEDS_GATE = ("figure 1", "figure 3")
 
 
@@ -27,7 +27,8 @@ def judge(rows: pd.DataFrame) -> Iterator[Finding]:
     """Every claim for every model of a table (one skip_site and norm_site reading of it).
 
     Where an arm that a claim needs lacks layers, or rounding leaves them unresolved, it is not measured, and the numbers say
-    what is missing and what was seen before. S4D is judged on Figure 4 only, a transformer on Figure 2 only.
+    what is missing and what was seen before. S4D is judged on Figure 4 only, a transformer on Figure 2 only. The claims are
+    on relative mu; a note says where one massive row decides it in an arm that was used, and what the directions say.
     """
     needed = ("model", "measure", "init", "gating", "layernorm", "lam", "layer", "value", "status", "dtype")
     missing = set(needed) - set(rows)
@@ -38,16 +39,18 @@ def judge(rows: pd.DataFrame) -> Iterator[Finding]:
         for claim, (sentence, predicate, _) in CLAIMS.items():
             if curves.images != claim.startswith("figure 4") or (not curves.gated and claim.startswith(NEEDS_GATE)):
                 continue
+            curves.used.clear()
             try:
                 holds, numbers = predicate(curves)
             except NotMeasured as lacking:
                 yield Finding(claim, sentence, model, NOT_MEASURED, str(lacking))
             else:
-                yield Finding(claim, sentence, model, AGREE if holds else DISAGREE, numbers)
+                yield Finding(claim, sentence, model, AGREE if holds else DISAGREE, numbers, curves.note())
 
 
 def judge_readings(rows: pd.DataFrame) -> pd.DataFrame:
-    """The claims on Figures 1 and 3 under every reading: columns model, skip_site, norm_site, claim, sentence, verdict, numbers.
+    """The claims on Figures 1 and 3 under every reading: columns model, skip_site, norm_site, claim, sentence, verdict, numbers,
+    and note where there is one.
 
     Of a reading (skip_site, norm_site), the arms with LayerNorm are those of its skip_site, whatever norm_site they carry.
     """
@@ -58,11 +61,11 @@ def judge_readings(rows: pd.DataFrame) -> pd.DataFrame:
         for finding in judge(rows[chosen]):
             if finding.claim.startswith(NEEDS_GATE):
                 found.append({"skip_site": skip_site, "norm_site": norm_site, **asdict(finding)})
-    return pd.DataFrame(found)
+    return noted(pd.DataFrame(found))
 
 
 def judged(runs: Sequence[Path], theory: bool = False) -> pd.DataFrame:
-    """One row for each sentence and model: columns COLUMNS, in the order of the paper.
+    """One row for each sentence and model: columns COLUMNS, without `note` where there is none, in the order of the paper.
 
     A sentence that one run measures is not listed as not measured for another run of the same model; one that no run is
     about is listed once, with no model. `reading` is empty but for runs of --all-readings.
@@ -83,7 +86,21 @@ def judged(runs: Sequence[Path], theory: bool = False) -> pd.DataFrame:
     lines = [{"run": run, "reading": reading, **asdict(finding)} for run, reading, finding in found]
     rows = pd.DataFrame(lines, columns=list(COLUMNS))
     rows = rows.sort_values("claim", key=lambda names: names.map(list(order).index), kind="stable")
-    return _folded(rows).reset_index(drop=True)
+    return noted(_folded(rows).reset_index(drop=True))
+
+
+def footnotes(rows: pd.DataFrame) -> list[str]:
+    """What a reader of a table of claims has to know, each note once, with the claims that it is about."""
+    claims: dict[str, dict[str, None]] = {}
+    for row in rows.to_dict("records"):
+        if row.get("note"):
+            claims.setdefault(f"{row['model']}, {row['note']}", {})[row["claim"]] = None
+    return [f"on {', '.join(names)}: {note}" for note, names in claims.items()]
+
+
+def noted(rows: pd.DataFrame) -> pd.DataFrame:
+    """Without the column of notes where there is none."""
+    return rows if "note" not in rows or (rows["note"] != "").any() else rows.drop(columns="note")
 
 
 def catalogue() -> dict[str, tuple[str, str]]:
@@ -123,7 +140,7 @@ def _of_readings(rows: pd.DataFrame) -> Iterator[tuple[str, Finding]]:
     """Readings that differ in the removed norm only and come to the same are one."""
     verdicts = judge_readings(rows)
     norms = verdicts.groupby("skip_site")["norm_site"].unique()
-    words = [field.name for field in fields(Finding)]
+    words = [field.name for field in fields(Finding) if field.name in verdicts]
     for _, part in verdicts.groupby(["skip_site", *words], sort=False):
         row, removed = part.iloc[0], list(part["norm_site"])
         every = len(removed) == len(norms[row["skip_site"]])

@@ -14,8 +14,9 @@ from lscollapse.reports import table1
 from lscollapse.reports.claims.sentences import catalogue, judged
 from lscollapse.reports.figures import wording
 from lscollapse.reports.figures.points import groups_of, summarise
+from lscollapse.reports.massive import pooled
 from lscollapse.reports.page.folders import Bounds, Run
-from lscollapse.reports.verdict import DISAGREE, NOT_EVEN, VERDICTS
+from lscollapse.reports.verdict import DISAGREE, NOT_EVEN, VERDICTS, ArmCurves, arms
 
 PRIVATE = ("contact", "cache_dir")  # settings that say who ran it and where, not what
 MANY = 5  # names that are counted, not listed
@@ -90,6 +91,7 @@ def _of_rows(run: Run) -> Iterator[str]:
     points = summarise(rows, present)
     yield wording.disagreement(points, rows)
     yield from _lost(points[points["measure"] == present[0]])
+    yield from _massive(rows)
     yield from _unresolved(rows)
     certified = rows["status"].eq("certified").mean()
     if certified:
@@ -99,11 +101,15 @@ def _of_rows(run: Run) -> Iterator[str]:
         )
 
 
+def _arm_name(model: str, init: str, arm: str) -> str:
+    return f"{model}, {arm}{', random weights' if init == 'random' else ''}"
+
+
 def _lost(points: pd.DataFrame) -> Iterator[str]:
     """Arms that left the range of their dtype, and arms that fell under its floor."""
     floors: dict[str, list[str]] = {}
     for (model, init, arm, lam), part in groups_of(points, ["model", "init", "arm", "lam"]):
-        name = f"{model}, {arm}{', random weights' if init == 'random' else ''}"
+        name = _arm_name(model, init, arm)
         end, below = wording.ends_with(part), part.loc[part["below_floor"] > 0, "layer"]
         if end:
             yield f"{name}, {wording.lam_word(lam)}: {end}. The curve stops there."
@@ -113,18 +119,30 @@ def _lost(points: pd.DataFrame) -> Iterator[str]:
         yield f"{name}: not resolved by the dtype (below the floor) at {', '.join(where)}."
 
 
+def _massive(rows: pd.DataFrame) -> Iterator[str]:
+    """Arms in which one row decides relative mu: at which lambdas, whose it is, and where."""
+    found: dict[str, list[ArmCurves]] = {}
+    for arm in arms(rows):
+        if arm.massive.layers:
+            found.setdefault(_arm_name(arm.model, arm.init, arm.arm), []).append(arm)
+    for name, own in found.items():
+        lams = ", ".join(dict.fromkeys(wording.lam_word(arm.lam) for arm in own))
+        words = pooled(arm.massive for arm in own).words
+        yield f"{name}, {lams}: {words}. Relative μ is decided by that row there; angular μ is not."
+
+
 def _unresolved(rows: pd.DataFrame) -> Iterator[str]:
     """Arms that rounding decides: of which measures, from which layer, in what dtype, and what to do."""
     found: dict[tuple[str, str], dict[str, list[str]]] = {}
-    unresolved = rows[rows["status"] == UNRESOLVED]
+    told = rows["measure"] != "longest_row"  # of rows that agree any may be the longest, and none is massive
+    unresolved = rows[told & (rows["status"] == UNRESOLVED)]
     for (model, init, arm, dtype, lam), part in groups_of(unresolved, ["model", "init", "arm", "dtype", "lam"]):
         first: dict[str, list[str]] = {}
         for measure, layer in part.groupby("measure", sort=False)["layer"].min().items():
             where = wording.lam_word(lam) + (f" from layer {layer:g}" if layer == layer else "")
             first.setdefault(where, []).append(wording.measure_word(str(measure)))
-        arm_name = f"{model}, {arm}{', random weights' if init == 'random' else ''}"
         for where, measures in first.items():
-            found.setdefault((arm_name, dtype), {}).setdefault(", ".join(measures), []).append(where)
+            found.setdefault((_arm_name(model, init, arm), dtype), {}).setdefault(", ".join(measures), []).append(where)
     for (name, dtype), places in found.items():
         listed = "; ".join(f"{measures} at {', '.join(where)}" for measures, where in places.items())
         mend = NOT_EVEN.format("them") if dtype == "float64" else "run with --dtype float64"

@@ -1,4 +1,4 @@
-"""What the terminal says where layers are missing: which, and no verdict."""
+"""What the terminal says where layers are missing, and no verdict, or a row is massive."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lscollapse.cli.terminal import model as of_model
 from lscollapse.cli.terminal.paper import arms_table, last_layer_table
 from lscollapse.cli.terminal.prepare import identity_table
 from lscollapse.instrument.identity import LayerDifference
+from tests.unit.reports.test_verdict import HEALTHY, LONG, NAMES, SINK, without, zero_rows
 
 NAN = float("nan")
 
@@ -47,3 +49,21 @@ def test_no_mean_over_the_excerpts_that_are_left(
     cells = capsys.readouterr().out.split("\n")[-3].split()
     ends = ["none"] if lost == 3 else ["layer", str(lost)]
     assert cells[-len(ends) - 1 :] == [last, *ends]
+
+
+def test_every_measure_of_a_massive_row_is_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    rows = zero_rows(HEALTHY, LONG, SINK, HEALTHY, (0.8, 0.8, 3.0, NAN, NAN))
+    of_model.show(rows, own_tokens=False)
+    shown = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    for line in ("1 relative mu 0.900 0.800 4 0.800", "rank1 residual 0.800 0.050 1 0.800", "angular mu 0.850 0.200 2 undefined",
+                 "angular rank1 residual 0.800 0.200 2 undefined", "row norm ratio 2.000 100.000 1 3.000"):  # fmt: skip
+        assert line in shown
+    assert shown[-1].startswith(
+        "m, LN, lambda 1: falls under 0.5 and recovers: relative mu, angular where a row is massive,"
+    )
+    of_model.show(without(rows, *NAMES[2:], "longest_row"), own_tokens=False)
+    shown_before = capsys.readouterr().out
+    assert "angular" not in shown_before and "ratio" not in shown_before

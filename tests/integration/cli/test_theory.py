@@ -78,7 +78,7 @@ def test_find_lambda(run, little: list[object], tmp_path: Path) -> None:
     assert code == 0
     assert "checked:" in out and "not monotone" in out and "K/tau* of the attention" in out
     curve = pd.read_csv(tmp_path / "found" / "curve.csv")
-    assert list(curve.columns) == ["lam", "relative_mu", "rank1_residual"]
+    assert list(curve.columns) == ["lam", "relative_mu", "rank1_residual", "angular_mu", "row_norm_ratio"]
     assert {find_lambda.LARGEST, -find_lambda.LARGEST, 0.0} <= set(curve["lam"])
 
 

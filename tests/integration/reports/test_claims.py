@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import pytest
 
 from lscollapse.cli import results
 from lscollapse.cli.paper import figures
+from lscollapse.cli.terminal.paper import claims_table
+from lscollapse.cli.terminal.results import show_claims
 from lscollapse.core.config import Experiment
 from lscollapse.core.run_folder import RunFolderError
 from lscollapse.experiments import paper
@@ -371,6 +374,68 @@ def test_damaged_files_of_the_theory(tmp_path: Path, file: str, text: str) -> No
     with pytest.raises(RunFolderError, match=r"theory (verify|bound)") as caught:
         sentences.judged([tmp_path])
     assert "\n" not in str(caught.value)
+
+
+# --- massive rows ------------------------------------------------------------------------------
+
+
+def long_row(rows: pd.DataFrame, lam: float, ratio: float, *layers: int, angular: float = 0.4) -> pd.DataFrame:
+    """The same with the ratio, position and angular mu of the arms at `lam`: row 0 is long at `layers`."""
+    own = rows[(rows["measure"] == "relative_mu") & (rows["lam"] == lam)]
+    values = {
+        "row_norm_ratio": own["layer"].isin(layers) * (ratio - 2.0) + 2.0,
+        "longest_row": 0.0,
+        "angular_mu": angular,
+    }
+    more = [own.assign(measure=name, value=value) for name, value in values.items()]
+    return pd.concat([rows, *more], ignore_index=True)
+
+
+SWEPT = table(ends(FIGURE2, None))
+LONG_SWEEP = long_row(long_row(long_row(SWEPT, 1.0, 40.4, 1), 2.0, 170.4, 0, 1, angular=0.45), -1.0, 9.9, 1)
+NOTE = (
+    "LN, lambda 1, 2: token 0 has up to 170 times the median row norm at layers 0 to 1, which decides relative mu there;"
+    " angular mu of the last layer 1: 0.400, 2: 0.450"
+)
+
+
+def notes(rows: pd.DataFrame) -> dict[str, str]:
+    return {finding.claim: finding.note for finding in sentences.judge(rows)}
+
+
+def test_a_claim_notes_where_a_row_is_massive_in_what_it_used() -> None:
+    assert notes(LONG_SWEEP) == {f"figure 2{letter}": NOTE for letter in "abcd"}
+    verdicts = [[(f.verdict, f.numbers) for f in sentences.judge(rows)] for rows in (LONG_SWEEP, SWEPT)]
+    assert verdicts[0] == verdicts[1]  # claims are on the paper's measure
+    assert set(notes(SWEPT).values()) == {""}
+
+
+def test_a_note_is_on_the_arms_that_were_used_only() -> None:
+    rows = long_row(table(PAPER_FIGURE3), 1.0, 30.0, 2)
+    rows = rows[(rows["measure"] == "relative_mu") | rows["gating"] & rows["layernorm"]]
+    said = "gate, LN, lambda 1: token 0 has 30 times the median row norm at layer 2, which decides relative mu there; angular mu"
+    found = notes(rows)
+    assert {claim for claim, note in found.items() if note} == {"figure 3a", "figure 3f", "figure 3g"}
+    assert found["figure 3a"] == f"{said} of the last layer 0.400"
+    lacking = notes(rows[rows["measure"] != "angular_mu"])
+    assert lacking["figure 3g"] == f"{said} is not in this table: run with --set measures=all"
+    unresolved = rows.assign(status=rows["status"].mask(rows["measure"] == "angular_mu", "unresolved"))
+    assert notes(unresolved)["figure 3g"] == f"{said} of the last layer not known"
+
+
+def test_notes_in_every_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = LONG_SWEEP
+    found = sentences.noted(pd.DataFrame([{"run": "r", "reading": "", **asdict(f)} for f in sentences.judge(rows)]))
+    for form in ("csv", "markdown", "json"):
+        show_claims(found, form)
+        assert capsys.readouterr().out.count(NOTE) == 4
+    show_claims(found, "text")
+    said = capsys.readouterr().out
+    assert f"note on figure 2a, figure 2b, figure 2c, figure 2d: net, {NOTE}\n" in said and said.count(NOTE) == 1
+    claims_table(rows)
+    assert f"note on figure 2a, figure 2b, figure 2c, figure 2d: net, {NOTE}\n" in capsys.readouterr().out
+    plain = sentences.noted(pd.DataFrame([asdict(f) for f in sentences.judge(SWEPT)]))
+    assert "note" not in plain and sentences.footnotes(plain) == []
 
 
 # --- run folders -------------------------------------------------------------------------------

@@ -339,6 +339,23 @@ def test_warnings(page, warning):
     assert warning in shown
 
 
+def test_massive_rows_are_named_with_where_they_are(tmp_path):
+    rows = ablation()
+    own = rows[rows["measure"].eq("relative_mu") & rows["arm"].eq("gate, LN")]
+    ratio = own.assign(measure="row_norm_ratio", value=np.where(own["layer"].between(3, 5), 60.4, 1.5))
+    places = own.assign(measure="longest_row", value=np.where(own["excerpt"] == 4, 7.0, 0.0))
+    places["status"] = np.where(places["layer"] == 1, "unresolved", "ok")
+    page = Page(
+        write([write_run(tmp_path / "run", "ablate-gating", pd.concat([rows, ratio, places]))], tmp_path / "r.html")
+    )
+    shown = page.text[page.text.index("Before you read on") : page.text.index("Figure 3.")]
+    assert (
+        "gated, gate, LN, λ = 1: one token (0 in 12 of 15 outputs) has up to 60 times the median row norm at layers 3 to 5."
+        " Relative μ is decided by that row there; angular μ is not."
+    ) in shown
+    assert shown.count("median row norm") == 1 and "longest" not in shown
+
+
 def test_embedded_models_are_named_as_such(tmp_path):
     rows = pd.concat([arm("mamba2-tiny", lam, True) for lam in (0.0, 1.0)])
     run = write_run(tmp_path / "run", "sweep-lambda", rows)

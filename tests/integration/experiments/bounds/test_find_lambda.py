@@ -19,7 +19,7 @@ from lscollapse.experiments.bounds import find_lambda, gains
 from lscollapse.instrument.sublayers import sublayers
 from lscollapse.models.adapt import adapt
 from lscollapse.runs.loading import LoadedTask
-from lscollapse.theory.stretches import MEASURES, SIGNS, Found, in_words
+from lscollapse.theory.stretches import BESIDE, MEASURES, SIGNS, Found, in_words
 from tests.equivalence import plain_models, tiny
 from tests.unit.instrument.test_lm_loss import PREDICTING, of_class
 
@@ -51,7 +51,7 @@ def plain_last(kind: str, model: Any, lam: float, **arm: Any) -> dict[str, float
     run = getattr(plain_models, kind)
     last = run(plain_models.weights_of(model), model.config, tiny.ids(EXCERPTS, TOKENS, seed=4), lam=lam, **arm)[-1]
     values = [plain_models.plain_measures(Y) for Y in last]
-    return {name: float(np.mean([v[name] for v in values])) for name in MEASURES}
+    return {name: float(np.mean([v[name] for v in values])) for name in (*MEASURES, *BESIDE)}
 
 
 @pytest.fixture(scope="module", params=NETS)
@@ -183,6 +183,28 @@ def test_rank_warning_only_where_rank_is_lost() -> None:
     assert "0.200 (lambda = -2)" in str(lost.rank_warning())
     assert curve({0.0: (0.1, 0.1), -1.0: (0.9, 0.8), -2.0: (0.9, 0.7), 1.0: (0.9, 0.2)}).rank_warning() is None
     assert curve({0.0: (0.1, 0.1), -1.0: (0.2, 0.1)}).rank_warning() is None
+
+
+def test_a_warning_where_one_row_decides_the_last_layer() -> None:
+    """Points of relative mu, rank-1 residual, angular mu and row norm ratio, by hand."""
+    values = {0.0: (0.1, 0.1, 0.1, 1.2), 1.0: (0.9, 0.1, 0.3, 40.4), 2.0: (0.9, 0.1, 0.2, 170.4), 4.0: (0.9, 0.1, 0.6, 90.0),
+              8.0: (0.9, 0.6, 0.3, 9.9), -1.0: (0.4, 0.1, 0.1, 300.0)}  # fmt: skip
+    found = curve({lam: value[:2] for lam, value in values.items()})
+    assert theory.massive_warning(found) is None  # not measured
+    for lam, value in values.items():
+        found.points[lam] |= dict(zip(BESIDE, value[2:], strict=True))
+    assert theory.massive_warning(found) == (
+        "at 2 of 6 tested lambdas, from 1 to 2, one row of the last layer has up to 170 times the median norm and decides relative"
+        " mu, which is over 0.5; angular mu, of directions alone, falls to 0.200 (lambda = 2)"
+    )
+    del found.points[1.0]
+    found.points[2.0] |= {"angular_mu": math.nan, "row_norm_ratio": math.inf}
+    assert str(theory.massive_warning(found)).startswith(
+        "at lambda = 2, one row of the last layer has infinitely many times the median norm and decides"
+    )
+    assert str(theory.massive_warning(found)).endswith("angular mu, of directions alone, is not known")
+    del found.points[2.0]
+    assert theory.massive_warning(found) is None
 
 
 @pytest.mark.parametrize("target, tol", [(0.0, 0.1), (1.0, 0.1), (0.5, 0.0), (0.5, 1.0)])
