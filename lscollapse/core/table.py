@@ -41,8 +41,8 @@ PIXELS = "pixels"  # stands in the table where a text has its tokenizer
 # rows have about 1, equal ones 0, and under one half the mean row alone makes more than three quarters of ||Y||^2. A curve rises
 # (or drops) when it gains (or loses) at least RISE between two layers: some four standard deviations over excerpts, 0.02 to 0.03.
 COLLAPSED, RISE = 0.5, 0.1
-# A row is massive from MASSIVE times the median norm on: with 128 rows it then has 44 % of ||Y||^2, so that it decides relative mu
-# and the rank-1 residual nearly alone. The models here that have none stay under 4, SmolLM2's first token has 170.
+# A row is massive over MASSIVE times the median norm: one of 128 rows then has 44 % of ||Y||^2, so that it decides relative mu
+# and the rank-1 residual nearly alone. The embedded models with their norms stay under 4, SmolLM2's first token has 170.
 MASSIVE = 10.0
 # Of test accuracy (of 1), fixed before the grid was run: a smaller loss by learning lambda does not count. Six of the
 # eight differences in the paper's Table 1, of which it says that learning does not affect the performance, are smaller.

@@ -29,7 +29,7 @@ def massive(rows: pd.DataFrame) -> Massive:
     A row of a picture is named by its position: that of a pixel or, in a net of patches, of a patch.
     """
     ratio = curve(rows[rows["measure"] == "row_norm_ratio"])
-    over = ratio[ratio >= MASSIVE]
+    over = ratio[ratio > MASSIVE]
     places = rows[(rows["measure"] == "longest_row") & rows["layer"].isin(over.index)]
     unit = "position" if reads_pixels(rows) else "token"
     return Massive([int(layer) for layer in over.index], float(over.max()), known(places).tolist(), unit)

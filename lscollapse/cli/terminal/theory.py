@@ -63,7 +63,7 @@ def massive_warning(found: Found) -> str | None:
     doubtful = {
         lam: point
         for lam, point in found.points.items()
-        if point.get("row_norm_ratio", 0.0) >= MASSIVE
+        if point.get("row_norm_ratio", 0.0) > MASSIVE
         and point["relative_mu"] >= found.target
         and not point["angular_mu"] >= found.target
     }

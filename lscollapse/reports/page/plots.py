@@ -210,7 +210,7 @@ def _series(points: pd.DataFrame, x: str, of_tab: list[float], name: str, colour
 
 
 def _tab(name: str, x: list[Any], series: list[Json], points: pd.DataFrame) -> Json:
-    return {"name": name, "x": x, "series": series, "massive": wording.massive_words(points)}
+    return {"name": name, "x": x, "series": series, "massive": wording.massive_note(points)}
 
 
 def _sweep_tabs(points: pd.DataFrame) -> list[Json]:
