@@ -29,10 +29,11 @@ DEFAULT_MEASURES = tuple(name for name in MEASURES if name != "effective_rank")
 ALWAYS = ("relative_mu", "rank1_residual")  # whatever is asked for: others and their rounding follow from them
 # What is asked of the directions of the rows alone, in the place of what one long row can decide.
 ANGULAR = {"relative_mu": "angular_mu", "rank1_residual": "angular_rank1_residual"}
+POSITION = "longest_row"  # a number of which no mean is taken
 # Measures of at most about 1, and the position, of which two values are compared as they stand; of others as a share of the value.
-ABSOLUTE = (*ANGULAR, *ANGULAR.values(), "mean_cosine", "dong_residual", "longest_row")
+ABSOLUTE = (*ANGULAR, *ANGULAR.values(), "mean_cosine", "dong_residual", POSITION)
 # That float32 leaves them open makes no arm run in float64: the gradient has none, and of rows that agree any may be the longest.
-NOT_WIDENED = ("grad_norm", "longest_row")
+NOT_WIDENED = ("grad_norm", POSITION)
 LOGARITHMIC = ("mu", "grad_norm")  # may leave the range of float64: their `rounding` is that of `log10`
 RESOLVE = 0.01  # the tolerance, where none is given
 ORDER = ("subject", "variant", "layer", "measure", "excerpt")  # of the rows, whatever the work items were
