@@ -29,10 +29,11 @@ DEFAULT_MEASURES = tuple(name for name in MEASURES if name != "effective_rank")
 ALWAYS = ("relative_mu", "rank1_residual")  # whatever is asked for: others and their rounding follow from them
 # What is asked of the directions of the rows alone, in the place of what one long row can decide.
 ANGULAR = {"relative_mu": "angular_mu", "rank1_residual": "angular_rank1_residual"}
+POSITION = "longest_row"  # a number of which no mean is taken
 # Measures of at most about 1, and the position, of which two values are compared as they stand; of others as a share of the value.
-ABSOLUTE = (*ANGULAR, *ANGULAR.values(), "mean_cosine", "dong_residual", "longest_row")
+ABSOLUTE = (*ANGULAR, *ANGULAR.values(), "mean_cosine", "dong_residual", POSITION)
 # That float32 leaves them open makes no arm run in float64: the gradient has none, and of rows that agree any may be the longest.
-NOT_WIDENED = ("grad_norm", "longest_row")
+NOT_WIDENED = ("grad_norm", POSITION)
 LOGARITHMIC = ("mu", "grad_norm")  # may leave the range of float64: their `rounding` is that of `log10`
 RESOLVE = 0.01  # the tolerance, where none is given
 ORDER = ("subject", "variant", "layer", "measure", "excerpt")  # of the rows, whatever the work items were
@@ -41,8 +42,8 @@ PIXELS = "pixels"  # stands in the table where a text has its tokenizer
 # rows have about 1, equal ones 0, and under one half the mean row alone makes more than three quarters of ||Y||^2. A curve rises
 # (or drops) when it gains (or loses) at least RISE between two layers: some four standard deviations over excerpts, 0.02 to 0.03.
 COLLAPSED, RISE = 0.5, 0.1
-# A row is massive over MASSIVE times the median norm: with 128 rows it then has 44 % of ||Y||^2 or more, so that it decides relative mu
-# and the rank-1 residual nearly alone. The models here that have none stay under 4, SmolLM2's first token has 170.
+# A row is massive over MASSIVE times the median norm: one of 128 rows then has 44 % of ||Y||^2, so that it decides relative mu
+# and the rank-1 residual nearly alone. The embedded models with their norms stay under 4, SmolLM2's first token has 170.
 MASSIVE = 10.0
 # Of test accuracy (of 1), fixed before the grid was run: a smaller loss by learning lambda does not count. Six of the
 # eight differences in the paper's Table 1, of which it says that learning does not affect the performance, are smaller.

@@ -18,7 +18,7 @@ import pandas as pd
 
 from lscollapse.core.files import changes
 from lscollapse.core.run_folder import RunFolderError, read_manifest, read_rows
-from lscollapse.core.table import KNOWN, LOGARITHMIC, LOST, UNRESOLVED, lambda_word
+from lscollapse.core.table import KNOWN, LOGARITHMIC, LOST, POSITION, UNRESOLVED, lambda_word
 
 ARM = ["model", "init", "arm", "lam"]
 CELL = ["name", "measure", "layer"]  # name: the arm in words
@@ -86,6 +86,7 @@ def _rows(run: Path) -> pd.DataFrame:
     missing = {*ARM, "measure", "layer", "excerpt", "value", "log10", "status", "bound", "floor"} - set(rows.columns)
     if missing:
         raise RunFolderError(f"{run} has no column {min(missing)!r}: give runs of measurements or of table1")
+    rows = rows[rows["measure"] != POSITION]
     number = rows["value"].where(~rows["measure"].isin(LOGARITHMIC), rows["log10"])
     return rows.assign(number=number.where(rows["status"].isin(KNOWN)), lam=rows["lam"].map(lambda_word))
 

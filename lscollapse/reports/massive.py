@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from lscollapse.core.table import MASSIVE, known, known_ratio, massive_words, reads_pixels
+from lscollapse.core.table import MASSIVE, POSITION, known, known_ratio, massive_words, reads_pixels
 
 
 class Massive(NamedTuple):
@@ -30,7 +30,7 @@ def massive(rows: pd.DataFrame) -> Massive:
     """
     ratio = curve(rows[rows["measure"] == "row_norm_ratio"])
     over = ratio[ratio > MASSIVE]
-    places = rows[(rows["measure"] == "longest_row") & rows["layer"].isin(over.index)]
+    places = rows[(rows["measure"] == POSITION) & rows["layer"].isin(over.index)]
     unit = "position" if reads_pixels(rows) else "token"
     return Massive([int(layer) for layer in over.index], float(over.max()), known(places).tolist(), unit)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple, cast
 
 import pandas as pd
 
-from lscollapse.core.table import ANGULAR, COLLAPSED, LOST, layer_words
+from lscollapse.core.table import ANGULAR, COLLAPSED, LOST, POSITION, layer_words
 from lscollapse.reports.massive import Massive, curve, massive
 
 VERDICTS = AGREE, DISAGREE, NOT_MEASURED = "agrees", "disagrees", "not measured"
@@ -75,7 +75,7 @@ class ArmCurves(NamedTuple):
 def arms(rows: pd.DataFrame) -> Iterator[ArmCurves]:
     """Every variant of a table, as its curves."""
     keys = ["model", "init", "arm", "lam", "dtype"]
-    rows = rows[rows["measure"].isin([*WORST, "longest_row"])]  # the gradient's norm is of float32 whatever the arm is
+    rows = rows[rows["measure"].isin([*WORST, POSITION])]  # the gradient's norm is of float32 whatever the arm is
     for key, part in rows.groupby(keys, sort=False, dropna=False):
         model, init, arm, lam, dtype = cast("tuple[str, str, str, float, str]", key)  # the stubs know one key only
         lost = _lost(part[part["measure"] == "relative_mu"], dtype)

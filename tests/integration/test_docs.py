@@ -8,13 +8,16 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import logging
 
 from lscollapse.core.registry import ENTRIES
+from lscollapse.core.table import ANGULAR
 from tests import ROOT
 from tests.equivalence import tiny
+from tests.equivalence.plain_models import plain_measures
 
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -198,6 +201,17 @@ def test_every_table_of_results_is_its_own() -> None:
     files = [path for folder in ("reference", "table1") for path in (RESULTS / folder).rglob("*")]
     contents = [path.read_bytes() for path in files if path.suffix in (".csv", ".md", ".json")]
     assert len(set(contents)) == len(contents)
+
+
+def test_the_table_of_a_massive_row() -> None:
+    """By numpy, from the definitions."""
+    (quoted,) = (table for table in tables("docs/table.md") if table[0][0] == "first row, times")
+    Y = np.random.default_rng(0).standard_normal((128, 256)) + 1.0
+    for times, *numbers in quoted[2:]:
+        long = Y * np.where(np.arange(128) == 0, float(times), 1.0)[:, None]
+        found = plain_measures(long)
+        names = ["relative_mu", "rank1_residual", "stable_rank", "row_norm_ratio", *ANGULAR.values(), "effective_rank"]
+        assert numbers == [f"{found[name]:.3f}" for name in names]
 
 
 def test_the_cards_quote_the_training() -> None:

@@ -55,7 +55,7 @@ def row_norm_ratios(rows: pd.DataFrame) -> pd.DataFrame:
     return held.assign(mean=np.nan, drawn="") if held.empty else summarise(held, (RATIO,))
 
 
-def massive(points: pd.DataFrame) -> pd.DataFrame:
+def massive_points(points: pd.DataFrame) -> pd.DataFrame:
     """The points of the row norm ratio at which one row is so long that it decides relative mu and the rank-1 residual."""
     long: pd.Series = has_value(points) | np.isinf(points["mean"])
     long &= (points["measure"] == RATIO) & (points["mean"] > MASSIVE)
@@ -64,7 +64,7 @@ def massive(points: pd.DataFrame) -> pd.DataFrame:
 
 def shown_with(rows: pd.DataFrame, measures: Sequence[str]) -> tuple[str, ...]:
     """The measures, and the row norm ratio where a row is massive anywhere."""
-    return (*measures, RATIO) if len(massive(row_norm_ratios(rows))) else tuple(measures)
+    return (*measures, RATIO) if len(massive_points(row_norm_ratios(rows))) else tuple(measures)
 
 
 def numbers(rows: pd.DataFrame) -> pd.Series:

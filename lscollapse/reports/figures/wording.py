@@ -10,7 +10,7 @@ import pandas as pd
 
 from lscollapse.core import registry
 from lscollapse.core.table import ANGULAR, MASSIVE, STATUSES, UNRESOLVED, layer_words, reads_pixels
-from lscollapse.reports.figures.points import KEYS, RATIO, groups_of, last_layer, massive, row_norm_ratios
+from lscollapse.reports.figures.points import KEYS, RATIO, groups_of, last_layer, massive_points, row_norm_ratios
 
 # In the order in which the page offers them
 NAMES = {
@@ -118,7 +118,7 @@ def caption(rows: pd.DataFrame, data: pd.DataFrame) -> list[str]:
         unresolved(data),
         "Angular μ: that of the rows scaled to norm 1, so that no row decides it alone." if angular else "",
         disagreement(data, rows),
-        massive_words(row_norm_ratios(rows)),
+        massive_note(row_norm_ratios(rows)),
     ]
 
 
@@ -140,7 +140,7 @@ def disagreement(data: pd.DataFrame, rows: pd.DataFrame) -> str:
     """
     last, keys = last_layer(data), [key for key in KEYS if key != "measure"]
     last = last.loc[last["drawn"] == "point", [*KEYS, "mean"]]
-    long = massive(row_norm_ratios(rows))[keys]
+    long = massive_points(row_norm_ratios(rows))[keys]
     said = []
     for pair in PAIRS.values():
         spread, rank1 = (last[last["measure"] == measure].drop(columns="measure") for measure in pair)
@@ -175,9 +175,9 @@ def _lams(points: pd.DataFrame) -> str:
     return ", ".join([*equals, *schedule]).replace(" ", "\N{NO-BREAK SPACE}")
 
 
-def massive_words(points: pd.DataFrame) -> str:
+def massive_note(points: pd.DataFrame) -> str:
     """That one row has more than MASSIVE times the median norm, and where among these points of the row norm ratio; "" if nowhere."""
-    long, ratios = massive(points), points[points["measure"] == RATIO]
+    long, ratios = massive_points(points), points[points["measure"] == RATIO]
     if long.empty:
         return ""
     several = [name for name in (*CURVE, "lam") if ratios[name].nunique(dropna=False) > 1] or ["model"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from lscollapse.core.table import UNRESOLVED, reads_pixels
+from lscollapse.core.table import POSITION, UNRESOLVED, reads_pixels
 from lscollapse.reports import table1
 from lscollapse.reports.claims.sentences import catalogue, judged
 from lscollapse.reports.figures import wording
@@ -134,7 +134,7 @@ def _massive(rows: pd.DataFrame) -> Iterator[str]:
 def _unresolved(rows: pd.DataFrame) -> Iterator[str]:
     """Arms that rounding decides: of which measures, from which layer, in what dtype, and what to do."""
     found: dict[tuple[str, str], dict[str, list[str]]] = {}
-    told = rows["measure"] != "longest_row"  # of rows that agree any may be the longest, and none is massive
+    told = rows["measure"] != POSITION  # of rows that agree any may be the longest, and none is massive
     unresolved = rows[told & (rows["status"] == UNRESOLVED)]
     for (model, init, arm, dtype, lam), part in groups_of(unresolved, ["model", "init", "arm", "dtype", "lam"]):
         first: dict[str, list[str]] = {}

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lscollapse.core.table import ANGULAR, COLLAPSED, LOGARITHMIC, MASSIVE, STATUSES, UNRESOLVED, reads_pixels
+from lscollapse.core.table import ANGULAR, COLLAPSED, LOGARITHMIC, MASSIVE, POSITION, STATUSES, UNRESOLVED, reads_pixels
 from lscollapse.reports.figures import wording
 from lscollapse.reports.figures.points import KEYS, NEEDED, RATIO, groups_of, has_value, numbers, summarise
 from lscollapse.reports.figures.style import PALETTE, lambda_colour
@@ -30,7 +30,6 @@ Json = dict[str, Any]
 ARM = ("model", "init", "arm", "gating", "layernorm", "skip_site", "norm_site")  # one curve over lambda
 SWEPT = 3  # lambdas from which an arm is a sweep
 UNIT = (*ANGULAR, *ANGULAR.values(), "dong_residual")  # between 0 and 1
-POSITION = "longest_row"  # has no mean
 COUNTS = f"under {COLLAPSED:g} counts as collapsed"
 FACTS: dict[str, Json] = {  # where a dotted line is and what it means, and whether the axis begins as a log one
     "relative_mu": {"line": COLLAPSED, "means": COUNTS},
@@ -210,7 +209,7 @@ def _series(points: pd.DataFrame, x: str, of_tab: list[float], name: str, colour
 
 
 def _tab(name: str, x: list[Any], series: list[Json], points: pd.DataFrame) -> Json:
-    return {"name": name, "x": x, "series": series, "massive": wording.massive_words(points)}
+    return {"name": name, "x": x, "series": series, "massive": wording.massive_note(points)}
 
 
 def _sweep_tabs(points: pd.DataFrame) -> list[Json]:
