@@ -17,6 +17,7 @@ import pytest
 from lscollapse.cli import app
 from lscollapse.core import assets, config, registry
 from lscollapse.core.run_folder import read_rows
+from lscollapse.core.table import DEFAULT_MEASURES
 from lscollapse.experiments import paper
 from tests import ROOT
 from tests.integration.reports.test_page import write_run
@@ -251,7 +252,7 @@ def test_frozen_excerpts_give_the_same_rows(shell: Shell, minilm: str, tmp_path:
     settings = {"models": [minilm], "excerpts": 3, "tokens": 8, "lambdas": [-2, 0, 1], "seed": 3}
     direct = paper.sweep_lambda(config.configure(config.Experiment, flags=settings), tmp_path / "direct")
     pd.testing.assert_frame_equal(read_rows(out), direct)
-    assert len(direct) == 3 * 3 * 7 * 6
+    assert len(direct) == 3 * 3 * 7 * len(DEFAULT_MEASURES)
 
     before = {file.name: file.read_bytes() for file in out.iterdir()}
     line = shell.refused(*command, "--tokens", "7", "--seed", "3")

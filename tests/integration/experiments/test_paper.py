@@ -16,7 +16,7 @@ from transformers import BambaConfig, BambaForCausalLM
 
 from lscollapse.core.config import ConfigError, Experiment
 from lscollapse.core.run_folder import RunFolderError
-from lscollapse.core.table import COLUMNS
+from lscollapse.core.table import COLUMNS, DEFAULT_MEASURES
 from lscollapse.experiments import own_model, paper
 from lscollapse.experiments.bounds import find_lambda
 from tests.equivalence import plain_models, tiny
@@ -97,7 +97,7 @@ def test_every_row_is_that_of_the_plain_model(run: Any, models: dict[str, Any], 
     rows, ids = run[1], frozen[1]
     assert tuple(rows) == COLUMNS
     arms = {"little-mamba": (True, False), "little-albert": (None,)}
-    assert len(rows) == EXCERPTS * 6 * 3 * len(LAMBDAS) * (2 + 1)
+    assert len(rows) == EXCERPTS * len(DEFAULT_MEASURES) * 3 * len(LAMBDAS) * (2 + 1)
     for name, (_, model) in models.items():
         weights, kind = plain_models.weights_of(model), model.config.model_type
         of_model = rows[rows["model"] == name]

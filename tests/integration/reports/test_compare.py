@@ -16,6 +16,7 @@ import typer
 from lscollapse.cli import results
 from lscollapse.core.config import Experiment
 from lscollapse.core.run_folder import RunFolderError
+from lscollapse.core.table import DEFAULT_MEASURES
 from lscollapse.experiments import paper
 from lscollapse.reports import compare
 from tests.equivalence import tiny
@@ -88,6 +89,8 @@ def test_numbers_are_those_of_plain_sums(runs: dict[str, Path], other: str, pair
     best: dict[tuple[str, str], float] = {}
     numbers = {}
     for key, ours in a.items():
+        if key[2] == "longest_row":
+            continue
         theirs = b[key]
         spread = max(math.sqrt((ours.var(ddof=1) + theirs.var(ddof=1)) / 2), 2.0**-23)
         step, error = theirs.mean() - ours.mean(), (theirs - ours).std(ddof=1) / math.sqrt(EXCERPTS)
@@ -96,7 +99,9 @@ def test_numbers_are_those_of_plain_sums(runs: dict[str, Path], other: str, pair
         name, ratio = f"net: {key[0]}, lambda {key[1]:g}", abs(step) / max(spread, 4 * error)
         numbers[name, key[2], key[3]] = (ours.mean(), theirs.mean(), step, spread, error, ratio)
         best[name, key[2]] = max(best.get((name, key[2]), 0.0), ratio)
-    assert len(found.differences) == 6 * 6
+    assert len(found.differences) == 6 * (
+        len(DEFAULT_MEASURES) - 1
+    )  # of the position of the longest row no mean is taken
     for row in found.differences.itertuples():
         expected = numbers[row.name, row.measure, row.layer]
         got = (row.a, row.b, row.difference, row.spread, row.error, row.ratio)
