@@ -34,7 +34,7 @@ POSITION = "longest_row"  # a number of which no mean is taken
 ABSOLUTE = (*ANGULAR, *ANGULAR.values(), "mean_cosine", "dong_residual", POSITION)
 # That float32 leaves them open makes no arm run in float64: the gradient has none, and of rows that agree any may be the longest.
 NOT_WIDENED = ("grad_norm", POSITION)
-LOGARITHMIC = ("mu", "grad_norm")  # may leave the range of float64: their `rounding` is that of `log10`
+LOGARITHMIC = ("mu", "row_norm_ratio", "grad_norm")  # of any size: their `rounding` is that of `log10`
 RESOLVE = 0.01  # the tolerance, where none is given
 ORDER = ("subject", "variant", "layer", "measure", "excerpt")  # of the rows, whatever the work items were
 PIXELS = "pixels"  # stands in the table where a text has its tokenizer

@@ -63,7 +63,10 @@ def by_definition(Y: np.ndarray) -> dict[str, float]:
     """The measures that are watched, of one (N, d) matrix."""
     norms = np.sqrt((Y**2).sum(1))
     of = {"": Y, "angular_": Y / norms[:, None]}
-    found = {"row_norm_ratio": norms.max() / np.median(norms), "longest_row": int(norms.argmax())}
+    found = {
+        "row_norm_ratio": norms.max() / np.median(norms),
+        "longest_row": int((norms >= 0.999 * norms.max()).argmax()),
+    }
     for kind, Z in of.items():
         sigma = np.linalg.svd(Z, compute_uv=False)
         found[f"{kind}mu" if kind else "relative_mu"] = np.linalg.norm(Z - Z.mean(0)) / np.linalg.norm(Z)

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lscollapse.core.table import ABSOLUTE, AGREES, UNRESOLVED
+from lscollapse.core.table import ABSOLUTE, AGREES, POSITION, UNRESOLVED
 
 PATHS = {
     "this one": ({}, 1, True),
@@ -40,6 +40,9 @@ for name, dtype in (("auto", None), ("float32", torch.float32)):
 """
 
 
+FRACTIONS = set(ABSOLUTE) - {POSITION}  # of rows of nearly one length any may be the longest
+
+
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], pd.DataFrame]:
     folder = tmp_path_factory.mktemp("paths")
@@ -56,15 +59,15 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], pd
 def test_what_is_known_is_the_same_there(tables: dict[tuple[str, str], pd.DataFrame], path: str) -> None:
     here, there = tables["this one", "auto"], tables[path, "auto"]
     assert list(here["dtype"]) == list(there["dtype"])
-    known = (here["status"] != UNRESOLVED) & (there["status"] != UNRESOLVED) & here["measure"].isin(ABSOLUTE)
-    assert known.mean() > 0.6  # four of six measures, and of them nearly all
+    known = (here["status"] != UNRESOLVED) & (there["status"] != UNRESOLVED) & here["measure"].isin(FRACTIONS)
+    assert known.mean() > 0.55  # six of ten measures, and of them nearly all
     np.testing.assert_allclose(there["value"][known], here["value"][known], rtol=0.0, atol=AGREES)
 
 
 def test_what_is_unresolved_is_not(tables: dict[tuple[str, str], pd.DataFrame]) -> None:
     """In float32 the full architecture at lambda = 0 gives other numbers on another processor, and says that it does."""
     here, there = tables["this one", "float32"], tables["default", "float32"]
-    fractions = here["measure"].isin(ABSOLUTE)
+    fractions = here["measure"].isin(FRACTIONS)
     apart = (here["value"] - there["value"]).abs()[fractions]
     known = (here["status"] != UNRESOLVED)[fractions]
     assert apart[~known].max() > 1e-3

@@ -73,11 +73,11 @@ def test_another_dtype_is_within_the_spread(runs: dict[str, Path]) -> None:
 
 
 def cells(rows: pd.DataFrame) -> dict[tuple[str, float, str, int], np.ndarray]:
-    """Excerpt by excerpt, in the order of the excerpts; mu as its logarithm."""
+    """Excerpt by excerpt, in the order of the excerpts; mu and the ratio of row norms as their logarithms."""
     out: dict[tuple[str, float, str, int], np.ndarray] = {}
     for row in rows.sort_values("excerpt").itertuples():
         key = (row.arm, row.lam, row.measure, row.layer)
-        value = math.log10(row.value) if row.measure == "mu" and row.value else row.value
+        value = math.log10(row.value) if row.measure in ("mu", "row_norm_ratio") and row.value else row.value
         out[key] = np.append(out.get(key, np.zeros(0)), value)
     return out
 

@@ -303,9 +303,8 @@ def assert_measured_as_a_whole_forward(model: Any, tokens: np.ndarray) -> None:
             for excerpt, y in enumerate(Y):
                 here = rows[(rows["variant"] == number) & (rows["layer"] == layer) & (rows["excerpt"] == excerpt)]
                 expected = plain_models.plain_measures(y.numpy())
-                found = here.set_index("measure")["value"]
-                for name, value in expected.items():
-                    assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-6), (variant, layer, name)
+                for name, value in here.set_index("measure")["value"].items():
+                    assert value == pytest.approx(expected[name], rel=1e-5, abs=1e-6), (variant, layer, name)
 
 
 @pytest.mark.parametrize("what", HANDING_ON)
@@ -474,8 +473,8 @@ def test_plain_measures_of_a_generic_model() -> None:
     for layer, excerpt in ((0, 0), (1, 1), (2, 0)):
         expected = plain_models.plain_measures(states[layer][excerpt].numpy())
         here = rows[(rows["layer"] == layer) & (rows["excerpt"] == excerpt)].set_index("measure")["value"]
-        for name, value in expected.items():
-            assert here[name] == pytest.approx(value, rel=1e-4), name
+        for name, value in here.items():
+            assert value == pytest.approx(expected[name], rel=1e-4), name
 
 
 @pytest.mark.parametrize("name", ["DistilBert", "Electra"])
