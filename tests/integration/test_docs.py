@@ -203,6 +203,31 @@ def test_every_table_of_results_is_its_own() -> None:
     assert len(set(contents)) == len(contents)
 
 
+def test_smollm2_is_quoted_from_its_figures() -> None:
+    folder = ROOT / "results" / "reference" / "smollm2"
+    angular = [row for row in rows_of(folder / "sweep-lambda" / "figure1-angular.csv") if row["drawn"] == "point"]
+    (quoted,) = (table for table in tables("results/reference/smollm2/README.md") if table[0][0] == "lambda")
+    losses = {float(row["lam"]): row for row in rows_of(folder / "sweep-lambda" / "quality.csv")}
+    assert len(quoted[2:]) == len(losses)
+    for lam, *numbers in quoted[2:]:
+        row = losses[float(lam)]
+        (directions,) = (
+            r for r in angular if (float(r["lam"]), r["measure"], r["layer"]) == (float(lam), "angular_mu", "30")
+        )
+        assert numbers == [f"{float(x):.2f}" for x in (row["relative_mu"], directions["mean"], row["lm_loss"])]
+    curves: dict[str, list[float]] = {}
+    for row in [*rows_of(folder / "measure" / "figure1.csv"), *(r for r in angular if float(r["lam"]) == 1.0)]:
+        layers = curves.setdefault(row["measure"].replace("_", " "), [])
+        if len(layers) == int(row["layer"]):  # the ratio is in both, the same
+            layers.append(float(row["mean"]))
+    shown = (ROOT / "README.md").read_text(encoding="utf-8").partition("$ lscollapse measure smollm2-135m")[2]
+    for name, curve in curves.items():
+        first, worst, layer, last = re.search(rf" {name} +([\d.]+) +([\d.]+) +(\d+) +([\d.]+)\n", shown).groups()  # type: ignore[union-attr]
+        wanted = (max if name == "row norm ratio" else min)(curve[1:])
+        assert (first, worst, last) == (f"{curve[0]:.3f}", f"{wanted:.3f}", f"{curve[-1]:.3f}"), name
+        assert curve[int(layer)] == wanted
+
+
 def test_the_table_of_a_massive_row() -> None:
     """By numpy, from the definitions."""
     (quoted,) = (table for table in tables("docs/table.md") if table[0][0] == "first row, times")
