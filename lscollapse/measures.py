@@ -3,10 +3,11 @@
 N tokens, d channels; leading axes (excerpts, variants) are kept apart and never pooled. Everything is computed in float64
 after scaling by a power of two, which rounds nothing, so values of 1e-300 or 1e300 are as good as values of 1.
 
-Accuracy, of the numbers in Y as they are: mu, relative mu, dong_residual and angular_mu to a relative 1e-13, also where all rows
-agree to their last bits; the rank-1 residuals to that or within 1e-16, however small; mean_cosine within 1e-15, whatever the lengths of the rows; row_norm_ratio to a relative 1e-14;
-stable_rank s to a relative s * 2e-13, effective_rank to 1e-12. The leading singular vector is found otherwise on a GPU
-(eigenvector.py), to the same accuracy.
+Accuracy, of the numbers in Y as they are: mu, relative mu and dong_residual to a relative 1e-13, also where all rows agree to
+their last bits; rank1_residual to that or within 1e-16, however small; angular_mu and angular_rank1_residual to that or within
+2e-16, since rows scaled to length 1 are rounded; mean_cosine within 1e-15, whatever the lengths of the rows; row_norm_ratio to
+a relative 1e-14; stable_rank s to a relative s * 2e-13, effective_rank to 1e-12. The leading singular vector is found
+otherwise on a GPU (eigenvector.py), to the same accuracy.
 
 A layer output that holds NaN or infinity gives NaN; `status` says which it was.
 """

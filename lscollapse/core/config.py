@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic_core import PydanticCustomError
 
 from lscollapse.core.files import read_text
-from lscollapse.core.table import DEFAULT_MEASURES, MEASURES, RESOLVE, chosen_measures
+from lscollapse.core.table import DEFAULT_MEASURES, RESOLVE, chosen_measures
 
 EMBEDDED_MODELS = ["mamba2-tiny", "minilm-l6", "albert-smiles"]
 DEFAULT_LAMBDAS = [-8.0, -4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0]
@@ -103,7 +103,9 @@ class Experiment(Compute):
     """Everything that decides the rows of a run, and what computes them."""
 
     models: list[str] = Field(
-        default=EMBEDDED_MODELS, min_length=1, description="Short name, folder or hub id; repeat for several."
+        default=EMBEDDED_MODELS,
+        min_length=1,
+        description="Short name, folder, GGUF file or hub id; repeat for several.",
     )
     revision: str | None = Field(default=None, description="Branch, tag or commit of a model of the hub.")
     lambdas: list[float] = Field(
@@ -146,7 +148,7 @@ class Experiment(Compute):
     )
     measures: list[str] = Field(
         default=list(DEFAULT_MEASURES),
-        description="Which measures: a list of names, or all; relative_mu and rank1_residual are always among them.",
+        description="Which measures: a list of names, or all (docs/table.md).",
     )
     kernels: Literal["auto", "torch", "triton", "mamba-ssm"] = Field(
         default="auto", description="Of Mamba-2 on a GPU: auto, triton (the package's own), mamba-ssm or torch."
@@ -181,9 +183,8 @@ class Experiment(Compute):
     @field_validator("measures", mode="before")
     @classmethod
     def _known_measures(cls, value: Any) -> Any:
-        names = list(MEASURES) if value == "all" else [value] if isinstance(value, str) else value
-        known = isinstance(names, list) and all(isinstance(name, str) for name in names)
-        return list(chosen_measures(names)) if known else value
+        named = isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+        return list(chosen_measures(value)) if named else value
 
     @field_validator("workers", "address", "gpus_per_item")
     @classmethod

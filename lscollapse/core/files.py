@@ -81,7 +81,7 @@ def read_text(path: Path, error: type[ValueError]) -> str:
 
 def is_gguf(path: Path) -> bool:
     """Whether there is a GGUF file of that name."""
-    return path.suffix == GGUF and path.is_file()
+    return path.suffix.lower() == GGUF and path.is_file()
 
 
 def sha256_file(path: Path) -> str:

@@ -33,7 +33,7 @@ def measure(
     dtype: torch.dtype | None = None,
     progress: Callable[[int], None] | None = None,
     gains: Sequence[float] | None = None,
-    *, resolve: float = RESOLVE, batch: int | None = None, measures: Sequence[str] = DEFAULT_MEASURES,
+    *, resolve: float = RESOLVE, batch: int | None = None, measures: str | Sequence[str] = DEFAULT_MEASURES,
 ) -> pd.DataFrame:  # fmt: skip
     """Measure every variant of `model` on every excerpt, layer 0 (embeddings) to K, each number with its rounding error.
 
@@ -48,7 +48,7 @@ def measure(
             change by more than the dtype resolves; its further rows have status `certified` and the bound.
         resolve: rounding over this, absolute or relative by the measure, makes a row `unresolved`.
         batch: how many excerpts, twins counted, go through the model together, but a pair at least; all by default.
-        measures: by name (core.table.MEASURES); relative_mu and rank1_residual are always among them.
+        measures: by name, or "all"; those of core.table.ALWAYS are always among them.
 
     Returns:
         One row per arm, excerpt, layer and measure (docs/table.md lists the columns).

@@ -141,10 +141,12 @@ class Watch:
         stop_at: str | None = None,
         on_collapse: Callable[[Values], Any] | None = None,
     ) -> None:
-        if every < 1:
+        if not isinstance(every, int) or every < 1:
             raise ValueError(f"every is {every}: give the number of steps between measurements, 1 or more")
         if stop_at not in (None, *STATES[1:]):
             raise ValueError(f"stop_at is {stop_at!r}: give {' or '.join(map(repr, STATES[1:]))}, or None to go on")
+        if on_collapse is not None and not callable(on_collapse):
+            raise ValueError(f"on_collapse is {on_collapse!r}: give a function of the values, or None")
         self.ids, self.every, self.stop_at, self.on_collapse = ids, every, stop_at, on_collapse
         self.file = None if file is None else Path(file)
         self.history: list[Values] = []

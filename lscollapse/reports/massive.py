@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import pandas as pd
 
-from lscollapse.core.table import MASSIVE, POSITION, known, known_ratio, massive_words, reads_pixels
+from lscollapse.core.table import KNOWN, MASSIVE, POSITION, UNRESOLVED, known, known_ratio, massive_words, reads_pixels
 
 
 class Massive(NamedTuple):
@@ -28,11 +29,20 @@ def massive(rows: pd.DataFrame) -> Massive:
 
     A row of a picture is named by its position: that of a pixel or, in a net of patches, of a patch.
     """
-    ratio = curve(rows[rows["measure"] == "row_norm_ratio"])
+    ratio = sides(rows)
     over = ratio[ratio > MASSIVE]
     places = rows[(rows["measure"] == POSITION) & rows["layer"].isin(over.index)]
     unit = "position" if reads_pixels(rows) else "token"
     return Massive([int(layer) for layer in over.index], float(over.max()), known(places).tolist(), unit)
+
+
+def sides(rows: pd.DataFrame) -> pd.Series:
+    """The mean ratio of row norms by layer, also where rounding moves it but not over MASSIVE; NaN where that is open."""
+    held = rows[rows["measure"] == "row_norm_ratio"]
+    if {"log10", "rounding"} <= set(held):
+        sure = (held["log10"] - math.log10(MASSIVE)).abs() > held["rounding"]
+        held = held.assign(status=held["status"].mask(held["status"].eq(UNRESOLVED) & sure, KNOWN[0]))
+    return curve(held)
 
 
 def pooled(found: Iterable[Massive]) -> Massive:

@@ -8,8 +8,8 @@ from typing import NamedTuple, cast
 
 import pandas as pd
 
-from lscollapse.core.table import ANGULAR, COLLAPSED, LOST, POSITION, layer_words
-from lscollapse.reports.massive import Massive, curve, massive
+from lscollapse.core.table import ANGULAR, COLLAPSED, LITTLE, LOST, POSITION, layer_words
+from lscollapse.reports.massive import Massive, curve, massive, sides
 
 VERDICTS = AGREE, DISAGREE, NOT_MEASURED = "agrees", "disagrees", "not measured"
 
@@ -27,7 +27,7 @@ class Finding:
 
 
 NOT_EVEN = "not even float64 resolves {}"
-AGAIN = "is not in this table: run with --set measures=all"
+AGAIN = "is not in this table: measure it again"
 # The end of a curve that is nearest to collapse; of the ratio, to a row that decides alone.
 WORST = {
     "relative_mu": "min", "rank1_residual": "min", "stable_rank": "min", "mean_cosine": "max", "angular_mu": "min",
@@ -48,7 +48,8 @@ class ArmCurves(NamedTuple):
     """One variant of one model: a curve over layers 0..K, mean over excerpts, for each measure of WORST that was measured.
 
     `lost` is None where every excerpt has every layer; curves end before it. They are NaN where an excerpt is unresolved, or has
-    no value: `undefined` names those layers, where rows are zero. `massive` is of the layers from 1 on.
+    no value: `undefined` names those layers, where rows are zero. `massive` is of the layers from 1 on, and `doubtful` those of them
+    where rounding leaves open whether a row is massive.
     """
 
     model: str
@@ -60,6 +61,7 @@ class ArmCurves(NamedTuple):
     curves: dict[str, pd.Series]
     undefined: dict[str, list[int]]
     massive: Massive
+    doubtful: list[int]
     lost: Lost | None
 
     @property
@@ -83,8 +85,10 @@ def arms(rows: pd.DataFrame) -> Iterator[ArmCurves]:
         parts = {name: held[held["measure"] == name] for name in WORST if (part["measure"] == name).any()}
         curves = {name: curve(own) for name, own in parts.items()}
         undefined = {name: _undefined(curves[name], own) for name, own in parts.items()}
-        long = massive(held[held["layer"] > 0])
-        yield ArmCurves(model, init, arm, lam, dtype, int(part["layer"].max()), curves, undefined, long, lost)
+        deep = held[held["layer"] > 0]
+        doubtful = _unknown(sides(deep)) if "row_norm_ratio" in curves else []
+        n_layers = int(part["layer"].max())
+        yield ArmCurves(model, init, arm, lam, dtype, n_layers, curves, undefined, massive(deep), doubtful, lost)
 
 
 def _lost(relative: pd.DataFrame, dtype: str) -> Lost | None:
@@ -129,16 +133,18 @@ class Judged(NamedTuple):
 def judged(arm: ArmCurves) -> Judged:
     """By what an arm is judged. Where a row is massive and angular mu was not measured, the curve is NaN."""
     relative, layers = arm.curves["relative_mu"].iloc[1:], arm.massive.layers
-    ratio = arm.curves.get("row_norm_ratio", relative).reindex(relative.index)
-    open_layers = [layer for layer in _unknown(ratio) if relative[layer] == relative[layer]]
-    aside = f"; whether a row is massive is unresolved at {layer_words(open_layers)}" if open_layers else ""
+    doubtful = [layer for layer in arm.doubtful if relative[layer] == relative[layer]]
+    aside = f"; whether a row is massive is unresolved at {layer_words(doubtful)}" if doubtful else ""
+    angular = arm.curves.get("angular_mu", relative)
+    decided = [layer for layer in doubtful if (relative[layer] < COLLAPSED) != (angular[layer] < COLLAPSED)]
+    relative = relative.mask(relative.index.isin(decided))
     if not layers:
-        return Judged("relative mu", relative, arm.unresolved, [], aside)
-    span, own = _span(relative.reindex(layers)), f"is that {arm.massive.unit}'s"
+        return Judged("relative mu", relative, _unknown(relative), [], aside)
+    span, own = _span(relative.reindex(layers)), f"weighs that {arm.massive.unit} most"
     alone = f"relative mu, {span}, {own}" if span else f"relative mu {own}"
     chosen = relative.mask(relative.index.isin(layers))
     if "angular_mu" not in arm.curves:
-        unresolved = [layer for layer in arm.unresolved if layer not in layers]
+        unresolved = [layer for layer in _unknown(relative) if layer not in layers]
         aside = f"; {arm.massive.words}: {alone}, and angular mu {AGAIN}{aside}"
         return Judged("relative mu", chosen, unresolved, [], aside)
     directions = arm.curves["angular_mu"].reindex(layers)
@@ -186,35 +192,39 @@ def verdict(arm: ArmCurves) -> str:
 def _but(arm: ArmCurves, last: float) -> str:
     """What to say of a last layer that is spread out by the measure that it is judged by, and not by another."""
     by_direction, angular = arm.n_layers in arm.massive.layers, arm.curves.get("angular_mu")
-    text = "" if by_direction or angular is None else _lengths(float(angular.iloc[-1]))
-    return text + _rank1(arm, last, by_direction)
+    lengths = "" if by_direction or angular is None else _lengths(float(angular.iloc[-1]))
+    said = " and ".join(filter(None, (lengths, _rank1(arm, last, by_direction))))
+    return (f"; but {said}" if said else "") + _rank1_unresolved(arm, by_direction)
 
 
 def _lengths(angular: float) -> str:
     """Among few tokens a row decides that is not massive yet: among 32 one of 5 times the median norm has 44 % of ||Y||^2."""
     if not angular < COLLAPSED:
         return ""
-    return (
-        f"; but angular mu of the last is {angular:.3f}: most rows point one way, and their lengths keep relative mu over"
-        f" {COLLAPSED:g}"
-    )
+    return f"angular mu of the last is {angular:.3f}: most rows point one way, and their lengths keep relative mu over {COLLAPSED:g}"
+
+
+def _last_rank1(arm: ArmCurves, by_direction: bool) -> float | None:
+    """The (angular) rank-1 residual of the last layer; None where it was not measured."""
+    residual = arm.curves.get(ANGULAR["rank1_residual"] if by_direction else "rank1_residual")
+    return None if residual is None else float(residual.iloc[-1])
 
 
 def _rank1(arm: ArmCurves, last: float, by_direction: bool) -> str:
-    name = ANGULAR["rank1_residual"] if by_direction else "rank1_residual"
-    if name not in arm.curves:
+    rank1 = _last_rank1(arm, by_direction)
+    if rank1 is None or not rank1 < LITTLE * last:
         return ""
-    rank1, words = float(arm.curves[name].iloc[-1]), f"{'angular ' * by_direction}rank-1 residual of the last"
-    if rank1 != rank1:
-        return f"; the {words} is unresolved in {arm.dtype}"
-    if rank1 >= last / 2:
+    rows = "rows at +u and -u" + ("" if by_direction else ", or a few long rows")
+    unseen = f"({rows}), which {'angular' if by_direction else 'relative'} mu does not see"
+    words = f"the {'angular ' * by_direction}rank-1 residual of the last is {rank1:.3f}"
+    return f"{words}: one direction carries nearly everything {unseen}"
+
+
+def _rank1_unresolved(arm: ArmCurves, by_direction: bool) -> str:
+    rank1 = _last_rank1(arm, by_direction)
+    if rank1 is None or rank1 == rank1:
         return ""
-    why = (
-        "rows at +u and -u), which angular mu"
-        if by_direction
-        else "rows at +u and -u, or a few long rows), which relative mu"
-    )
-    return f"; but the {words} is {rank1:.3f}: one direction carries nearly everything ({why} does not see"
+    return f"; the {'angular ' * by_direction}rank-1 residual of the last is unresolved in {arm.dtype}"
 
 
 def _missing(lost: Lost, n_layers: int) -> str:

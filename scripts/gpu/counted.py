@@ -148,7 +148,7 @@ PRICES: dict[str, Callable[..., tuple[int, dict[str, float]]]] = {
     "rows_kernel": _rows, "scores_kernel": _scores, "decays_kernel": _decays, "scan_kernel": _scan,
     "product_kernel": _product, "combine_kernel": _combine, "sums_kernel": _sums,
 }  # fmt: skip
-WITH_SUMS = ("gram_kernel", "directions_kernel", "leading_kernel", "rest_kernel")  # priced there
+WITH_SUMS = ("gram_kernel", "leading_kernel", "rest_kernel")  # priced there
 
 counts = Counts()  # of the pass that is counted
 

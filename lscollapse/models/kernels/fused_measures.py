@@ -1,4 +1,4 @@
-"""The measures of a batch where it lies; on an NVIDIA GPU by seven launches of five Triton kernels. Nothing is read back.
+"""The measures of a batch where it lies; on an NVIDIA GPU by four Triton kernels. Nothing is read back.
 
 Before their first use on a GPU the kernels are compared with LAPACK's measures of the same numbers.
 """
@@ -15,14 +15,14 @@ from torch import Tensor
 from lscollapse.eigenvector import SQUARINGS
 from lscollapse.measures import measure_all
 from lscollapse.models.kernels import guard
-from lscollapse.passes import Shared
+from lscollapse.passes import ALIKE, Shared
 
 MOST_ROWS = 128  # of a matrix in a program of the kernels
 TILE = 64  # of a Gram matrix, for tensor cores
 # What the kernels write of an excerpt, in their order: properties of `Fused`.
 SUMS = (
     "size", "centred", "size_1_inf", "centred_1_inf", "rest", "aligned", "scale", "peak", "shortest", "angular_mu",
-    "angular_rank1_residual", "row_norm_ratio", "longest_row",
+    "row_norm_ratio", "longest_row",
 )  # fmt: skip
 COLUMNS = 32  # of Y at a time: 128 bytes of a row
 TOLERANCE = 1e-11  # relative, of a measure in `error`; float32 sums would be off by 1e-7
@@ -92,27 +92,22 @@ class Fused(Shared):
 
 
 def _sums(Y: Tensor) -> Tensor:
-    """SUMS of Y (B, N, d) in float32, (B, 13)."""
+    """SUMS of Y (B, N, d) in float32, (B, 12)."""
     from lscollapse.models.kernels import measure_code
 
     batch, n, d = Y.shape
     rows, tile, tiles = _rows(n), _tile(n), _tiles(n)
-    sums, lengths, w, room, turned = (
+    sums, lengths, w, room = (
         torch.empty(batch, *shape, dtype=torch.float64, device=Y.device)
-        for shape in ((len(SUMS),), (n,), (2, d), (2, rows, rows), (2, rows, rows))
+        for shape in ((len(SUMS),), (n,), (2, d), (2, rows, rows))
     )
-    by_columns: dict[str, Any] = {"ROWS": rows, "COLUMNS": COLUMNS, "SUMS": len(SUMS), "num_warps": 16}
+    sizes: dict[str, Any] = {"ROWS": rows, "COLUMNS": COLUMNS, "SUMS": len(SUMS), "num_warps": 16}
     with guard.launching_at(Y):
-        measure_code.sums_kernel[(batch,)](Y, lengths, sums, n, d, **by_columns)
+        measure_code.sums_kernel[(batch,)](Y, lengths, sums, n, d, ALIKE, **sizes)
         measure_code.gram_kernel[(batch * tiles,)](
             Y, room, n, d, ROWS=rows, TILE=tile, TILES=tiles, COLUMNS=COLUMNS, num_warps=8
         )
-        measure_code.directions_kernel[(batch,)](
-            room, turned, lengths, sums, n, ROWS=rows, TILE=tile, SUMS=len(SUMS), num_warps=8
-        )
-        for gram, directions in ((room, False), (turned, True)):  # the leading vector overwrites its matrix
-            u = _leading(gram, n)
-            measure_code.rest_kernel[(batch,)](Y, u, lengths, w, sums, n, d, DIRECTIONS=directions, **by_columns)
+        measure_code.rest_kernel[(batch,)](Y, _leading(room, n), lengths, w, sums, n, d, **sizes)
     return sums
 
 
@@ -148,7 +143,7 @@ class Cost(NamedTuple):
     """What `Fused` takes for one excerpt, by formula.
 
     Attributes:
-        reads: bytes of Y, read six times and a Gram matrix's tiles besides, which a cache may save: from memory.
+        reads: bytes of Y, read four times and a Gram matrix's tiles besides, which a cache may save: from memory.
         other: bytes of what the kernels hand to each other, most of which stays in the cache.
         products: floating-point operations of the float64 products on tensor cores.
         arithmetic: of the rest, in float64.
@@ -166,8 +161,8 @@ def cost(n: int, d: int, squarings: float = 10) -> Cost:
     rows, tile = _rows(n), _tile(n)
     tiled = 2 * _tiles(n) * tile**2  # operations of a Gram matrix for each column
     return Cost(
-        reads=6 * 4 * n * d,
-        other=8 * (8 * d + round((squarings + 1) * 4 * rows**2)),
-        products=round(tiled * (d + 2 * squarings * rows)),
-        arithmetic=70 * n * d,
+        reads=4 * 4 * n * d,
+        other=8 * (4 * d + round((squarings + 1) * 2 * rows**2)),
+        products=round(tiled * (d + squarings * rows)),
+        arithmetic=50 * n * d,
     )

@@ -27,11 +27,21 @@ def _centred(Y, start, inside, share):
 
 
 @triton.jit
+def _place(lengths, row, n, place):
+    """The number at `place` of the first n lengths when they are sorted, equal ones in the order of their rows."""
+    shorter = (lengths[None, :] < lengths[:, None]) | (
+        (lengths[None, :] == lengths[:, None]) & (row[None, :] < row[:, None])
+    )
+    before = tl.sum(tl.where(shorter & (row < n)[None, :], 1, 0), 1)
+    return tl.sum(tl.where((row < n) & (before == place), lengths, 0.0), 0)
+
+
+@triton.jit
 def sums_kernel(
-    x_ptr, lengths_ptr, sums_ptr, n, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUMS: tl.constexpr
+    x_ptr, lengths_ptr, sums_ptr, n, d, alike, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUMS: tl.constexpr
 ):  # fmt: skip
-    """Squared lengths of rows (B, N); norms of Y and of R, Y minus its mean row, and their norms 1,inf: 7 of the sums (B, SUMS), of
-    which the last are the scale, 1 or NaN, the largest entry and the length of the shortest row."""
+    """Squared lengths of rows (B, N); norms of Y and of R, Y minus its mean row, their norms 1,inf, the scale, 1 or NaN, the largest
+    entry, the length of the shortest row, that of the longest over the median, and the first of the longest: 9 of the sums."""
     excerpt = tl.program_id(0).to(tl.int64)
     row = tl.arange(0, ROWS)
     inside = (row < n)[:, None]
@@ -64,6 +74,12 @@ def sums_kernel(
     tl.store(to + 6, 1.0 + nan)
     tl.store(to + 7, tl.max(peaks, 0).to(tl.float64) + nan)
     tl.store(to + 8, tl.sqrt(tl.min(tl.where(row < n, lengths, float("inf")), 0)))
+    lengths = tl.sqrt(lengths)
+    low, high = _place(lengths, row, n, (n - 1) // 2), _place(lengths, row, n, n // 2)
+    longest = tl.max(lengths, 0)
+    first = tl.min(tl.where((row < n) & (lengths >= alike * longest), row, ROWS), 0).to(tl.float64)
+    tl.store(to + 10, longest / ((low + high) / 2) + nan)
+    tl.store(to + 11, tl.where(longest > 0, first, float("nan")) + nan)
 
 
 @triton.jit
@@ -135,67 +151,28 @@ def leading_kernel(
 
 
 @triton.jit
-def directions_kernel(
-    gram_ptr, turned_ptr, lengths_ptr, sums_ptr, n, ROWS: tl.constexpr, TILE: tl.constexpr, SUMS: tl.constexpr
-):  # fmt: skip
-    """The Gram matrix of the rows scaled to length 1 from that of the rows, the first of (B, 2, ROWS, ROWS) each; and 2 of the
-    sums: the longest over the median row, and the first row within a thousandth of the longest."""
-    excerpt = tl.program_id(0).to(tl.int64)
-    lengths_ptr += excerpt * n
-    row, t = tl.arange(0, ROWS), tl.arange(0, TILE)
-    there = row < n
-    squares = tl.load(lengths_ptr + row, mask=there, other=0.0)
-    lengths = tl.sqrt(squares)
-    across = tl.sqrt(tl.load(lengths_ptr + row, mask=there, other=0.0))
-    # How many rows come before each one when they are sorted, the first of equals first.
-    before = (across[None, :] < lengths[:, None]) | (
-        (across[None, :] == lengths[:, None]) & (row[None, :] < row[:, None])
-    )
-    place = tl.sum(tl.where(before & there[None, :], 1, 0), 1)
-    low = tl.sum(tl.where(there & (place == (n - 1) // 2), lengths, 0.0), 0)
-    high = tl.sum(tl.where(there & (place == n // 2), lengths, 0.0), 0)
-    longest, nan = tl.max(lengths, 0), tl.sum(squares, 0) - tl.sum(squares, 0)
-    first = tl.min(tl.where(there & (lengths >= 0.999 * longest), row, ROWS), 0).to(tl.float64)
-    to = sums_ptr + excerpt * SUMS
-    tl.store(to + 11, longest / ((low + high) / 2) + nan)
-    tl.store(to + 12, tl.where(longest > 0, first, float("nan")) + nan)
-    gram_ptr += excerpt * 2 * ROWS * ROWS
-    turned_ptr += excerpt * 2 * ROWS * ROWS
-    for i in range(ROWS // TILE):
-        for j in range(ROWS // TILE):
-            down, over = i * TILE + t, j * TILE + t
-            left = 1.0 / tl.sqrt(tl.load(lengths_ptr + down, mask=down < n, other=1.0))
-            right = 1.0 / tl.sqrt(tl.load(lengths_ptr + over, mask=over < n, other=1.0))
-            place_of = down[:, None] * ROWS + over[None, :]
-            tl.store(turned_ptr + place_of, tl.load(gram_ptr + place_of) * left[:, None] * right[None, :])
-
-
-@triton.jit
 def rest_kernel(
-    x_ptr, u_ptr, lengths_ptr, w_ptr, sums_ptr, n, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUMS: tl.constexpr,
-    DIRECTIONS: tl.constexpr,
+    x_ptr, u_ptr, lengths_ptr, w_ptr, sums_ptr, n, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUMS: tl.constexpr
 ):  # fmt: skip
-    """The norm of Y less its leading component, as `passes._residual` has it; or of the rows scaled to length 1 that over their
-    norm, the square of their sum, and the norm of them less their mean over their norm. Room: w (B, 2, d)."""
+    """The other 3 sums: the norm of Y less its leading component, as `passes._residual` has it, and of the rows scaled to length 1 the
+    square of their sum, and their norm less their mean over their norm. Room: w (B, 2, d)."""
     excerpt = tl.program_id(0).to(tl.int64)
     row, k = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     inside = (row < n)[:, None]
-    u = tl.load(u_ptr + excerpt * n + row, mask=row < n, other=0.0)[:, None]
-    scale = tl.full((ROWS, 1), 1.0, tl.float64)
     share = tl.full((COLUMNS,), 1.0, tl.float64) / n
-    if DIRECTIONS:
-        scale = (1.0 / tl.sqrt(tl.load(lengths_ptr + excerpt * n + row, mask=row < n, other=1.0)))[:, None]
+    u = tl.load(u_ptr + excerpt * n + row, mask=row < n, other=0.0)[:, None]
+    length = tl.sqrt(tl.load(lengths_ptr + excerpt * n + row, mask=row < n, other=1.0))
+    shorten = (1.0 / length)[:, None]
     w_ptr += excerpt * 2 * d
-    e, centred = tl.zeros((ROWS,), tl.float64), tl.zeros((ROWS,), tl.float64)
+    e, apart = tl.zeros((ROWS,), tl.float64), tl.zeros((ROWS,), tl.float64)
     w_square, aligned = tl.zeros((COLUMNS,), tl.float64), tl.zeros((COLUMNS,), tl.float64)
     for first in tl.range(0, d, COLUMNS, num_stages=3):
-        Y = _tile(x_ptr, excerpt, first, n, d, ROWS, COLUMNS) * scale
-        if DIRECTIONS:
-            together = tl.sum(Y, 0)
-            aligned += together * together
-            start = tl.sum(tl.where(row[:, None] == 0, Y, 0.0), 0)
-            C = _centred(Y, start, inside, share)
-            centred += tl.sum(C * C, 1)
+        Y = _tile(x_ptr, excerpt, first, n, d, ROWS, COLUMNS)
+        U = Y * shorten
+        together = tl.sum(U, 0)
+        aligned += together * together
+        C = _centred(U, tl.sum(tl.where(row[:, None] == 0, U, 0.0), 0), inside, share)
+        apart += tl.sum(C * C, 1)
         w = tl.sum(Y * u, 0)
         R = Y - u * w[None, :]
         e += tl.sum(R * w[None, :], 1)
@@ -207,16 +184,13 @@ def rest_kernel(
     shared = tl.sum(tl.sum(e * u, 1), 0)
     rest = tl.zeros((ROWS,), tl.float64)
     for first in tl.range(0, d, COLUMNS, num_stages=3):
-        Y = _tile(x_ptr, excerpt, first, n, d, ROWS, COLUMNS) * scale
+        Y = _tile(x_ptr, excerpt, first, n, d, ROWS, COLUMNS)
         w = tl.load(w_ptr + first + k, mask=first + k < d, other=0.0)
         other = tl.load(w_ptr + d + first + k, mask=first + k < d, other=0.0) - shared * w
         R = Y - u * w[None, :]
         R -= e * w[None, :] + u * other[None, :]
         rest += tl.sum(R * R, 1)
     to = sums_ptr + excerpt * SUMS
-    if DIRECTIONS:
-        tl.store(to + 5, tl.sum(aligned, 0))
-        tl.store(to + 9, tl.sqrt(tl.sum(centred, 0) / n))
-        tl.store(to + 10, tl.sqrt(tl.sum(rest, 0) / n))
-    else:
-        tl.store(to + 4, tl.sqrt(tl.sum(rest, 0)))
+    tl.store(to + 4, tl.sqrt(tl.sum(rest, 0)))
+    tl.store(to + 5, tl.sum(aligned, 0))
+    tl.store(to + 9, tl.sqrt(tl.sum(apart, 0) / n))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lscollapse.core.table import LOST, MASSIVE, STATUSES, UNRESOLVED, known
+from lscollapse.core.table import LOST, MASSIVE, STATUSES, UNRESOLVED, known_ratio
 
 KEYS = ("model", "init", "arm", "gating", "layernorm", "skip_site", "norm_site", "lam", "measure", "layer")
 NEEDED = (*KEYS, "text", "dtype", "excerpt", "n_tokens", "value", "status", "floor")
@@ -69,7 +69,7 @@ def shown_with(rows: pd.DataFrame, measures: Sequence[str]) -> tuple[str, ...]:
 
 def numbers(rows: pd.DataFrame) -> pd.Series:
     """What a mean is taken of: the value, under the floor the floor itself, NaN where none is known."""
-    return known(rows).mask(rows["status"].eq("below_floor"), rows["floor"].fillna(rows["value"]))
+    return known_ratio(rows).mask(rows["status"].eq("below_floor"), rows["floor"].fillna(rows["value"]))
 
 
 def with_columns(rows: pd.DataFrame) -> pd.DataFrame:

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from lscollapse.core import registry
-from lscollapse.core.table import ANGULAR, MASSIVE, STATUSES, UNRESOLVED, layer_words, reads_pixels
+from lscollapse.core.table import ANGULAR, COLLAPSED, LITTLE, MASSIVE, STATUSES, UNRESOLVED, layer_words, reads_pixels
 from lscollapse.reports.figures.points import KEYS, RATIO, groups_of, last_layer, massive_points, row_norm_ratios
 
 # In the order in which the page offers them
@@ -145,10 +145,10 @@ def disagreement(data: pd.DataFrame, rows: pd.DataFrame) -> str:
     for pair in PAIRS.values():
         spread, rank1 = (last[last["measure"] == measure].drop(columns="measure") for measure in pair)
         both = spread.merge(rank1, on=keys, suffixes=("", "_rank1"))
-        both = both[(both["mean"] > 0.5) & (both["mean_rank1"] < both["mean"] / 2)]
+        both = both[(both["mean"] > COLLAPSED) & (both["mean_rank1"] < LITTLE * both["mean"])]
         one_row = both.merge(long, "left", keys, indicator="long")["long"].eq("both").to_numpy() & (pair == PAIR)
         mu, residual = map(measure_word, pair)
-        disagree = f"At the last layer the two measures disagree ({mu} > 0.5, {residual} under half of it)"
+        disagree = f"At the last layer the two measures disagree ({mu} > {COLLAPSED:g}, {residual} under half of it)"
         if not one_row.all():
             blind = f"{mu.capitalize()} cannot see rows going to +u and −u."
             said.append(f"{blind} {disagree}: {_curves(both[~one_row], data)}.")
@@ -190,7 +190,7 @@ def massive_note(points: pd.DataFrame) -> str:
         some = layer_words(sorted(set(long["layer"])))
         clauses = [f"some of {some} in {_number_of(long, several)} of {total} curves"]
     long_at = f"One row has more than {MASSIVE:g} times the median norm at {'; '.join(clauses)}"
-    return f"{long_at}: relative μ is that row's there."
+    return f"{long_at}: relative μ weighs that row most there."
 
 
 def _number_of(points: pd.DataFrame, several: Sequence[str]) -> int:

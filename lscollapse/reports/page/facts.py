@@ -128,7 +128,7 @@ def _massive(rows: pd.DataFrame) -> Iterator[str]:
     for name, own in found.items():
         lams = ", ".join(dict.fromkeys(wording.lam_word(arm.lam) for arm in own))
         words = pooled(arm.massive for arm in own).words
-        yield f"{name}, {lams}: {words}. Relative μ is decided by that row there; angular μ is not."
+        yield f"{name}, {lams}: {words}. Relative μ weighs that row most there; angular μ weighs all alike."
 
 
 def _unresolved(rows: pd.DataFrame) -> Iterator[str]:

@@ -315,6 +315,8 @@ def test_a_net_whose_values_are_no_numbers_counts_as_collapsed() -> None:
     ("setting", "message"),
     [
         ({"every": 0}, "every is 0: give the number of steps"),
+        ({"every": 2.5}, "every is 2.5: give the number of steps"),
+        ({"on_collapse": 3}, "on_collapse is 3: give a function of the values, or None"),
         ({"stop_at": "soon"}, "stop_at is 'soon': give 'early' or 'collapsed', or None to go on"),
     ],
 )

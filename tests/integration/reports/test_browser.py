@@ -349,7 +349,9 @@ def test_a_massive_row_is_told_and_what_shows_it_is_one_click_away(chromium, sun
     view = View(chromium, sunk)
     figure = view.figure("Every λ")
     note = figure.find_element(By.CSS_SELECTOR, ".massive")
-    assert "layers 2 to 4 of λ = 1, 2: relative μ is that row's there." in note.text.replace("\N{NO-BREAK SPACE}", " ")
+    assert "layers 2 to 4 of λ = 1, 2: relative μ weighs that row most there." in note.text.replace(
+        "\N{NO-BREAK SPACE}", " "
+    )
     view.click(figure, "instead angular_mu")
     assert Select(figure.find_element(By.TAG_NAME, "select")).first_selected_option.text == "angular μ"
     assert note.text == "" and "under 0.5 counts as collapsed" in figure.find_element(By.CSS_SELECTOR, ".view").text

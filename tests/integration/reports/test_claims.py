@@ -418,7 +418,7 @@ def test_a_note_is_on_the_arms_that_were_used_only() -> None:
     assert {claim for claim, note in found.items() if note} == {"figure 3a", "figure 3f", "figure 3g"}
     assert found["figure 3a"] == f"{said} of the last layer 0.400"
     lacking = notes(rows[rows["measure"] != "angular_mu"])
-    assert lacking["figure 3g"] == f"{said} is not in this table: run with --set measures=all"
+    assert lacking["figure 3g"] == f"{said} is not in this table: measure it again"
     unresolved = rows.assign(status=rows["status"].mask(rows["measure"] == "angular_mu", "unresolved"))
     assert notes(unresolved)["figure 3g"] == f"{said} of the last layer not known"
 

@@ -351,7 +351,7 @@ def test_massive_rows_are_named_with_where_they_are(tmp_path):
     shown = page.text[page.text.index("Before you read on") : page.text.index("Figure 3.")]
     assert (
         "gated, gate, LN, λ = 1: one token (0 in 12 of 15 outputs) has up to 60 times the median row norm at layers 3 to 5."
-        " Relative μ is decided by that row there; angular μ is not."
+        " Relative μ weighs that row most there; angular μ weighs all alike."
     ) in shown
     assert shown.count("median row norm") == 1 and "longest" not in shown
 
@@ -399,7 +399,7 @@ def test_a_massive_row_is_named_and_its_measures_are_offered(tmp_path):
     assert facts["row_norm_ratio"]["log"] and not facts["row_norm_ratio"]["unit"] and facts["angular_mu"]["unit"]
     assert facts["relative_mu"]["angular"] == "angular_mu"
     (tab,) = page.figure("Every λ")["tabs"]
-    note = "One row has more than 10 times the median norm at layers 2 to 4 of λ = 1: relative μ is that row's there."
+    note = "One row has more than 10 times the median norm at layers 2 to 4 of λ = 1: relative μ weighs that row most there."
     assert tab["massive"].replace("\N{NO-BREAK SPACE}", " ") == note
     one = next(series for series in tab["series"] if series["name"] == "λ = 1")["of"]
     assert set(one) == set(facts)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from lscollapse.core.table import layer_words, massive_words
+from lscollapse.core.table import ALWAYS, MEASURES, chosen_measures, layer_words, massive_words
 
 NAN = math.nan
 
@@ -40,3 +40,15 @@ def test_layers_in_words(layers: list[int], words: str) -> None:
 def test_massive_rows_in_words(layers: list[int], ratio: float, positions: list[float], words: str) -> None:
     assert massive_words(layers, ratio, positions) == words
     assert massive_words(layers, ratio, positions, "pixel") == words.replace("token", "pixel")
+
+
+def test_measures_by_name() -> None:
+    assert chosen_measures("all") == chosen_measures(["mu", "all"]) == MEASURES
+    assert (
+        chosen_measures("mu") == chosen_measures(["mu", "mu"]) == ("mu", *(name for name in MEASURES if name in ALWAYS))
+    )
+    assert set(chosen_measures([])) == set(ALWAYS)
+    with pytest.raises(
+        ValueError, match=r"unknown measure 'mu,rank': give a list, \[mu, stable_rank\], of mu, .*; or all$"
+    ):
+        chosen_measures("mu,rank")

@@ -26,7 +26,7 @@ SINK = {
 }
 EVEN = SINK | {"row_norm_ratio": (1.4, 2.6, 9.9, 3.0, 2.0, 1.6)}
 SAYS = "One row has more than 10 times the median norm at "
-END = ": relative μ is that row's there."
+END = ": relative μ weighs that row most there."
 
 
 def table(
@@ -38,7 +38,7 @@ def table(
     for measure, means in curves.items():
         for excerpt, factor in enumerate((0.999, 1.001)):
             value = np.array(means) * factor
-            status = np.where(np.isnan(value), "nan", "ok")
+            status = np.select([np.isnan(value), np.isinf(value)], ["nan", "overflow"], "ok")
             part = {
                 "layer": np.arange(len(means)),
                 "measure": measure,
