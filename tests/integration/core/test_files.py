@@ -11,7 +11,7 @@ import pytest
 
 from lscollapse.core import config
 from lscollapse.core.config import Experiment
-from lscollapse.core.files import read_text
+from lscollapse.core.files import changes, read_text
 from lscollapse.data import corpus, tokenizers
 from lscollapse.data.texts import CorpusError
 from lscollapse.experiments import own_model, paper
@@ -77,3 +77,10 @@ def test_what_is_no_file(tmp_path: Path) -> None:
         read_text(tmp_path / "gone", OverflowError)  # type: ignore[arg-type]
     with pytest.raises(CorpusError, match="cannot be read: it is no file"):
         read_text(tmp_path, CorpusError)
+
+
+def test_lists_that_differ_beyond_what_is_shown_say_by_what() -> None:
+    names = [f"measure-{n}" for n in range(9)]
+    said = changes({"measures": names}, {"measures": [*names[:7], "another"]})
+    assert said == ['measures: less ["measure-7", "measure-8"], plus ["another"]']
+    assert changes({"measures": names}, {"measures": list(names)}) == []
