@@ -126,7 +126,7 @@ MEASURES: dict[
     "stable_rank": lambda shared: 1.0 / (1.0 - shared.rank1_residual.square()),
     "mean_cosine": _mean_cosine,
     "dong_residual": lambda shared: shared.centred_1_inf / shared.size_1_inf,
-    "angular_mu": lambda shared: shared.angular_mu.clamp(max=1.0),
+    "angular_mu": lambda shared: shared.angular_mu,
     "angular_rank1_residual": lambda shared: shared.angular_rank1_residual,
     "row_norm_ratio": lambda shared: shared.row_norm_ratio,
     "longest_row": lambda shared: shared.longest_row,

@@ -18,7 +18,7 @@ SHORT = 2.0**-500
 # The root of 1 - c, for a quotient c that is right to some 2^-52, is right to a relative 1e-15 from here on.
 LARGE = 0.25
 # Rows count as equally long from this quotient of their norms on, so that rounding does not say which is the longest of equals.
-ALIKE = 0.999
+ALIKE = 1.0 - 2.0**-10  # which float32 has too
 
 
 def _power_of_two(size: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ class Shared:
     def angular_mu(self) -> Tensor:  # (B,)
         n = self.Y.shape[-2]
         square = 1.0 - self.aligned / n**2
-        return self._root(square, lambda some: _norm(_centred(self.directions[some])) / math.sqrt(n))
+        return self._root(square, lambda some: (_norm(_centred(self.directions[some])) / math.sqrt(n)).clamp(max=1.0))
 
     @cached_property
     def angular_rank1_residual(self) -> Tensor:  # (B,)
@@ -189,26 +189,27 @@ class Shared:
         return eigenvector.by_lapack(gram) if gram.is_cpu else eigenvector.by_squaring(gram)
 
     def _each(self, plain: Callable[[], Tensor], scaled: Callable[[Tensor | slice], Tensor]) -> Tensor:
-        """`plain` but where rows are uneven, which is asked where the answer costs nothing; elsewhere all are `scaled`."""
-        if not self.Y.is_cpu:
-            return scaled(slice(None))
-        value = plain()
-        if self.uneven.any():
-            value[self.uneven] = scaled(self.uneven)
-        return value
+        """`plain` but where rows are uneven."""
+        return self._but(plain, lambda: self.uneven, scaled)
 
     def _root(self, square: Tensor, exactly: Callable[[Tensor | slice], Tensor]) -> Tensor:
-        """The root of `square` (B,) = 1 - c; where rounding would show in it, what `exactly` makes of those
-        of the B, by passes over Y. Which they are is asked where the answer costs nothing; elsewhere it makes all of them."""
-        if not square.is_cpu:
-            return exactly(slice(None))
-        root = square.clamp(min=0.0).sqrt()
-        small = square < LARGE
-        if small.all():
-            return exactly(slice(None))
-        if small.any():
-            root[small] = exactly(small)
-        return root
+        """The root of `square` (B,) = 1 - c, but where rounding would show in it."""
+        return self._but(lambda: square.clamp(min=0.0).sqrt(), lambda: square < LARGE, exactly)
+
+    def _but(
+        self, cheap: Callable[[], Tensor], bad: Callable[[], Tensor], dear: Callable[[Tensor | slice], Tensor]
+    ) -> Tensor:
+        """`cheap` (B, ...), but where it is `bad` (B,) what `dear` makes of those of the B, by passes over Y. Which they are is asked
+        where the answer costs nothing; elsewhere it makes all of them."""
+        if not self.Y.is_cpu:
+            return dear(slice(None))
+        some = bad()
+        if some.all():
+            return dear(slice(None))
+        value = cheap()
+        if some.any():
+            value[some] = dear(some)
+        return value
 
 
 def _wide(Y: Tensor) -> Tensor:

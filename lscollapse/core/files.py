@@ -113,9 +113,8 @@ def changes(old: Any, new: Any, where: str = "") -> list[str]:
         return [line for number, pair in pairs for line in changes(*pair, f"{where}.{number}".lstrip("."))]
     if old == new:
         return []
-    if (
-        isinstance(old, list) and isinstance(new, list) and _short(old) == _short(new)
-    ):  # they differ beyond what is shown
+    lists = isinstance(old, list) and isinstance(new, list)
+    if lists and _short(old) == _short(new):  # they differ beyond what is shown
         less, more = ([v for v in one if v not in other] for one, other in ((old, new), (new, old)))
         return [f"{where}: less {_short(less)}, plus {_short(more)}"]
     return [f"{where}: {_short(old)}, now {_short(new)}"]

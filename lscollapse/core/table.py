@@ -44,8 +44,8 @@ PIXELS = "pixels"  # stands in the table where a text has its tokenizer
 # (or drops) when it gains (or loses) at least RISE between two layers: some four standard deviations over excerpts, 0.02 to 0.03.
 COLLAPSED, RISE = 0.5, 0.1
 # A row is massive over MASSIVE times the median norm: one of 128 rows then has 44 % of ||Y||^2, so that it decides relative mu
-# and the rank-1 residual nearly alone. The embedded models with their norms stay under 4, SmolLM2's first token has 167. Of N rows one of ratio q has
-# q^2 / (q^2 + N - 1) where the others are alike: among 2,048 rows that is reached at 40.
+# and the rank-1 residual nearly alone. The embedded models with their norms stay under 4, SmolLM2's first token has 167. Of N
+# rows one of ratio q has q^2 / (q^2 + N - 1) where the others are alike: of 2,048 it has 44 % at 40.
 MASSIVE = 10.0
 # Where relative mu is over COLLAPSED and the rank-1 residual under LITTLE of it, one direction has more than three quarters of
 # what relative mu counts as spread out: its square is at most 1 - r^2 / m^2 of it.

@@ -6,7 +6,7 @@ import pandas as pd
 
 from lscollapse.core.progress import Progress
 from lscollapse.core.run_folder import RunFolder
-from lscollapse.core.table import NOT_WIDENED, UNRESOLVED, lambda_word
+from lscollapse.core.table import POSITION, UNRESOLVED, lambda_word
 from lscollapse.instrument.rounding import Probed, probed
 from lscollapse.runs.loading import Task
 from lscollapse.runs.work import Item, probes, rest
@@ -73,7 +73,7 @@ class Schedule:
         """Say what the probes of a task found, and keep it for the manifest."""
         arms = {int(arm["variant"]): arm for arm in rows.drop_duplicates("variant").to_dict("records")}
         words = {number: f"{arm['arm']}, lambda {lambda_word(arm['lam'])}" for number, arm in arms.items()}
-        left = rows[(rows["status"] == UNRESOLVED) & ~rows["measure"].isin(NOT_WIDENED)]
+        left = rows[(rows["status"] == UNRESOLVED) & (rows["measure"] != POSITION)]
         widened = {n: arms[n]["why"] for n, dtype in found.dtypes.items() if dtype != task.dtypes[n]}
         flagged = {n: _where(left[left["variant"] == n]) for n in arms if n in set(left["variant"])}
         name = task.info.name + (" (random)" if task.init == "random" else "")

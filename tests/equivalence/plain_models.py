@@ -288,6 +288,6 @@ def plain_measures(Y: np.ndarray) -> dict[str, float]:
         "angular_mu": float(np.linalg.norm(rows - rows.mean(0)) / math.sqrt(n)),
         "angular_rank1_residual": float(np.linalg.norm(turned[1:]) / math.sqrt(n)) if turned[0] > 0 else math.nan,
         "row_norm_ratio": ratio,
-        "longest_row": float((lengths >= 0.999 * lengths.max()).argmax()),
+        "longest_row": float((lengths >= (1 - 2**-10) * lengths.max()).argmax()),
         "effective_rank": float(np.exp(-(p * np.log(p)).sum())),
     }

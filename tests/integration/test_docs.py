@@ -229,6 +229,22 @@ def test_smollm2_is_quoted_from_its_figures() -> None:
         assert curve[int(layer)] == wanted
 
 
+def test_the_rise_of_figure_3_is_quoted_from_its_figures() -> None:
+    folder, found = ROOT / "results" / "reference", {}
+    for file in ("figure3.csv", "figure3-angular.csv"):
+        for row in rows_of(folder / file):
+            if row["arm"] == "no gate, no LN":
+                found[row["measure"], int(row["layer"])] = float(row["mean"])
+    said = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    spread, angular = (
+        (lambda layer: f"{found['relative_mu', layer]:.2f}"),
+        (lambda layer: f"{found['angular_mu', layer]:.2f}"),
+    )
+    assert f"relative mu goes from {spread(3)} at layer 3 to {spread(6)} at layer 6" in said
+    assert f"angular mu from {angular(3)} to {angular(5)} at layer 5 and {angular(6)} at layer 6" in said
+    assert found["row_norm_ratio", 4] < 10 < found["row_norm_ratio", 5]
+
+
 def test_the_table_of_a_massive_row() -> None:
     """By numpy, from the definitions."""
     (quoted,) = (table for table in tables("docs/table.md") if table[0][0] == "first row, times")

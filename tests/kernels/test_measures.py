@@ -50,7 +50,7 @@ def exact(Y: Tensor) -> dict[str, float]:
         "mean_cosine": float(((units.sum(0) ** 2).sum() - n) / (n * (n - 1))), "dong_residual": one_inf[0] / one_inf[1],
         "angular_mu": float(np.sqrt(((units - units.mean(0)) ** 2).sum() / n)), "angular_rank1_residual": angular_rank1,
         "row_norm_ratio": float(lengths.max() / np.median(lengths)), "effective_rank": effective,
-        "longest_row": float((lengths >= 0.999 * lengths.max()).argmax()),
+        "longest_row": float((lengths >= (1 - 2**-10) * lengths.max()).argmax()),
     }  # fmt: skip
 
 

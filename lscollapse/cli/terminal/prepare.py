@@ -12,11 +12,11 @@ from rich.table import Table
 from lscollapse.cli.terminal.printing import plain_table
 from lscollapse.core.registry import ENTRIES
 
-SOURCES = {"package": "embedded", "wheel": "lscollapse fetch", "hub": "hub"}
-
 if TYPE_CHECKING:
     from lscollapse.instrument.identity import LayerDifference
     from lscollapse.models.kernels.verify import KernelCheck
+
+SOURCES = {"package": "embedded", "wheel": "lscollapse fetch", "hub": "hub"}
 
 
 def identity_table(differences: list[LayerDifference], tolerance: float = 1e-5) -> bool:

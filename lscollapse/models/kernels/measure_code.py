@@ -193,4 +193,5 @@ def rest_kernel(
     to = sums_ptr + excerpt * SUMS
     tl.store(to + 4, tl.sqrt(tl.sum(rest, 0)))
     tl.store(to + 5, tl.sum(aligned, 0))
-    tl.store(to + 9, tl.sqrt(tl.sum(apart, 0) / n))
+    angular = tl.sqrt(tl.sum(apart, 0) / n)
+    tl.store(to + 9, tl.where(angular > 1.0, 1.0, angular))  # NaN stays

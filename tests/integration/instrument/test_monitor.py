@@ -65,7 +65,7 @@ def by_definition(Y: np.ndarray) -> dict[str, float]:
     of = {"": Y, "angular_": Y / norms[:, None]}
     found = {
         "row_norm_ratio": norms.max() / np.median(norms),
-        "longest_row": int((norms >= 0.999 * norms.max()).argmax()),
+        "longest_row": int((norms >= (1 - 2**-10) * norms.max()).argmax()),
     }
     for kind, Z in of.items():
         sigma = np.linalg.svd(Z, compute_uv=False)
