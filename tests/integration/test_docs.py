@@ -233,7 +233,7 @@ def test_the_rise_of_figure_3_is_quoted_from_its_figures() -> None:
     folder, found = ROOT / "results" / "reference", {}
     for file in ("figure3.csv", "figure3-angular.csv"):
         for row in rows_of(folder / file):
-            if row["arm"] == "no gate, no LN":
+            if row["arm"] == "no gate, no LN" and row["mean"]:
                 found[row["measure"], int(row["layer"])] = float(row["mean"])
     said = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     spread, angular = (
@@ -242,6 +242,7 @@ def test_the_rise_of_figure_3_is_quoted_from_its_figures() -> None:
     )
     assert f"relative mu goes from {spread(3)} at layer 3 to {spread(6)} at layer 6" in said
     assert f"angular mu from {angular(3)} to {angular(5)} at layer 5 and {angular(6)} at layer 6" in said
+    assert f"it rises too, to {angular(7)}" in said and ("angular_mu", 9) not in found
     assert found["row_norm_ratio", 4] < 10 < found["row_norm_ratio", 5]
 
 
