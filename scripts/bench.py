@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument("--stream-2.7b", dest="stream", action="store_true", help="only the streamed 2.7B")
     parser.add_argument("--stream-excerpts", type=int, default=32)
     parser.add_argument("--stream-dtypes", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16"])
+    parser.add_argument("--stream-exits", nargs="+", choices=("on", "off"), default=["on"], help="the certified exit")
     parser.add_argument("--out", type=Path, default=Path("results/bench.json"))
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

@@ -70,9 +70,57 @@ def section_stream(args: argparse.Namespace) -> dict[str, Any]:
             "tokens": args.tokens,
         }
         for dtype in args.stream_dtypes:
-            found[dtype] = streamed_sweep(folder, dtype, args)
-            shutil.rmtree(folder / "run")
+            for exit in args.stream_exits:
+                found[f"{dtype}, certified exit {exit}"] = streamed_sweep(folder, dtype, exit, args)
+                shutil.rmtree(folder / "run")
     return found
+
+
+class Split:
+    """Seconds of one thread in named calls, each without those of the named calls inside it."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._inside: list[float] = []  # of every named call that is running
+
+    def watch(self, name: str, owner: Any, function: str) -> None:
+        """Time `owner.function` under `name` from here on."""
+        original = getattr(owner, function)
+
+        def timed(*args: Any, **options: Any) -> Any:
+            self._inside.append(0.0)
+            start = time.perf_counter()
+            try:
+                return original(*args, **options)
+            finally:
+                took = time.perf_counter() - start
+                self.seconds[name] = self.seconds.get(name, 0.0) + took - self._inside.pop()
+                if self._inside:
+                    self._inside[-1] += took
+
+        setattr(owner, function, timed)
+
+
+def watched() -> Split:
+    """What a streamed sweep is made of. A layer is read and converted beside the work on the one before: only waiting counts."""
+    from lscollapse.instrument.rows import Table
+    from lscollapse.instrument.stream import Stream
+    from lscollapse.models.adapters.streamed import StreamedMamba2
+    from lscollapse.models.kernels import cpu_block
+    from lscollapse.runs import run
+
+    split = Split()
+    for name, owner, function in (
+        ("reading, waited for", StreamedMamba2, "own_block"),
+        ("products", cpu_block, "_linear"),
+        ("between the products", cpu_block.CpuBlock, "__call__"),
+        ("measures", Stream, "record"),
+        ("table", Table, "add"),
+        ("table", Table, "frame"),
+        ("all else of the items", run, "measure_item"),
+    ):
+        split.watch(name, owner, function)
+    return split
 
 
 class Said:
@@ -95,12 +143,15 @@ def side_streamed(args: argparse.Namespace) -> dict[str, Any]:
     from lscollapse.experiments.paper import sweep_lambda
 
     allocation.keep_freed_memory()
+    split = watched()
     config = Experiment(
         models=["mamba2-2.7b"],
         lambdas=list(LAMBDAS),
         gating=False,
         stream="always",
         dtype=args.stream_dtypes[0],
+        certified_exit=args.stream_exits[0] == "on",
+        workers=1,  # the split is of this process
         device="cpu",
         offline=True,
         excerpts=args.stream_excerpts,
@@ -108,13 +159,14 @@ def side_streamed(args: argparse.Namespace) -> dict[str, Any]:
         cache_dir=args.folder,
     )
     sweep_lambda(config, args.folder / "run", Said())
-    return {}
+    return split.seconds
 
 
-def streamed_sweep(folder: Path, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
+def streamed_sweep(folder: Path, dtype: str, exit: str, args: argparse.Namespace) -> dict[str, Any]:
     import pandas as pd
 
-    command = [sys.executable, str(BENCH), "--side", "streamed", "--stream-dtypes", dtype, "--folder", str(folder)]
+    command = [sys.executable, str(BENCH), "--side", "streamed", "--stream-dtypes", dtype, "--stream-exits", exit]
+    command += ["--folder", str(folder)]
     command += ["--stream-excerpts", str(args.stream_excerpts), "--tokens", str(args.tokens)]
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -124,6 +176,7 @@ def streamed_sweep(folder: Path, dtype: str, args: argparse.Namespace) -> dict[s
     wall = time.perf_counter() - start
     if status != 0:
         sys.exit(f"bench: the streamed run failed: {printed[-2000:]}")
+    split = json.loads(printed.splitlines()[-1])
     sweep = json.loads((folder / "run" / "manifest.json").read_text())["wall_seconds"]
     rows = pd.read_parquet(folder / "run" / "rows.parquet")
     rows = rows[(rows["measure"] == "relative_mu") & (rows["layer"] > 0)]
@@ -131,6 +184,7 @@ def streamed_sweep(folder: Path, dtype: str, args: argparse.Namespace) -> dict[s
     return {
         "wall seconds": wall,
         "seconds of the sweep": sweep,
+        "of which": split | {"waiting, run folder": sweep - sum(split.values())},
         "seconds before it (sha256, bounds of the layers)": wall - sweep,
         "block passes of one lambda and excerpt": len(rows),
         "of which certified, not computed": int(decided.sum()),
