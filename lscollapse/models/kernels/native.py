@@ -20,7 +20,7 @@ from torch import Tensor
 from lscollapse.models.kernels import guard, ssd
 from lscollapse.models.kernels.mamba2_block import Mamba2Shape
 from lscollapse.models.kernels.native_build import SECONDS, BuildError, build
-from lscollapse.models.kernels.reference import TOLERANCE, block_weights, plain_mixer, relative_error
+from lscollapse.models.kernels.reference import TOLERANCE, block_weights, plain_mixer, plain_norm, relative_error
 
 SOURCE = Path(__file__).with_name("between.cpp")
 SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # of the functions, by what they read and write
@@ -155,16 +155,33 @@ def faults(native: Native) -> str:
 
 
 @torch.no_grad()
+def mixed(
+    native: Native, weights: dict[str, Tensor], s: Mamba2Shape, projected: Tensor, gating: bool = True,
+    chunk: int = ssd.CHUNK,
+) -> Tensor:  # fmt: skip
+    """`plain_mixer` by the functions: projected (B, N, [inner +] conv_dim + heads) -> (B, N, inner), in its dtype."""
+    conv = weights["mixer.conv1d.weight"].flatten(1).T.contiguous()
+    A, dt_bias = -weights["mixer.A_log"].exp(), weights["mixer.dt_bias"]
+    mixer = Mixer(s, gating, True, conv, weights["mixer.conv1d.bias"], A, dt_bias, weights["mixer.norm.weight"])
+    out, workspace = projected.new_empty(*projected.shape[:2], s.inner), ssd.Workspace()
+    for one, one_out in zip(projected, out, strict=True):
+        native.mix(mixer, one, weights["mixer.D"], one_out, workspace, chunk)
+    return out
+
+
 def _error(native: Native, dtype: torch.dtype, gating: bool) -> float:
-    """Of one excerpt of two chunks through enter, mix and add."""
+    """The largest of the three functions, over one excerpt of two chunks."""
     s, generator = CHECKED, torch.Generator().manual_seed(0)
     w = block_weights(s, generator, torch.device("cpu"))
-    width = s.inner + s.conv_dim + s.heads - (0 if gating else s.inner)
-    projected = torch.randn(CHECKED_TOKENS, width, generator=generator).to(dtype)
-    exact = plain_mixer(w, s, projected[None], gating)[0]
-    conv = w["mixer.conv1d.weight"].flatten(1).T.contiguous()
-    A, dt_bias = -w["mixer.A_log"].exp(), w["mixer.dt_bias"]
-    mixer = Mixer(s, gating, True, conv, w["mixer.conv1d.bias"], A, dt_bias, w["mixer.norm.weight"])
-    out = torch.empty(CHECKED_TOKENS, s.inner, dtype=dtype)
-    native.mix(mixer, projected, w["mixer.D"], out, ssd.Workspace(), CHECKED_CHUNK)
-    return relative_error(out, exact)
+    width, norm = s.inner * gating + s.conv_dim + s.heads, w["mixer.norm.weight"]
+    projected = torch.randn(1, CHECKED_TOKENS, width, generator=generator).to(dtype)
+    O = mixed(native, w, s, projected, gating, CHECKED_CHUNK)
+    X, normed = torch.randn(O.shape, generator=generator), torch.empty_like(O)
+    Y = torch.empty_like(X)
+    native.enter(X[0], norm, s.eps, normed[0])
+    native.add(X, O, -0.5, 3.0, Y)
+    pairs = (
+        (O, plain_mixer(w, s, projected, gating)), (normed, plain_norm(X, None, norm, s.eps)),
+        (Y, 3.0 * O.double() - 0.5 * X),
+    )  # fmt: skip
+    return max((relative_error(*pair) for pair in pairs), key=guard.order)
