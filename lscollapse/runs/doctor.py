@@ -66,7 +66,11 @@ def _devices(config: Experiment) -> Iterator[Diagnosis]:
         paths = kernels.own.__name__ if kernels.own else type(kernels.native).__module__ if kernels.native else paths
         yield Diagnosis("kernels", f"{paths} ({kernels.backend}): {_why(kernels, config)}", good=not kernels.note)
     bf16 = _bf16(on[0])
-    slow = "" if bf16 or config.dtype != "bfloat16" else ": bfloat16 runs here, but slower than float32, other than Mamba-2"
+    slow = (
+        ""
+        if bf16 or config.dtype != "bfloat16"
+        else ": bfloat16 runs here, but slower than float32, other than Mamba-2"
+    )
     yield Diagnosis("bfloat16", ("in hardware" if bf16 else "no instructions for it") + slow, good=not slow)
 
 

@@ -27,7 +27,8 @@ def side_native(args: argparse.Namespace) -> dict[str, Any]:
     if kernels.native is None:
         sys.exit(kernels.note)
     layers = [
-        CpuBlock(random_tensors(shape), shape, dtype, workers, kernels.native, kernels.widens) for _ in range(args.layers)
+        CpuBlock(random_tensors(shape), shape, dtype, workers, kernels.native, kernels.widens)
+        for _ in range(args.layers)
     ]
     by_torch = CpuBlock(random_tensors(shape), shape, dtype, workers)
     X = torch.randn(args.excerpts, args.tokens, shape.hidden)

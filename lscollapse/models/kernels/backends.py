@@ -150,7 +150,8 @@ def _native_kernels() -> Kernels:
     if found is None:
         return kernels
     # where oneDNN takes no bfloat16 (CPUs without AVX-512 or what Arm has for it) torch's products of it are plain loops
-    widens = not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    one_dnn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # of torch
+    widens = not (one_dnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return replace(kernels, backend=f"native c++ ({found.name})", native=found, widens=widens)
 
 

@@ -133,7 +133,6 @@ class CpuBlock(Mamba2Block):
         else:
             out.copy_(y)
 
-
     def _add(self, _: ssd.Workspace, X: Tensor, O: Tensor, skip: float, scale: float, out: Tensor) -> None:
         """out = skip*X + scale*O of one excerpt, (N, hidden); a factor of 0 leaves X or O out, whatever it holds."""
         if self.native is not None:

@@ -60,12 +60,15 @@ def build(source: Path, *, seconds: float = SECONDS) -> Built:
     try:
         _make_private(folder)
         kept = _kept(folder, stem)
-        if kept is None:
-            with TemporaryDirectory(prefix=".building-", dir=folder) as building:
-                made = _compile(compiler, source, Path(building), seconds)
-                kept = folder / f"{stem}-{sha256_file(made)[:16]}.so"
-                made.replace(kept)  # whole or not at all, also where two processes do so at once
-        return Built(_load(kept), version)
+        if kept is not None:
+            return Built(_load(kept), version)
+        with TemporaryDirectory(prefix=".building-", dir=folder) as building:
+            made = _compile(compiler, source, Path(building), seconds)
+            library = _load(made)
+            made.replace(
+                folder / f"{stem}-{sha256_file(made)[:16]}.so"
+            )  # at once: another process sees all of it or nothing
+        return Built(library, version)
     except OSError as error:
         fault = f"{folder} cannot keep them ({error.strerror or error})"
     with TemporaryDirectory(prefix="lscollapse-") as building:  # a loaded library needs no file
@@ -110,8 +113,6 @@ def _make_private(folder: Path) -> None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not _is_own(folder):
         raise OSError("it is another user's, or others may write to it")
-    if not os.access(folder, os.W_OK):
-        raise OSError("it is read-only")
 
 
 def _is_own(path: Path) -> bool:
