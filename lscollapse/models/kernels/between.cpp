@@ -66,10 +66,9 @@ INLINE void put(bf16 &to, float v) {  // to nearest, ties to even; a NaN stays o
     to.bits = (uint16_t)((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded);
 }
 
-// e^v to 1e-7, as 2^n e^r with |r| <= log(2) / 2 and the polynomial of Cephes; 0 below -87, infinite above 88.5, NaN for NaN.
+// e^v for v <= 88 to 1e-7, as 2^n e^r with |r| <= log(2) / 2 and the polynomial of Cephes; 0 below -87, NaN for NaN.
 INLINE float exponential(float v) {
     float c = v < -87.0f ? -87.0f : v;
-    c = c > 88.5f ? 88.5f : c;
     float n = c * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer in its low bits
     int32_t bits;
     memcpy(&bits, &n, 4);
@@ -85,8 +84,7 @@ INLINE float exponential(float v) {
     uint32_t power = (uint32_t)(bits - 0x4B400000 + 127) << 23;
     float scale;
     memcpy(&scale, &power, 4);
-    float e = v < -87.0f ? 0.0f : p * scale;
-    return v > 88.5f ? INFINITY : (v == v ? e : v);
+    return v < -87.0f ? 0.0f : p * scale;
 }
 
 // log(1 + e) for e >= 0 to 2e-7: Cephes' logarithm of u = 1 + e, and what rounding took from u.
@@ -112,7 +110,7 @@ INLINE float log_of_one_plus(float e) {
     return f + p + k * 0.693359375f + (e - (u - 1.0f)) / u;
 }
 
-INLINE float silu(float v) { return v / (1.0f + exponential(-v)); }
+INLINE float silu(float v) { return v / (1.0f + exponential(v < -88.0f ? 88.0f : -v)); }
 
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
@@ -202,15 +200,16 @@ static void convolve(const Sizes &s, const Weights &w, const Scratch &m, const C
         return (back <= t ? chunk.rows + (t - back) * s.row_in : history) + from;
     };
     auto taps = [&](Index back) { return w.conv + (s.taps - 1 - back) * channels + from; };
-    for (Index c = 0; c < width; c++) sum[c] = w.conv_bias ? w.conv_bias[from + c] : 0.0f;
-    Index back = 0;
-    for (; back + 4 <= n; back += 4) {  // the usual four in one go
-        const T *r0 = row(back), *r1 = row(back + 1), *r2 = row(back + 2), *r3 = row(back + 3);
-        const float *w0 = taps(back), *w1 = taps(back + 1), *w2 = taps(back + 2), *w3 = taps(back + 3);
+    if (w.conv_bias) memcpy(sum, w.conv_bias + from, width * 4);
+    else memset(sum, 0, width * 4);
+    if (n == 4) {  // as usual: all in one go
+        const T *r0 = row(0), *r1 = row(1), *r2 = row(2), *r3 = row(3);
+        const float *w0 = taps(0), *w1 = taps(1), *w2 = taps(2), *w3 = taps(3);
         SIMD for (Index c = 0; c < width; c++)
-            sum[c] += get(r0[c]) * w0[c] + get(r1[c]) * w1[c] + get(r2[c]) * w2[c] + get(r3[c]) * w3[c];
+            sum[c] = silu(sum[c] + get(r0[c]) * w0[c] + get(r1[c]) * w1[c] + get(r2[c]) * w2[c] + get(r3[c]) * w3[c]);
+        return;
     }
-    for (; back < n; back++) {
+    for (Index back = 0; back < n; back++) {
         const T *r = row(back);
         const float *weights = taps(back);
         SIMD for (Index c = 0; c < width; c++) sum[c] += get(r[c]) * weights[c];
