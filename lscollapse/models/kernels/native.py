@@ -145,6 +145,15 @@ def load(source: Path = SOURCE, seconds: float = SECONDS) -> tuple[Native | None
 
 def faults(native: Native) -> str:
     """Why the functions are not to be used on this machine, for the user; empty where they are right."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # operations this small would wait for another core, on a busy machine for a second
+    try:
+        return _faults(native)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _faults(native: Native) -> str:
     for dtype, gating in product(SUFFIXES, (True, False)):
         # a bfloat16 is off by up to half a unit of its last place, which is 2^-9 to 2^-8 of it
         tolerance = TOLERANCE["mixer"] if dtype == torch.float32 else 2.0**-8

@@ -245,7 +245,9 @@ def test_verify_compares_the_native_code_where_it_is() -> None:
         assert rows == [] and len(notes) == 1
     else:
         assert passed(rows) and all(row.backend.startswith("native c++") for row in rows) and notes == []
-        assert [(row.case, row.name) for row in rows] == [(case.name, name) for case in TOY for name in ("mixer", "block")]
+        assert [(row.case, row.name) for row in rows] == [
+            (case.name, name) for case in TOY for name in ("mixer", "block")
+        ]
 
 
 def test_verify_needs_every_error_within_its_tolerance() -> None:
