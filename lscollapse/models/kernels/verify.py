@@ -27,7 +27,7 @@ from lscollapse.models.kernels import fused_measures, guard, native
 from lscollapse.models.kernels.backends import CHOICES, KernelError, Kernels, own_kernels, resolve_kernels
 from lscollapse.models.kernels.cpu_block import CpuBlock
 from lscollapse.models.kernels.gpu_block import GpuBlock
-from lscollapse.models.kernels.mamba2_block import Mamba2Shape
+from lscollapse.models.kernels.mamba2_block import Mamba2Block, Mamba2Shape
 from lscollapse.models.kernels.reference import (
     TOLERANCE,
     block_weights,
@@ -220,6 +220,20 @@ def _product(kernels: Kernels, X: Tensor, W: Tensor) -> Tensor:
     return F.linear(X, W) if own is None else torch.as_tensor(own.product(own.split(X), own.Weight.of(W)))
 
 
+def _mixed(kernels: Kernels, weights: dict[str, Tensor], case: Case, projected: Tensor) -> Tensor:
+    """What lies between the products by kernels that compute all of it."""
+    if kernels.native is not None:
+        return native.mixed(kernels.native, weights, case.shape, projected, chunk=case.chunk)
+    assert kernels.own is not None
+    return guard.mixed(kernels.own, weights, case.shape, projected)
+
+
+def _own_block(kernels: Kernels, weights: dict[str, Tensor], shape: Mamba2Shape) -> Mamba2Block:
+    if kernels.native is not None:
+        return CpuBlock(weights, shape, native=kernels.native)
+    return GpuBlock(weights, shape, kernels)
+
+
 def _operations(case: Case, device: torch.device) -> dict[str, Operation]:
     s, lead = case.shape, (case.batch, case.n_tokens)
     generator = torch.Generator().manual_seed(0)
@@ -259,15 +273,10 @@ def _operations(case: Case, device: torch.device) -> dict[str, Operation]:
         return [wide.double() @ factor.double().T if kernels is None else _product(kernels, wide, factor)]
 
     def mixer(kernels: Kernels | None) -> list[Tensor]:
-        if kernels is not None and kernels.native is not None:
-            return [native.mixed(kernels.native, weights, s, projected, chunk=case.chunk)]
-        own = None if kernels is None else kernels.own
-        return [plain_mixer(weights, s, projected) if own is None else guard.mixed(own, weights, s, projected)]
+        return [plain_mixer(weights, s, projected) if kernels is None else _mixed(kernels, weights, case, projected)]
 
     def block(kernels: Kernels | None) -> list[Tensor]:
-        if kernels is not None and kernels.native is not None:
-            return [CpuBlock(weights, s, native=kernels.native)(X, lam=1.0)]
-        return [plain_block(weights, s, X) if kernels is None else GpuBlock(weights, s, kernels)(X, lam=1.0)]
+        return [plain_block(weights, s, X) if kernels is None else _own_block(kernels, weights, s)(X, lam=1.0)]
 
     return {
         "scan": scan, "scan backward": backward, "conv": conv, "gated norm": norm, "mixer": mixer, "product": product,
