@@ -70,7 +70,7 @@ def fetch(
 
 def verify_kernels(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    kernels: Annotated[str, typer.Option(help="auto, torch, triton or mamba-ssm.")] = "auto",
+    kernels: Annotated[str, typer.Option(help="auto, native, torch, triton or mamba-ssm.")] = "auto",
 ) -> None:
     """Compare scan, conv, gated norm, a product and a whole block with float64; exit 1 over tolerance."""
     from lscollapse.cli.terminal.prepare import kernels_table

@@ -150,8 +150,9 @@ class Experiment(Compute):
         default=list(DEFAULT_MEASURES),
         description="Which measures: a list of names, or all (docs/table.md).",
     )
-    kernels: Literal["auto", "torch", "triton", "mamba-ssm"] = Field(
-        default="auto", description="Of Mamba-2 on a GPU: auto, triton (the package's own), mamba-ssm or torch."
+    kernels: Literal["auto", "native", "torch", "triton", "mamba-ssm"] = Field(
+        default="auto",
+        description="Of Mamba-2: auto, native (the package's own C++, on a CPU), triton (its own on a GPU), mamba-ssm or torch.",
     )
     products: Literal["split", "ieee"] = Field(
         default="split",

@@ -63,17 +63,21 @@ def _devices(config: Experiment) -> Iterator[Diagnosis]:
         yield Diagnosis("kernels", f"{config.kernels} cannot run", str(error))
     else:
         paths = ", ".join(f"{what} {_path(getattr(kernels, what))}" for what in ("scan", "conv", "gated_norm"))
-        paths = kernels.own.__name__ if kernels.own else paths
+        paths = kernels.own.__name__ if kernels.own else type(kernels.native).__module__ if kernels.native else paths
         yield Diagnosis("kernels", f"{paths} ({kernels.backend}): {_why(kernels, config)}", good=not kernels.note)
     bf16 = _bf16(on[0])
-    slow = "" if bf16 or config.dtype != "bfloat16" else ": bfloat16 runs here, but slower than float32"
+    slow = (
+        ""
+        if bf16 or config.dtype != "bfloat16"
+        else ": bfloat16 runs here, but slower than float32, other than Mamba-2"
+    )
     yield Diagnosis("bfloat16", ("in hardware" if bf16 else "no instructions for it") + slow, good=not slow)
 
 
 def _why(kernels: Kernels, config: Experiment) -> str:
     if kernels.note or config.kernels != "auto":
         return kernels.note or "as asked for"
-    return "Triton is there" if kernels.triton else "the Triton kernels need a GPU"
+    return "Triton is there" if kernels.triton else "compiled here, and right to float32"
 
 
 def _path(function: object) -> str:

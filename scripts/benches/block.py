@@ -3,35 +3,47 @@
 from __future__ import annotations
 
 import argparse
+import itertools
+import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from benches.common import SIZES, in_process, random_tensors, timed
 
 
 def side_native(args: argparse.Namespace) -> dict[str, Any]:
-    """Our block, its matrix products, and a stack, in one dtype."""
+    """Our block by the package's C++ and by torch operations, its matrix products, and a stack, in one dtype."""
     import torch
 
+    from lscollapse.models.kernels.backends import resolve_kernels
     from lscollapse.models.kernels.cpu_block import CpuBlock, Workers
     from lscollapse.models.kernels.mamba2_block import Mamba2Shape
 
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     shape, workers = Mamba2Shape(SIZES["hidden"], SIZES["heads"], SIZES["head_dim"], SIZES["state"]), Workers()
-    layers = [CpuBlock(random_tensors(shape), shape, dtype, workers) for _ in range(args.layers)]
+    kernels = resolve_kernels("native")
+    if kernels.native is None:
+        sys.exit(kernels.note)
+    layers = [
+        CpuBlock(random_tensors(shape), shape, dtype, workers, kernels.native, kernels.widens)
+        for _ in range(args.layers)
+    ]
+    by_torch = CpuBlock(random_tensors(shape), shape, dtype, workers)
     X = torch.randn(args.excerpts, args.tokens, shape.hidden)
     rows = X.flatten(0, 1).to(dtype)
     out_proj = torch.randn(shape.hidden, shape.inner).to(dtype)
 
-    def products(gating: bool) -> Callable[[], Any]:
+    def products(block: CpuBlock, gating: bool) -> Callable[[], Any]:
+        """The two of a block as it makes them, with weights of its size."""
         width = shape.conv_dim + shape.heads + (shape.inner if gating else 0)
         in_proj, between = torch.randn(width, shape.hidden).to(dtype), torch.empty(len(rows), width, dtype=dtype)
         after = torch.empty(len(rows), shape.hidden, dtype=dtype)
 
         def run() -> None:
-            torch.mm(rows, in_proj.T, out=between)
-            torch.mm(between[:, : shape.inner], out_proj.T, out=after)
+            block._product(rows, in_proj, None, between)
+            block._product(between[:, : shape.inner], out_proj, None, after)
 
         return run
 
@@ -40,16 +52,14 @@ def side_native(args: argparse.Namespace) -> dict[str, Any]:
         for layer in layers:
             Y = layer(Y, gating=False)
 
-    found = timed(
-        {
-            "gate off": lambda: layers[0](X, gating=False),
-            "gate off, products": products(gating=False),
-            "gate on": lambda: layers[0](X, gating=True),
-            "gate on, products": products(gating=True),
-        },
-        args.repeats,
-    )
-    return found | timed({"stack, gate off": stack}, 2)
+    runs: dict[str, Callable[[], Any]] = {}
+    for name, block in (("native", layers[0]), ("torch", by_torch)):
+        for gating in (False, True):
+            what = f"{name}, gate {'on' if gating else 'off'}"
+            runs[what] = partial(block, X, gating=gating)
+            if name == "native" or (kernels.widens and args.bf16):  # else torch's are the same
+                runs[f"{what}, products"] = products(block, gating)
+    return timed(runs, args.repeats) | timed({"native, stack, gate off": stack}, 2)
 
 
 def side_transformers(args: argparse.Namespace) -> dict[str, Any]:
@@ -98,15 +108,18 @@ def section_block(args: argparse.Namespace) -> dict[str, Any]:
     ratios = {}
     for name in ("fp32, default", "fp32, tuned", "bf16, tuned"):
         ours = {what: seconds["best"] for what, seconds in sides[name].items()}
-        ratios[name] = {
-            f"gate {gate}: ours / products": ours[f"gate {gate}"] / ours[f"gate {gate}, products"]
-            for gate in ("off", "on")
-        }
+        ratios[name] = {}
+        for path, gate in itertools.product(("native", "torch"), ("off", "on")):
+            products = f"{path}, gate {gate}, products"
+            own = ours[products if products in ours else f"native, gate {gate}, products"]
+            ratios[name][f"gate {gate}: {path} / products"] = ours[f"{path}, gate {gate}"] / own
         for malloc in ("default", "tuned"):
             theirs = sides[f"transformers, {malloc}"]
-            ratios[name][f"gate off: transformers {malloc} / ours"] = theirs["block"]["best"] / ours["gate off"]
-            ratios[name][f"gate on: transformers {malloc} / ours"] = theirs["block"]["best"] / ours["gate on"]
-            ratios[name][f"stack, gate off: transformers {malloc} / ours"] = (
-                theirs["stack"]["best"] / ours["stack, gate off"]
+            for gate in ("off", "on"):
+                ratios[name][f"gate {gate}: transformers {malloc} / native"] = (
+                    theirs["block"]["best"] / ours[f"native, gate {gate}"]
+                )
+            ratios[name][f"stack, gate off: transformers {malloc} / native"] = (
+                theirs["stack"]["best"] / ours["native, stack, gate off"]
             )
     return {"excerpts": args.excerpts, "tokens": args.tokens, "stack": args.layers, "seconds": sides, "ratios": ratios}

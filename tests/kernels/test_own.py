@@ -245,7 +245,7 @@ def test_kernels_that_are_right_are_used(unguarded: None) -> None:
     assert found.backend.endswith("interpreted: scan tf32x3 (torch over 128 tokens), fp32 products of float16 halves")
     found = resolve_kernels("triton", "cpu", products="ieee")
     assert found.own is fused and not found.split and found.backend.endswith("fp32 products ieee")
-    assert found.for_dtype(torch.float32) is found and found.for_dtype(torch.float64).backend == "torch native"
+    assert found.for_dtype(torch.float32) is found and found.for_dtype(torch.float64).backend == "torch operations"
 
 
 @pytest.mark.parametrize("wrong", [1.0001, math.nan, "does not launch"])
@@ -270,7 +270,7 @@ def test_kernels_that_are_wrong_are_not_used(
     if what == "product":
         assert found.own is fused and not found.split and "fp32 products ieee" in found.backend
     else:
-        assert found.own is None and found.backend == "torch native"
+        assert found.own is None and found.backend == "torch operations"
 
 
 def test_an_interpreter_that_breaks_down_is_one_line() -> None:

@@ -99,7 +99,7 @@ class Mamba2Adapter(MambaStack):
     def make_block(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> Mamba2Block:
         """A block of these tensors, which are on this adapter's device."""
         if self.device.type == "cpu" and not self.kernels.triton:
-            return CpuBlock(tensors, self.shape, dtype, self.workers)
+            return CpuBlock(tensors, self.shape, dtype, self.workers, self.kernels.native, self.kernels.widens)
         return GpuBlock(tensors, self.shape, self.kernels, dtype)
 
     @cached_property

@@ -3,9 +3,9 @@
     kernels = resolve_kernels("auto", "cuda")
     kernels.backend      # "lscollapse triton 3.6.0: scan tf32x3 (torch over 128 tokens), fp32 products of float16 halves"
 
-On CPU it is `lscollapse.models.kernels.ssd`; on a GPU the package's own Triton kernels, which a CUDA build of torch is
-enough for, torch operations, or mamba-ssm's Triton kernels and causal-conv1d's CUDA kernel. Own kernels are compared
-with float64 before their first use on a GPU.
+On CPU it is the package's own C++, which a C++ compiler is enough for, or torch operations (`ssd.py`); on a GPU the
+package's own Triton kernels, which a CUDA build of torch is enough for, torch operations, or mamba-ssm's Triton kernels
+and causal-conv1d's CUDA kernel. Own kernels are compared with float64 before their first use.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lscollapse.models.kernels import guard, mamba_ssm, ssd
+from lscollapse.models.kernels import guard, mamba_ssm, native, ssd
 from lscollapse.models.kernels.chunked import causal_conv, chunked_scan, gated_norm
 
-CHOICES = ("auto", "torch", "triton", "mamba-ssm")
+CHOICES = ("auto", "native", "torch", "triton", "mamba-ssm")
 PRODUCTS = ("split", "ieee")
 INSTALL = "install a CUDA build of torch, which brings triton"
 INSTALL_MAMBA_SSM = (
@@ -51,6 +51,8 @@ class Kernels:
         note: one line for the user, where something preferred could not be had; else empty.
         own: the package's Triton kernels (fused.py), which go before the three operations where they take the shape.
         split: whether products of float32 are those of `own`.
+        native: the package's C++ functions, which on a CPU take the place of the three operations in a whole block.
+        widens: whether products of bfloat16 beside `native` are made in float32, which here is far faster.
     """
 
     scan: Callable[..., Tensor]
@@ -63,10 +65,16 @@ class Kernels:
     note: str = ""
     own: ModuleType | None = None
     split: bool = False
+    native: native.Native | None = None
+    widens: bool = False
 
     def for_dtype(self, dtype: torch.dtype) -> Kernels:
-        """These kernels, or those of torch for float64, which Triton's would round to float32."""
-        return _torch_kernels(self.device) if self.triton and dtype == torch.float64 else self
+        """These kernels as a block of that dtype uses them; torch's for float64, which own ones would round to float32."""
+        if dtype == torch.float64 and (self.triton or self.native):
+            return _torch_kernels(self.device)
+        if dtype == torch.bfloat16 and self.widens:
+            return replace(self, backend=f"{self.backend}, bf16 products in fp32")
+        return self
 
 
 def ieee() -> None:
@@ -79,8 +87,9 @@ def resolve_kernels(kernels: str = "auto", device: str | torch.device = "cpu", *
     """The operations for `device`; sets torch to IEEE float32.
 
     Args:
-        kernels: `torch`; `triton`, the package's own; `mamba-ssm`, with causal-conv1d, and torch's operations for what
-            is not installed of the two; `auto`: torch on CPU, on a GPU triton if it is installed.
+        kernels: `torch`; `native`, the package's own for a CPU, and torch's where they cannot be had; `triton`, its own
+            for a GPU; `mamba-ssm`, with causal-conv1d, and torch's operations for what is not installed of the two;
+            `auto`: native on a CPU, on a GPU triton if it is installed.
         device: `cpu` or `cuda`, with or without an index. With TRITON_INTERPRET=1 in the environment before Triton is
             imported, Triton kernels run on a CPU, slowly, for checks.
         products: of float32 by own kernels: `split`, on tensor cores (products.py), or `ieee`, torch's.
@@ -98,9 +107,13 @@ def resolve_kernels(kernels: str = "auto", device: str | torch.device = "cpu", *
         raise KernelError("torch sees no GPU: install a CUDA build of torch, or use --device cpu")
     if kind == "cpu" and kernels in ("triton", "mamba-ssm") and os.environ.get("TRITON_INTERPRET") != "1":
         raise KernelError(f"the {kernels} kernels need a GPU: use --device cuda, or --kernels torch on a CPU")
+    if kind == "cuda" and kernels == "native":
+        raise KernelError("the native kernels are for a CPU: use --device cpu, or --kernels triton or torch on a GPU")
     ieee()
-    if kernels == "torch" or (kernels == "auto" and kind == "cpu"):
+    if kernels == "torch":
         return _torch_kernels(kind)
+    if kernels == "native" or (kernels == "auto" and kind == "cpu"):
+        return _native_kernels()
     if kernels == "mamba-ssm":
         return _mamba_ssm_kernels(kind)
     try:
@@ -124,10 +137,22 @@ def differentiable(kind: str) -> Kernels:
 
 def _torch_kernels(kind: str, note: str = "") -> Kernels:
     if kind == "cpu":
-        return Kernels(ssd.scan, ssd.conv, gated_norm, "torch native", kind, differentiable=False, note=note)
+        return Kernels(ssd.scan, ssd.conv, gated_norm, "torch operations", kind, differentiable=False, note=note)
     return Kernels(
         chunked_scan, causal_conv, gated_norm, f"torch {torch.__version__} chunked, ieee fp32", kind, note=note
     )
+
+
+def _native_kernels() -> Kernels:
+    """Own C++ where it can be had and is right on this CPU, else torch operations and a note."""
+    found, note = native.load()
+    kernels = _torch_kernels("cpu", note)
+    if found is None:
+        return kernels
+    # where oneDNN takes no bfloat16 (CPUs without AVX-512 or what Arm has for it) torch's products of it are plain loops
+    one_dnn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # of torch
+    widens = not (one_dnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return replace(kernels, backend=f"native c++ ({found.name})", native=found, widens=widens)
 
 
 def own_kernels(device: str, split: bool = True) -> Kernels:

@@ -81,7 +81,7 @@ def _mixer(own: ModuleType, device: torch.device) -> float:
     skips, scales = torch.tensor([[3.0, 0.0], [-0.5, 1.0]], device=device)
     Y = own.combine(X, O, skips, scales)
     skips, scales = skips[:, None, None].double(), scales[:, None, None].double()
-    return max(relative_error(O, exact), relative_error(Y, skips * X + scales * exact), key=_order)
+    return max(relative_error(O, exact), relative_error(Y, skips * X + scales * exact), key=order)
 
 
 def _product(own: ModuleType, device: torch.device) -> float:
@@ -93,9 +93,9 @@ def _product(own: ModuleType, device: torch.device) -> float:
         weight = W.to(dtype)
         exact = X.double() @ weight.double().T
         errors.append(relative_error(own.product(own.split(X), own.Weight.of(weight)), exact))
-    return max(errors, key=_order)
+    return max(errors, key=order)
 
 
-def _order(error: float) -> float:
+def order(error: float) -> float:
     """For `max`: a NaN is the largest."""
     return float("inf") if error != error else error

@@ -67,10 +67,11 @@ def plain_norm(y: Tensor, gate: Tensor | None, weight: Tensor, eps: float, group
     return F.rms_norm(parts, [u.shape[-1] // groups], eps=eps).flatten(-2) * weight.double()
 
 
-def plain_mixer(weights: dict[str, Tensor], s: Mamba2Shape, projected: Tensor) -> Tensor:
-    """What lies between the products: projected (B, N, inner + conv_dim + heads) -> (B, N, inner), in float64."""
+def plain_mixer(weights: dict[str, Tensor], s: Mamba2Shape, projected: Tensor, gating: bool = True) -> Tensor:
+    """What lies between the products: projected (B, N, [inner +] conv_dim + heads) -> (B, N, inner), in float64."""
     w, projected = {name: tensor.double() for name, tensor in weights.items()}, projected.double()
-    gate, xBC, dt = torch.split(projected, [s.inner, s.conv_dim, s.heads], dim=-1)
+    gate = projected[..., : s.inner] if gating else None
+    xBC, dt = torch.split(projected[..., s.inner * gating :], [s.conv_dim, s.heads], dim=-1)
     convolved = plain_conv(xBC, w["mixer.conv1d.weight"], w["mixer.conv1d.bias"])
     x, B, C = torch.split(convolved, [s.inner, s.groups * s.state, s.groups * s.state], dim=-1)
     x = torch.unflatten(x, -1, (s.heads, s.head_dim))  # (B, N, heads, head_dim)

@@ -3,8 +3,9 @@
     rows = verify("cuda")
     passed(rows)
 
-On a CPU the Triton kernels run in Triton's interpreter, if Triton is installed: the same source, no GPU. On a GPU the
-2.7B shapes are checked too, and a second call of each operation is timed against torch's operations.
+On a CPU that is the package's C++ and torch's operations; the Triton kernels run in Triton's interpreter, if Triton is
+installed: the same source, no GPU. On a GPU the 2.7B shapes are checked too, and a second call of each operation is timed
+against torch's operations.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lscollapse.core.files import first_line
-from lscollapse.models.kernels import fused_measures, guard
+from lscollapse.models.kernels import fused_measures, guard, native
 from lscollapse.models.kernels.backends import CHOICES, KernelError, Kernels, own_kernels, resolve_kernels
+from lscollapse.models.kernels.cpu_block import CpuBlock
 from lscollapse.models.kernels.gpu_block import GpuBlock
-from lscollapse.models.kernels.mamba2_block import Mamba2Shape
+from lscollapse.models.kernels.mamba2_block import Mamba2Block, Mamba2Shape
 from lscollapse.models.kernels.reference import (
     TOLERANCE,
     block_weights,
@@ -71,7 +73,7 @@ class KernelCheck:
     """One comparison.
 
     Attributes:
-        name: the operation, one of TOLERANCE; `mixer` is own kernels' conv, scan and gated norm.
+        name: the operation, one of TOLERANCE; `mixer` is conv, scan and gated norm by own kernels.
         case: name of the sizes.
         backend: what ran.
         error: largest |found - float64 recurrence| / largest |recurrence|; for a backward pass of the worst gradient.
@@ -106,7 +108,7 @@ def verify(
 
     Args:
         device: `cpu` or `cuda`.
-        kernels: `torch`, `triton`, `mamba-ssm`, or `auto`: all that are installed.
+        kernels: `torch`, `native`, `triton`, `mamba-ssm`, or `auto`: all that are installed.
         cases: sizes; default TOY, on a GPU also PAPER.
         note: is told what of `auto` is installed and cannot be checked here.
 
@@ -123,6 +125,11 @@ def verify(
         cases = TOY + PAPER if on_gpu else TOY
     compare = partial(_rows, cases=cases, device=device, torch_kernels=torch_kernels)
     rows = compare(torch_kernels) if kernels in ("auto", "torch") else []
+    if kernels == "native" or (kernels == "auto" and not on_gpu):
+        compiled = resolve_kernels("native", device)
+        rows += compare(compiled) if compiled.native is not None else []
+        if compiled.note:
+            note(compiled.note)
     installed = [name for name, package in PACKAGES.items() if util.find_spec("triton") and util.find_spec(package)]
     for name in installed if kernels == "auto" else {kernels} & set(PACKAGES):
         try:
@@ -169,6 +176,8 @@ def _measures(backend: str, device: torch.device) -> KernelCheck:
 
 def _has(kernels: Kernels, name: str, case: Case) -> bool:
     """Whether these kernels have an operation of their own of that name."""
+    if kernels.native is not None:
+        return name in ("mixer", "block")
     if name in ("product", "block"):
         return True
     if kernels.own is not None or name == "mixer":
@@ -211,6 +220,20 @@ def _product(kernels: Kernels, X: Tensor, W: Tensor) -> Tensor:
     return F.linear(X, W) if own is None else torch.as_tensor(own.product(own.split(X), own.Weight.of(W)))
 
 
+def _mixed(kernels: Kernels, weights: dict[str, Tensor], case: Case, projected: Tensor) -> Tensor:
+    """What lies between the products by kernels that compute all of it."""
+    if kernels.native is not None:
+        return native.mixed(kernels.native, weights, case.shape, projected, chunk=case.chunk)
+    assert kernels.own is not None
+    return guard.mixed(kernels.own, weights, case.shape, projected)
+
+
+def _own_block(kernels: Kernels, weights: dict[str, Tensor], shape: Mamba2Shape) -> Mamba2Block:
+    if kernels.native is not None:
+        return CpuBlock(weights, shape, native=kernels.native)
+    return GpuBlock(weights, shape, kernels)
+
+
 def _operations(case: Case, device: torch.device) -> dict[str, Operation]:
     s, lead = case.shape, (case.batch, case.n_tokens)
     generator = torch.Generator().manual_seed(0)
@@ -250,11 +273,10 @@ def _operations(case: Case, device: torch.device) -> dict[str, Operation]:
         return [wide.double() @ factor.double().T if kernels is None else _product(kernels, wide, factor)]
 
     def mixer(kernels: Kernels | None) -> list[Tensor]:
-        own = None if kernels is None else kernels.own
-        return [plain_mixer(weights, s, projected) if own is None else guard.mixed(own, weights, s, projected)]
+        return [plain_mixer(weights, s, projected) if kernels is None else _mixed(kernels, weights, case, projected)]
 
     def block(kernels: Kernels | None) -> list[Tensor]:
-        return [plain_block(weights, s, X) if kernels is None else GpuBlock(weights, s, kernels)(X, lam=1.0)]
+        return [plain_block(weights, s, X) if kernels is None else _own_block(kernels, weights, s)(X, lam=1.0)]
 
     return {
         "scan": scan, "scan backward": backward, "conv": conv, "gated norm": norm, "mixer": mixer, "product": product,

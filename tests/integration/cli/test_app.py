@@ -107,7 +107,9 @@ def test_verbs_that_only_list_load_neither_torch_nor_scipy(verb: str) -> None:
 
 @pytest.mark.parametrize("arguments", [("--device", "tpu"), ("--kernels", "none")])
 def test_kernels_that_do_not_exist_are_no_kernels_to_verify(shell: Shell, arguments: tuple[str, str]) -> None:
-    assert "choose auto, torch, triton, mamba-ssm, on cpu or cuda" in shell.refused("verify-kernels", *arguments)
+    assert "choose auto, native, torch, triton, mamba-ssm, on cpu or cuda" in shell.refused(
+        "verify-kernels", *arguments
+    )
 
 
 def test_figures_are_compared_with_figures(shell: Shell, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def test_own_blocks_compute_with_the_very_weights_in_float32(held: Mamba2Adapter
 def test_the_backend_is_that_of_the_dtype(held: Mamba2Adapter) -> None:
     held.kernels = Kernels(chunked_scan, causal_conv, gated_norm, "own kernels", "cpu", triton=True)
     assert (held.backend(torch.float32), held.backend(torch.bfloat16)) == ("own kernels", "own kernels")
-    assert held.backend(torch.float64) == "torch native"
+    assert held.backend(torch.float64) == "torch operations"
 
 
 def test_modules_are_in_float32_where_they_are_asked_for(held: Mamba2Adapter) -> None:

@@ -24,12 +24,11 @@ from tests.unit.models.kernels.test_ssd import DECAYS, SIZES, inputs, recurrence
 CHUNKED = Kernels(chunked_scan, causal_conv, gated_norm, "torch chunked", "cpu")
 
 
-def test_on_a_cpu_auto_is_the_native_code() -> None:
-    for kernels in ("auto", "torch"):
-        found = resolve_kernels(kernels, "cpu")
-        assert found.scan is ssd.scan and found.conv is ssd.conv
-        assert (found.backend, found.device, found.triton, found.note) == ("torch native", "cpu", False, "")
-        assert found.for_dtype(torch.float64) is found
+def test_torch_on_a_cpu_is_by_excerpts() -> None:
+    found = resolve_kernels("torch", "cpu")
+    assert found.scan is ssd.scan and found.conv is ssd.conv and found.native is None
+    assert (found.backend, found.device, found.triton, found.note) == ("torch operations", "cpu", False, "")
+    assert found.for_dtype(torch.float64) is found
 
 
 def test_what_torch_computes_is_ieee() -> None:
@@ -41,7 +40,7 @@ def test_what_torch_computes_is_ieee() -> None:
 @pytest.mark.parametrize(
     ("kernels", "device", "message"),
     [
-        ("cuda", "cpu", "'cuda' do not exist: choose one of auto, torch, triton, mamba-ssm"),
+        ("cuda", "cpu", "'cuda' do not exist: choose one of auto, native, torch, triton, mamba-ssm"),
         ("triton", "cpu", "need a GPU: use --device cuda, or --kernels torch"),
         ("mamba-ssm", "cpu", "need a GPU: use --device cuda, or --kernels torch"),
         ("auto", "meta", "no kernels for device 'meta': use cpu or cuda"),
@@ -86,14 +85,14 @@ def test_what_is_not_installed_says_how_to_install_it(tmp_path: Path) -> None:
                 resolve_kernels(kernels, "cpu")
             except KernelError as error:
                 print(error)
-        print(resolve_kernels("auto", "cpu").backend)
+        print(resolve_kernels("auto", "cpu").triton)
     """
     triton, mamba_ssm, auto = in_a_process(program, tmp_path).splitlines()
     assert "cannot be imported (undefined symbol): install a CUDA build of torch, which brings triton" in triton
     for part in ("mamba-ssm cannot be imported (No module named 'mamba_ssm.ops')", "CUDA build of torch", "ninja",
                  'pip install --no-build-isolation "lscollapse[gpu]"', "--kernels triton or torch"):  # fmt: skip
         assert part in mamba_ssm
-    assert auto == "torch native"
+    assert auto == "False"
 
 
 def test_on_a_gpu_each_package_is_resolved_alone(tmp_path: Path) -> None:
@@ -233,14 +232,26 @@ def test_block_refuses_kernels_of_another_device() -> None:
 
 def test_verify_on_a_cpu() -> None:
     rows = verify("cpu", "torch")
-    assert passed(rows) and {row.backend for row in rows} == {"torch native"}
-    names = ("scan", "conv", "gated norm", "product", "block")  # the native scan has no backward pass
+    assert passed(rows) and {row.backend for row in rows} == {"torch operations"}
+    names = ("scan", "conv", "gated norm", "product", "block")  # torch's scan by excerpts has no backward pass
     assert [(row.case, row.name) for row in rows] == [(case.name, name) for case in TOY for name in names]
     assert all(0 < row.error < row.tolerance and row.torch_seconds is None for row in rows)
 
 
+def test_verify_compares_the_native_code_where_it_is() -> None:
+    notes: list[str] = []
+    rows = verify("cpu", "native", note=notes.append)
+    if resolve_kernels("native").native is None:
+        assert rows == [] and len(notes) == 1
+    else:
+        assert passed(rows) and all(row.backend.startswith("native c++") for row in rows) and notes == []
+        assert [(row.case, row.name) for row in rows] == [
+            (case.name, name) for case in TOY for name in ("mixer", "block")
+        ]
+
+
 def test_verify_needs_every_error_within_its_tolerance() -> None:
-    row = KernelCheck("scan", "one group", "torch native", 1e-7, 5e-6, 0.1, None)
+    row = KernelCheck("scan", "one group", "torch operations", 1e-7, 5e-6, 0.1, None)
     assert passed([row]) and not passed([])
     for error in (6e-6, float("nan"), float("inf")):
-        assert not passed([row, KernelCheck("conv", "one group", "torch native", error, 5e-6, 0.1, None)])
+        assert not passed([row, KernelCheck("conv", "one group", "torch operations", error, 5e-6, 0.1, None)])

@@ -1,15 +1,19 @@
-"""The block on CPU against transformers' Mamba2Block, and its variants against a plain float64 block written here."""
+"""The block on CPU, by torch operations and in C++, against transformers' Mamba2Block, and its variants against a plain
+float64 block written here."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from lscollapse.models.kernels import native
 from lscollapse.models.kernels.backends import Kernels
 from lscollapse.models.kernels.chunked import causal_conv, chunked_scan, gated_norm
 from lscollapse.models.kernels.cpu_block import CpuBlock
@@ -21,6 +25,20 @@ SHAPES = {
     "two groups": Mamba2Shape(hidden=16, heads=4, head_dim=8, state=3, groups=2, conv_kernel=3, dt_limit=(0.01, 0.3)),
     "four groups": Mamba2Shape(hidden=8, heads=8, head_dim=2, state=16, groups=4),
 }
+
+
+Make = Callable[..., CpuBlock]
+
+
+@pytest.fixture(params=["torch", "native"])
+def make(request: pytest.FixtureRequest) -> Make:
+    """CpuBlock on one of its two paths."""
+    if request.param == "torch":
+        return CpuBlock
+    functions, why = native.load()
+    if functions is None:
+        pytest.skip(why)
+    return partial(CpuBlock, native=functions)
 
 
 def weights(shape: Mamba2Shape, biases: bool = False) -> dict[str, Tensor]:
@@ -83,7 +101,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("N", [1, 5, 150])
-def test_unedited_block_is_transformers_block(name: str, N: int) -> None:
+def test_unedited_block_is_transformers_block(make: Make, name: str, N: int) -> None:
     from transformers import Mamba2Config
     from transformers.models.mamba2.modeling_mamba2 import Mamba2Block
 
@@ -108,7 +126,7 @@ def test_unedited_block_is_transformers_block(name: str, N: int) -> None:
     X = stream(s, N=N).float()
     with torch.no_grad():
         expected = reference(X)
-    found = CpuBlock(tensors, s)(X)
+    found = make(tensors, s)(X)
     assert found.dtype == torch.float32 and relative_error(found, expected) < 1e-5
 
 
@@ -116,25 +134,27 @@ def test_unedited_block_is_transformers_block(name: str, N: int) -> None:
 @pytest.mark.parametrize("skip_site", ["residual", "mixer"])
 @pytest.mark.parametrize("norm_site", ["both", "mixer", "block", None])
 @pytest.mark.parametrize("gating", [True, False])
-def test_variants_are_the_plain_block(name: str, skip_site: str, norm_site: str | None, gating: bool) -> None:
+def test_variants_are_the_plain_block(
+    make: Make, name: str, skip_site: str, norm_site: str | None, gating: bool
+) -> None:
     s, lam, o_scale = SHAPES[name], -1.5, 0.25
     w, X = weights(s, biases=name == "one group"), stream(s)
     arm = {"gating": gating, "layernorm": norm_site is None, "skip_site": skip_site, "norm_site": norm_site or "both"}
     shift = lam if skip_site == "mixer" else 0.0
     O = plain_O(w, s, X, gating, norm_site not in ("both", "block"), norm_site not in ("both", "mixer"), shift)
     expected = (1.0 if skip_site == "mixer" else lam) * X + o_scale * O
-    found = CpuBlock(w, s, torch.float64)(X, lam=lam, o_scale=o_scale, **arm)
+    found = make(w, s, torch.float64)(X, lam=lam, o_scale=o_scale, **arm)
     assert found.dtype == torch.float64 and relative_error(found, expected) < 1e-12
-    narrow = CpuBlock(w, s, torch.float32)(X, lam=lam, o_scale=o_scale, **arm)
+    narrow = make(w, s, torch.float32)(X, lam=lam, o_scale=o_scale, **arm)
     assert narrow.dtype == torch.float32 and relative_error(narrow, expected) < 1e-5
     # bfloat16 has 8 bits: two products with rounded factors and results
-    coarse = CpuBlock(w, s, torch.bfloat16)(X, lam=lam, o_scale=o_scale, **arm)
+    coarse = make(w, s, torch.bfloat16)(X, lam=lam, o_scale=o_scale, **arm)
     assert coarse.dtype == torch.float32 and relative_error(coarse, expected) < 0.05
 
 
-def test_lambda_zero_is_exactly_the_scaled_mixer_output() -> None:
+def test_lambda_zero_is_exactly_the_scaled_mixer_output(make: Make) -> None:
     s = SHAPES["two groups"]
-    block, X = CpuBlock(weights(s), s, torch.float64), stream(s)
+    block, X = make(weights(s), s, torch.float64), stream(s)
     O = block(X, lam=0.0)
     assert relative_error(O, plain_O(weights(s), s, X, True, True, True, 0.0)) < 1e-12
     assert torch.equal(block(X, lam=0.0, o_scale=0.5), 0.5 * O)
@@ -144,25 +164,26 @@ def test_lambda_zero_is_exactly_the_scaled_mixer_output() -> None:
 
 
 @pytest.mark.parametrize("skip_site", ["residual", "mixer"])
-def test_skip_stands_in_the_place_of_lambda_on_the_residual_excerpt_by_excerpt(skip_site: str) -> None:
+def test_skip_stands_in_the_place_of_lambda_on_the_residual_excerpt_by_excerpt(make: Make, skip_site: str) -> None:
     s = SHAPES["two groups"]
     w, X, lam = weights(s), stream(s), -1e39
     skip, scale = (torch.tensor(f, dtype=torch.float64).view(3, 1, 1) for f in ([0.0, -2.5, 2.0**-9], [1.0, 0.25, 0.5]))
     shift, gating = (1.5, False) if skip_site == "mixer" else (0.0, True)
     expected = skip * X + scale * plain_O(w, s, X, gating, True, True, shift)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-        block = CpuBlock(w, s, dtype)
+        block = make(w, s, dtype)
         found = block(X, lam=shift or lam, gating=gating, skip_site=skip_site, skip=skip, o_scale=scale)
         assert relative_error(found, expected) < tolerance
-    assert torch.isinf(CpuBlock(w, s, torch.float32)(X, lam=lam)).all()  # not carried, it leaves float32
+    assert torch.isinf(make(w, s, torch.float32)(X, lam=lam)).all()  # not carried, it leaves float32
 
 
 TORCH = Kernels(chunked_scan, causal_conv, gated_norm, "torch chunked", "cpu")
 
 
-@pytest.mark.parametrize("kind", [CpuBlock, lambda w, s: GpuBlock(w, s, TORCH)], ids=["CPU", "GPU"])
-def test_what_has_the_factor_0_is_left_out_whatever_it_holds(kind: Any) -> None:
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_what_has_the_factor_0_is_left_out_whatever_it_holds(make: Make, on_gpu: bool) -> None:
     """A row that stands still, X + 0 O, and one that begins anew, 0 X + O."""
+    kind: Any = (lambda w, s: GpuBlock(w, s, TORCH)) if on_gpu else make
     s = SHAPES["one group"]
     w, X = weights(s), stream(s).float()
     zero, one = torch.tensor([0.0, 1.0, 1.0]).view(3, 1, 1), torch.tensor([1.0, 0.0, 1.0]).view(3, 1, 1)
@@ -176,29 +197,29 @@ def test_what_has_the_factor_0_is_left_out_whatever_it_holds(kind: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("gating", [True, False])
-def test_an_excerpt_gives_the_same_in_any_batch(dtype: torch.dtype, gating: bool) -> None:
+def test_an_excerpt_gives_the_same_in_any_batch(make: Make, dtype: torch.dtype, gating: bool) -> None:
     """Bit-identical by construction but for the two matrix products, of which only the rounding may differ."""
     s = Mamba2Shape(hidden=96, heads=6, head_dim=32, state=16)
-    block, X = CpuBlock(weights(s), s, dtype), stream(s, batch=7, N=19)
+    block, X = make(weights(s), s, dtype), stream(s, batch=7, N=19)
     together = block(X, lam=0.5, gating=gating)
     bound = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1e-2}[dtype]
     for part in (slice(0, 1), slice(3, 4), slice(2, 6), slice(6, 7)):
         assert relative_error(block(X[part], lam=0.5, gating=gating), together[part]) <= bound
 
 
-def test_an_excerpt_that_overflows_leaves_the_others_alone() -> None:
+def test_an_excerpt_that_overflows_leaves_the_others_alone(make: Make) -> None:
     s = SHAPES["one group"]
-    block, X = CpuBlock(weights(s), s), stream(s).float()
+    block, X = make(weights(s), s), stream(s).float()
     clean = block(X, lam=1.0, layernorm=False)
     X[1] = torch.inf
     found = block(X, lam=1.0, layernorm=False)
     assert torch.equal(found[[0, 2]], clean[[0, 2]]) and not torch.isfinite(found[1]).any()
 
 
-def test_norm_is_right_where_squares_overflow() -> None:
+def test_norm_is_right_where_squares_overflow(make: Make) -> None:
     """norm(1e25 X) = norm(X) although 1e50 is no float32."""
     s = SHAPES["two groups"]
-    block, X = CpuBlock(weights(s), s), stream(s).float()
+    block, X = make(weights(s), s), stream(s).float()
     assert relative_error(block(1e25 * X, lam=0.0), block(X, lam=0.0)) < 1e-4
 
 
@@ -222,9 +243,9 @@ def test_what_is_wrong_is_named() -> None:
         block(X[..., :3])
 
 
-def test_workers_leave_the_thread_setting_of_others_alone() -> None:
+def test_workers_leave_the_thread_setting_of_others_alone(make: Make) -> None:
     s = SHAPES["one group"]
     before = torch.get_num_threads()
-    CpuBlock(weights(s), s)(stream(s))
+    make(weights(s), s)(stream(s))
     with ThreadPoolExecutor(1) as pool:
         assert (torch.get_num_threads(), pool.submit(torch.get_num_threads).result()) == (before, before)
