@@ -225,7 +225,7 @@ class Stream:
         """The output of the model's own module under hooks, in the scale that it is carried in from then on."""
         variant, (lam, _) = self.variant, self._lam(layer)
         if not self.carries_scale and not variant.removes_block_norm:
-            self.X = lose_unsquarable(self.X)
+            self.X = lose_unsquarable(self.X, self.largest)
         before, down = self.X, self.carried.down
         plain = not self.carries_scale or (not isinstance(lam, Tensor) and lam == 1.0 and not any_of(down != 0))
         watched = scores_in_range() if variant.removes_block_norm else nullcontext()

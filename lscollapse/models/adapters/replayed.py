@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, MutableSequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -136,11 +136,16 @@ def record(blocks: Iterable[Any], forward: Callable[[], Any], compute: bool) -> 
 class ReplayedAdapter(Adapter):
     """`run` gives block k the arguments that the model's own forward gave it for the ids of the last `embed`.
 
-    The first `embed` tests this on the first excerpt it is given: the arms of REPLAYED, layer by layer as `measure`
-    runs them, against whole forwards of the model with the same edits.
+    The first `embed` tests this on the first tokens that it is given: the arms of REPLAYED, layer by layer as `measure`
+    runs them, against whole forwards of the model with the same edits. By which way a block hands something on does not
+    depend on how many tokens there are, and a whole excerpt would cost as much as six forwards of it.
+
+    Class attributes:
+        tried: how many tokens of the first excerpt that is; None where it cannot be cut.
     """
 
     any_batch = False
+    tried: ClassVar[int | None] = 16
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -157,7 +162,7 @@ class ReplayedAdapter(Adapter):
     def embed(self, ids: Tensor) -> Tensor:
         if not (self._tested or self.model.training):
             with torch.no_grad(), failures_as(self._not_by_layers):
-                self._test_replay(ids[:1])
+                self._test_replay(ids[:1, : self.tried])
             self._tested = True
         self._take(self.recorded(ids))
         X: Tensor = self.calls[0].X  # (B, N, d)
