@@ -73,7 +73,7 @@ class Recording:
 
     def given(self) -> set[int]:
         """The ids of all tensors that blocks are given beside X."""
-        return {id(tensor) for call in self.calls for tensor in _tensors(call.others)}
+        return {id(tensor) for call in self.calls for tensor in tensors_of(call.others)}
 
 
 def first_argument(args: Args, kwargs: Kwargs) -> Any:
@@ -173,7 +173,7 @@ class ReplayedAdapter(Adapter):
         args, kwargs = call.others
         args = tuple(self._of_arm(value, handed) for value in args)
         output = call.again(X, (args, {name: self._of_arm(value, handed) for name, value in kwargs.items()}))
-        for recorded, computed in zip(_tensors(call.output), _tensors(output), strict=False):
+        for recorded, computed in zip(tensors_of(call.output), tensors_of(output), strict=False):
             if id(recorded) in self._given:
                 handed[id(recorded)] = computed
         Y: Tensor = first_of(output)  # (B, N, d)
@@ -182,9 +182,9 @@ class ReplayedAdapter(Adapter):
     @property
     def hands_on(self) -> bool:
         """Whether blocks hand on numbers, no mere choice of tokens, beside X for the ids of the last `embed`."""
-        tensors = [part for call in self.calls for part in _tensors(call.output) if id(part) in self._given]
+        tensors = [part for call in self.calls for part in tensors_of(call.output) if id(part) in self._given]
         for filled in self._filled():
-            tensors += _tensors(filled)
+            tensors += tensors_of(filled)
         return any(tensor.is_floating_point() for tensor in tensors)
 
     def _take(self, recording: Recording) -> None:
@@ -263,8 +263,9 @@ def _parts(value: Any) -> list[Any]:
     return list(value) if isinstance(value, MutableSequence | tuple) else []
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """The tensors in a value and in the containers and tuples that it holds."""
     if isinstance(value, Tensor):
         yield value
     for part in _parts(value):
-        yield from _tensors(part)
+        yield from tensors_of(part)
