@@ -61,7 +61,13 @@ lint: setup  ## ruff (rules and format), the contracts of the rooms, and mypy
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
+.venv-nnsight/stamp: configs/nnsight-packages.txt
+	rm -rf .venv-nnsight
+	$(BIN)/python -m pip install --no-deps --target .venv-nnsight -r configs/nnsight-packages.txt
+	@touch $@
+
 bench: setup  ## timings
+	@$(MAKE) .venv-nnsight/stamp || echo "bench: nnsight cannot be installed here (above), it is not timed" >&2
 	$(BIN)/python scripts/bench.py
 
 clean:  ## caches and build outputs; results/, runs/ and .venv stay

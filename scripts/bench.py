@@ -9,6 +9,9 @@
     sweep   eleven lambdas, gate off, at the shape of Mamba-2 130m: ours with and without the certified exit, and a plain
             loop of transformers forwards with hooks and output_hidden_states, reduced to relative mu
     probe   the same lambdas on 32 excerpts with and without the rounding error of every number
+    any-model
+            six lambdas on GPT-2, BERT and a Llama of 135M, cut to --layers blocks, over the models' own forwards, with and without
+            the twins that rounding is estimated by; a hook loop and nnsight (where `make bench` could install it), relative mu alone
     mixers  tokens a second of each mixer of Table 1, forward and backward, beside transformers' Mamba and Mamba-2
     stream  (opt-in, --stream-2.7b) random weights of the whole 2.7B in bfloat16, 5.4 GB in a temporary folder, and the
             default sweep's gate-off arms with --stream always, as the command line runs them: peak memory, time
@@ -25,7 +28,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benches import block, mixers, scan, stream, sweep
+from benches import any_model, block, mixers, scan, stream, sweep
 from benches.common import machine
 
 SIDES = {
@@ -35,6 +38,8 @@ SIDES = {
     "sweep": sweep.side_sweep,
     "hook loop": sweep.side_hook_loop,
     "probe": sweep.side_probe,
+    "any model": any_model.side_any_model,
+    "any model, nnsight": any_model.side_any_nnsight,
     "mixers": mixers.side_mixers,
     "streamed": stream.side_streamed,
 }
@@ -43,6 +48,7 @@ SECTIONS = {
     "scan": scan.section_scan,
     "sweep": sweep.section_sweep,
     "probe": sweep.section_probe,
+    "any-model": any_model.section_any_model,
     "mixers": mixers.section_mixers,
 }
 
@@ -68,6 +74,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8, help="blocks in the stack")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--sweep-excerpts", type=int, default=4)
+    parser.add_argument("--any-excerpts", type=int, default=8)
     parser.add_argument("--stream-2.7b", dest="stream", action="store_true", help="only the streamed 2.7B")
     parser.add_argument("--stream-excerpts", type=int, default=32)
     parser.add_argument("--stream-dtypes", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16"])

@@ -60,7 +60,17 @@ def fits(adapter: Adapter, dtype: torch.dtype, processes: int = 1) -> bool:
 
 
 def computed_in(adapter: Adapter, ids: Tensor) -> torch.dtype:
-    """The narrowest dtype that any operation of a pass over `ids` takes or gives numbers in."""
+    """The narrowest dtype that any operation of a pass over `ids` takes or gives numbers in; which ids they are decides nothing."""
+    seen = _seen.setdefault(adapter, {})
+    if ids.shape not in seen:
+        seen[ids.shape] = _narrowest(adapter, ids)
+    return seen[ids.shape]
+
+
+_seen: WeakKeyDictionary[Adapter, dict[torch.Size, torch.dtype]] = WeakKeyDictionary()
+
+
+def _narrowest(adapter: Adapter, ids: Tensor) -> torch.dtype:
     watch = _Watch()
     with torch.no_grad(), watch:
         X = adapter.embed(ids)  # (B, N) -> (B, N, d)

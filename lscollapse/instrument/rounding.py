@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -47,20 +47,30 @@ class Twins:
     """A batch of the excerpts `numbers` and, after them, a twin of each."""
 
     numbers: Sequence[int]
+    _made: dict[tuple[Any, ...], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def shaken(self, X: Tensor, layer: int, unit: float) -> Tensor:
         """X of layer `layer`, the twins multiplied by 1 + unit * xi; the originals as they are, bit for bit.
 
         X: (2n, N, d), or of several arms, one after the other.
         """
-        signs = torch.from_numpy(np.stack([_signs(number, layer, *X.shape[1:]) for number in self.numbers]))
-        signs = signs.pin_memory() if X.is_cuda else signs  # so that the copy waits for nothing
-        factor = X.new_ones(2 * len(signs), *X.shape[1:])  # (2n, N, d)
-        factor[len(signs) :] += unit * signs.to(X.device, X.dtype, non_blocking=True)
+        if self._made and next(iter(self._made))[0] != layer:
+            self._made.clear()
+        asked = layer, unit, X.shape[1:], X.dtype, X.device
+        if asked not in self._made:  # layer by layer, every variant asks for the same
+            self._made[asked] = self._factor(X, layer, unit)
+        factor = self._made[asked]
         return (X.view(-1, *factor.shape) * factor).flatten(0, 1)
 
+    def _factor(self, X: Tensor, layer: int, unit: float) -> Tensor:
+        """What the rows of one arm are multiplied by, (2n, N, d)."""
+        signs = torch.from_numpy(np.stack([_signs(number, layer, *X.shape[1:]) for number in self.numbers]))
+        signs = signs.pin_memory() if X.is_cuda else signs  # so that the copy waits for nothing
+        factor = X.new_ones(2 * len(signs), *X.shape[1:])
+        factor[len(signs) :] += unit * signs.to(X.device, X.dtype, non_blocking=True)
+        return factor
 
-@lru_cache(maxsize=PROBED)  # layer by layer, every variant asks for the same
+
 def _signs(excerpt: int, layer: int, n: int, d: int) -> np.ndarray:
     """Random signs, (n, d), the same on every machine and for every variant."""
     stream = np.random.SeedSequence(0, spawn_key=(SHAKING, excerpt, layer))
@@ -73,6 +83,11 @@ def unit(X: Tensor, computed: torch.dtype) -> float:
     spacing = torch.finfo(computed).eps
     operands_only = computed == torch.bfloat16 and X.dtype != computed
     return spacing * (OPERANDS_ONLY if operands_only else 1.0)
+
+
+def shaken(twins: Twins | None, X: Tensor, layer: int, computed: torch.dtype) -> Tensor:
+    """X of layer `layer` of an arm that computes in `computed`, its twins shaken where it has some."""
+    return X if twins is None else twins.shaken(X, layer, unit(X, computed))
 
 
 # --- from twins to an estimate ---

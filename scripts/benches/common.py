@@ -46,12 +46,19 @@ def random_tensors(shape: Any) -> dict[str, Any]:
     return tensors
 
 
-def in_process(side: str, args: argparse.Namespace, tuned: bool = True, bf16: bool = False) -> dict[str, Any]:
-    """Runs one side in a process of its own, with or without the malloc setting."""
+def in_process(
+    side: str, args: argparse.Namespace, tuned: bool = True, bf16: bool = False, beside: Path | None = None
+) -> dict[str, Any]:  # fmt: skip
+    """Runs one side in a process of its own, with or without the malloc setting, with the packages of a folder `beside` its own."""
     command = [sys.executable, str(BENCH), "--side", side, "--repeats", str(args.repeats), "--layers", str(args.layers)]
     command += ["--excerpts", str(args.excerpts), "--tokens", str(args.tokens)] + ["--bf16"] * bf16
-    command += ["--sweep-excerpts", str(args.sweep_excerpts)]
+    command += ["--sweep-excerpts", str(args.sweep_excerpts), "--any-excerpts", str(args.any_excerpts)]
     environment = {name: value for name, value in os.environ.items() if name not in TUNED} | (TUNED if tuned else {})
+    environment |= (
+        {}
+        if beside is None
+        else {"PYTHONPATH": os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(beside)])}
+    )
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -53,10 +53,10 @@ class Edit:
         """lam*X + O, exactly O for lam = 0; infinite where it is not carried and too large for a norm."""
         if self.carried is not None:
             return self.carried.add(lam, X, O)
-        if isinstance(lam, Tensor):
-            Y = times(lam[:, None, None], X) + O
+        if not isinstance(lam, Tensor) and lam == 0.0:
+            Y = O.to(torch.promote_types(X.dtype, O.dtype))
         else:
-            Y = O.to(torch.promote_types(X.dtype, O.dtype)) if lam == 0.0 else lam * X + O
+            Y = times(lam[:, None, None] if isinstance(lam, Tensor) else lam, X) + O
         return lose_unsquarable(Y) if self.layernorm and Y.ndim == 3 else Y
 
 

@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, MutableSequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ class Recording:
 
     def given(self) -> set[int]:
         """The ids of all tensors that blocks are given beside X."""
-        return {id(tensor) for call in self.calls for tensor in _tensors(call.others)}
+        return {id(tensor) for call in self.calls for tensor in tensors_of(call.others)}
 
 
 def first_argument(args: Args, kwargs: Kwargs) -> Any:
@@ -136,11 +136,16 @@ def record(blocks: Iterable[Any], forward: Callable[[], Any], compute: bool) -> 
 class ReplayedAdapter(Adapter):
     """`run` gives block k the arguments that the model's own forward gave it for the ids of the last `embed`.
 
-    The first `embed` tests this on the first excerpt it is given: the arms of REPLAYED, layer by layer as `measure`
-    runs them, against whole forwards of the model with the same edits.
+    The first `embed` tests this on the first tokens that it is given: the arms of REPLAYED, layer by layer as `measure`
+    runs them, against whole forwards of the model with the same edits. By which way a block hands something on does not
+    depend on how many tokens there are, and a whole excerpt would cost as much as six forwards of it.
+
+    Class attributes:
+        tried: how many tokens of the first excerpt that is; None where it cannot be cut.
     """
 
     any_batch = False
+    tried: ClassVar[int | None] = 16
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -157,7 +162,7 @@ class ReplayedAdapter(Adapter):
     def embed(self, ids: Tensor) -> Tensor:
         if not (self._tested or self.model.training):
             with torch.no_grad(), failures_as(self._not_by_layers):
-                self._test_replay(ids[:1])
+                self._test_replay(ids[:1, : self.tried])
             self._tested = True
         self._take(self.recorded(ids))
         X: Tensor = self.calls[0].X  # (B, N, d)
@@ -168,7 +173,7 @@ class ReplayedAdapter(Adapter):
         args, kwargs = call.others
         args = tuple(self._of_arm(value, handed) for value in args)
         output = call.again(X, (args, {name: self._of_arm(value, handed) for name, value in kwargs.items()}))
-        for recorded, computed in zip(_tensors(call.output), _tensors(output), strict=False):
+        for recorded, computed in zip(tensors_of(call.output), tensors_of(output), strict=False):
             if id(recorded) in self._given:
                 handed[id(recorded)] = computed
         Y: Tensor = first_of(output)  # (B, N, d)
@@ -177,9 +182,9 @@ class ReplayedAdapter(Adapter):
     @property
     def hands_on(self) -> bool:
         """Whether blocks hand on numbers, no mere choice of tokens, beside X for the ids of the last `embed`."""
-        tensors = [part for call in self.calls for part in _tensors(call.output) if id(part) in self._given]
+        tensors = [part for call in self.calls for part in tensors_of(call.output) if id(part) in self._given]
         for filled in self._filled():
-            tensors += _tensors(filled)
+            tensors += tensors_of(filled)
         return any(tensor.is_floating_point() for tensor in tensors)
 
     def _take(self, recording: Recording) -> None:
@@ -258,8 +263,9 @@ def _parts(value: Any) -> list[Any]:
     return list(value) if isinstance(value, MutableSequence | tuple) else []
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """The tensors in a value and in the containers and tuples that it holds."""
     if isinstance(value, Tensor):
         yield value
     for part in _parts(value):
-        yield from _tensors(part)
+        yield from tensors_of(part)

@@ -19,6 +19,7 @@ class VitAdapter(PreNormAdapter):
     """
 
     parts = Parts("layernorm_before", "attention", "layernorm_after", "mlp")
+    tried = None
 
     def __init__(self, model: Any) -> None:
         if model.config.num_channels != 3:

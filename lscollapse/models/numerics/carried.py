@@ -9,6 +9,7 @@ Everything is where X is: on a GPU nothing here waits for a number.
 from __future__ import annotations
 
 import math
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -43,6 +44,7 @@ class Carried:
     def __init__(self, X: Tensor) -> None:
         """Of X (B, N, d), which is in its own scale."""
         self.down = torch.zeros(len(X), dtype=torch.float64, device=X.device)
+        self._last: tuple[weakref.ref[Tensor], int, Tensor] | None = None  # a tensor, its version, its largest entries
 
     @property
     def exponent(self) -> Tensor:
@@ -71,11 +73,16 @@ class Carried:
 
     def add(self, lam: Lambda, X: Tensor, O: Tensor) -> Tensor:
         """lam*X + O in the scale that it is carried in from now on; exactly O, in its own, for lam = 0."""
-        split = frexp(lam)
-        skip, o_scale = self.plan(largest_entries(X), split)
-        O = O * o_scale.to(O)
-        if not isinstance(lam, Tensor) and lam == 0.0:
-            return self.fit(O.to(torch.promote_types(X.dtype, O.dtype)))
+        split, before = frexp(lam), self.down
+        skip, o_scale = self.plan(self._largest(X), split)
+        own = not any_of((before != 0) | (self.down != 0))  # X and lam*X + O are in their own scale
+        if not own:
+            O = O * o_scale.to(O)
+        if not isinstance(lam, Tensor):
+            if lam == 0.0:
+                return self.fit(O.to(torch.promote_types(X.dtype, O.dtype)))
+            if own and abs(lam) >= 2.0**-STEEPEST:  # then lam is a normal number in float32 too
+                return self.fit(times(lam, X) + O)
         mantissa = split[0]
         if isinstance(mantissa, Tensor):
             mantissa = torch.where(mantissa == 0, 1.0, mantissa)[:, None, None]
@@ -84,12 +91,24 @@ class Carried:
 
     def fit(self, X: Tensor) -> Tensor:
         """X with its largest entry in range, where O was large or cancelled the rest."""
-        largest = largest_entries(X)
+        largest = self._largest(X)
         shift = torch.where(largest > 0, self._shift(largest, 0), self.down)
         if not any_of(shift != 0):
             return X
         self.down = self.down - shift
         return X * torch.exp2(-shift)[:, None, None].to(X)
+
+    def _largest(self, X: Tensor) -> Tensor:
+        """The largest entries of X, (B,), looked for once in a tensor: what a sum gives is what the next one takes."""
+        if X.is_inference():  # has no version
+            return largest_entries(X)
+        if self._last is not None:
+            last, version, largest = self._last
+            if last() is X and version == X._version:
+                return largest
+        largest = largest_entries(X)
+        self._last = weakref.ref(X), X._version, largest
+        return largest
 
     def _shift(self, largest: Tensor, power: int | Tensor) -> Tensor:
         """By how much the exponents have to grow (or fall) for lam*X, not zero, with |lam| < 2^power, (B,).
@@ -121,10 +140,10 @@ def largest_entries(X: Tensor) -> Tensor:
 
 
 def times(factor: float | Tensor, X: Tensor) -> Tensor:
-    """factor * X, rounded once to the dtype of X; factor a number, or float64 and (B, 1, 1)."""
+    """factor * X, rounded once to the dtype of X, for 1 X itself; factor a number, or float64 and (B, 1, 1)."""
     if isinstance(factor, Tensor):
         return (factor.to(torch.promote_types(X.dtype, torch.float32)) * X).to(X.dtype)
-    return factor * X
+    return X if factor == 1.0 else factor * X
 
 
 def lose_unsquarable(X: Tensor) -> Tensor:
