@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import lscollapse
 from lscollapse import Variant, measures
 from lscollapse.instrument.identity import differences
+from lscollapse.instrument.precision import computed_in
 from lscollapse.models.adapt import adapt
 from lscollapse.models.numerics.widened import computing_in
 from tests.equivalence import plain_decoders, plain_models, plain_others, tiny
@@ -41,6 +42,18 @@ def assert_float64(rows: pd.DataFrame, outputs: list[np.ndarray], what: str) -> 
     assert set(rows["dtype"]) == {"float64"}, what
     assert set(rows["floor"]) == {2.0**-50}, what
     assert_rows_match(rows, outputs, rel=1e-12, noise=2e-14, what=what)
+
+
+def test_what_a_model_computes_in_is_looked_for_once_for_a_length() -> None:
+    model = plain_decoders.tiny("gpt2")
+    adapter, runs = adapt(model), []
+    model.h[0].register_forward_pre_hook(lambda module, args: runs.append(args[0].shape[1]))
+    ids = torch.as_tensor(ids_for("gpt2"))
+    adapter.embed(ids)  # tries the model out
+    runs.clear()
+    assert [computed_in(adapter, ids[n : n + 1]) for n in (0, 1)] == [torch.float32] * 2
+    assert computed_in(adapter, ids[:1, :5]) == torch.float32
+    assert runs == [9, 9, 5, 5]  # by `embed`, which computes no block, and by `run`
 
 
 @pytest.mark.parametrize("lam", [-2.0, 0.0, PER_LAYER])

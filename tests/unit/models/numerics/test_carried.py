@@ -74,3 +74,20 @@ def test_the_exponent_is_dropped_with_x_at_lambda_zero_and_comes_back_down_when_
     true = X * 2.0 ** -kept[:, None, None]
     Y = carried.add(1.0, X, 1.0 - true)
     assert not carried.exponent.any() and float(Y.abs().max()) <= 2e-7 * 1e30
+
+
+def test_a_tensor_that_was_written_to_is_looked_at_again() -> None:
+    X = torch.ones(1, 2, 3)
+    carried = Carried(X)
+    assert carried.fit(X) is X
+    X.mul_(2.0**50)
+    Y = carried.fit(X)
+    assert float(Y.max()) <= 2.0**LOW and float(Y.max()) * 2.0 ** float(carried.exponent[0]) == 2.0**50
+
+
+def test_a_tensor_without_a_version_is_carried_too() -> None:
+    with torch.inference_mode():
+        X = torch.full((1, 2, 3), 2.0**30)
+        carried = Carried(X)
+        Y = carried.add(2.0**20, X, torch.ones(1, 2, 3))
+        assert float(Y.max()) * 2.0 ** float(carried.exponent[0]) == 2.0**50
