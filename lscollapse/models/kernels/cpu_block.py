@@ -7,10 +7,7 @@ works on one excerpt at a time, in buffers that are reused, and its result overw
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -18,31 +15,7 @@ from torch import Tensor
 
 from lscollapse.models.kernels import ssd
 from lscollapse.models.kernels.mamba2_block import BlockCall, Mamba2Block, Mamba2Shape
-
-
-class Workers:
-    """Threads that each work on one excerpt at a time, in scratch buffers of their own.
-
-    A thread runs its torch operations alone: nothing waits for another core inside an excerpt, which on a busy machine
-    costs far more than the work, and results do not depend on the number of threads.
-    """
-
-    def __init__(self) -> None:
-        self.workspace = ssd.Workspace()  # of the calling thread
-        self._threads = torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(self._threads, initializer=self._start)
-        self._local = threading.local()
-
-    def _start(self) -> None:
-        torch.set_num_threads(1)
-        torch.set_grad_enabled(False)
-        self._local.workspace = ssd.Workspace()
-
-    def each(self, function: Callable[..., None], *columns: Iterable[Any]) -> None:
-        """function(workspace, *row) for every row of the columns, in any order."""
-        for _ in self._pool.map(lambda *row: function(self._local.workspace, *row), *columns):
-            pass
-        torch.set_num_threads(self._threads)  # threads of others would otherwise start with the setting above
+from lscollapse.workers import Workers
 
 
 class CpuBlock(Mamba2Block):

@@ -1,0 +1,193 @@
+"""The sums over one excerpt that its measures share, by one thread, in buffers that are reused.
+
+numpy's product of a matrix with its own transpose is half of one (BLAS syrk), and its products with a vector of ones are the
+fastest sums; torch's operations are faster element by element, and read 16-bit numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache, cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lscollapse import eigenvector
+from lscollapse.near_collapse import NearCollapse
+from lscollapse.passes import ALIKE, LARGEST_POWER, Shared, residual
+from lscollapse.workers import Workspace
+
+# The root of 1 - c, for a quotient c that is right to some 2^-52, is right to a relative 2^-46 from here on.
+LARGE = 2.0**-7
+# float64 rows shorter than this, relative to the largest entry, get a scale of their own before they are squared.
+SHORT = 2.0**-480
+IN_CACHE = 2**15  # float64 numbers, of a processor's second cache
+
+
+class Excerpt:
+    """One Y (N, d) of finite numbers, each sum of which is made when it is first asked for; names and meaning as in `Shared`.
+
+    Narrower numbers than float64 keep the scale 1, since float64 has their squares. Whether a short way is good enough is asked of
+    this excerpt alone, and never of what else was asked for: its sums are the same bits whatever is measured beside.
+    """
+
+    def __init__(self, Y: Tensor, peak: float, workspace: Workspace) -> None:
+        self.Y = Y
+        self.peak = peak
+        exponent = max(-LARGEST_POWER, min(math.frexp(peak)[1], LARGEST_POWER))
+        self.scale = 2.0**exponent if Y.dtype == torch.float64 else 1.0
+        self._workspace = workspace
+
+    def _room(self, name: str) -> Tensor:
+        return self._workspace.take(name, self.Y.shape, torch.float64)
+
+    @cached_property
+    def unit(self) -> Tensor:  # (N, d)
+        unit = self._room("unit").copy_(self.Y)
+        return unit if self.scale == 1.0 else unit.mul_(1.0 / self.scale)
+
+    @cached_property
+    def R(self) -> Tensor:  # (N, d), Y minus its mean row, exact near collapse: the first row goes first
+        R = torch.sub(self.unit, self.unit[0], out=self._room("R"))
+        return R.sub_(torch.from_numpy(ones(len(R)) @ R.numpy() / len(R)))
+
+    @cached_property
+    def _distances(self) -> np.ndarray:  # (N,), of the rows from their mean
+        return _lengths(self.R)
+
+    @cached_property
+    def _near(self) -> NearCollapse | None:
+        near = NearCollapse(self.R.numpy(), self._distances, (self.unit[0] - self.R[0]).numpy())
+        return near if near.holds else None
+
+    @cached_property
+    def _apart(self) -> Shared:  # where no short way is good enough
+        return Shared(self.Y[None])
+
+    @cached_property
+    def _unit_lengths(self) -> np.ndarray:  # (N,), without a scale for every row
+        return self._near.lengths if self._near else _lengths(self.unit)
+
+    @cached_property
+    def size(self) -> float:
+        return math.sqrt(self._unit_lengths @ self._unit_lengths)
+
+    @cached_property
+    def centred(self) -> float:
+        return math.sqrt(self._distances @ self._distances)
+
+    @cached_property
+    def size_1_inf(self) -> float:
+        return self._norm_1_inf(self.unit)
+
+    @cached_property
+    def centred_1_inf(self) -> float:
+        return self._norm_1_inf(self.R)
+
+    def _norm_1_inf(self, A: Tensor) -> float:
+        n, d = A.shape
+        together = max(1, IN_CACHE // d)
+        columns, rows = np.zeros(d), np.empty(n)
+        for start in range(0, n, together):
+            some = slice(start, start + together)
+            size = torch.abs(A[some], out=self._workspace.take("sizes", A[some].shape, torch.float64)).numpy()
+            columns += ones(len(size)) @ size
+            rows[some] = size @ ones(d)
+        return float(np.sqrt(columns.max() * rows.max()))
+
+    @cached_property
+    def rank1_residual(self) -> float:
+        if self._near:
+            return self._near.rank1_residual(ones(len(self.Y)))
+        return _rank1_residual(self._gram, lambda: self.unit)
+
+    @cached_property
+    def _gram(self) -> np.ndarray:  # (n, n)
+        return _gram(self.unit)
+
+    # --- of the rows scaled to length 1 ---
+
+    @cached_property
+    def _uneven(self) -> bool:  # a row of zeros besides, whose numbers are NaN in either way
+        return self.Y.dtype == torch.float64 and bool(self._unit_lengths.min() < SHORT)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:  # (N,), of the rows of unit
+        return self._apart.lengths[0].numpy() * (self._apart.scale.numpy() / self.scale) if self._uneven else self._unit_lengths
+
+    @cached_property
+    def shortest(self) -> float:
+        return float(self.lengths.min()) * self.scale
+
+    @cached_property
+    def aligned(self) -> float:
+        n = len(self.Y)
+        if self._near:
+            return n * (n - self._near.spread)
+        if self._uneven:
+            return float(self._apart.aligned)
+        total = (1.0 / self.lengths) @ self.unit.numpy()  # (d,)
+        return float(total @ total)
+
+    @cached_property
+    def angular_mu(self) -> float:
+        n = len(self.Y)
+        if self._near:
+            return math.sqrt(max(self._near.spread, 0.0) / n)
+        square = 1.0 - self.aligned / n**2
+        return float(self._apart.angular_mu) if square < LARGE else math.sqrt(square)
+
+    @cached_property
+    def angular_rank1_residual(self) -> float:
+        if self._near:
+            return self._near.rank1_residual(1.0 / self.lengths)
+        return _rank1_residual(self._gram_of_directions, lambda: self._apart.directions[0])
+
+    @cached_property
+    def effective_rank(self) -> float:
+        gram = self._gram_of_directions
+        p = eigenvector.eigenvalues(gram) / gram.trace()
+        p = p[~(p <= 0.0)]  # NaN where there is one
+        return float(np.exp(-(p @ np.log(p))))
+
+    @cached_property
+    def _gram_of_directions(self) -> np.ndarray:  # (n, n)
+        n, d = self.Y.shape
+        if n > d or self._uneven:
+            return _gram(self._apart.directions[0])
+        return self._gram / self.lengths[:, None] / self.lengths
+
+    @cached_property
+    def row_norm_ratio(self) -> float:
+        ascending, n = np.sort(self.lengths), len(self.lengths)
+        return float(ascending[-1] / ((ascending[(n - 1) // 2] + ascending[n // 2]) / 2))
+
+    @cached_property
+    def longest_row(self) -> float:  # from 0
+        return float((self.lengths >= ALIKE * self.lengths.max()).argmax()) if self.peak else math.nan
+
+
+def _rank1_residual(gram: np.ndarray, rows: Callable[[], Tensor]) -> float:
+    """From a Gram matrix, or where rounding would show in that, from the rows themselves (N, d)."""
+    u = eigenvector.leading(gram)
+    with_u = 1.0 - u @ gram @ u / gram.trace()
+    if with_u < LARGE:
+        return float(residual(rows()[None], torch.from_numpy(u)[None]))
+    return float(np.sqrt(with_u))
+
+
+def _gram(Y: Tensor) -> np.ndarray:  # (N, d) -> (n, n)
+    Z = (Y.mT if len(Y) > Y.shape[1] else Y).numpy()
+    return np.asarray(Z @ Z.T)
+
+
+def _lengths(Z: Tensor) -> np.ndarray:  # (N, d) -> (N,)
+    lengths: Tensor = torch.linalg.vector_norm(Z, dim=-1)
+    return lengths.numpy()
+
+
+@cache
+def ones(n: int) -> np.ndarray:
+    return np.ones(n)
