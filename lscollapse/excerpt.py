@@ -16,14 +16,13 @@ from torch import Tensor
 
 from lscollapse import eigenvector
 from lscollapse.near_collapse import NearCollapse
-from lscollapse.passes import ALIKE, LARGEST_POWER, Shared, residual
+from lscollapse.passes import ALIKE, LARGEST_POWER, Shared, residual, wide
 from lscollapse.workers import Workspace
 
 # The root of 1 - c, for a quotient c that is right to some 2^-52, is right to a relative 2^-46 from here on.
 LARGE = 2.0**-7
 # float64 rows shorter than this, relative to the largest entry, get a scale of their own before they are squared.
 SHORT = 2.0**-480
-IN_CACHE = 2**15  # float64 numbers, of a processor's second cache
 
 
 class Excerpt:
@@ -49,9 +48,8 @@ class Excerpt:
         return unit if self.scale == 1.0 else unit.mul_(1.0 / self.scale)
 
     @cached_property
-    def R(self) -> Tensor:  # (N, d), Y minus its mean row, exact near collapse: the first row goes first
-        R = torch.sub(self.unit, self.unit[0], out=self._room("R"))
-        return R.sub_(torch.from_numpy(ones(len(R)) @ R.numpy() / len(R)))
+    def R(self) -> Tensor:  # (N, d), Y minus its mean row; the first row goes first, which is exact near collapse
+        return _subtract_mean(torch.sub(self.unit, self.unit[0], out=self._room("R")))
 
     @cached_property
     def _distances(self) -> np.ndarray:  # (N,), of the rows from their mean
@@ -79,29 +77,35 @@ class Excerpt:
         return math.sqrt(self._distances @ self._distances)
 
     @cached_property
-    def size_1_inf(self) -> float:
-        return self._norm_1_inf(self.unit)
+    def size_1_inf(self) -> float:  # what is asked for after it takes another pass to make `unit` again
+        return _norm_1_inf(self._spent("unit"))
 
     @cached_property
-    def centred_1_inf(self) -> float:
-        return self._norm_1_inf(self.R)
+    def centred_1_inf(self) -> float:  # likewise
+        return _norm_1_inf(self._spent("R"))
 
-    def _norm_1_inf(self, A: Tensor) -> float:
-        n, d = A.shape
-        together = max(1, IN_CACHE // d)
-        columns, rows = np.zeros(d), np.empty(n)
-        for start in range(0, n, together):
-            some = slice(start, start + together)
-            size = torch.abs(A[some], out=self._workspace.take("sizes", A[some].shape, torch.float64)).numpy()
-            columns += ones(len(size)) @ size
-            rows[some] = size @ ones(d)
-        return float(np.sqrt(columns.max() * rows.max()))
+    def _spent(self, name: str) -> np.ndarray:
+        """The matrix, to be overwritten, which saves a third buffer in the cache."""
+        spent: Tensor = getattr(self, name)
+        for own in (name, "_near"):  # which reads R
+            vars(self).pop(own, None)
+        return spent.numpy()
 
     @cached_property
     def rank1_residual(self) -> float:
         if self._near:
             return self._near.rank1_residual(ones(len(self.Y)))
-        return _rank1_residual(self._gram, lambda: self.unit)
+        return self._rank1_residual(self._gram, lambda: self.unit)
+
+    def _rank1_residual(self, gram: np.ndarray, rows: Callable[[], Tensor]) -> float:
+        """From a Gram matrix, or where rounding would show in that, from the rows themselves (N, d)."""
+        u = eigenvector.leading(gram)
+        square = 1.0 - u @ gram @ u / gram.trace()
+        if not square < LARGE:
+            return math.sqrt(square)
+        Y = rows()[None]
+        room = self._workspace.take("rest", wide(Y).shape, torch.float64)
+        return float(residual(Y, torch.from_numpy(u)[None], out=room))
 
     @cached_property
     def _gram(self) -> np.ndarray:  # (n, n)
@@ -137,13 +141,17 @@ class Excerpt:
         if self._near:
             return math.sqrt(max(self._near.spread, 0.0) / n)
         square = 1.0 - self.aligned / n**2
-        return float(self._apart.angular_mu) if square < LARGE else math.sqrt(square)
+        if not square < LARGE:
+            return math.sqrt(square)
+        directions = self._directions()
+        distances = _lengths(_subtract_mean(directions.sub_(directions[0].clone())))
+        return math.sqrt(distances @ distances / n)
 
     @cached_property
     def angular_rank1_residual(self) -> float:
         if self._near:
             return self._near.rank1_residual(1.0 / self.lengths)
-        return _rank1_residual(self._gram_of_directions, lambda: self._apart.directions[0])
+        return self._rank1_residual(self._gram_of_directions, self._directions)
 
     @cached_property
     def effective_rank(self) -> float:
@@ -156,8 +164,13 @@ class Excerpt:
     def _gram_of_directions(self) -> np.ndarray:  # (n, n)
         n, d = self.Y.shape
         if n > d or self._uneven:
-            return _gram(self._apart.directions[0])
+            return _gram(self._directions())
         return self._gram / self.lengths[:, None] / self.lengths
+
+    def _directions(self) -> Tensor:  # (N, d), the rows u_i, in room that the next who asks overwrites
+        if self._uneven:
+            return self._apart.directions[0].clone()
+        return torch.div(self.unit, torch.from_numpy(self.lengths)[:, None], out=self._room("directions"))
 
     @cached_property
     def row_norm_ratio(self) -> float:
@@ -169,18 +182,20 @@ class Excerpt:
         return float((self.lengths >= ALIKE * self.lengths.max()).argmax()) if self.peak else math.nan
 
 
-def _rank1_residual(gram: np.ndarray, rows: Callable[[], Tensor]) -> float:
-    """From a Gram matrix, or where rounding would show in that, from the rows themselves (N, d)."""
-    u = eigenvector.leading(gram)
-    with_u = 1.0 - u @ gram @ u / gram.trace()
-    if with_u < LARGE:
-        return float(residual(rows()[None], torch.from_numpy(u)[None]))
-    return float(np.sqrt(with_u))
+def _norm_1_inf(A: np.ndarray) -> float:
+    """Of A (N, d), which becomes its absolute values."""
+    torch.from_numpy(A).abs_()
+    n, d = A.shape
+    return float(np.sqrt((ones(n) @ A).max() * (A @ ones(d)).max()))
 
 
 def _gram(Y: Tensor) -> np.ndarray:  # (N, d) -> (n, n)
     Z = (Y.mT if len(Y) > Y.shape[1] else Y).numpy()
     return np.asarray(Z @ Z.T)
+
+
+def _subtract_mean(Z: Tensor) -> Tensor:  # (N, d), in place
+    return Z.sub_(torch.from_numpy(ones(len(Z)) @ Z.numpy() / len(Z)))
 
 
 def _lengths(Z: Tensor) -> np.ndarray:  # (N, d) -> (N,)

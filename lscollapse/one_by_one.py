@@ -15,10 +15,10 @@ from lscollapse.excerpt import Excerpt
 from lscollapse.passes import Shared
 from lscollapse.workers import Workspace, workers_here
 
-# Sums of an excerpt, in the order in which they are made: what Y is read for goes together.
+# Sums of an excerpt, in the order in which they are made: the last two overwrite what the others read.
 SUMS = (
-    "size_1_inf", "size", "shortest", "row_norm_ratio", "longest_row", "aligned", "centred", "centred_1_inf", "angular_mu",
-    "rank1_residual", "angular_rank1_residual", "effective_rank",
+    "size", "shortest", "row_norm_ratio", "longest_row", "centred", "aligned", "angular_mu", "rank1_residual",
+    "angular_rank1_residual", "effective_rank", "size_1_inf", "centred_1_inf",
 )  # fmt: skip
 
 

@@ -177,15 +177,15 @@ def gram(Y: Tensor) -> Tensor:  # (B, N, d) -> (B, n, n)
     return Z @ Z.mT
 
 
-def residual(Y: Tensor, u: Tensor) -> Tensor:
+def residual(Y: Tensor, u: Tensor, out: Tensor | None = None) -> Tensor:
     """The norm of Y (B, N, d) without its leading singular component u w, over that of Y: right to a tenth of the spacing of float64.
 
     u (B, n) comes from the small Gram matrix, with an error e of some roundings, and leaves R = e w + u e' of the same size. Both
-    are taken from R itself: e = R w^T / ||w||^2 and e' = u^T R, less what they share.
+    are taken from R itself: e = R w^T / ||w||^2 and e' = u^T R, less what they share. `out` is room for R, (B, n, m).
     """
     Z, u = wide(Y), u[..., None]  # (B, n, m), (B, n, 1)
     w = u.mT @ Z  # (B, 1, m)
-    R = torch.baddbmm(Z, u, w, alpha=-1)  # Z - u w, (B, n, m)
+    R = torch.addcmul(Z, u, w, value=-1, out=out)  # Z - u w; a product of matrices is slow where they are vectors
     e = R @ w.mT / w.square().sum(-1, keepdim=True)  # (B, n, 1)
     rest = u.mT @ R - (u.mT @ e) * w  # (B, 1, m)
-    return _norm(torch.baddbmm(R, torch.cat([e, u], -1), torch.cat([w, rest], -2), alpha=-1)) / _norm(Z)
+    return _norm(R.addcmul_(e, w, value=-1).addcmul_(u, rest, value=-1)) / _norm(Z)
