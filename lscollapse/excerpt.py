@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lscollapse import eigenvector
-from lscollapse.near_collapse import NearCollapse
+from lscollapse.near_collapse import NearCollapse, dot
 from lscollapse.passes import ALIKE, LARGEST_POWER, Shared, residual, wide
 from lscollapse.workers import Workspace
 
@@ -39,25 +39,33 @@ class Excerpt:
         self.scale = 2.0**exponent if Y.dtype == torch.float64 else 1.0
         self._workspace = workspace
 
-    def _room(self, name: str) -> Tensor:
-        return self._workspace.take(name, self.Y.shape, torch.float64)
-
     @cached_property
+    def _both(self) -> Tensor:  # (2, N, d), unit and R, which share what is done to their rows
+        both = self._workspace.take("both", (2, *self.Y.shape), torch.float64)
+        unit, R = both
+        unit.copy_(self.Y)
+        if self.scale != 1.0:
+            unit.mul_(1.0 / self.scale)
+        torch.sub(unit, unit[0], out=R)  # first of all, which is exact near collapse
+        _subtract_mean(R)
+        return both
+
+    @property
     def unit(self) -> Tensor:  # (N, d)
-        unit = self._room("unit").copy_(self.Y)
-        return unit if self.scale == 1.0 else unit.mul_(1.0 / self.scale)
+        return self._both[0]
+
+    @property
+    def R(self) -> Tensor:  # (N, d), Y minus its mean row
+        return self._both[1]
 
     @cached_property
-    def R(self) -> Tensor:  # (N, d), Y minus its mean row; the first row goes first, which is exact near collapse
-        return _subtract_mean(torch.sub(self.unit, self.unit[0], out=self._room("R")))
-
-    @cached_property
-    def _distances(self) -> np.ndarray:  # (N,), of the rows from their mean
-        return _lengths(self.R)
+    def _norms(self) -> np.ndarray:  # (2, N), of the rows of unit and of R
+        return _lengths(self._both)
 
     @cached_property
     def _near(self) -> NearCollapse | None:
-        near = NearCollapse(self.R.numpy(), self._distances, (self.unit[0] - self.R[0]).numpy())
+        unit, R = self._both.numpy()
+        near = NearCollapse(R, self._norms[1], unit[0] - R[0])
         return near if near.holds else None
 
     @cached_property
@@ -65,31 +73,30 @@ class Excerpt:
         return Shared(self.Y[None])
 
     @cached_property
-    def _unit_lengths(self) -> np.ndarray:  # (N,), without a scale for every row
-        return self._near.lengths if self._near else _lengths(self.unit)
-
-    @cached_property
     def size(self) -> float:
-        return math.sqrt(self._unit_lengths @ self._unit_lengths)
+        return math.sqrt(dot(self._norms[0], self._norms[0]))
 
     @cached_property
     def centred(self) -> float:
-        return math.sqrt(self._distances @ self._distances)
+        return math.sqrt(dot(self._norms[1], self._norms[1]))
 
     @cached_property
-    def size_1_inf(self) -> float:  # what is asked for after it takes another pass to make `unit` again
-        return _norm_1_inf(self._spent("unit"))
+    def size_1_inf(self) -> float:
+        return self._norms_1_inf[0]
 
     @cached_property
-    def centred_1_inf(self) -> float:  # likewise
-        return _norm_1_inf(self._spent("R"))
+    def centred_1_inf(self) -> float:
+        return self._norms_1_inf[1]
 
-    def _spent(self, name: str) -> np.ndarray:
-        """The matrix, to be overwritten, which saves a third buffer in the cache."""
-        spent: Tensor = getattr(self, name)
-        for own in (name, "_near"):  # which reads R
-            vars(self).pop(own, None)
-        return spent.numpy()
+    @cached_property
+    def _norms_1_inf(self) -> list[float]:
+        """Made where unit and R are, which saves room in the cache: what is asked for later makes them again."""
+        n, d = self.Y.shape
+        sizes = self._both.abs_().numpy()
+        for name in ("_both", "_near"):
+            vars(self).pop(name, None)
+        columns, rows = ones(n) @ sizes, sizes.reshape(2 * n, d) @ ones(d)  # (2, d), (2 N,)
+        return np.sqrt(columns.max(1) * rows.reshape(2, n).max(1)).tolist()
 
     @cached_property
     def rank1_residual(self) -> float:
@@ -99,8 +106,8 @@ class Excerpt:
 
     def _rank1_residual(self, gram: np.ndarray, rows: Callable[[], Tensor]) -> float:
         """From a Gram matrix, or where rounding would show in that, from the rows themselves (N, d)."""
-        u = eigenvector.leading(gram)
-        square = 1.0 - u @ gram @ u / gram.trace()
+        u, energy = eigenvector.leading(gram)
+        square = 1.0 - energy
         if not square < LARGE:
             return math.sqrt(square)
         Y = rows()[None]
@@ -115,11 +122,11 @@ class Excerpt:
 
     @cached_property
     def _uneven(self) -> bool:  # a row of zeros besides, whose numbers are NaN in either way
-        return self.Y.dtype == torch.float64 and bool(self._unit_lengths.min() < SHORT)
+        return self.Y.dtype == torch.float64 and bool(self._norms[0].min() < SHORT)
 
     @cached_property
     def lengths(self) -> np.ndarray:  # (N,), of the rows of unit
-        return self._apart.lengths[0].numpy() * (self._apart.scale.numpy() / self.scale) if self._uneven else self._unit_lengths
+        return self._apart.lengths[0].numpy() * (self._apart.scale.numpy() / self.scale) if self._uneven else self._norms[0]
 
     @cached_property
     def shortest(self) -> float:
@@ -145,7 +152,7 @@ class Excerpt:
             return math.sqrt(square)
         directions = self._directions()
         distances = _lengths(_subtract_mean(directions.sub_(directions[0].clone())))
-        return math.sqrt(distances @ distances / n)
+        return math.sqrt(dot(distances, distances) / n)
 
     @cached_property
     def angular_rank1_residual(self) -> float:
@@ -170,7 +177,7 @@ class Excerpt:
     def _directions(self) -> Tensor:  # (N, d), the rows u_i, in room that the next who asks overwrites
         if self._uneven:
             return self._apart.directions[0].clone()
-        return torch.div(self.unit, torch.from_numpy(self.lengths)[:, None], out=self._room("directions"))
+        return torch.div(self.unit, torch.from_numpy(self.lengths)[:, None], out=self._workspace.take("directions", self.Y.shape, torch.float64))
 
     @cached_property
     def row_norm_ratio(self) -> float:
@@ -182,13 +189,6 @@ class Excerpt:
         return float((self.lengths >= ALIKE * self.lengths.max()).argmax()) if self.peak else math.nan
 
 
-def _norm_1_inf(A: np.ndarray) -> float:
-    """Of A (N, d), which becomes its absolute values."""
-    torch.from_numpy(A).abs_()
-    n, d = A.shape
-    return float(np.sqrt((ones(n) @ A).max() * (A @ ones(d)).max()))
-
-
 def _gram(Y: Tensor) -> np.ndarray:  # (N, d) -> (n, n)
     Z = (Y.mT if len(Y) > Y.shape[1] else Y).numpy()
     return np.asarray(Z @ Z.T)
@@ -198,7 +198,7 @@ def _subtract_mean(Z: Tensor) -> Tensor:  # (N, d), in place
     return Z.sub_(torch.from_numpy(ones(len(Z)) @ Z.numpy() / len(Z)))
 
 
-def _lengths(Z: Tensor) -> np.ndarray:  # (N, d) -> (N,)
+def _lengths(Z: Tensor) -> np.ndarray:  # (..., N, d) -> (..., N)
     lengths: Tensor = torch.linalg.vector_norm(Z, dim=-1)
     return lengths.numpy()
 

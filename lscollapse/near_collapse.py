@@ -36,20 +36,16 @@ class NearCollapse:
             self.across = np.maximum(distances**2 - self.beside**2 * square, 0.0)  # ||t_i||^2, (N,)
             self.along = (1.0 + self.beside) * np.sqrt(square)  # (N,)
             across = self.across.sum()
-            self.holds = bool(SURE * (distances @ distances) <= across <= LITTLE * (self.along @ self.along))
-
-    @cached_property
-    def lengths(self) -> np.ndarray:  # (N,), of the rows c + r_i
-        return np.asarray(np.sqrt(self.along**2 + self.across))
+            self.holds = bool(SURE * dot(distances, distances) <= across <= LITTLE * dot(self.along, self.along))
 
     @cached_property
     def spread(self) -> float:
         """Of the N rows scaled to length 1 the sum of the squared distances from their mean."""
-        f = 1.0 / self.lengths
+        f = 1.0 / np.sqrt(self.along**2 + self.across)  # one over the lengths of the rows
         across = self.across * f**2  # (N,)
         mean = self._weighted(f)  # N times the mean of what is across c, (d,)
         short = across / (1.0 + self.along * f)  # 1 - cos of the angle to c, whose square is 1 - across
-        return float(across.sum() - mean @ mean / len(f) + ((short - short.mean()) ** 2).sum())
+        return float(across.sum() - mean @ mean / len(f) + np.square(short - short.mean()).sum())
 
     def rank1_residual(self, f: np.ndarray) -> float:
         """Of the rows times the factors f (N,): the root of (tr G - its leading eigenvalue) / tr G.
@@ -57,22 +53,28 @@ class NearCollapse:
         In the direction of a and those across it, G is [[A, b^T], [b, S]]. Its leading eigenvector is (1, z), with
         z = (b + S z) / (A + b.z), which converges as tr S / A, and its eigenvalue is A + b.z; what is left is tr S - b.z.
         """
-        a, across = self.along * f, float(self.across @ f**2)
-        e = a / np.sqrt(a @ a)
+        a, across = self.along * f, dot(self.across, f**2)
+        whole = dot(a, a)
+        e = a / np.sqrt(whole)
         Te = self._times(f, e)
-        inside = e @ Te
-        A, left, b = a @ a + inside, across - inside, Te - inside * e
+        inside = dot(e, Te)
+        A, left, b = whole + inside, across - inside, Te - inside * e
         z = b / A
         rate = 2.0 * max(left, 0.0) / A  # at most 2^-5
-        error = rate * (b @ z)
+        error = rate * dot(b, z)
         while error > PROVED * left:
             Tz = self._times(f, z)
-            z = (b + Tz - (e @ Tz) * e) / (A + b @ z)
+            z = (b + Tz - dot(e, Tz) * e) / (A + dot(b, z))
             error *= rate
-        return float(np.sqrt(max(left - b @ z, 0.0) / (a @ a + across)))
+        return float(np.sqrt(max(left - dot(b, z), 0.0) / (whole + across)))
 
     def _times(self, f: np.ndarray, x: np.ndarray) -> np.ndarray:  # T x, (N,) -> (N,)
         return np.asarray(f * (self.R @ self._weighted(f * x)))
 
     def _weighted(self, x: np.ndarray) -> np.ndarray:  # the sum of x_i t_i, (N,) -> (d,)
-        return np.asarray(x @ self.R - (x @ self.beside) * self.centre)
+        return np.asarray(x @ self.R - dot(x, self.beside) * self.centre)
+
+
+def dot(a: np.ndarray, b: np.ndarray) -> float:
+    """a.b of some rows' numbers. numpy's product would let other threads have the interpreter, which takes longer than the sum."""
+    return float(np.add.reduce(a * b))

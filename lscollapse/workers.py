@@ -19,14 +19,19 @@ class Workspace:
 
     def __init__(self) -> None:
         self._flat: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._taken: dict[tuple[str, torch.dtype, tuple[int, ...]], Tensor] = {}
 
     def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """An uninitialised contiguous tensor. It shares memory with every earlier one of that name and dtype."""
-        size = math.prod(shape)
-        flat = self._flat.get((name, dtype))
-        if flat is None or flat.numel() < size:
-            flat = self._flat[name, dtype] = torch.empty(size, dtype=dtype)
-        return flat[:size].view(*shape)
+        key = name, dtype, tuple(shape)
+        if key not in self._taken:
+            size = math.prod(shape)
+            flat = self._flat.get((name, dtype))
+            if flat is None or flat.numel() < size:
+                flat = self._flat[name, dtype] = torch.empty(size, dtype=dtype)
+                self._taken = {other: t for other, t in self._taken.items() if other[:2] != key[:2]}  # frees what was smaller
+            self._taken[key] = flat[:size].view(*shape)
+        return self._taken[key]
 
 
 class Workers:
