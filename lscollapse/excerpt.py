@@ -96,7 +96,7 @@ class Excerpt:
         for name in ("_both", "_near"):
             vars(self).pop(name, None)
         columns, rows = ones(n) @ sizes, sizes.reshape(2 * n, d) @ ones(d)  # (2, d), (2 N,)
-        return np.sqrt(columns.max(1) * rows.reshape(2, n).max(1)).tolist()
+        return list(map(float, np.sqrt(columns.max(1) * rows.reshape(2, n).max(1))))
 
     @cached_property
     def rank1_residual(self) -> float:
@@ -126,7 +126,11 @@ class Excerpt:
 
     @cached_property
     def lengths(self) -> np.ndarray:  # (N,), of the rows of unit
-        return self._apart.lengths[0].numpy() * (self._apart.scale.numpy() / self.scale) if self._uneven else self._norms[0]
+        return (
+            self._apart.lengths[0].numpy() * (self._apart.scale.numpy() / self.scale)
+            if self._uneven
+            else self._norms[0]
+        )
 
     @cached_property
     def shortest(self) -> float:
@@ -177,7 +181,11 @@ class Excerpt:
     def _directions(self) -> Tensor:  # (N, d), the rows u_i, in room that the next who asks overwrites
         if self._uneven:
             return self._apart.directions[0].clone()
-        return torch.div(self.unit, torch.from_numpy(self.lengths)[:, None], out=self._workspace.take("directions", self.Y.shape, torch.float64))
+        return torch.div(
+            self.unit,
+            torch.from_numpy(self.lengths)[:, None],
+            out=self._workspace.take("directions", self.Y.shape, torch.float64),
+        )
 
     @cached_property
     def row_norm_ratio(self) -> float:

@@ -20,6 +20,7 @@ SUMS = (
     "size", "shortest", "row_norm_ratio", "longest_row", "centred", "aligned", "angular_mu", "rank1_residual",
     "angular_rank1_residual", "effective_rank", "size_1_inf", "centred_1_inf",
 )  # fmt: skip
+SHARED_OUT = 2**17  # numbers of an excerpt: of smaller ones threads are no faster, since they wait for the interpreter
 
 
 def shared_of(Y: Tensor) -> Shared:
@@ -44,8 +45,9 @@ class OneByOne(Shared):
                 with np.errstate(all="ignore"):  # what is made of rows of zeros is NaN or infinite
                     out[1:] = [getattr(excerpt, name) for name in wanted]
 
+        workers, shared_out = workers_here(), len(self.Y) > 1 and self.Y[0].numel() >= SHARED_OUT
         with one_thread():
-            workers_here().each(measure, self.Y.detach(), sums)
+            (workers.each if shared_out else workers.here)(measure, self.Y.detach(), sums)
         vars(self).update(zip(["peak", *wanted], torch.from_numpy(sums).unbind(1), strict=True))
 
     @cached_property

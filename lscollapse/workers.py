@@ -29,7 +29,9 @@ class Workspace:
             flat = self._flat.get((name, dtype))
             if flat is None or flat.numel() < size:
                 flat = self._flat[name, dtype] = torch.empty(size, dtype=dtype)
-                self._taken = {other: t for other, t in self._taken.items() if other[:2] != key[:2]}  # frees what was smaller
+                self._taken = {
+                    other: t for other, t in self._taken.items() if other[:2] != key[:2]
+                }  # frees what was smaller
             self._taken[key] = flat[:size].view(*shape)
         return self._taken[key]
 
@@ -45,7 +47,9 @@ class Workers:
     def __init__(self) -> None:
         self.workspace = Workspace()  # of the calling thread
         self._threads = torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(self._threads, initializer=self._start)  # starts no thread before its first task
+        self._pool = ThreadPoolExecutor(
+            self._threads, initializer=self._start
+        )  # starts no thread before its first task
         self._local = threading.local()
 
     def _start(self) -> None:
@@ -56,15 +60,23 @@ class Workers:
     def each(self, function: Callable[..., None], *columns: Iterable[Any]) -> None:
         """function(workspace, *row) for every row of the columns, in any order."""
         if self._threads == 1:
-            if not hasattr(self._local, "workspace"):
-                self._local.workspace = Workspace()
-            with torch.no_grad():
-                for row in zip(*columns, strict=True):
-                    function(self._local.workspace, *row)
+            self.here(function, *columns)
             return
         for _ in self._pool.map(lambda *row: function(self._local.workspace, *row), *columns):
             pass
         torch.set_num_threads(self._threads)  # threads of others would otherwise start with the setting above
+
+    def here(self, function: Callable[..., None], *columns: Iterable[Any]) -> None:
+        """The same by the calling thread alone, where a row is over before another thread has woken up."""
+        if not hasattr(self._local, "workspace"):
+            self._local.workspace = Workspace()
+        torch.set_num_threads(1)
+        try:
+            with torch.no_grad():
+                for row in zip(*columns, strict=True):
+                    function(self._local.workspace, *row)
+        finally:
+            torch.set_num_threads(self._threads)
 
 
 def workers_here() -> Workers:

@@ -19,14 +19,13 @@ no autograd.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lscollapse.workers import Workspace
+from lscollapse.workers import Workspace as Workspace
 
 CHUNK = 128  # tokens between two hand-overs of the state
 ROWS = 32  # rows of M in memory at a time
