@@ -176,7 +176,7 @@ class Excerpt:
         n, d = self.Y.shape
         if n > d or self._uneven:
             return _gram(self._directions())
-        return self._gram / self.lengths[:, None] / self.lengths
+        return np.asarray(self._gram / self.lengths[:, None] / self.lengths)
 
     def _directions(self) -> Tensor:  # (N, d), the rows u_i, in room that the next who asks overwrites
         if self._uneven:
