@@ -6,21 +6,23 @@ after scaling by a power of two, which rounds nothing, so values of 1e-300 or 1e
 Accuracy, of the numbers in Y as they are: mu, relative mu and dong_residual to a relative 1e-13, also where all rows agree to
 their last bits; rank1_residual to that or within 1e-16, however small; angular_mu and angular_rank1_residual to that or within
 2e-16, since rows scaled to length 1 are rounded; mean_cosine within 1e-15, whatever the lengths of the rows; row_norm_ratio to
-a relative 1e-14; stable_rank s to a relative s * 2e-13, effective_rank to 1e-12. The leading singular vector is found
-otherwise on a GPU (eigenvector.py), to the same accuracy.
+a relative 1e-14; stable_rank s to a relative s * 2e-13, effective_rank to 1e-12. A CPU takes one excerpt after
+the other (excerpt.py), a GPU all together (passes.py), which finds some of it otherwise, to the same accuracy.
 
 A layer output that holds NaN or infinity gives NaN; `status` says which it was.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from lscollapse.eigenvector import eigenvalues
+from lscollapse.one_by_one import shared_of
 from lscollapse.passes import Shared
 
 
@@ -101,36 +103,26 @@ def _of(Y: Tensor, name: str) -> Tensor:
     return measure_all(Y, [name])[name]
 
 
-def _mean_cosine(shared: Shared) -> Tensor:
+def _mean_cosine(aligned: Tensor, Y: Tensor) -> Tensor:
     """(||sum u_i||^2 - N) / (N (N - 1)), whatever the lengths of the rows are."""
-    n = shared.Y.shape[-2]
-    return ((shared.aligned - n) / (n * (n - 1) or math.nan)).clamp(max=1.0)
+    n = Y.shape[-2]
+    return ((aligned - n) / (n * (n - 1) or math.nan)).clamp(max=1.0)
 
 
-def _effective_rank(shared: Shared) -> Tensor:
-    """From all eigenvalues, for which a GPU has to be waited for."""
-    gram = shared.gram_of_directions
-    p = eigenvalues(gram).clamp(min=0.0) / gram.diagonal(dim1=-2, dim2=-1).sum(
-        -1, keepdim=True
-    )  # NaN where the matrix is
-    entropy: Tensor = torch.special.entr(p).sum(-1)
-    return entropy.exp()
-
-
-MEASURES: dict[
-    str, Callable[[Shared], Tensor]
-] = {  # in the order of core.table.MEASURES; the quotients of Y = 0 are 0 / 0
-    "mu": lambda shared: shared.centred * shared.scale,
-    "relative_mu": lambda shared: (shared.centred / shared.size).clamp(max=1.0),
-    "rank1_residual": lambda shared: shared.rank1_residual,
-    "stable_rank": lambda shared: 1.0 / (1.0 - shared.rank1_residual.square()),
+# In the order of core.table.MEASURES, of what the measures share of Y: the arguments are named as in `Shared`. The quotients of
+# Y = 0 are 0 / 0.
+MEASURES: dict[str, Callable[..., Tensor]] = {
+    "mu": lambda centred, scale: centred * scale,
+    "relative_mu": lambda centred, size: (centred / size).clamp(max=1.0),
+    "rank1_residual": lambda rank1_residual: rank1_residual,
+    "stable_rank": lambda rank1_residual: 1.0 / (1.0 - rank1_residual.square()),
     "mean_cosine": _mean_cosine,
-    "dong_residual": lambda shared: shared.centred_1_inf / shared.size_1_inf,
-    "angular_mu": lambda shared: shared.angular_mu,
-    "angular_rank1_residual": lambda shared: shared.angular_rank1_residual,
-    "row_norm_ratio": lambda shared: shared.row_norm_ratio,
-    "longest_row": lambda shared: shared.longest_row,
-    "effective_rank": _effective_rank,
+    "dong_residual": lambda centred_1_inf, size_1_inf: centred_1_inf / size_1_inf,
+    "angular_mu": lambda angular_mu: angular_mu,
+    "angular_rank1_residual": lambda angular_rank1_residual: angular_rank1_residual,
+    "row_norm_ratio": lambda row_norm_ratio: row_norm_ratio,
+    "longest_row": lambda longest_row: longest_row,
+    "effective_rank": lambda effective_rank: effective_rank,
 }
 # Those that go to zero as a net collapses: under the floor of its precision they cannot be told from zero.
 VANISHING = ("mu", "relative_mu", "rank1_residual", "dong_residual", "angular_mu", "angular_rank1_residual")
@@ -139,9 +131,16 @@ VANISHING = ("mu", "relative_mu", "rank1_residual", "dong_residual", "angular_mu
 def measure_all(Y: Tensor | Shared, names: Sequence[str] = tuple(MEASURES)) -> dict[str, Tensor]:
     """The named measures of Y (..., N, d) at once, {name: (...)}, sharing the passes over it; of a `Shared`, {name: (B,)}."""
     if isinstance(Y, Shared):
-        return {name: MEASURES[name](Y) for name in names}
-    shared = Shared(Y.reshape(-1, *Y.shape[-2:]))
+        parts = {name: _parts(MEASURES[name]) for name in names}
+        Y.make(part for own in parts.values() for part in own)
+        return {name: MEASURES[name](*(getattr(Y, part) for part in own)) for name, own in parts.items()}
+    shared = shared_of(Y.reshape(-1, *Y.shape[-2:]))
     return {name: value.reshape(Y.shape[:-2]) for name, value in measure_all(shared, names).items()}
+
+
+@cache
+def _parts(measure: Callable[..., Tensor]) -> tuple[str, ...]:
+    return tuple(inspect.signature(measure).parameters)
 
 
 def floor(dtype: torch.dtype) -> float:
@@ -159,9 +158,14 @@ def floor(dtype: torch.dtype) -> float:
     return 4 * eps if dtype in (torch.float32, torch.float64) else eps
 
 
-def status(Y: Tensor) -> list[str]:
-    """For Y of shape (B, N, d): "overflow" where an entry is infinite, "nan" where one is NaN, else "ok"."""
-    flat = Y.flatten(1)
-    overflow = flat.isinf().any(1).tolist()
-    nan = flat.isnan().any(1).tolist()
-    return ["overflow" if o else "nan" if n else "ok" for o, n in zip(overflow, nan, strict=True)]
+def status(Y: Tensor | Shared) -> list[str]:
+    """For Y of shape (B, N, d): "overflow" where an entry is infinite, "nan" where one is NaN, else "ok". Of a `Shared` that was
+    measured it takes no further pass, unless there is NaN."""
+    shared = Y if isinstance(Y, Shared) else shared_of(Y)
+    return [_status(peak, excerpt) for peak, excerpt in zip(shared.peak.tolist(), shared.Y, strict=True)]
+
+
+def _status(peak: float, excerpt: Tensor) -> str:
+    if math.isfinite(peak):
+        return "ok"
+    return "overflow" if math.isinf(peak) or excerpt.isinf().any() else "nan"

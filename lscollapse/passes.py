@@ -1,9 +1,9 @@
-"""The passes over a layer's output Y that its measures share, each made once, and how its rows are told apart to the last digit."""
+"""The passes over a layer's output Y that its measures share, each made once, over all excerpts together: how a GPU has them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterable
 from functools import cached_property
 
 import torch
@@ -13,10 +13,6 @@ from lscollapse import eigenvector
 
 # Powers of two up to this, and one over them, are normal float64 numbers.
 LARGEST_POWER = 1022
-# Rows shorter than this, relative to the largest entry, get a scale of their own before they are squared.
-SHORT = 2.0**-500
-# The root of 1 - c, for a quotient c that is right to some 2^-52, is right to a relative 1e-15 from here on.
-LARGE = 0.25
 # Rows count as equally long from this quotient of their norms on, so that rounding does not say which is the longest of equals.
 ALIKE = 1.0 - 2.0**-10  # which float32 has too
 
@@ -59,14 +55,16 @@ class Shared:
     """What the measures share of one Y, (B, N, d); each pass over it is made once, when it is first asked for.
 
     A finite Y is unit * scale, where scale is a power of two, so that nothing is rounded on the way. What is made of a Y that
-    is not finite is NaN. Nothing is read back from a device. A subclass may have some of it made by kernels of its own.
+    is not finite is NaN. Nothing is read back from a device. A subclass may have some of it made otherwise.
 
     Of N rows in d < N channels the small Gram matrix is that of the columns: below, n = min(N, d) and m = max(N, d).
     """
 
     def __init__(self, Y: Tensor) -> None:
         self.Y = Y
-        self.tall = Y.shape[-2] > Y.shape[-1]
+
+    def make(self, parts: Iterable[str]) -> None:
+        """Have these properties made now, where that is cheaper than one after the other."""
 
     @cached_property
     def largest(self) -> Tensor:  # (B, N), the largest entry of each row, in float64; NaN where one is NaN
@@ -110,67 +108,44 @@ class Shared:
         return _norm_1_inf(self.R)
 
     @cached_property
-    def gram(self) -> Tensor:  # (B, n, n), of unit
-        return _gram(_wide(self.unit))
-
-    @cached_property
     def rank1_residual(self) -> Tensor:  # (B,)
-        u = self.leading(self.gram)  # (B, n)
-        return self._root(1.0 - _energy(self.gram, u), lambda some: _residual(_wide(self.unit[some]), u[some]))
+        return self._rank1_residual(self.unit, gram(self.unit))
 
-    # --- of the rows scaled to length 1; NaN where one is zero ---
-
-    @cached_property
-    def uneven(self) -> Tensor:  # (B,)
-        """Where some row is so short that each is to get a scale of its own."""
-        return (self.largest < self.scale[:, None] * SHORT).any(-1)
+    # --- of the rows scaled to length 1, each by a power of two first; NaN where one is zero ---
 
     @cached_property
     def lengths(self) -> Tensor:  # (B, N), of the rows of unit
-        def scaled(some: Tensor | slice) -> Tensor:
-            own = _power_of_two(self.largest[some])
-            return _lengths(_over(self.Y[some], own[..., None])) * (own / self.scale[some, None])
-
-        return self._each(lambda: _lengths(self.unit), scaled)
+        own = _power_of_two(self.largest)
+        return _lengths(_over(self.Y, own[..., None])) * (own / self.scale[:, None])
 
     @cached_property
     def directions(self) -> Tensor:  # (B, N, d), the rows u_i
-        def scaled(some: Tensor | slice) -> Tensor:
-            own = _over(self.Y[some], _power_of_two(self.largest[some])[..., None])
-            return own.div_(_lengths(own)[..., None])
-
-        return self._each(lambda: self.unit / self.lengths[..., None], scaled)
+        own = _over(self.Y, _power_of_two(self.largest)[..., None])
+        return own.div_(_lengths(own)[..., None])
 
     @cached_property
     def aligned(self) -> Tensor:  # (B,), ||sum u_i||^2 of the rows u_i
-        def plain() -> Tensor:
-            total: Tensor = self.lengths.reciprocal()[:, None] @ self.unit  # (B, 1, d)
-            return total.square().sum((-2, -1))
-
-        return self._each(plain, lambda some: self.directions[some].sum(-2).square().sum(-1))
+        return self.directions.sum(-2).square().sum(-1)
 
     @cached_property
     def gram_of_directions(self) -> Tensor:  # (B, n, n)
-        def plain() -> Tensor:
-            shorten = self.lengths.reciprocal()
-            return self.gram * shorten[:, :, None] * shorten[:, None]
-
-        def scaled(some: Tensor | slice) -> Tensor:
-            return _gram(_wide(self.directions[some]))
-
-        return scaled(slice(None)) if self.tall else self._each(plain, scaled)
+        return gram(self.directions)
 
     @cached_property
     def angular_mu(self) -> Tensor:  # (B,)
-        n = self.Y.shape[-2]
-        square = 1.0 - self.aligned / n**2
-        return self._root(square, lambda some: (_norm(_centred(self.directions[some])) / math.sqrt(n)).clamp(max=1.0))
+        return (_norm(_centred(self.directions)) / math.sqrt(self.Y.shape[-2])).clamp(max=1.0)
 
     @cached_property
     def angular_rank1_residual(self) -> Tensor:  # (B,)
+        return self._rank1_residual(self.directions, self.gram_of_directions)
+
+    @cached_property
+    def effective_rank(self) -> Tensor:  # (B,), for which a GPU has to be waited for
         gram = self.gram_of_directions
-        u = self.leading(gram)
-        return self._root(1.0 - _energy(gram, u), lambda some: _residual(_wide(self.directions[some]), u[some]))
+        values: Tensor = torch.linalg.eigvalsh(torch.nan_to_num(gram))
+        p = values.clamp(min=0.0) / gram.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)  # NaN where the matrix is
+        entropy: Tensor = torch.special.entr(p).sum(-1)
+        return entropy.exp()
 
     @cached_property
     def row_norm_ratio(self) -> Tensor:  # (B,)
@@ -186,60 +161,31 @@ class Shared:
     # --- how ---
 
     def leading(self, gram: Tensor) -> Tensor:  # (B, n, n) -> (B, n)
-        return eigenvector.by_lapack(gram) if gram.is_cpu else eigenvector.by_squaring(gram)
+        return eigenvector.by_squaring(gram)
 
-    def _each(self, plain: Callable[[], Tensor], scaled: Callable[[Tensor | slice], Tensor]) -> Tensor:
-        """`plain` but where rows are uneven."""
-        return self._but(plain, lambda: self.uneven, scaled)
-
-    def _root(self, square: Tensor, exactly: Callable[[Tensor | slice], Tensor]) -> Tensor:
-        """The root of `square` (B,) = 1 - c, but where rounding would show in it."""
-        return self._but(lambda: square.clamp(min=0.0).sqrt(), lambda: square < LARGE, exactly)
-
-    def _but(
-        self, cheap: Callable[[], Tensor], bad: Callable[[], Tensor], dear: Callable[[Tensor | slice], Tensor]
-    ) -> Tensor:
-        """`cheap` (B, ...), but where it is `bad` (B,) what `dear` makes of those of the B, by passes over Y. Which they are is asked
-        where the answer costs nothing; elsewhere it makes all of them."""
-        if not self.Y.is_cpu:
-            return dear(slice(None))
-        some = bad()
-        if some.all():
-            return dear(slice(None))
-        value = cheap()
-        if some.any():
-            value[some] = dear(some)
-        return value
+    def _rank1_residual(self, Y: Tensor, gram: Tensor) -> Tensor:
+        return residual(Y, self.leading(gram))
 
 
-def _wide(Y: Tensor) -> Tensor:
+def wide(Y: Tensor) -> Tensor:
     """(B, N, d), or its transpose where that is wide -> (B, n, m), n <= m."""
     return Y.mT if Y.shape[-2] > Y.shape[-1] else Y
 
 
-def _gram(Z: Tensor) -> Tensor:  # (B, n, m) -> (B, n, n)
-    if len(Z) == 1:  # libraries round the product of one matrix otherwise than that of the same among others
-        return _gram(Z.expand(2, -1, -1))[:1]
+def gram(Y: Tensor) -> Tensor:  # (B, N, d) -> (B, n, n)
+    Z = wide(Y)
     return Z @ Z.mT
 
 
-def _energy(gram: Tensor, u: Tensor) -> Tensor:
-    """u^T G u / tr G of Gram matrices (B, n, n) and unit vectors u (B, n) -> (B,)."""
-    within = ((gram * u[:, None]).sum(-1) * u).sum(-1)
-    return within / gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-
-
-def _residual(Z: Tensor, u: Tensor) -> Tensor:
-    """The norm of Z (B, n, m) without its leading singular component u w, over that of Z: right to a tenth of the spacing of float64.
+def residual(Y: Tensor, u: Tensor, out: Tensor | None = None) -> Tensor:
+    """The norm of Y (B, N, d) without its leading singular component u w, over that of Y: right to a tenth of the spacing of float64.
 
     u (B, n) comes from the small Gram matrix, with an error e of some roundings, and leaves R = e w + u e' of the same size. Both
-    are taken from R itself: e = R w^T / ||w||^2 and e' = u^T R, less what they share.
+    are taken from R itself: e = R w^T / ||w||^2 and e' = u^T R, less what they share. `out` is room for R, (B, n, m).
     """
-    if len(Z) == 1:  # as in _gram
-        return _residual(Z.expand(2, -1, -1), u.expand(2, -1))[:1]
-    u = u[..., None]  # (B, n, 1)
+    Z, u = wide(Y), u[..., None]  # (B, n, m), (B, n, 1)
     w = u.mT @ Z  # (B, 1, m)
-    R = torch.baddbmm(Z, u, w, alpha=-1)  # Z - u w, (B, n, m)
+    R = torch.addcmul(Z, u, w, value=-1, out=out)  # Z - u w; a product of matrices is slow where they are vectors
     e = R @ w.mT / w.square().sum(-1, keepdim=True)  # (B, n, 1)
     rest = u.mT @ R - (u.mT @ e) * w  # (B, 1, m)
-    return _norm(torch.baddbmm(R, torch.cat([e, u], -1), torch.cat([w, rest], -2), alpha=-1)) / _norm(Z)
+    return _norm(R.addcmul_(e, w, value=-1).addcmul_(u, rest, value=-1)) / _norm(Z)

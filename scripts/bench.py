@@ -6,6 +6,7 @@
     block   one block (and a stack of them), 32 excerpts of 128 tokens: transformers, ours in fp32 and with bf16
             weights, gate on and off, and the two matrix products of the block alone, timed in turn with it
     scan    the scan of one excerpt against its length, and the slope of log time in log length
+    measures  the default measures, one excerpt at a time, beside their formulas over the whole batch, and beside a bf16 block
     sweep   eleven lambdas, gate off, at the shape of Mamba-2 130m: ours with and without the certified exit, and a plain
             loop of transformers forwards with hooks and output_hidden_states, reduced to relative mu
     probe   the same lambdas on 32 excerpts with and without the rounding error of every number
@@ -28,13 +29,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benches import any_model, block, mixers, scan, stream, sweep
+from benches import any_model, block, measures, mixers, scan, stream, sweep
 from benches.common import machine
 
 SIDES = {
     "native": block.side_native,
     "transformers": block.side_transformers,
     "scan": scan.side_scan,
+    "measures": measures.side_measures,
     "sweep": sweep.side_sweep,
     "hook loop": sweep.side_hook_loop,
     "probe": sweep.side_probe,
@@ -46,6 +48,7 @@ SIDES = {
 SECTIONS = {
     "block": block.section_block,
     "scan": scan.section_scan,
+    "measures": measures.section_measures,
     "sweep": sweep.section_sweep,
     "probe": sweep.section_probe,
     "any-model": any_model.section_any_model,

@@ -19,10 +19,11 @@ def side_scan(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from lscollapse.models.kernels import ssd
+    from lscollapse.workers import Workspace
 
     heads, head_dim, state = SIZES["heads"], SIZES["head_dim"], SIZES["state"]
     A, D, dt_bias = -torch.linspace(1.0, 16.0, heads), torch.rand(heads), torch.randn(heads) - 4.0
-    workspace = ssd.Workspace()
+    workspace = Workspace()
 
     def run(batch: int, length: int) -> Callable[[], Any]:
         x, dt = torch.randn(batch, length, heads, head_dim), torch.randn(batch, length, heads)

@@ -151,7 +151,6 @@ def measures(s: Setting) -> Found:
 
     from lscollapse.measures import measure_all
     from lscollapse.models.kernels.fused_measures import Fused
-    from lscollapse.passes import Shared
 
     generator = torch.Generator().manual_seed(0)
     Y = torch.randn(8, 128, 2560, generator=generator)
@@ -160,7 +159,7 @@ def measures(s: Setting) -> Found:
     Y[3] *= torch.logspace(-12, 12, 128)[:, None]
     Y[4] *= 1e-30
     Y[5] = Y[5, :1] * torch.tensor([1.0, -1.0]).repeat(64)[:, None] + 1e-4 * Y[5]  # rows at +u and -u
-    found, expected = measure_all(Fused(Y.to(s.device))), measure_all(Shared(Y))
+    found, expected = measure_all(Fused(Y.to(s.device))), measure_all(Y)
     off = {}
     for name, exact in expected.items():
         difference = (found[name].cpu() - exact).abs()

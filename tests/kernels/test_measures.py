@@ -164,7 +164,7 @@ def test_a_measure_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(
         measures.MEASURES,
         "longest_share",
-        lambda shared: shared.unit.square().sum(-1).amax(-1) / shared.size.square(),
+        lambda unit, size: unit.square().sum(-1).amax(-1) / size.square(),
     )
     Y = normal(3, 4, 6).float()
     Y[0, 1:], Y[1, 0, 0] = 0.0, math.nan

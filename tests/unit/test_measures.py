@@ -388,6 +388,85 @@ def test_collapsed_directions_keep_their_digits(collapse: float, n: int, d: int)
     assert float(angular_rank1_residual(torch.from_numpy(Y))) == pytest.approx(rank1, rel=1e-13, abs=2e-16)
 
 
+def beside_one_direction(n: int, b: np.ndarray, dtype: torch.dtype) -> tuple[Tensor, dict[str, float]]:
+    """Rows e_0 + b_i e_i, and their measures: the Gram matrix is that of ones and a diagonal of b_i^2, whose largest eigenvalue
+    solves sum 1 / (x - b_i^2) = 1."""
+    Y = torch.zeros(n, n + 1, dtype=torch.float64)
+    Y[:, 0] = 1.0
+    Y[torch.arange(n), torch.arange(n) + 1] = torch.from_numpy(b)
+    Y = Y.to(dtype)
+    with mpmath.workdps(50):
+        squares = [mpmath.mpf(float(y)) ** 2 for y in Y[torch.arange(n), torch.arange(n) + 1]]
+        x = mpmath.findroot(lambda x: sum(1 / (x - s) for s in squares) - 1, n + max(squares))
+        trace = n + sum(squares)
+        centred = mpmath.sqrt(sum(squares) * (1 - mpmath.mpf(1) / n))
+        lengths = [mpmath.sqrt(1 + s) for s in squares]
+        along = sum(1 / length for length in lengths)  # of the sum of the directions
+        aligned = along**2 + sum(s / length**2 for s, length in zip(squares, lengths, strict=True))
+        expected = {
+            "mu": centred, "relative_mu": centred / mpmath.sqrt(trace), "rank1_residual": mpmath.sqrt((trace - x) / trace),
+            "angular_mu": mpmath.sqrt(1 - aligned / n**2), "mean_cosine": (aligned - n) / (n * (n - 1)),
+        }  # fmt: skip
+        return Y, {name: float(value) for name, value in expected.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("size", [1e-12, 1e-7, 1e-3, 0.05, 0.1, 0.2, 1.0, 3.0])
+@pytest.mark.parametrize("n", [5, 60, 128])
+def test_every_way_there_is_to_little_beside_one_direction(n: int, size: float, dtype: torch.dtype) -> None:
+    """From collapsed, over the border of each short way, to spread out; b_i differ by up to a factor of ten."""
+    b = size * np.random.default_rng(n).uniform(0.1, 1.0, n)
+    Y, expected = beside_one_direction(n, b, dtype)
+    found = measure_all(Y, list(expected))
+    for name, value in expected.items():
+        tolerance = {"abs": 1e-15} if name == "mean_cosine" else {"rel": 1e-13}
+        assert float(found[name]) == pytest.approx(value, **tolerance), name
+
+
+@pytest.mark.parametrize("kind", ["massive", "antipodal", "lengths", "few directions"])
+@pytest.mark.parametrize(("n", "d"), [(96, 130), (130, 96)])
+def test_large_excerpts_whose_gram_matrix_does_not_do(n: int, d: int, kind: str) -> None:
+    """Against numpy's singular values, which are right to 1e-16 of the largest."""
+    random = np.random.default_rng(n)
+    Y = 1e-3 * random.standard_normal((n, d)) + random.standard_normal(d)
+    if kind == "massive":
+        Y = random.standard_normal((n, d))
+        Y[3] *= 1e3
+    if kind == "antipodal":
+        Y *= random.choice([-1.0, 1.0], (n, 1))
+    if kind == "lengths":
+        Y *= random.uniform(0.2, 1.2, (n, 1))
+    if kind == "few directions":
+        Y = random.standard_normal((n, 3)) @ random.standard_normal((3, d))
+    found = {name: float(value) for name, value in measure_all(torch.from_numpy(Y)).items()}
+    assert found == pytest.approx(plain_measures(Y), rel=1e-11, abs=1e-14)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_measures_do_not_depend_on_the_number_of_threads(threads: int) -> None:
+    """Bits, of excerpts that are shared out among threads and of such that are not."""
+    for shape in ((3, 64, 2048), (3, 20, 30)):
+        Y = torch.randn(shape, generator=torch.Generator().manual_seed(0)) + 0.5
+        Y[1] = Y[1, :1] + 1e-4 * Y[1]
+        alone = [measure_all(excerpt) for excerpt in Y]
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            found = measure_all(Y)
+            assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(before)
+        for name, value in found.items():
+            assert torch.equal(value, torch.stack([one[name] for one in alone])), (name, shape)
+
+
+def test_a_gradient_goes_through_a_measure() -> None:
+    Y = TV1.clone().requires_grad_()
+    mu(Y).backward()
+    assert Y.grad is not None
+    torch.testing.assert_close(Y.grad, (TV1 - TV1.mean(0)) / (TV1 - TV1.mean(0)).norm(), rtol=1e-14, atol=1e-15)
+
+
 @pytest.mark.parametrize("terms", [16, 64, 256, 1024, 3072])
 def test_a_floor_is_over_the_rounding_of_two_products(terms: int) -> None:
     """Against float64: 0.21 eps sqrt(n / 2) as long as sums are added one by one, and under the floor over sqrt(2) always."""

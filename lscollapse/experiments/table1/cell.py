@@ -19,6 +19,7 @@ from lscollapse.core.progress import SILENT, Progress
 from lscollapse.data.examples import Data
 from lscollapse.experiments.table1.schema import Table1, TaskData, TrainingSection
 from lscollapse.models.nets.lambda_net import LEARNABLE, Net, NetConfig
+from lscollapse.one_by_one import shared_of
 from lscollapse.runs.devices import device
 from lscollapse.runs.training import Diverged, Settings, evaluate, fit
 
@@ -169,7 +170,8 @@ def _layer_rows(cell: Cell, net: Net, task: DrawnTask, when: str) -> list[Row]:
     for layer in range(len(net.layers) + 1):
         if layer:
             X = net.layers[layer - 1](X)
-        states, found = measures.status(X), measures.measure_all(X, MEASURED)
+        shared = shared_of(X)
+        found, states = measures.measure_all(shared, MEASURED), measures.status(shared)
         for name in MEASURED:
             for excerpt, (value, status) in enumerate(zip(found[name].tolist(), states, strict=True)):
                 rows.append(_row(cell, when, name, value, layer, excerpt, status))

@@ -15,10 +15,11 @@ from lscollapse.models.adapters.adapter import Adapter
 from lscollapse.models.adapters.edit import Args, Edit, HookSet, Kwargs
 from lscollapse.models.checkpoints.refusals import token_embedding
 from lscollapse.models.kernels.backends import Kernels, resolve_kernels
-from lscollapse.models.kernels.cpu_block import CpuBlock, Workers
+from lscollapse.models.kernels.cpu_block import CpuBlock
 from lscollapse.models.kernels.gpu_block import GpuBlock
 from lscollapse.models.kernels.mamba2_block import Mamba2Block, Mamba2Shape
 from lscollapse.models.numerics.carried import Carried
+from lscollapse.workers import Workers
 
 
 class MambaStack(Adapter):

@@ -17,8 +17,8 @@ from lscollapse.models.adapters.adapter import Head, UnsupportedModel
 from lscollapse.models.adapters.mamba2 import Mamba2Adapter
 from lscollapse.models.checkpoints.checkpoint import LayerReader
 from lscollapse.models.checkpoints.tensors import forget
-from lscollapse.models.kernels.cpu_block import Workers
 from lscollapse.models.kernels.mamba2_block import Mamba2Block
+from lscollapse.workers import Workers
 
 Build = Callable[[dict[str, Tensor]], Mamba2Block]
 Finish = Callable[[], Mamba2Block]

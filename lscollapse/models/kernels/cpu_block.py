@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-import threading
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -21,33 +18,9 @@ from torch import Tensor
 from lscollapse.models.kernels import ssd
 from lscollapse.models.kernels.mamba2_block import BlockCall, Mamba2Block, Mamba2Shape
 from lscollapse.models.kernels.native import Mixer, Native
+from lscollapse.workers import Workers, Workspace
 
 WIDENED = 512  # rows of a bfloat16 weight that are in float32 at a time: a few MB, which the cache holds
-
-
-class Workers:
-    """Threads that each work on one excerpt at a time, in scratch buffers of their own.
-
-    A thread runs its torch operations alone: nothing waits for another core inside an excerpt, which on a busy machine
-    costs far more than the work, and results do not depend on the number of threads.
-    """
-
-    def __init__(self) -> None:
-        self.workspace = ssd.Workspace()  # of the calling thread
-        self._threads = torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(self._threads, initializer=self._start)
-        self._local = threading.local()
-
-    def _start(self) -> None:
-        torch.set_num_threads(1)
-        torch.set_grad_enabled(False)
-        self._local.workspace = ssd.Workspace()
-
-    def each(self, function: Callable[..., None], *columns: Iterable[Any]) -> None:
-        """function(workspace, *row) for every row of the columns, in any order."""
-        for _ in self._pool.map(lambda *row: function(self._local.workspace, *row), *columns):
-            pass
-        torch.set_num_threads(self._threads)  # threads of others would otherwise start with the setting above
 
 
 class CpuBlock(Mamba2Block):
@@ -79,7 +52,7 @@ class CpuBlock(Mamba2Block):
         self._product = self._widened if widens and dtype == torch.bfloat16 else _linear
 
     def _compute(self, X: Tensor, what: BlockCall) -> Tensor:
-        def mix(workspace: ssd.Workspace, projected: Tensor, D: Tensor, out: Tensor) -> None:
+        def mix(workspace: Workspace, projected: Tensor, D: Tensor, out: Tensor) -> None:
             self._mix(workspace, projected, what._replace(D=D), out)
 
         X, norm = X.contiguous(), self._norm if what.block_norm else None
@@ -102,7 +75,7 @@ class CpuBlock(Mamba2Block):
         each(self._add, X, O, skips, scales, Y)
         return Y
 
-    def _enter(self, norm: Tensor | None, workspace: ssd.Workspace, X: Tensor, out: Tensor) -> None:
+    def _enter(self, norm: Tensor | None, workspace: Workspace, X: Tensor, out: Tensor) -> None:
         """X (N, hidden), normed where there is a norm (hidden,), as the first product reads it."""
         if self.native is not None:
             self.native.enter(X, norm, self.shape.eps, out)
@@ -111,7 +84,7 @@ class CpuBlock(Mamba2Block):
         else:
             out.copy_(X)
 
-    def _mix(self, workspace: ssd.Workspace, projected: Tensor, what: BlockCall, out: Tensor) -> None:
+    def _mix(self, workspace: Workspace, projected: Tensor, what: BlockCall, out: Tensor) -> None:
         """Conv, scan, gate and norm of one excerpt: projected (N, [z,] xBC, dt) -> out (N, inner), which may alias."""
         s, N = self.shape, len(projected)
         if self.native is not None:
@@ -133,7 +106,7 @@ class CpuBlock(Mamba2Block):
         else:
             out.copy_(y)
 
-    def _add(self, _: ssd.Workspace, X: Tensor, O: Tensor, skip: float, scale: float, out: Tensor) -> None:
+    def _add(self, _: Workspace, X: Tensor, O: Tensor, skip: float, scale: float, out: Tensor) -> None:
         """out = skip*X + scale*O of one excerpt, (N, hidden); a factor of 0 leaves X or O out, whatever it holds."""
         if self.native is not None:
             self.native.add(X, O, skip, scale, out)
@@ -157,7 +130,7 @@ class CpuBlock(Mamba2Block):
             out[:, start : start + WIDENED].copy_(result)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, workspace: ssd.Workspace, groups: int = 1) -> None:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, workspace: Workspace, groups: int = 1) -> None:
     """out = weight * x / rms(x), x (N, width), the rms over each of `groups` equal parts of a row; x and out may alias.
 
     Deviation: where the squares of a finite x overflow, the result is still right (transformers' would be zero).

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lscollapse import one_by_one
 from lscollapse.eigenvector import SQUARINGS
 from lscollapse.measures import measure_all
 from lscollapse.models.kernels import guard
@@ -31,10 +32,12 @@ TOLERANCE = 1e-11  # relative, of a measure in `error`; float32 sums would be of
 def shared_of(Y: Tensor) -> Shared:
     """What the measures share of Y (B, N, d), made by what suits it best.
 
-    float64 Y, and more than 128 rows, are measured by torch on a GPU too; on a CPU everything is, and where the kernels are
-    not right.
+    float64 Y, and more than 128 rows, are measured by torch on a GPU too, and everything where the kernels are not right. On a CPU
+    it is one excerpt after the other.
     """
-    if not Y.is_cuda or fault(Y.device):
+    if not Y.is_cuda:
+        return one_by_one.shared_of(Y)
+    if fault(Y.device):
         return Shared(Y)
     fused = Y.dtype != torch.float64 and Y.shape[-2] <= MOST_ROWS
     return Fused(Y) if fused else BySquaring(Y)

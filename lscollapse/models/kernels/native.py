@@ -21,6 +21,7 @@ from lscollapse.models.kernels import guard, ssd
 from lscollapse.models.kernels.mamba2_block import Mamba2Shape
 from lscollapse.models.kernels.native_build import SECONDS, BuildError, build
 from lscollapse.models.kernels.reference import TOLERANCE, block_weights, plain_mixer, plain_norm, relative_error
+from lscollapse.workers import Workspace
 
 SOURCE = Path(__file__).with_name("between.cpp")
 SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # of the functions, by what they read and write
@@ -89,7 +90,7 @@ class Native:
         self._functions["enter", out.dtype](_at(X), _at(weight), eps, *X.shape, _at(out))
 
     def mix(
-        self, mixer: Mixer, projected: Tensor, D: Tensor, out: Tensor, workspace: ssd.Workspace, chunk: int = ssd.CHUNK
+        self, mixer: Mixer, projected: Tensor, D: Tensor, out: Tensor, workspace: Workspace, chunk: int = ssd.CHUNK
     ) -> None:
         """Convolution, scan, gate and norm of one excerpt, in memory of the workspace that is bounded for any N.
 
@@ -172,7 +173,7 @@ def mixed(
     conv = weights["mixer.conv1d.weight"].flatten(1).T.contiguous()
     A, dt_bias = -weights["mixer.A_log"].exp(), weights["mixer.dt_bias"]
     mixer = Mixer(s, gating, True, conv, weights["mixer.conv1d.bias"], A, dt_bias, weights["mixer.norm.weight"])
-    out, workspace = projected.new_empty(*projected.shape[:2], s.inner), ssd.Workspace()
+    out, workspace = projected.new_empty(*projected.shape[:2], s.inner), Workspace()
     for one, one_out in zip(projected, out, strict=True):
         native.mix(mixer, one, weights["mixer.D"], one_out, workspace, chunk)
     return out

@@ -19,12 +19,13 @@ no autograd.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lscollapse.workers import Workspace
 
 CHUNK = 128  # tokens between two hand-overs of the state
 ROWS = 32  # rows of M in memory at a time
@@ -33,21 +34,6 @@ CONV_BYTES = 1 << 20  # of output that the convolution works on at a time
 
 class ScanError(ValueError):
     """The tensors given to the scan or the convolution do not fit together."""
-
-
-class Workspace:
-    """Named scratch buffers that grow to the largest size asked for and are reused; not for two threads at once."""
-
-    def __init__(self) -> None:
-        self._flat: dict[tuple[str, torch.dtype], Tensor] = {}
-
-    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """An uninitialised contiguous tensor. It shares memory with every earlier one of that name and dtype."""
-        size = math.prod(shape)
-        flat = self._flat.get((name, dtype))
-        if flat is None or flat.numel() < size:
-            flat = self._flat[name, dtype] = torch.empty(size, dtype=dtype)
-        return flat[:size].view(*shape)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

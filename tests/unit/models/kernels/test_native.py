@@ -15,7 +15,7 @@ from lscollapse.models.kernels.backends import KernelError, resolve_kernels
 from lscollapse.models.kernels.cpu_block import CpuBlock
 from lscollapse.models.kernels.mamba2_block import Mamba2Shape
 from lscollapse.models.kernels.native import Mixer, Native
-from lscollapse.models.kernels.ssd import Workspace
+from lscollapse.workers import Workspace
 from tests.unit.models.kernels.test_cpu_block import SHAPES, plain_norm, plain_O, relative_error, stream, weights
 
 HEAD_DIMS, STATES, GROUPS, WIDTHS = (1, 3, 16, 48, 64, 80, 128), (1, 5, 16, 64, 128, 256), (1, 2, 4), (1, 2, 3, 4, 5)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lscollapse.models.kernels import ssd
+from lscollapse.workers import Workspace
 
 SIZES = [  # batch, L, heads, head_dim, groups, state, chunk
     (1, 1, 2, 4, 1, 3, 128),
@@ -140,7 +141,7 @@ def test_views_out_and_a_used_workspace_change_nothing() -> None:
     expected = ssd.scan(**tensors, chunk=16)
     packed = torch.cat([tensors[name].flatten(2) for name in ("x", "B", "C", "dt")], dim=-1)
     x, B, C, dt = packed.split([32, 8, 8, 4], dim=-1)
-    workspace, out = ssd.Workspace(), torch.empty(2, 50, 32)
+    workspace, out = Workspace(), torch.empty(2, 50, 32)
     ssd.scan(**inputs((1, 300, 8, 8, 1, 8, 128), dtype=torch.float32), workspace=workspace)
     views = {"x": x.unflatten(-1, (4, 8)), "B": B.unflatten(-1, (2, 4)), "C": C.unflatten(-1, (2, 4)), "dt": dt}
     found = ssd.scan(**(tensors | views), chunk=16, out=out.unflatten(-1, (4, 8)), workspace=workspace)
