@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
+import pickle
 import signal
+import subprocess
 import sys
 import traceback
 from contextlib import suppress
-from multiprocessing.connection import Connection
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 
@@ -44,9 +43,7 @@ class Painter:
 
     def __init__(self) -> None:
         self._asked: tuple[Path, Path, str] | None = None
-        self._process: Any = None
-        if "torch" not in sys.modules and _cores() > 1:
-            self._process, self._pipe = _started()
+        self._process = _started() if "torch" not in sys.modules and _cores() > 1 else None
 
     def __enter__(self) -> Painter:
         return self
@@ -54,14 +51,16 @@ class Painter:
     def __exit__(self, *_: object) -> None:
         if self._process is not None:
             self._process.terminate()  # it takes away what it has half-written
-            self._process.join()
+            with suppress(OSError):  # what could not be handed to it
+                self._process.communicate()
 
     def begin(self, run: Path, yscale: str = "linear") -> None:
         """Ask for the figures of a finished run folder, to be written into it."""
         self._asked = run, run, yscale
         if self._process is not None:
             with suppress(OSError):  # it was killed, which `written` sees
-                self._pipe.send(self._asked)
+                pickle.dump(self._asked, self._process.stdin)  # type: ignore[arg-type]  # it is a pipe
+                self._process.stdin.flush()  # type: ignore[union-attr]  # as above
 
     def written(self) -> list[Path]:
         """The files, once they are there; errors as of `draw_run`."""
@@ -69,8 +68,8 @@ class Painter:
         if self._process is None:
             return draw_run(*self._asked)
         try:
-            answer = self._pipe.recv()
-        except (EOFError, OSError):
+            answer = pickle.load(self._process.stdout)  # type: ignore[arg-type]  # as above
+        except (EOFError, OSError, pickle.UnpicklingError):
             return draw_run(*self._asked)
         if isinstance(answer, Exception):
             raise answer
@@ -81,29 +80,20 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _started() -> tuple[Any, Connection]:
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_paint, args=(there,), daemon=True)
-    # Ctrl-C is for the process that was started by a person: it is inherited that it does nothing here.
-    try:
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    except ValueError:  # not in the main thread, which alone may set it
-        process.start()
-    else:
-        process.start()
-        signal.signal(signal.SIGINT, before)
-    there.close()  # so that the end of the process is the end of the pipe
-    return process, here
+def _started() -> subprocess.Popen[bytes]:
+    """The second process, in a group of its own: Ctrl-C is for the one that a person started."""
+    code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import paint; paint()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, "-c", code], **pipes, process_group=0)  # type: ignore[call-overload, no-any-return]
 
 
-def _paint(pipe: Connection) -> None:
+def paint() -> None:
     """What the second process does: load what drawing needs, wait for one folder, draw it, answer with files or an error."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # through the `finally` of files that are being written
+    answers, sys.stdout = sys.stdout.buffer, sys.stderr
     _load()
     try:
-        asked = pipe.recv()
+        asked = pickle.load(sys.stdin.buffer)
     except EOFError:  # the run has ended without figures
         return
     try:
@@ -112,11 +102,9 @@ def _paint(pipe: Connection) -> None:
         error.add_note(traceback.format_exc())  # for --debug: the traceback itself cannot be sent
         answer = error
     with suppress(OSError):  # nobody waits any more
-        pipe.send(answer)
-
-
-def _leave(_number: int, _frame: FrameType | None) -> None:
-    raise SystemExit(1)  # through the `finally` of files that are being written
+        pickle.dump(answer, answers)
+        answers.flush()
+    os._exit(0)  # all is written; taking down what is loaded would take half a second
 
 
 def _load() -> None:

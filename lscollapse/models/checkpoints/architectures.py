@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 
 from lscollapse.models.checkpoints import mamba_ssm
 from lscollapse.models.checkpoints.located import Located
@@ -48,11 +47,18 @@ def config_of(files: Located) -> Any:
             config = _transformers_config(raw, files)
     except CheckpointError:
         raise
-    except (StrictDataclassError, ValueError, TypeError, ZeroDivisionError) as error:  # transformers' own validation
+    except _invalid() as error:
         raise CheckpointError(f"{files.described} is not valid: {' '.join(str(error).split())}") from error
     if files.entry.architecture not in ("", config.model_type):
         raise CheckpointError(f"{files.where} holds {config.model_type}, expected {files.entry.architecture}")
     return config
+
+
+def _invalid() -> tuple[type[Exception], ...]:
+    """What transformers' own validation raises; asked for when something was raised."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return StrictDataclassError, ValueError, TypeError, ZeroDivisionError
 
 
 def _transformers_config(raw: Mapping[str, Any], files: Located) -> Any:

@@ -132,13 +132,12 @@ def load(
     config = config_of(files)
     if random_init is not None:
         with seeded(random_init):
-            model = built(config).to(device, dtype)
+            fresh = built(config).to(device, dtype)
         info = _info(files, config, f"random-init-{random_init}")
-        return Checkpoint(model.eval(), replace(info, stored=""))
+        return Checkpoint(fresh.eval(), replace(info, stored=""))
     with hashing(files.weights) as digest:
-        model: Any
         if config.model_type == "mamba2":
-            model = _mamba2(config, _matching(files, config), dtype, device, as_stored)
+            model: Any = _mamba2(config, _matching(files, config), dtype, device, as_stored)
         elif config.model_type in CLASSES:
             model = _filled(config, _matching(files, config), dtype).to(device)
         else:
