@@ -10,6 +10,8 @@
             loop of transformers forwards with hooks and output_hidden_states, reduced to relative mu
     probe   the same lambdas on 32 excerpts with and without the rounding error of every number
     mixers  tokens a second of each mixer of Table 1, forward and backward, beside transformers' Mamba and Mamba-2
+    start   whole commands with little to compute, `measure` of a tiny Mamba-2 and a tiny GPT-2 and a sweep of the former,
+            beside the import of torch and transformers
     stream  (opt-in, --stream-2.7b) random weights of the whole 2.7B in bfloat16, 5.4 GB in a temporary folder, and the
             default sweep's gate-off arms with --stream always, as the command line runs them: peak memory, time
 
@@ -25,7 +27,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benches import block, mixers, scan, stream, sweep
+from benches import block, mixers, scan, start, stream, sweep
 from benches.common import machine
 
 SIDES = {
@@ -44,6 +46,7 @@ SECTIONS = {
     "sweep": sweep.section_sweep,
     "probe": sweep.section_probe,
     "mixers": mixers.section_mixers,
+    "start": start.section_start,
 }
 
 
