@@ -1,3 +1,3 @@
-from lscollapse.cli.app import main
+from lscollapse.cli.app import program
 
-main()
+program()

@@ -14,6 +14,8 @@
             six lambdas on GPT-2, BERT and a Llama of 135M, cut to --layers blocks, over the models' own forwards, with and without
             the twins that rounding is estimated by; a hook loop and nnsight (where `make bench` could install it), relative mu alone
     mixers  tokens a second of each mixer of Table 1, forward and backward, beside transformers' Mamba and Mamba-2
+    start   whole commands with little to compute, `measure` of a tiny Mamba-2 and a tiny GPT-2 and a sweep of the former,
+            beside the import of torch and transformers
     stream  (opt-in, --stream-2.7b) random weights of the whole 2.7B in bfloat16, 5.4 GB in a temporary folder, and the
             default sweep's gate-off arms with --stream always, as the command line runs them: peak memory, time
 
@@ -29,7 +31,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benches import any_model, block, measures, mixers, scan, stream, sweep
+from benches import any_model, block, measures, mixers, scan, start, stream, sweep
 from benches.common import machine
 
 SIDES = {
@@ -53,6 +55,7 @@ SECTIONS = {
     "probe": sweep.section_probe,
     "any-model": any_model.section_any_model,
     "mixers": mixers.section_mixers,
+    "start": start.section_start,
 }
 
 

@@ -6,6 +6,7 @@
     python scripts/article_tokens.py --to runs/articles.npz FOLDER     # Parquet files with the columns title and text
     python scripts/train_tiny_mamba2.py --articles runs/articles.npz --layers 64 --device cuda --batch 256 --steps 6000 \
         --dropout 0 --out runs/tiny-64
+    python scripts/train_tiny_mamba2.py --lam 2 --out runs/tiny-lam-2  # with lambda on every skip, fixed
 
 The architecture is Mamba-2 exactly as transformers' Mamba2ForCausalLM computes it (pre-norm, gated RMSNorm, depthwise
 causal conv, one group, tied embeddings); the weights are saved in that layout. The default 32 excerpts of the
@@ -23,6 +24,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -162,12 +164,13 @@ def train(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     articles, held_out = article_ids(args.articles)
     embedding = initial_embedding(args.seed, borrowed=args.articles is None)
-    model = TinyMamba2(embedding, args.seed, args.layers, args.compile).to(args.device)
+    model = TinyMamba2(embedding, args.seed, args.layers, args.compile, args.lam).to(args.device)
     optimizer = optimizer_of(model, args.lr)
     step, spent = 0, 0.0
     checkpoint, log = args.out / "state.pt", args.out / "loss.csv"
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True, map_location=args.device)
+        refuse_other_lam(state, args)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, spent = state["step"], state["seconds"]
@@ -202,6 +205,13 @@ def train(args: argparse.Namespace) -> None:
         save_atomic(state, checkpoint)
 
 
+def refuse_other_lam(state: dict[str, Any], args: argparse.Namespace) -> None:
+    """Stop where --out holds a training with another lambda, which its weights would silently bring along."""
+    (held,) = set(state["model"]["lam"].tolist())
+    if held != float(np.float32(args.lam)):
+        raise SystemExit(f"{args.out} was trained with lambda {held:g}: give --lam {held:g}, or another --out")
+
+
 def unigram_loss(articles: list[np.ndarray], held_out: np.ndarray) -> float:
     """Held-out nats per token of the unigram model of the training articles (add-one smoothing)."""
     counts = np.bincount(np.concatenate(articles), minlength=SHAPE["vocab_size"]) + 1.0
@@ -213,9 +223,11 @@ def export(args: argparse.Namespace) -> None:
     from transformers import Mamba2Config
 
     articles, held_out = article_ids(args.articles)
-    model = TinyMamba2(initial_embedding(args.seed, borrowed=args.articles is None), args.seed, args.layers)
+    embedding = initial_embedding(args.seed, borrowed=args.articles is None)
+    model = TinyMamba2(embedding, args.seed, args.layers, lam=args.lam)
     untrained = held_out_loss(model, held_out)
     state = torch.load(args.out / "state.pt", weights_only=True, map_location="cpu")
+    refuse_other_lam(state, args)
     model.load_state_dict(state["model"])
     half = {key: value.to(torch.float16) for key, value in model.export().items()}
     model.weights.load_state_dict({key.replace(".", "/"): value.float() for key, value in half.items()})
@@ -224,7 +236,7 @@ def export(args: argparse.Namespace) -> None:
     save_file(tensors, args.export / "model.safetensors", {"format": "pt"})
     config = Mamba2Config(**SHAPE, num_hidden_layers=args.layers, tie_word_embeddings=True, residual_in_fp32=True, chunk_size=SEQ_LEN, use_bias=False,
                           use_conv_bias=True, bos_token_id=101, eos_token_id=102, pad_token_id=0,
-                          architectures=["Mamba2ForCausalLM"])  # fmt: skip
+                          architectures=["Mamba2ForCausalLM"], **({} if args.lam == 1 else {"lam": args.lam}))  # fmt: skip
     config.save_pretrained(args.export)
     record = {
         "parameters": sum(value.numel() for value in half.values()),
@@ -238,6 +250,7 @@ def export(args: argparse.Namespace) -> None:
             "untrained": round(untrained, 4),
         },
         "seed": args.seed,
+        "lam": args.lam,
         "peak_learning_rate": args.lr,
         "dropout": args.dropout,
         "batch": args.batch,
@@ -256,6 +269,7 @@ def main() -> None:
         "--articles", type=Path, help="file of scripts/article_tokens.py; default the packaged summaries"
     )
     parser.add_argument("--layers", type=int, default=48)
+    parser.add_argument("--lam", type=float, default=1.0, help="lambda of every skip, lam X + O; the config records it")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--every", type=int, default=100, help="steps between two lines of loss.csv, each with a save")

@@ -21,14 +21,17 @@ def measure(
     yscale: Yscale = "linear",
 ) -> None:
     """Does this model collapse? Any encoder or decoder of transformers: rank-collapse measures layer by layer, and a verdict."""
-    from lscollapse.cli.terminal.bar import Bar
-    from lscollapse.cli.terminal.model import show
-    from lscollapse.experiments import own_model
-    from lscollapse.reports.figures.draw import draw
+    from lscollapse.reports.painter import Painter
 
     out = out or Path("runs/measure") / re.sub(r"[^\w.-]+", "_", model.strip("/.").rpartition("/")[2])
-    with Bar() as bar:
-        rows = own_model.measure_own(experiment, out, bar)
-    show(rows, own_tokens=own_model.reads_own_tokens(experiment))
-    for path in draw("measure", rows, out, yscale):
-        typer.echo(f"wrote {path}")
+    with Painter() as painter:
+        from lscollapse.cli.terminal.bar import Bar
+        from lscollapse.cli.terminal.model import show
+        from lscollapse.experiments import own_model
+
+        with Bar() as bar:
+            rows = own_model.measure_own(experiment, out, bar)
+        painter.begin(out, yscale)
+        show(rows, own_tokens=own_model.reads_own_tokens(experiment))
+        for path in painter.written():
+            typer.echo(f"wrote {path}")

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from lscollapse.cli.options import Models, Out, Shown, Yscale, takes
 from lscollapse.core.config import Experiment
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 MEASURED = ("dtype", "device", "kernels", "products", "seed", "random_init", "offline", "certified_exit", "stream",
             "max_memory", "quality", "gradients", "engine", "address")  # fmt: skip
@@ -21,16 +18,20 @@ TEXTS = ("excerpts", "tokens", "source", "titles", "tokenizer", "skip_site", "no
 @takes("config", "models", "lambdas", "lambdas_file", *TEXTS, "gating", *MEASURED, "settings")
 def sweep_lambda(experiment: Experiment, out: Out = None, yscale: Yscale = "linear") -> None:
     """Measure every lambda: Figure 1 (relative mu against layer) and Figure 2 (last layer against lambda)."""
-    from lscollapse.cli.terminal.bar import Bar
-    from lscollapse.cli.terminal.paper import claims_table, last_layer_table
-    from lscollapse.experiments import paper
+    from lscollapse.reports.painter import Painter
 
     out = out or Path("runs/sweep-lambda")
-    with Bar() as bar:
-        rows = paper.sweep_lambda(experiment, out, bar)
-    last_layer_table(rows)
-    claims_table(rows)
-    _draw(rows, out, yscale)
+    with Painter() as painter:
+        from lscollapse.cli.terminal.bar import Bar
+        from lscollapse.cli.terminal.paper import claims_table, last_layer_table
+        from lscollapse.experiments import paper
+
+        with Bar() as bar:
+            rows = paper.sweep_lambda(experiment, out, bar)
+        painter.begin(out, yscale)
+        last_layer_table(rows)
+        claims_table(rows)
+        _tell(painter.written())
 
 
 @takes("config", "model", "lambdas", "lambdas_file", *TEXTS, *MEASURED, "all_readings", "settings")
@@ -43,21 +44,25 @@ def ablate_gating(
     out: Out = None,
 ) -> None:
     """Gating x LayerNorm at lambda = 1: Figure 3. With --all-readings, every place where lambda and the norm could sit."""
-    from lscollapse.cli.terminal.bar import Bar
-    from lscollapse.cli.terminal.paper import arms_table, claims_table, readings_table
-    from lscollapse.experiments import paper
+    from lscollapse.reports.painter import Painter
 
-    if model is None:
-        experiment = paper.with_gated_models(experiment)
     out = out or Path("runs/all-readings" if all_readings else "runs/ablate-gating")
-    with Bar() as bar:
-        rows = (paper.all_readings if all_readings else paper.ablate_gating)(experiment, out, bar)
-    if all_readings:
-        readings_table(rows)
-    else:
-        arms_table(rows)
-        claims_table(rows)
-    _draw(rows, out, "linear")
+    with Painter() as painter:
+        from lscollapse.cli.terminal.bar import Bar
+        from lscollapse.cli.terminal.paper import arms_table, claims_table, readings_table
+        from lscollapse.experiments import paper
+
+        if model is None:
+            experiment = paper.with_gated_models(experiment)
+        with Bar() as bar:
+            rows = (paper.all_readings if all_readings else paper.ablate_gating)(experiment, out, bar)
+        painter.begin(out)
+        if all_readings:
+            readings_table(rows)
+        else:
+            arms_table(rows)
+            claims_table(rows)
+        _tell(painter.written())
 
 
 @takes("config", "models", "excerpts", "source", "dtype", "device", "seed", "random_init", "offline", "engine", "address",
@@ -68,16 +73,20 @@ def ablate_s4d(
     out: Out = None,
 ) -> None:  # fmt: skip
     """Skip x LayerNorm of a trained S4D on images: Figure 4."""
-    from lscollapse.cli.terminal.bar import Bar
-    from lscollapse.cli.terminal.paper import arms_table, claims_table
-    from lscollapse.experiments import paper, retrain
+    from lscollapse.reports.painter import Painter
 
     out = out or Path("runs/ablate-s4d-retrained" if train_arms else "runs/ablate-s4d")
-    with Bar("training" if train_arms else "measuring") as bar:
-        rows = (retrain.ablate_retrained if train_arms else paper.ablate_s4d)(experiment, out, bar)
-    arms_table(rows)
-    claims_table(rows)
-    _draw(rows, out, "linear")
+    with Painter() as painter:
+        from lscollapse.cli.terminal.bar import Bar
+        from lscollapse.cli.terminal.paper import arms_table, claims_table
+        from lscollapse.experiments import paper, retrain
+
+        with Bar("training" if train_arms else "measuring") as bar:
+            rows = (retrain.ablate_retrained if train_arms else paper.ablate_s4d)(experiment, out, bar)
+        painter.begin(out)
+        arms_table(rows)
+        claims_table(rows)
+        _tell(painter.written())
 
 
 def figures(
@@ -87,22 +96,12 @@ def figures(
     yscale: Yscale = "linear",
 ) -> None:
     """Draw the figures of finished runs again, without computing."""
-    from lscollapse.core.run_folder import read_rows
+    from lscollapse.reports.painter import draw_run
 
     for run in runs:
-        _draw(read_rows(run), to or run, yscale, measure, run)
+        _tell(draw_run(run, to or run, yscale, measure))
 
 
-def _draw(rows: pd.DataFrame, folder: Path, yscale: str, measure: str = "relative_mu", run: Path | None = None) -> None:
-    from lscollapse.core.files import write_text
-    from lscollapse.core.run_folder import read_manifest
-    from lscollapse.reports.claims.sentences import judge_readings
-    from lscollapse.reports.figures import draw
-
-    experiment = read_manifest(run or folder)["identity"].get("experiment")
-    written = draw.draw(experiment, rows, folder, yscale, measure)
-    if experiment == "all-readings":
-        written.append(folder / draw.READINGS_VERDICTS)
-        write_text(written[-1], judge_readings(rows).to_csv(index=False))
+def _tell(written: list[Path]) -> None:
     for path in written:
         typer.echo(f"wrote {path}")

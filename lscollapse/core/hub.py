@@ -3,6 +3,7 @@
 The files land in the ordinary cache of huggingface_hub, so what other tools fetched is used and the reverse. On top of
 the client this module keeps a large file that was cut off and goes on from there in the next run, checks what arrived
 (sha256 of large files, git hash of small ones), waits when the hub asks for it, and turns every failure into one line.
+It is imported where a repository is asked for: a run from local files does without it.
 The endpoint is HF_ENDPOINT, the token HF_TOKEN or that of `hf auth login`, as for every tool that uses huggingface_hub.
 """
 
@@ -14,16 +15,12 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
-
-from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url
-from huggingface_hub import errors as hub_errors
-from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]  # of httpx or httpx2
-from huggingface_hub.file_download import http_get, repo_folder_name
-from huggingface_hub.hf_api import RepoSibling
-from huggingface_hub.utils import WeakFileLock, build_hf_headers  # type: ignore[attr-defined]  # made public untyped
+from typing import TYPE_CHECKING, TypeVar
 
 from lscollapse.core.files import GGUF, first_line, sha256_file
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoSibling
 
 T = TypeVar("T")
 
@@ -80,6 +77,8 @@ def fetch(
     Raises:
         HubError: no such repository, revision or file; no access; no connection; a file that is not what the hub says.
     """
+    from huggingface_hub import constants
+
     revision = revision or "main"
     cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
     with _explained(repo_id, revision):
@@ -94,6 +93,8 @@ def sizes(repo_id: str, *, revision: str | None = None, timeout: float = 10.0) -
     Raises:
         HubError: as for `fetch`.
     """
+    from huggingface_hub import HfApi
+
     revision = revision or "main"
     with _explained(repo_id, revision):
         info = HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=timeout)
@@ -102,6 +103,8 @@ def sizes(repo_id: str, *, revision: str | None = None, timeout: float = 10.0) -
 
 
 def _fetch(repo_id: str, revision: str, files: Sequence[str] | None, cache: Path, optional: Sequence[str]) -> Path:
+    from huggingface_hub import HfApi, hf_hub_download
+
     api = HfApi()
     info = _patiently(lambda: api.model_info(repo_id, revision=revision, files_metadata=True))
     commit = str(info.sha)
@@ -124,6 +127,8 @@ def _fetch(repo_id: str, revision: str, files: Sequence[str] | None, cache: Path
 
 
 def _storage(cache: Path, repo_id: str) -> Path:
+    from huggingface_hub.file_download import repo_folder_name
+
     return cache / repo_folder_name(repo_id=repo_id, repo_type="model")
 
 
@@ -140,6 +145,10 @@ def _default_files(repo_id: str, names: Collection[str]) -> list[str]:
 
 def _fetch_large(repo_id: str, commit: str, sibling: RepoSibling, blobs: Path) -> None:
     """Bring one LFS file into the cache under its sha256, going on from where an earlier run stopped."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import WeakFileLock, build_hf_headers  # type: ignore[attr-defined]  # made public untyped
+
     assert sibling.lfs is not None
     size, sha256, name = sibling.lfs.size, sibling.lfs.sha256, sibling.rfilename
     blob, partial = blobs / sha256, blobs / f"{sha256}.partial"
@@ -204,6 +213,8 @@ def _cached(repo_id: str, revision: str, files: Sequence[str] | None, cache: Pat
 
 def _patiently(call: Callable[[], T]) -> T:
     """`call()`, tried again on 429, 5xx and broken connections after a pause: Retry-After, else WAITS."""
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of httpx or httpx2
+
     for wait in WAITS:
         try:
             return call()
@@ -219,6 +230,8 @@ def _patiently(call: Callable[[], T]) -> T:
 @contextmanager
 def _explained(repo_id: str, revision: str) -> Iterator[None]:
     """Where the client fails in the block, a HubError that says in one line why and what helps."""
+    from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]  # as in _patiently
+
     try:
         yield
     except (HTTPError, OSError, HFValidationError) as error:
@@ -226,6 +239,9 @@ def _explained(repo_id: str, revision: str) -> Iterator[None]:
 
 
 def _explanation(error: Exception, repo_id: str, revision: str) -> str:
+    from huggingface_hub import constants
+    from huggingface_hub import errors as hub_errors
+
     cause = error.__cause__ if isinstance(error, hub_errors.LocalEntryNotFoundError) and error.__cause__ else error
     status = getattr(getattr(cause, "response", None), "status_code", None)
     page = f"{constants.ENDPOINT}/{repo_id}"

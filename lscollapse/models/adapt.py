@@ -38,12 +38,10 @@ def adapt(model: Any) -> Adapter:
     Raises:
         UnsupportedModel: no model of transformers, or the generic adapter finds no blocks that it can edit.
     """
-    from transformers import PreTrainedModel  # not above: Table 1's workers and `verify-kernels` do without it
-
     if isinstance(model, Adapter):
         return model
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    place = ADAPTERS.get(model_type, GENERIC if isinstance(model, PreTrainedModel) else None)
+    place = ADAPTERS.get(model_type) or _generic(model)
     if place is None:
         raise UnsupportedModel(f"no adapter for architecture {model_type!r}: supported are {', '.join(ADAPTERS)}")
     module, _, name = place.partition(":")
@@ -56,3 +54,10 @@ def adapt(model: Any) -> Adapter:
         for function in ("embed", "run"):
             setattr(adapter, function, computing_in(torch.float64)(getattr(adapter, function)))
     return adapter
+
+
+def _generic(model: Any) -> str | None:
+    """The generic adapter for what is a model of transformers."""
+    from transformers import PreTrainedModel  # not above: what has an adapter of its own may do without it
+
+    return GENERIC if isinstance(model, PreTrainedModel) else None

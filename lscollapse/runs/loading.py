@@ -165,7 +165,7 @@ def load_adapter(name: str, init: str, config: Experiment, progress: Progress) -
     seed = config.seed if init == "random" else None
     with room_for(f"{name} does not fit on {on}: use --stream always (Mamba-2) or --device cpu"):
         loaded = checkpoint.load(name, dtype=dtype, device=on, as_stored=on != "cpu", random_init=seed, **where)
-        adapter = adapt(loaded.model)
+        adapter = adapt(loaded.held)
     if isinstance(adapter, Mamba2Adapter):
         adapter.computes_in = dtype
     set_threads(adapter.config.hidden_size)

@@ -202,8 +202,7 @@ class Adapter(ABC):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights; where they differ the narrowest, since what they compute is no better than that."""
-        dtypes: set[torch.dtype] = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
-        return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+        return narrowest(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -230,3 +229,9 @@ class Adapter(ABC):
     def layers_of(self, block: Any) -> list[int]:
         """The layers that `block` computes, in the order of its calls within one forward."""
         return [layer for layer, module in enumerate(self.blocks) if module is block]
+
+
+def narrowest(model: nn.Module) -> torch.dtype:
+    """The dtype of a model's weights, of several the one with the fewest digits."""
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Unpack
 
 import torch
-import transformers
 
 from lscollapse.models.adapters.adapter import Adapter
 from lscollapse.models.adapters.streamed import StreamedMamba2
@@ -27,9 +26,11 @@ def attach(adapter: Adapter, name_or_path: str, random_init: int | None = None, 
         return adapter.head is not None
     if adapter.head_class is None:
         return False
+    import transformers  # not above: a run without a head may do without it
+
     kind = getattr(transformers, adapter.head_class)
     with torch.device("meta") if random_init is None else seeded(random_init):
-        whole = kind(adapter.config)
+        whole = kind(adapter.model.config)
     whole = _around(whole, adapter)
     if _unfilled(whole):
         whole.load_state_dict(checkpoint.open_head(name_or_path, **where), strict=False, assign=True)

@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lscollapse.models.adapters.adapter import Adapter
+from lscollapse.models.adapters.adapter import Adapter, narrowest
 from lscollapse.models.adapters.edit import Args, Edit, HookSet, Kwargs
+from lscollapse.models.checkpoints.held import HeldMamba2, with_modules
+from lscollapse.models.checkpoints.mamba2_config import block_shape
 from lscollapse.models.checkpoints.refusals import token_embedding
 from lscollapse.models.kernels.backends import Kernels, resolve_kernels
 from lscollapse.models.kernels.cpu_block import CpuBlock
@@ -35,8 +37,9 @@ class Mamba2Adapter(MambaStack):
     """Blocks with the usual activation are computed by the package itself (kernels/), in any dtype, others by their modules.
 
     Attributes:
-        held_as: the model as it is held. Where `computes_in` is set its weights may be of 16 bits, which the package's own
-            blocks convert; whoever asks for `model`, whose modules do not, gets it in that dtype from then on.
+        held_as: the model as it is held: by itself, or its parameters without transformers' modules, which are there from
+            then on that somebody asks for `model`. Where `computes_in` is set the weights may be of 16 bits, which the
+            package's own blocks convert; the modules do not, so `model` is in that dtype.
         computes_in: the dtype that counts as the model's, None for that of its weights.
     """
 
@@ -50,6 +53,10 @@ class Mamba2Adapter(MambaStack):
 
     @property
     def model(self) -> Any:
+        if isinstance(self.held_as, HeldMamba2):
+            built = with_modules(self.held_as)
+            self.whole = built if self.whole is self.held_as else self.whole
+            self.held_as, self.config = built, built.config
         if self.computes_in is not None:
             self.held_as.to(self.computes_in)  # which does nothing from the second time on
         return self.held_as
@@ -63,12 +70,12 @@ class Mamba2Adapter(MambaStack):
         return token_embedding(self.held_as)
 
     def before_output(self) -> nn.Module | None:
-        norm: nn.Module = self.held_as.norm_f
+        norm: nn.Module = self.model.norm_f
         return norm
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.computes_in or super().dtype
+        return self.computes_in or narrowest(self.held_as)
 
     @property
     def device(self) -> torch.device:
@@ -118,11 +125,7 @@ class Mamba2Adapter(MambaStack):
 
     @property
     def shape(self) -> Mamba2Shape:
-        c = self.config
-        return Mamba2Shape(
-            c.hidden_size, c.num_heads, c.head_dim, c.state_size, c.n_groups, c.conv_kernel, c.layer_norm_epsilon,
-            tuple(c.time_step_limit),
-        )  # fmt: skip
+        return block_shape(self.config)
 
     def install(self, block: Any, edit: Edit, hooks: HookSet) -> None:
         if edit.changes_sum:

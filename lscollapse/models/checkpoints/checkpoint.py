@@ -4,12 +4,13 @@ Every way in ends in the same two things: a transformers config built here, and 
 transformers' names, memory mapped. Heads and poolers are left out; of the rest nothing may be missing, left over, or of
 another shape, and every value must be a finite floating-point number. Code from a repository is never run, pickles are
 read with `weights_only=True`. Other architectures than those of `architectures.CLASSES` are read by transformers
-(auto.py) under the same rules.
+(auto.py) under the same rules; it is imported where it is needed, as architectures.py says.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -18,9 +19,18 @@ from torch import Tensor
 
 from lscollapse.core import registry
 from lscollapse.core.files import is_gguf
-from lscollapse.models.checkpoints import auto
-from lscollapse.models.checkpoints.architectures import CLASSES, built, config_of, count_parameters, on_meta, seeded
+from lscollapse.models.checkpoints.architectures import (
+    CLASSES,
+    built,
+    class_of,
+    config_of,
+    count_parameters,
+    on_meta,
+    seeded,
+)
+from lscollapse.models.checkpoints.held import HeldMamba2, with_modules
 from lscollapse.models.checkpoints.located import Located, Where, locate_checkpoint
+from lscollapse.models.checkpoints.mamba2_config import tensor_shapes
 from lscollapse.models.checkpoints.refusals import (
     other_shapes,
     refuse_kinds,
@@ -64,10 +74,19 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A transformers base model (eval mode) or an S4D, and its origin."""
+    """A transformers base model (eval mode) or an S4D, and its origin.
 
-    model: Any
+    Attributes:
+        held: the model, of Mamba-2 its parameters without transformers' modules: what `adapt` takes.
+    """
+
+    held: Any
     info: ModelInfo
+
+    @cached_property
+    def model(self) -> Any:
+        """The model with its modules."""
+        return with_modules(self.held)
 
 
 @dataclass(frozen=True)
@@ -113,15 +132,17 @@ def load(
     config = config_of(files)
     if random_init is not None:
         with seeded(random_init):
-            model = built(config).to(device, dtype)
+            fresh = built(config).to(device, dtype)
         info = _info(files, config, f"random-init-{random_init}")
-        return Checkpoint(model.eval(), replace(info, stored=""))
+        return Checkpoint(fresh.eval(), replace(info, stored=""))
     with hashing(files.weights) as digest:
         if config.model_type == "mamba2":
-            model = _mamba2(config, _matching(files, config), dtype, device, as_stored)
+            model: Any = _mamba2(config, _matching(files, config), dtype, device, as_stored)
         elif config.model_type in CLASSES:
             model = _filled(config, _matching(files, config), dtype).to(device)
         else:
+            from lscollapse.models.checkpoints import auto
+
             _check_count(files, config)
             model = auto.filled(config, files.weights, files.where, dtype).to(device)
         _check_values(model, files.where)
@@ -168,6 +189,8 @@ def load_with_head(name_or_path: str | Path, kind: Any, *, dtype: torch.dtype, *
     config = config_of(files)
     if config.model_type in CLASSES:
         return None
+    from lscollapse.models.checkpoints import auto
+
     return auto.with_head(kind, config, files.weights, files.where, dtype)
 
 
@@ -190,6 +213,8 @@ def inspect(name_or_path: str | Path, **where: Unpack[Where]) -> tuple[str, int]
     if config.model_type in CLASSES:
         _matching(files, config)
     else:
+        from lscollapse.models.checkpoints import auto
+
         auto.inspect_headers(config, files.weights, files.where)
     return config.model_type, count_parameters(config)
 
@@ -201,7 +226,10 @@ def _matching(files: Located, config: Any) -> dict[str, Tensor]:
         CheckpointError: they are not those of the config's base model in name, shape and number of parameters.
     """
     tensors = {name: tensor for file in files.weights for name, tensor in base_tensors(read_tensors(file)).items()}
-    expected = {name: tuple(tensor.shape) for name, tensor in on_meta(config).state_dict().items()}
+    if config.model_type == "mamba2":
+        expected = tensor_shapes(config)
+    else:
+        expected = {name: tuple(tensor.shape) for name, tensor in on_meta(config).state_dict().items()}
     refuse_kinds({name: tensor for name, tensor in tensors.items() if name in expected}, files.where)
     missing = [name for name in expected if name not in tensors]
     unexpected = [name for name in tensors if name not in expected]
@@ -233,7 +261,7 @@ def _check_values(model: Any, where: str) -> None:
 
 def _mamba2(
     config: Any, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device | str, as_stored: bool
-) -> Any:  # fmt: skip
+) -> HeldMamba2:  # fmt: skip
     """Mamba-2 with these tensors; on a CPU those that are of the dtype asked for stay in their file."""
 
     def placed(tensor: Tensor) -> Tensor:
@@ -241,19 +269,19 @@ def _mamba2(
         matrix = there.ndim == 2  # of all else the block needs every number in float32 for every tile
         return there if as_stored and matrix and there.dtype.itemsize == 2 else there.to(dtype)
 
-    model = on_meta(config)
-    model.load_state_dict({name: placed(tensor) for name, tensor in tensors.items()}, assign=True)
-    return model
+    return HeldMamba2(config, {name: placed(tensor) for name, tensor in tensors.items()})
 
 
 def _filled(config: Any, tensors: dict[str, Tensor], dtype: torch.dtype) -> Any:
-    _, model_class, arguments = CLASSES[config.model_type]
     if config.model_type == "s4d":
-        model = model_class(config)
+        model = built(config)
         model.load_state_dict(tensors)
         return model.to(dtype)
+    from lscollapse.models.checkpoints import auto
+
+    arguments = CLASSES[config.model_type]
     with auto.quietly():
-        return model_class.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, **arguments)
+        return class_of(config).from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, **arguments)
 
 
 def _info(files: Located, config: Any, digest: str) -> ModelInfo:

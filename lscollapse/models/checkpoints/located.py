@@ -10,7 +10,6 @@ from typing import Any, TypedDict
 from lscollapse.core import hub, registry
 from lscollapse.core.files import GGUF, is_gguf
 from lscollapse.core.registry import Entry
-from lscollapse.models.checkpoints import gguf_file
 from lscollapse.models.checkpoints.refusals import some_of
 from lscollapse.models.checkpoints.tensors import CheckpointError, read_json
 
@@ -71,6 +70,8 @@ def locate_checkpoint(
     if config_only and entry.config is not None:
         return Located(entry, entry.name, "", entry.config, ())
     if file := _gguf(entry):
+        from lscollapse.models.checkpoints import gguf_file  # not above: it imports transformers
+
         header = gguf_file.read_header(file)
         return Located(entry, str(file), revision, header.config, (file,), header.stored)
     if entry.source == "package":

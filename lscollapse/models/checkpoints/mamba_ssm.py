@@ -1,12 +1,11 @@
-"""The config.json of mamba_ssm, as released with state-spaces/mamba2-*, as a transformers config."""
+"""The config.json of mamba_ssm, as released with state-spaces/mamba2-*, in the words of transformers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import Mamba2Config
-
+from lscollapse.models.checkpoints.mamba2_config import read_mamba2
 from lscollapse.models.checkpoints.tensors import CheckpointError
 
 # mamba_ssm's Mamba2 arguments: name -> (name in Mamba2Config, default).
@@ -49,7 +48,7 @@ def is_own_layout(raw: Mapping[str, Any], where: str) -> bool:
 
 
 def read_config(raw: Mapping[str, Any], where: str) -> Any:
-    """Mamba2Config from the contents of mamba_ssm's config.json; `where` names it in errors.
+    """The config of a Mamba-2 from the contents of mamba_ssm's config.json; `where` names it in errors.
 
     `Mamba2Config.from_pretrained` would accept such a file, ignore every key of it, and return its 7B defaults.
 
@@ -66,14 +65,16 @@ def read_config(raw: Mapping[str, Any], where: str) -> Any:
         raise CheckpointError(f"{where} is not a pure Mamba-2 of the released kind: cannot read {', '.join(refused)}")
     arguments = {name: ssm.get(key, default) for key, (name, default) in _SSM_ARGUMENTS.items()}
     vocab_size = raw.get("vocab_size", 50277)
-    return Mamba2Config(
-        hidden_size=raw["d_model"],
-        num_hidden_layers=raw["n_layer"],
-        num_heads=arguments["expand"] * raw["d_model"] // arguments["head_dim"],
-        vocab_size=vocab_size + -vocab_size % raw.get("pad_vocab_size_multiple", 8),
-        residual_in_fp32=raw.get("residual_in_fp32", True),
-        tie_word_embeddings=raw.get("tie_embeddings", True),
-        layer_norm_epsilon=1e-5,
-        pad_token_id=None,
-        **arguments,
+    return read_mamba2(
+        {
+            "hidden_size": raw["d_model"],
+            "num_hidden_layers": raw["n_layer"],
+            "num_heads": arguments["expand"] * raw["d_model"] // arguments["head_dim"],
+            "vocab_size": vocab_size + -vocab_size % raw.get("pad_vocab_size_multiple", 8),
+            "residual_in_fp32": raw.get("residual_in_fp32", True),
+            "tie_word_embeddings": raw.get("tie_embeddings", True),
+            "layer_norm_epsilon": 1e-5,
+            "pad_token_id": None,
+            **arguments,
+        }
     )

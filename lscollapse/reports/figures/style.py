@@ -26,6 +26,7 @@ WIDTH, PAGE = 120 / 25.4, 180 / 25.4  # of a figure of one column of panels, and
 PANEL, SMALL_PANEL = 46 / 25.4, 34 / 25.4  # least height of a panel in them, in inches
 LABEL_LINE = 9.0 / 72  # height of a line of label, in inches
 SMALL = 7.0  # points
+PNG_DPI = 200
 STYLE = {
     "font.family": "DejaVu Sans", "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": SMALL,
     "xtick.labelsize": SMALL, "ytick.labelsize": SMALL, "axes.spines.top": False, "axes.spines.right": False,
@@ -189,16 +190,19 @@ def _label_panel(figure: Figure, ax: Axes, labels: Sequence[Label], header: str)
 
 @styled
 def save(figure: Figure, data: pd.DataFrame, folder: str | Path, stem: str) -> list[Path]:
-    """Write stem.png (200 dpi), stem.pdf and stem.csv (the plotted numbers) into `folder`, each whole or not at all.
+    """Write stem.png (PNG_DPI), stem.pdf and stem.csv (the plotted numbers) into `folder`, each whole or not at all.
 
     No date goes in: the same table and library versions give the same bytes. Raises OSError for an unwritable folder.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    kinds: dict[str, dict[str, Any]] = {"png": {"dpi": 200, "metadata": {"Software": None}}}
+    kinds: dict[str, dict[str, Any]] = {"png": {"dpi": PNG_DPI, "metadata": {"Software": None}}}
     kinds["pdf"] = {"metadata": {"CreationDate": None}}
     paths = [folder / f"{stem}.{kind}" for kind in ("csv", *kinds)]
     write_text(paths[0], data.to_csv(index=False, lineterminator="\n"))
+    figure.dpi = PNG_DPI
+    figure.get_layout_engine().execute(figure)  # type: ignore[union-attr]  # of `canvas`
+    figure.set_layout_engine("none")  # else every file solves the layout again, after a draw of its own
     for path, (kind, options) in zip(paths[1:], kinds.items(), strict=True):
         with atomic(path) as temporary:
             figure.savefig(temporary, format=kind, **options)

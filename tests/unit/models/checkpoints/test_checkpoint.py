@@ -160,10 +160,11 @@ def test_weights_of_the_dtype_asked_for_stay_in_their_file(tmp_path):
 def test_built_in_configs_give_the_published_count(size):
     from transformers import Mamba2Model
 
+    from lscollapse.models.checkpoints.mamba2_config import as_transformers
     from lscollapse.models.checkpoints.mamba_ssm import read_config
 
     with torch.device("meta"):
-        model = Mamba2Model(read_config(ENTRIES[f"mamba2-{size}"].config, size))
+        model = Mamba2Model(as_transformers(read_config(ENTRIES[f"mamba2-{size}"].config, size)))
     assert sum(p.numel() for p in model.parameters()) == mamba2_parameters(*SIZES[size])
 
 
