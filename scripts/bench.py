@@ -6,7 +6,9 @@
     block   one block (and a stack of them), 32 excerpts of 128 tokens: transformers, ours in fp32 and with bf16
             weights, gate on and off, and the two matrix products of the block alone, timed in turn with it
     scan    the scan of one excerpt against its length, and the slope of log time in log length
-    measures  the default measures, one excerpt at a time, beside their formulas over the whole batch, and beside a bf16 block
+    measures
+            the default measures of a layer's output, one excerpt at a time, over each formula by passes over the whole batch, and
+            beside one bf16 block of 2.7B
     sweep   eleven lambdas, gate off, at the shape of Mamba-2 130m: ours with and without the certified exit, and a plain
             loop of transformers forwards with hooks and output_hidden_states, reduced to relative mu
     probe   the same lambdas on 32 excerpts with and without the rounding error of every number
@@ -17,7 +19,7 @@
     start   whole commands with little to compute, `measure` of a tiny Mamba-2 and a tiny GPT-2 and a sweep of the former,
             beside the import of torch and transformers
     stream  (opt-in, --stream-2.7b) random weights of the whole 2.7B in bfloat16, 5.4 GB in a temporary folder, and the
-            default sweep's gate-off arms with --stream always, as the command line runs them: peak memory, time
+            default sweep's gate-off arms with --stream always, as the command line runs them: peak memory, time and its split
 
 Each side runs in a process of its own. `default` and `tuned` say which malloc it had: glibc's own settings, or large
 blocks kept by the process (lscollapse's command line sets this for itself). Times are seconds, the best of the repeats;

@@ -24,6 +24,7 @@ from lscollapse.models.adapters.mamba2 import Mamba2Adapter
 from lscollapse.models.adapters.streamed import StreamedMamba2
 from lscollapse.models.checkpoints.checkpoint import ModelInfo
 from lscollapse.models.kernels import ssd
+from lscollapse.models.kernels.cpu_block import WIDENED
 from lscollapse.models.kernels.mamba2_block import Mamba2Shape
 from lscollapse.runs.devices import allowed_memory, worker_devices
 
@@ -153,9 +154,12 @@ def plan_streamed(
     def peak(excerpts: int, variants: int) -> int:
         streams = number * n_tokens * shape.hidden * (variants + 2)  # X of every variant, and two in the making
         buffers = itemsize * n_tokens * (2 * shape.inner + shape.conv_dim + shape.heads + shape.hidden)
-        measures = 8 * n_tokens * shape.hidden * 5  # float64 copies of one X
-        scan = 4 * n_tokens * (4 * shape.inner + 2 * shape.conv_dim) * 2
-        return BASE + layers + scan + KEPT * excerpts * (streams + buffers + measures)
+        if itemsize == 2:  # factors and results in float32, where the CPU has no products of bfloat16
+            buffers += 4 * n_tokens * (shape.inner + WIDENED)
+        measures = 8 * n_tokens * shape.hidden * 4  # float64 copies of one X, and what one scan works in: of each thread
+        scan = 4 * n_tokens * (4 * shape.inner + 2 * shape.conv_dim)
+        each = min(excerpts, torch.get_num_threads()) * (measures + scan)
+        return BASE + layers + each + KEPT * excerpts * (streams + buffers)
 
     for variants in _halvings(n_variants):
         for excerpts in _halvings(min(LARGEST_TILE, n_excerpts)):
