@@ -19,8 +19,8 @@ from lscollapse.near_collapse import NearCollapse, dot
 from lscollapse.passes import ALIKE, LARGEST_POWER, Shared, residual, wide
 from lscollapse.workers import Workspace
 
-# The root of 1 - c, for a quotient c that is right to some 2^-52, is right to a relative 2^-46 from here on.
-LARGE = 2.0**-7
+# The root of 1 - c, for a quotient c that is right to some 2^-52, is right to 2^-51 from here on, under the floor of float64.
+LARGE = 2.0**-4
 # float64 rows shorter than this, relative to the largest entry, get a scale of their own before they are squared.
 SHORT = 2.0**-480
 

@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 
 # What is across c is so little of Y that a handful of steps find its leading singular vector.
-LITTLE = 2.0**-7
+LITTLE = 2.0**-4
 # It is told from what is along c where it is so much of the differences: of its squares some 2^-45 are sure then.
 SURE = 2.0**-7
 PROVED = 2.0**-56  # of what the leading vector leaves
@@ -23,14 +23,14 @@ class NearCollapse:
     """Sums over the rows c + r_i of one excerpt.
 
     Attributes:
-        holds: whether all rows are within a quarter of ||c|| of c, and what is across c is little and sure; else there are no sums.
+        holds: whether all rows are within half of ||c|| of c, and what is across c is little and sure; else there are no sums.
     """
 
     def __init__(self, R: np.ndarray, distances: np.ndarray, centre: np.ndarray) -> None:
         """R (N, d), the rows r_i; their norms (N,); c (d,)."""
         self.R, self.centre = R, centre
         square = centre @ centre
-        self.holds = bool(square > 0 and distances.max() <= 0.25 * np.sqrt(square))
+        self.holds = bool(square > 0 and distances.max() <= 0.5 * np.sqrt(square))
         if self.holds:
             self.beside = R @ centre / square  # s_i, (N,)
             self.across = np.maximum(distances**2 - self.beside**2 * square, 0.0)  # ||t_i||^2, (N,)
@@ -60,7 +60,7 @@ class NearCollapse:
         inside = dot(e, Te)
         A, left, b = whole + inside, across - inside, Te - inside * e
         z = b / A
-        rate = 2.0 * max(left, 0.0) / A  # at most 2^-5
+        rate = 2.0 * max(left, 0.0) / A  # little more than 2^-3 at most
         error = rate * dot(b, z)
         while error > PROVED * left:
             Tz = self._times(f, z)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from functools import partial
 from typing import Any
 
 from benches.common import SIZES, in_process, random_tensors, timed
@@ -30,10 +31,7 @@ def side_measures(args: argparse.Namespace) -> dict[str, Any]:
                 for name, spread in SPREAD.items():
                     Y = spread * torch.randn(batch, args.tokens, width) + torch.randn(width)
                     found = timed(
-                        {
-                            "ours": lambda Y=Y: measure_all(Y, DEFAULT_MEASURES),
-                            "batched": lambda Y=Y: batched(Y),
-                        },
+                        {"ours": partial(measure_all, Y, DEFAULT_MEASURES), "batched": partial(batched, Y)},
                         args.repeats,
                     )
                     runs[f"{batch} x {args.tokens} x {width}, {name}"] = found
