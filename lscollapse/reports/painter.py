@@ -26,7 +26,7 @@ def draw_run(run: Path, to: Path, yscale: str = "linear", measure: str = "relati
     from lscollapse.reports.claims.sentences import judge_readings
     from lscollapse.reports.figures import draw
 
-    experiment, rows = read_manifest(run)["identity"].get("experiment"), read_rows(run)
+    rows, experiment = read_rows(run), read_manifest(run)["identity"].get("experiment")
     written = draw.draw(experiment, rows, to, yscale, measure)
     if experiment == "all-readings":
         written.append(to / draw.READINGS_VERDICTS)
@@ -51,8 +51,10 @@ class Painter:
     def __exit__(self, *_: object) -> None:
         if self._process is not None:
             self._process.terminate()  # it takes away what it has half-written
-            with suppress(OSError):  # what could not be handed to it
-                self._process.communicate()
+            for pipe in (self._process.stdin, self._process.stdout):
+                with suppress(OSError):  # what could not be handed to it
+                    pipe.close()  # type: ignore[union-attr]  # both are pipes
+            self._process.wait()
 
     def begin(self, run: Path, yscale: str = "linear") -> None:
         """Ask for the figures of a finished run folder, to be written into it."""
@@ -89,18 +91,19 @@ def _started() -> subprocess.Popen[bytes]:
 
 def paint() -> None:
     """What the second process does: load what drawing needs, wait for one folder, draw it, answer with files or an error."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # through the `finally` of files that are being written
     answers, sys.stdout = sys.stdout.buffer, sys.stderr
     _load()
     try:
         asked = pickle.load(sys.stdin.buffer)
     except EOFError:  # the run has ended without figures
-        return
+        os._exit(0)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # through the `finally` of files that are being written
     try:
         answer: Any = draw_run(*asked)
     except Exception as error:
         error.add_note(traceback.format_exc())  # for --debug: the traceback itself cannot be sent
         answer = error
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with suppress(OSError):  # nobody waits any more
         pickle.dump(answer, answers)
         answers.flush()
