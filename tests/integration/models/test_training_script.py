@@ -79,38 +79,22 @@ def small_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *more: str) 
     rng, file, out = np.random.default_rng(0), tmp_path / "articles.npz", tmp_path / "run"
     tokens, held_out = rng.integers(0, 30522, 1200).astype(np.uint16), rng.integers(0, 30522, (2, 128))
     np.savez(file, tokens=tokens, starts=np.array([0, 500]), held_out=held_out)
-    options = [
-        "--articles",
-        str(file),
-        "--out",
-        str(out),
-        "--layers",
-        "1",
-        "--batch",
-        "2",
-        "--steps",
-        "2",
-        "--every",
-        "1",
-    ]
-    monkeypatch.setattr(sys, "argv", ["train_tiny_mamba2.py", *options, "--no-compile", *more])
+    sizes = "--layers 1 --batch 2 --steps 2 --every 1 --no-compile".split()
+    monkeypatch.setattr(
+        sys, "argv", ["train_tiny_mamba2.py", "--articles", str(file), "--out", str(out), *sizes, *more]
+    )
     train_tiny_mamba2.main()
     return out
 
 
 def test_a_net_trained_with_lambda_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its state, its config and its record; and it is not continued, or exported, as one of another lambda."""
     out, folder = small_training(tmp_path, monkeypatch, "--lam", "-2"), tmp_path / "net"
-    held = torch.load(out / "state.pt", weights_only=True)["model"]["lam"]
-    assert held.tolist() == [-2.0]
+    assert torch.load(out / "state.pt", weights_only=True)["model"]["lam"].tolist() == [-2.0]
+    for more in ([], ["--export", str(folder)]):
+        with pytest.raises(SystemExit, match=re.escape(f"{out} was trained with lambda -2: give --lam -2, or")):
+            small_training(tmp_path, monkeypatch, "--lam", "0.5", *more)
     small_training(tmp_path, monkeypatch, "--lam", "-2", "--export", str(folder))
     assert json.loads((folder / "config.json").read_text())["lam"] == -2
     assert json.loads((folder / "training.json").read_text())["lam"] == -2
     assert load(folder).info.n_layers == 1
-
-
-def test_a_training_is_not_continued_with_another_lambda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = small_training(tmp_path, monkeypatch)
-    assert torch.load(out / "state.pt", weights_only=True)["model"]["lam"].tolist() == [1.0]
-    for more in ([], ["--export", str(tmp_path / "net")]):
-        with pytest.raises(SystemExit, match=re.escape(f"{out} was trained with lambda 1: give --lam 1, or")):
-            small_training(tmp_path, monkeypatch, "--lam", "0.5", *more)
