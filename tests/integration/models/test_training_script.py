@@ -79,7 +79,7 @@ def small_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *more: str) 
     rng, file, out = np.random.default_rng(0), tmp_path / "articles.npz", tmp_path / "run"
     tokens, held_out = rng.integers(0, 30522, 1200).astype(np.uint16), rng.integers(0, 30522, (2, 128))
     np.savez(file, tokens=tokens, starts=np.array([0, 500]), held_out=held_out)
-    sizes = "--layers 1 --batch 2 --steps 2 --every 1 --no-compile".split()
+    sizes = ["--layers", "1", "--batch", "2", "--steps", "2", "--every", "1", "--no-compile"]
     monkeypatch.setattr(
         sys, "argv", ["train_tiny_mamba2.py", "--articles", str(file), "--out", str(out), *sizes, *more]
     )
