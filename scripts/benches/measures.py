@@ -21,6 +21,7 @@ def side_measures(args: argparse.Namespace) -> dict[str, Any]:
 
     from lscollapse.core.table import DEFAULT_MEASURES
     from lscollapse.measures import measure_all
+    from lscollapse.models.kernels.backends import resolve_kernels
     from lscollapse.models.kernels.cpu_block import CpuBlock
     from lscollapse.models.kernels.mamba2_block import Mamba2Shape
 
@@ -36,7 +37,8 @@ def side_measures(args: argparse.Namespace) -> dict[str, Any]:
                     )
                     runs[f"{batch} x {args.tokens} x {width}, {name}"] = found
         shape = Mamba2Shape(SIZES["hidden"], SIZES["heads"], SIZES["head_dim"], SIZES["state"])
-        block = CpuBlock(random_tensors(shape), shape, torch.bfloat16)
+        kernels = resolve_kernels("auto")
+        block = CpuBlock(random_tensors(shape), shape, torch.bfloat16, None, kernels.native, kernels.widens)
         X = torch.randn(args.excerpts, args.tokens, shape.hidden)
         last = torch.randn(args.excerpts, args.tokens, shape.hidden) + torch.randn(shape.hidden)
         runs["block"] = timed(
