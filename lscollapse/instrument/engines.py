@@ -12,7 +12,6 @@ from lscollapse.instrument import precision, rounding
 from lscollapse.instrument.stream import Stream
 from lscollapse.instrument.surgery import Variant, check
 from lscollapse.models.adapters.adapter import Adapter
-from lscollapse.models.adapters.once import Once
 from lscollapse.models.kernels.backends import ieee
 from lscollapse.models.kernels.mamba2_block import Mamba2Block
 
@@ -68,7 +67,7 @@ class Engines:
         batches: dict[Hashable, dict[int, Variant]] = {}
         for number, variant in enumerate(self._variants):
             batches.setdefault(self._batch_of(number), {})[number] = variant
-        starts = {dtype: self._start(tokens, dtype, twins) for dtype in set(self._dtypes)}
+        starts = {dtype: self._start(tokens, dtype) for dtype in set(self._dtypes)}
         dtypes = [self._dtypes[next(iter(arms))] for arms in batches.values()]
         return [
             Stream(self._original, arms, starts[dtype][0], dtype, starts[dtype][1], gains, twins, chosen)
@@ -77,15 +76,15 @@ class Engines:
 
     def _batch_of(self, number: int) -> Hashable:
         """What the arms of one batch have in common."""
-        variant = self._variants[number]
+        variant, dtype = self._variants[number], self._dtypes[number]
         own = self._original.has_own_blocks
         inside = variant.skip_site == "mixer" and not own  # there lambda is a parameter of the module
         if not self.batched or inside or not (own or self._original.any_batch):
             return number
-        return _but_lambda(self._dtypes[number], variant), variant.skip_site
+        return dtype, variant.gating, variant.layernorm, variant.skip_site, variant.norm_site
 
-    def _start(self, tokens: Tensor, dtype: torch.dtype, twins: rounding.Twins | None) -> tuple[Tensor, torch.dtype]:
-        """The first residual stream, its twins shaken, and the narrowest dtype that it is computed in.
+    def _start(self, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, torch.dtype]:
+        """The first residual stream, and the narrowest dtype that it is computed in.
 
         The stream is float32 at least where the package's own blocks keep it so. Before the first one, an excerpt goes
         through the float64 copy of a model, to see whether all of that is float64.
@@ -94,8 +93,7 @@ class Engines:
         probed = dtype == torch.float64 and not adapter.has_own_blocks  # elsewhere wider operations only help
         computed = precision.computed_in(adapter, tokens[:1]) if probed else dtype
         X = adapter.embed(tokens)  # (B, N) -> (B, N, d)
-        X = X.to(torch.promote_types(dtype, torch.float32)) if adapter.has_own_blocks else X
-        return rounding.shaken(twins, X, 0, computed), computed
+        return X.to(torch.promote_types(dtype, torch.float32)) if adapter.has_own_blocks else X, computed
 
     def steps(self, streams: Sequence[Stream]) -> Iterator[tuple[int, Stream, bool]]:
         """Take all streams through layer 0, then all through layer 1, and so on: a layer's weights are touched once.
@@ -110,13 +108,10 @@ class Engines:
                     stream.leave()
             dtypes = {stream.dtype for stream in streams if stream.running}
             blocks = {dtype: self.block(layer, dtype) for dtype in dtypes}
-            alike: dict[Hashable, Once] = {}  # of the first layer, whose X all arms share
             for stream in streams:
                 running = stream.running
                 if running:
-                    known = alike.setdefault(_but_lambda(stream.dtype, stream.variant), Once())
-                    once = None if layer or torch.is_grad_enabled() else known
-                    stream.step(self.adapter(stream.dtype), layer, blocks[stream.dtype], once)
+                    stream.step(self.adapter(stream.dtype), layer, blocks[stream.dtype])
                 yield layer, stream, running
 
     def ends(self, tokens: Tensor, twins: rounding.Twins | None = None) -> list[Stream]:
@@ -132,8 +127,3 @@ class Engines:
         """The package's own block `layer` in `dtype`; None where the model's module computes it."""
         adapter = self.adapter(dtype)
         return adapter.own_block(layer, dtype) if adapter.has_own_blocks else None
-
-
-def _but_lambda(dtype: torch.dtype, variant: Variant) -> Hashable:
-    """What decides a block beside lambda and where it acts."""
-    return dtype, variant.gating, variant.layernorm, variant.norm_site

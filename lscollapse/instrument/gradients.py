@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lscollapse.instrument.forward import checked_ids
 from lscollapse.instrument.lm_loss import Targets, excerpt_numbers, head_of, last_X, losses, targets_of
-from lscollapse.instrument.rounding import Twins, shaken
+from lscollapse.instrument.rounding import Twins
 from lscollapse.instrument.rows import LOG10_2, Table
 from lscollapse.instrument.stream import Stream
 from lscollapse.instrument.surgery import Variant, check
@@ -71,8 +71,7 @@ def grad_norm(
     table = Table(adapter, tokens.shape[1])
     for number, variant in enumerate(variants):
         with torch.no_grad():
-            X = shaken(twins, single.embed(targets.inputs), 0, torch.float32)
-            stream = Stream(single, {number: variant}, X, torch.float32, twins=twins)
+            stream = Stream(single, {number: variant}, single.embed(targets.inputs), torch.float32, twins=twins)
         check_chain(single)
         norms = list(_norms(single, stream, head, targets))
         lost = stream.known.status != "ok"

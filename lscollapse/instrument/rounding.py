@@ -85,11 +85,6 @@ def unit(X: Tensor, computed: torch.dtype) -> float:
     return spacing * (OPERANDS_ONLY if operands_only else 1.0)
 
 
-def shaken(twins: Twins | None, X: Tensor, layer: int, computed: torch.dtype) -> Tensor:
-    """X of layer `layer` of an arm that computes in `computed`, its twins shaken where it has some."""
-    return X if twins is None else twins.shaken(X, layer, unit(X, computed))
-
-
 # --- from twins to an estimate ---
 
 

@@ -26,7 +26,6 @@ from lscollapse.instrument import early_exit, rounding
 from lscollapse.instrument.known import Known
 from lscollapse.instrument.surgery import Variant, surgery_on_layer
 from lscollapse.models.adapters.adapter import Adapter
-from lscollapse.models.adapters.once import Once
 from lscollapse.models.kernels.mamba2_block import Mamba2Block
 from lscollapse.models.numerics.carried import Carried, Lambda, Split, any_of, frexp, largest_entries, lose_unsquarable
 from lscollapse.models.numerics.scores import scores_in_range
@@ -64,8 +63,7 @@ class Stream:
         computed: torch.dtype | None = None, gains: Sequence[float] | None = None, twins: rounding.Twins | None = None,
         chosen: Sequence[str] = DEFAULT_MEASURES,
     ) -> None:  # fmt: skip
-        """X: the embedded excerpts (B, N, d), the same for all arms, which are given by their numbers, the `twins` among them
-        shaken; `chosen`: measures."""
+        """X: the embedded excerpts (B, N, d), the same for all arms, which are given by their numbers; `chosen`: measures."""
         self.variants = list(arms.values())
         self.variant = self.variants[0]
         self.dtype = dtype
@@ -74,7 +72,7 @@ class Stream:
         self.chosen = tuple(chosen)
         each = [slice(i * len(X), (i + 1) * len(X)) for i in range(len(arms))]
         self.arms = [Arm(number, arms[number], rows, self.computed) for number, rows in zip(arms, each, strict=True)]
-        self.X = X.repeat(len(arms), 1, 1) if len(arms) > 1 else X  # (R, N, d)
+        self.X = self._shaken(X.repeat(len(arms), 1, 1) if len(arms) > 1 else X, 0)  # (R, N, d)
         self.rows = np.arange(len(self.X))
         self.carried = Carried(self.X)
         self.carries_scale = adapter.pre_norm and not self.variant.removes_block_norm
@@ -96,6 +94,9 @@ class Stream:
         if gains is not None and any(map(early_exit.applies, self.variants)):
             left = [early_exit.remaining(gains, variant, dtype) for variant in self.variants]
             self._left = torch.tensor(left, dtype=torch.float64).log2().T.repeat_interleave(len(X), 1).to(X.device)
+
+    def _shaken(self, X: Tensor, layer: int) -> Tensor:
+        return X if self.twins is None else self.twins.shaken(X, layer, rounding.unit(X, self.computed))
 
     @property
     def running(self) -> bool:
@@ -181,18 +182,14 @@ class Stream:
             X[torch.from_numpy(rows).to(X.device)] = part
         return X
 
-    def step(self, adapter: Adapter, layer: int, block: Mamba2Block | None, once: Once | None = None) -> None:
-        """X <- block `layer` of every arm, (R, N, d) -> (R, N, d); by `block`, or the model's module where that is None.
-
-        once: what this module has computed of the same X for streams that differ from this one in lambda alone.
-        """
+    def step(self, adapter: Adapter, layer: int, block: Mamba2Block | None) -> None:
+        """X <- block `layer` of every arm, (R, N, d) -> (R, N, d); by `block`, or the model's module where that is None."""
         still = None if self._left is None else self._still
         if block is None:
-            with nullcontext() if once is None else once.over(adapter.unedited(adapter.block(layer))):
-                self._by_module(adapter, layer, still)
+            self._by_module(adapter, layer, still)
         else:
             self.X = self._by_block(block, layer, still)
-        self.X = rounding.shaken(self.twins, self.X, layer + 1, self.computed)
+        self.X = self._shaken(self.X, layer + 1)
         self._largest = None
 
     def _lam(self, layer: int) -> tuple[Lambda, Split]:
@@ -228,7 +225,7 @@ class Stream:
         """The output of the model's own module under hooks, in the scale that it is carried in from then on."""
         variant, (lam, _) = self.variant, self._lam(layer)
         if not self.carries_scale and not variant.removes_block_norm:
-            self.X = lose_unsquarable(self.X)
+            self.X = lose_unsquarable(self.X, self.largest)
         before, down = self.X, self.carried.down
         plain = not self.carries_scale or (not isinstance(lam, Tensor) and lam == 1.0 and not any_of(down != 0))
         watched = scores_in_range() if variant.removes_block_norm else nullcontext()

@@ -140,11 +140,6 @@ class Adapter(ABC):
         """The most tokens of an excerpt; None where the model sets no limit."""
         return getattr(self.config, "max_position_embeddings", None)
 
-    def unedited(self, block: Any) -> list[nn.Module]:
-        """Modules of `block` before its first skip, without an edit inside of them: no lambda changes what they give for the
-        block's input."""
-        return []
-
     @abstractmethod
     def install(self, block: Any, edit: Edit, hooks: HookSet) -> None:
         """Register on `hooks` everything that turns `block` into the edited block."""

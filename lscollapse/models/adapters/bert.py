@@ -28,9 +28,6 @@ class BertAdapter(PostNormAdapter):
         transform: nn.Module = self.whole.cls.predictions.transform
         return transform
 
-    def unedited(self, block: Any) -> list[nn.Module]:
-        return [block.attention.self, block.attention.output.dense]
-
     def sums(self, block: Any) -> Iterator[tuple[Any, tuple[Any, int | None], Any]]:
         for output in (block.attention.output, block.output):
             yield output.LayerNorm, (output, 1), output.dropout

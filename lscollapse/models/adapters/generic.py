@@ -11,7 +11,7 @@ What is tested, on a few made-up tokens when the adapter is made and on the firs
     in every block there is exactly one such sum;
     with lambda = 1 formed anew, the block's output is what it was, to rounding;
     with lambda = 0 the sum is O bit for bit, and the block's output is another.
-And on the first tokens of those alone, for three lambdas layer by layer: that replayed blocks give what they give in a
+And on the first of those ids alone, for three lambdas layer by layer: that replayed blocks give what they give in a
 whole forward (replayed.py).
 """
 
@@ -48,6 +48,7 @@ class GenericAdapter(ReplayedAdapter):
     has_gate = None
     knows_sites = False
     engine = BACKEND
+    tried = None
 
     def __init__(self, model: Any) -> None:
         self._is_encoder = bool(getattr(model.config, "is_encoder_decoder", False))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lscollapse.models.adapters.edit import Args, Edit, HookSet, Kwargs
 from lscollapse.models.adapters.replayed import ReplayedAdapter
@@ -26,9 +26,6 @@ class PreNormAdapter(ReplayedAdapter):
     norm_sites = ("both", "block")
     pre_norm = True
     parts: ClassVar[Parts]
-
-    def unedited(self, block: Any) -> list[nn.Module]:
-        return [getattr(block, self.parts.first_norm), getattr(block, self.parts.attention)]
 
     def install(self, block: Any, edit: Edit, hooks: HookSet) -> None:
         first_norm, attention, second_norm, mlp = (getattr(block, name) for name in self.parts)

@@ -73,7 +73,7 @@ class Recording:
 
     def given(self) -> set[int]:
         """The ids of all tensors that blocks are given beside X."""
-        return {id(tensor) for call in self.calls for tensor in tensors_of(call.others)}
+        return {id(tensor) for call in self.calls for tensor in _tensors(call.others)}
 
 
 def first_argument(args: Args, kwargs: Kwargs) -> Any:
@@ -137,8 +137,9 @@ class ReplayedAdapter(Adapter):
     """`run` gives block k the arguments that the model's own forward gave it for the ids of the last `embed`.
 
     The first `embed` tests this on the first tokens that it is given: the arms of REPLAYED, layer by layer as `measure`
-    runs them, against whole forwards of the model with the same edits. By which way a block hands something on does not
-    depend on how many tokens there are, and a whole excerpt would cost as much as six forwards of it.
+    runs them, against whole forwards of the model with the same edits. Of an architecture that is known, by which way a
+    block hands something on does not depend on how many tokens there are, and a whole excerpt costs as much as six
+    forwards of it.
 
     Class attributes:
         tried: how many tokens of the first excerpt that is; None where it cannot be cut.
@@ -173,7 +174,7 @@ class ReplayedAdapter(Adapter):
         args, kwargs = call.others
         args = tuple(self._of_arm(value, handed) for value in args)
         output = call.again(X, (args, {name: self._of_arm(value, handed) for name, value in kwargs.items()}))
-        for recorded, computed in zip(tensors_of(call.output), tensors_of(output), strict=False):
+        for recorded, computed in zip(_tensors(call.output), _tensors(output), strict=False):
             if id(recorded) in self._given:
                 handed[id(recorded)] = computed
         Y: Tensor = first_of(output)  # (B, N, d)
@@ -182,9 +183,9 @@ class ReplayedAdapter(Adapter):
     @property
     def hands_on(self) -> bool:
         """Whether blocks hand on numbers, no mere choice of tokens, beside X for the ids of the last `embed`."""
-        tensors = [part for call in self.calls for part in tensors_of(call.output) if id(part) in self._given]
+        tensors = [part for call in self.calls for part in _tensors(call.output) if id(part) in self._given]
         for filled in self._filled():
-            tensors += tensors_of(filled)
+            tensors += _tensors(filled)
         return any(tensor.is_floating_point() for tensor in tensors)
 
     def _take(self, recording: Recording) -> None:
@@ -263,9 +264,8 @@ def _parts(value: Any) -> list[Any]:
     return list(value) if isinstance(value, MutableSequence | tuple) else []
 
 
-def tensors_of(value: Any) -> Iterator[Tensor]:
-    """The tensors in a value and in the containers and tuples that it holds."""
+def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     for part in _parts(value):
-        yield from tensors_of(part)
+        yield from _tensors(part)

@@ -146,8 +146,11 @@ def times(factor: float | Tensor, X: Tensor) -> Tensor:
     return X if factor == 1.0 else factor * X
 
 
-def lose_unsquarable(X: Tensor) -> Tensor:
-    """X (B, N, d), infinite where an excerpt's squares leave the range: a norm would make zeros of it unseen."""
+def lose_unsquarable(X: Tensor, largest: Tensor | None = None) -> Tensor:
+    """X (B, N, d), infinite where an excerpt's squares leave the range: a norm would make zeros of it unseen.
+
+    largest: its largest entries (B,), where they are known.
+    """
     limit = math.sqrt(torch.finfo(torch.promote_types(X.dtype, torch.float32)).max / X.shape[-1])
-    lost = largest_entries(X) > limit
+    lost = (largest_entries(X) if largest is None else largest) > limit
     return X.masked_fill(lost[:, None, None], math.inf) if any_of(lost) else X

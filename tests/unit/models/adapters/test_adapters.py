@@ -12,15 +12,12 @@ from torch import Tensor
 
 import lscollapse
 from lscollapse import Variant
-from lscollapse.instrument.forward import measure_pass
 from lscollapse.instrument.identity import differences
 from lscollapse.instrument.surgery import surgery_on_layer
 from lscollapse.models.adapt import adapt
 from lscollapse.models.adapters.adapter import UnsupportedModel
-from lscollapse.models.adapters.once import Once
 from lscollapse.models.numerics.carried import Carried
 from tests.equivalence import plain_decoders, plain_models
-from tests.equivalence.compare import assert_rows_match
 
 PRE_NORM = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "vit")
 DTYPES = (torch.float32, torch.float64)
@@ -105,44 +102,6 @@ def test_every_edit_of_pre_norm(name: str) -> None:
     ):
         variant = Variant(lam, layernorm=layernorm, skip_site=site)
         assert_close(outputs(model, ids, variant), plain(name, model, ids, lam, layernorm, site), 2e-5, str(variant))
-
-
-@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "roberta", "vit"])
-def test_arms_that_are_measured_together_share_the_first_mixer_where_its_input_is_the_same(name: str) -> None:
-    model, ids = plain_decoders.tiny(name), ids_for(name)
-    arms = [Variant(lam, layernorm=norm) for norm, lam in itertools.product((True, False), (-2.0, 0.0, PER_LAYER))]
-    adapter = adapt(model)
-    adapter.embed(torch.as_tensor(ids))  # tries the model out
-    runs = [0, 0]
-    for layer in (0, 1):
-        inside = next(module for module in adapter.unedited(adapter.block(layer)) if list(module.children()))
-        leaf = next(module for module in inside.modules() if not list(module.children()))
-
-        def count(_module: Any, _args: Any, layer: int = layer) -> None:
-            runs[layer] += 1
-
-        leaf.register_forward_pre_hook(count)
-    rows = measure_pass(adapter, ids, arms, [torch.float32] * len(arms))
-    assert runs == [2, len(arms)]  # with the norm and without it
-    for number, variant in enumerate(arms):
-        expected = plain(name, model, ids, variant.lam, variant.layernorm)
-        assert_rows_match(rows[rows["variant"] == number], expected, rel=1e-3, noise=1e-6, what=str(variant))
-    assert not any("forward" in vars(module) for module in model.modules())
-
-
-def test_a_module_is_called_again_where_what_it_took_or_gave_is_other_numbers_now() -> None:
-    linear, once = torch.nn.Linear(3, 2), Once()
-    X = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
-    W, b = linear.weight.detach().numpy(), linear.bias.detach().numpy()
-    with torch.no_grad(), once.over([linear]):
-        Y = linear(X)
-        assert linear(X) is Y and linear(X.clone()) is not Y
-        X.add_(1.0)
-        again = linear(X)
-        np.testing.assert_allclose(again.numpy(), X.numpy() @ W.T + b, rtol=1e-5, atol=1e-6)
-        again.zero_()
-        np.testing.assert_allclose(linear(X).numpy(), X.numpy() @ W.T + b, rtol=1e-5, atol=1e-6)
-    assert "forward" not in vars(linear)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
