@@ -111,8 +111,11 @@ def section_block(args: argparse.Namespace) -> dict[str, Any]:
         ratios[name] = {}
         for path, gate in itertools.product(("native", "torch"), ("off", "on")):
             products = f"{path}, gate {gate}, products"
-            own = ours[products if products in ours else f"native, gate {gate}, products"]
-            ratios[name][f"gate {gate}: {path} / products"] = ours[f"{path}, gate {gate}"] / own
+            products = products if products in ours else f"native, gate {gate}, products"
+            ratios[name][f"gate {gate}: {path} / products"] = ours[f"{path}, gate {gate}"] / ours[products]
+            ratios[name][f"gate {gate}: {path} / products, medians"] = (
+                sides[name][f"{path}, gate {gate}"]["median"] / sides[name][products]["median"]
+            )
         for malloc in ("default", "tuned"):
             theirs = sides[f"transformers, {malloc}"]
             for gate in ("off", "on"):
