@@ -211,7 +211,7 @@ def test_excerpts_to_an_unwritable_file(shell: Shell, minilm: str, tmp_path: Pat
 
 
 def test_figures_of_no_run(shell: Shell, tmp_path: Path) -> None:
-    assert "not a run folder" in shell.refused("figures", tmp_path)
+    assert "has no rows.parquet" in shell.refused("figures", tmp_path)
 
 
 def test_angular_figures_of_a_run_that_has_and_of_one_that_lacks_the_measure(shell: Shell, tmp_path: Path) -> None:
