@@ -49,11 +49,8 @@ def by_powers(gram: np.ndarray) -> np.ndarray | None:
     q^2 = ||G||_F^2 - (t - r)^2. Where that is less it was the largest, and u lacks r^2 / (t - r - q) of its energy at most (Temple,
     Kato).
     """
-    from scipy.linalg.blas import (
-        ddot,
-        dnrm2,
-        dsymv,
-    )  # which keep the interpreter: letting go of it takes longer than these
+    # These keep the interpreter: letting go of it takes longer than they do.
+    from scipy.linalg.blas import ddot, dnrm2, dsymv
 
     G = gram.T  # in BLAS's order
     squares = ddot(gram.ravel(), gram.ravel())

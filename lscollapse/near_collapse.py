@@ -58,9 +58,9 @@ class NearCollapse:
         e = a / np.sqrt(whole)
         Te = self._times(f, e)
         inside = dot(e, Te)
-        A, left, b = whole + inside, across - inside, Te - inside * e
+        A, left, b = whole + inside, max(across - inside, 0.0), Te - inside * e
         z = b / A
-        rate = 2.0 * max(left, 0.0) / A  # little more than 2^-3 at most
+        rate = 2.0 * left / A  # little more than 2^-3 at most
         error = rate * dot(b, z)
         while error > PROVED * left:
             Tz = self._times(f, z)
