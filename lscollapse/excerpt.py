@@ -126,11 +126,9 @@ class Excerpt:
 
     @cached_property
     def lengths(self) -> np.ndarray:  # (N,), of the rows of unit
-        return (
-            self._apart.lengths[0].numpy() * (self._apart.scale.numpy() / self.scale)
-            if self._uneven
-            else self._norms[0]
-        )
+        if self._uneven:
+            return np.asarray(self._apart.lengths[0].numpy() * (self._apart.scale.numpy() / self.scale))
+        return np.asarray(self._norms[0])
 
     @cached_property
     def shortest(self) -> float:
@@ -181,11 +179,8 @@ class Excerpt:
     def _directions(self) -> Tensor:  # (N, d), the rows u_i, in room that the next who asks overwrites
         if self._uneven:
             return self._apart.directions[0].clone()
-        return torch.div(
-            self.unit,
-            torch.from_numpy(self.lengths)[:, None],
-            out=self._workspace.take("directions", self.Y.shape, torch.float64),
-        )
+        room = self._workspace.take("directions", self.Y.shape, torch.float64)
+        return torch.div(self.unit, torch.from_numpy(self.lengths)[:, None], out=room)
 
     @cached_property
     def row_norm_ratio(self) -> float:

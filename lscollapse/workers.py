@@ -29,9 +29,8 @@ class Workspace:
             flat = self._flat.get((name, dtype))
             if flat is None or flat.numel() < size:
                 flat = self._flat[name, dtype] = torch.empty(size, dtype=dtype)
-                self._taken = {
-                    other: t for other, t in self._taken.items() if other[:2] != key[:2]
-                }  # frees what was smaller
+                # frees what was smaller
+                self._taken = {other: t for other, t in self._taken.items() if other[:2] != key[:2]}
             self._taken[key] = flat[:size].view(*shape)
         return self._taken[key]
 
@@ -47,9 +46,7 @@ class Workers:
     def __init__(self) -> None:
         self.workspace = Workspace()  # of the calling thread
         self._threads = torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(
-            self._threads, initializer=self._start
-        )  # starts no thread before its first task
+        self._pool = ThreadPoolExecutor(self._threads, initializer=self._start)  # which start with the first task
         self._local = threading.local()
 
     def _start(self) -> None:

@@ -156,11 +156,9 @@ def plan_streamed(
         buffers = itemsize * n_tokens * (2 * shape.inner + shape.conv_dim + shape.heads + shape.hidden)
         if itemsize == 2:  # factors and results in float32, where the CPU has no products of bfloat16
             buffers += 4 * n_tokens * (shape.inner + WIDENED)
-        measures = (
-            8 * n_tokens * shape.hidden * 4
-        )  # float64 copies of one X, and what one scan works in: of each thread
+        measures = 8 * n_tokens * shape.hidden * 4  # float64 copies of one X
         scan = 4 * n_tokens * (4 * shape.inner + 2 * shape.conv_dim)
-        each = min(excerpts, torch.get_num_threads()) * (measures + scan)
+        each = min(excerpts, torch.get_num_threads()) * (measures + scan)  # of every thread
         return BASE + layers + each + KEPT * excerpts * (streams + buffers)
 
     for variants in _halvings(n_variants):

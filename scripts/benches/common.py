@@ -54,11 +54,8 @@ def in_process(
     command += ["--excerpts", str(args.excerpts), "--tokens", str(args.tokens)] + ["--bf16"] * bf16
     command += ["--sweep-excerpts", str(args.sweep_excerpts), "--any-excerpts", str(args.any_excerpts)]
     environment = {name: value for name, value in os.environ.items() if name not in TUNED} | (TUNED if tuned else {})
-    environment |= (
-        {}
-        if beside is None
-        else {"PYTHONPATH": os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(beside)])}
-    )
+    if beside is not None:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(beside)]))
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
