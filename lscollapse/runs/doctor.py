@@ -17,6 +17,7 @@ from lscollapse.core.config import ConfigError, Experiment, WikipediaSection
 from lscollapse.data import corpus, wikipedia
 from lscollapse.data.texts import CorpusError
 from lscollapse.models.kernels.backends import KernelError, Kernels, resolve_kernels
+from lscollapse.models.kernels.native_build import cpu_flags
 from lscollapse.runs import devices
 from lscollapse.runs.model_checks import Diagnosis, asked, model_findings
 
@@ -88,9 +89,7 @@ def _bf16(device: str) -> bool:
     """Whether products of bfloat16 have instructions of their own; on a CPU as Linux lists them."""
     if device != "cpu":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    listed = Path("/proc/cpuinfo")
-    words = set(listed.read_text(encoding="utf-8").split()) if listed.is_file() else set()
-    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+    return bool({"avx512_bf16", "amx_bf16", "bf16"}.intersection(cpu_flags().split()))
 
 
 def _engine(config: Experiment) -> Iterator[Diagnosis]:

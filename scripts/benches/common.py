@@ -66,12 +66,13 @@ def machine() -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
     return {
         "cpu": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instruction set": torch.backends.cpu.get_cpu_capability(),
-        "bf16 instructions": any("avx512_bf16" in line or "amx_bf16" in line for line in lines),
+        "bf16 instructions": " ".join(name for name in ("avx512_bf16", "amx_bf16") if name in flags) or False,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "load": os.getloadavg()[0],

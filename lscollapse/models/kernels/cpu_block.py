@@ -45,7 +45,7 @@ class CpuBlock(Mamba2Block):
             workers: threads and scratch buffers, to share them; its own by default.
             native: the C++ functions; None, and any block in float64, takes torch operations.
             widens: bfloat16 products are those of the same numbers in float32, rounded to bfloat16: for CPUs that have
-                no instructions for bfloat16, where torch's take many times as long.
+                no instructions for bfloat16, or slow ones, where torch's take up to many times as long.
         """
         super().__init__(tensors, shape, dtype)
         self.workers, self.native = workers or Workers(), None if dtype == torch.float64 else native

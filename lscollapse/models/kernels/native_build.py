@@ -77,13 +77,15 @@ def build(source: Path, *, seconds: float = SECONDS) -> Built:
 
 
 def cpu_flags() -> str:
-    """The instructions that this CPU has, as Linux lists them; elsewhere its name."""
-    listed = Path("/proc/cpuinfo")
+    """The maker of this CPU, where it has one by name, and its instructions, as Linux lists them; elsewhere its name."""
+    listed, maker = Path("/proc/cpuinfo"), ""
     if listed.is_file():
         with listed.open(encoding="utf-8", errors="replace") as lines:
             for line in lines:
+                if line.startswith("vendor_id"):
+                    maker = line.partition(":")[2]
                 if line.startswith(("flags", "Features")):  # of x86, of Arm
-                    return " ".join(sorted(line.partition(":")[2].split()))
+                    return " ".join([*maker.split(), *sorted(line.partition(":")[2].split())])
     return platform.processor() or platform.machine()
 
 

@@ -201,6 +201,25 @@ def test_native_is_what_auto_means_on_a_cpu(functions: Native) -> None:
     assert resolve_kernels("torch", "cpu").native is None
 
 
+@pytest.mark.parametrize(
+    ("flags", "taken", "widens"),
+    [
+        ("GenuineIntel avx512_bf16 avx512f", True, True),  # VDPBF16PS: half as many products a second as VFMADD
+        ("GenuineIntel amx_bf16 avx512_bf16 avx512f", True, False),
+        ("AuthenticAMD avx512_bf16 avx512f", True, False),  # Zen 4: twice as many
+        ("AuthenticAMD avx2", False, True),
+        ("asimd bf16", True, False),
+    ],
+)
+def test_bfloat16_goes_the_faster_way(
+    functions: Native, monkeypatch: pytest.MonkeyPatch, flags: str, taken: bool, widens: bool
+) -> None:
+    monkeypatch.setattr(backends.native_build, "cpu_flags", lambda: flags)
+    monkeypatch.setattr(backends.native, "load", lambda: (functions, ""))
+    monkeypatch.setattr(backends.torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: taken)
+    assert resolve_kernels("native", "cpu").widens is widens
+
+
 def test_native_is_for_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends.torch.cuda, "is_available", lambda: True)
     with pytest.raises(
