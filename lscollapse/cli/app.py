@@ -5,7 +5,9 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import traceback
 from contextlib import suppress
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -81,26 +83,56 @@ def program() -> None:
 
 
 def main() -> None:
-    """All verbs; errors of the input are one line and exit code 2."""
+    """All verbs. What the input or the machine is at fault for is one line and exit code 2, what nobody foresaw one and 70."""
     from lscollapse.core import allocation
 
     allocation.keep_freed_memory()
     try:
         app()
-    except ValueError as error:
-        if show_traceback:
-            raise
-        typer.echo(f"lscollapse: {' '.join(str(error).split())}", err=True)
-        sys.exit(2)
-    except OSError as error:
-        if show_traceback:
-            raise
-        what = f"{error.strerror or error}: {error.filename}" if error.filename else error.strerror or str(error)
-        typer.echo(f"lscollapse: {what}; what was measured so far is kept, the same command continues", err=True)
-        sys.exit(2)
     except KeyboardInterrupt:
-        typer.echo("lscollapse: stopped; the same command continues the run", err=True)
+        _say("stopped; the same command continues the run")
         sys.exit(130)
+    except Exception as error:
+        if show_traceback:
+            raise
+        if isinstance(error, ValueError) and _is_ours(error):
+            _say(str(error))
+        elif isinstance(error, OSError):
+            what = f"{error.strerror or error}: {error.filename}" if error.filename else error.strerror or str(error)
+            _say(f"{what}; what was written so far is kept, the same command goes on from there")
+        else:
+            kind, (file, line) = type(error).__name__, _place(error)
+            said = str(error).strip().partition("\n")[0][:120]
+            what = f"{kind} at {file}:{line}: {said}"
+            _say(
+                f"a fault of lscollapse ({what}): report it on its issue tracker, with what the same command shows with --debug"
+            )
+            sys.exit(70)
+        sys.exit(2)
+
+
+def _say(message: str) -> None:
+    from lscollapse.core.outside import one_line
+
+    typer.echo(one_line(f"lscollapse: {message}"), err=True)
+
+
+def _is_ours(error: ValueError) -> bool:
+    """Whether this package wrote the message: then it is about the input."""
+    package = Path(__file__).parents[1]
+    return type(error).__module__.startswith("lscollapse.") or package in Path(_frames(error)[-1].filename).parents
+
+
+def _place(error: BaseException) -> tuple[str, int | None]:
+    """Where in this package an error came up, as file and line."""
+    package = Path(__file__).parents[1]
+    own = [frame for frame in _frames(error) if package in Path(frame.filename).parents]
+    last = own[-1] if own else _frames(error)[-1]
+    return Path(last.filename).name, last.lineno
+
+
+def _frames(error: BaseException) -> traceback.StackSummary:
+    return traceback.extract_tb(error.__traceback__)
 
 
 if __name__ == "__main__":

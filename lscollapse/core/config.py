@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from lscollapse.core.files import read_text
+from lscollapse.core.outside import checked, one_line, refuse_odd, shown
 from lscollapse.core.table import DEFAULT_MEASURES, RESOLVE, chosen_measures
 
 EMBEDDED_MODELS = ["mamba2-tiny", "minilm-l6", "albert-smiles"]
@@ -227,7 +228,7 @@ def configure(
     for setting in settings or []:
         key, separator, text = setting.partition("=")
         if not separator:
-            raise ConfigError(f"--set takes key=value, got {setting!r}")
+            raise ConfigError(f"--set takes key=value, got {shown(setting)!r}")
         target = values
         *parents, leaf = key.strip().split(".")
         for parent in parents:
@@ -237,16 +238,8 @@ def configure(
         try:
             target[leaf] = yaml.safe_load(text)
         except yaml.YAMLError:
-            raise ConfigError(f"--set {key}: {text!r} is not a YAML value") from None
-    return checked(schema, values)
-
-
-def checked(schema: type[Schema], values: Mapping[str, Any], error: type[ValueError] = ConfigError) -> Schema:
-    """`values` as the schema describes them; else `error`, in one line."""
-    try:
-        return schema.model_validate(dict(values))
-    except ValidationError as invalid:
-        raise error(_one_line(invalid)) from None
+            raise ConfigError(f"--set {key}: {shown(text)!r} is not a YAML value") from None
+    return checked(schema, values, ConfigError)
 
 
 def shipped(name: str) -> Path:
@@ -269,23 +262,10 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(read_text(file, ConfigError))
     except yaml.YAMLError as error:
-        raise ConfigError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{file} is not YAML: {one_line(str(error))}") from None
+    except RecursionError:
+        raise ConfigError(f"{file} is not a configuration: values inside values without end") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{file} must hold `key: value` lines")
+    refuse_odd(values, str(file), ConfigError)
     return values
-
-
-def _one_line(error: ValidationError) -> str:
-    first, *others = error.errors()
-    place: tuple[int | str, ...] = first["loc"]
-    message = first["msg"].removeprefix("Value error, ")
-    for other in others:  # of a union there is an error for each kind, whose name is the last part of the place
-        if other["loc"][:-1] == place[:-1] and str(other["loc"][-1]).startswith("literal["):
-            place, message = place[:-1], f"{message.partition(',')[0]} or {other['ctx']['expected']}"
-    where = ".".join(str(part) for part in place)
-    if first["type"] == "unknown_key":
-        key, hint = first["ctx"]["key"], first["ctx"]["hint"]
-        return f"unknown setting {'.'.join(filter(None, (where, key)))!r}{hint}"
-    if first["type"] == "value_error" and isinstance(first["input"], dict):  # of a whole section: too long to repeat
-        return f"{where}: {message}".removeprefix(": ")
-    return f"{where}: {message[0].lower()}{message[1:]}, got {first['input']!r}"

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from pydantic import Field, FiniteFloat, model_validator
 from torch import Tensor, nn
 
-from lscollapse.core.config import Section, checked
+from lscollapse.core.config import Section
+from lscollapse.core.outside import checked
 from lscollapse.models.nets.attention import Attention
 from lscollapse.models.nets.mamba import Mamba
 from lscollapse.models.nets.mamba2 import BareSSD, Mamba2

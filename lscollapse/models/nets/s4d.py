@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from lscollapse.core.config import Section, checked
+from lscollapse.core.config import ConfigError, Section
+from lscollapse.core.outside import checked
 
 STEP_RANGE = (1e-3, 1e-1)  # dt is drawn log-uniformly from it
 SSM_RATE = 1e-3  # highest learning rate of dt and A
@@ -58,7 +59,7 @@ class S4DConfig(Section):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> S4DConfig:
         """The config of a config.json; ConfigError names what is wrong with it."""
-        return checked(cls, values)
+        return checked(cls, values, ConfigError)
 
     def to_dict(self) -> dict[str, Any]:
         return self.model_dump()
