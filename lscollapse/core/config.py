@@ -94,7 +94,7 @@ class S4DTraining(Section):
     seed: Seed = 0
     save_every: Count = 30
     crops: bool = False  # random crops and flips, for square images
-    model: dict[str, Any] = Field(default={})
+    model: dict[str, bool | int | float | str] = Field(default={})
 
 
 class Compute(Section):

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from lscollapse.core import assets
 from lscollapse.core.files import GGUF, expanded, is_gguf
-from lscollapse.core.outside import shown
+from lscollapse.core.outside import plain, shown
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
@@ -109,9 +109,9 @@ def resolve(name_or_path: str | Path) -> Entry:
         return ENTRIES[name]
     path, said = expanded(name), shown(name, 200)
     if os.path.isdir(path):
-        return Entry(name=path.resolve().name, architecture="", source="folder", location=str(path))
+        return Entry(name=plain(path.resolve().name), architecture="", source="folder", location=str(path))
     if is_gguf(path):
-        return Entry(name=path.stem, architecture="", source="file", location=str(path))
+        return Entry(name=plain(path.stem), architecture="", source="file", location=str(path))
     if os.path.exists(path):
         raise ModelNameError(
             f"{said} is {'a file' if path.is_file() else 'a pipe or a device'}: give the folder that holds config.json and the weights, or a {GGUF} file"

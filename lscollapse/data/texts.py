@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
@@ -18,6 +18,7 @@ from lscollapse.core.config import CC_BY_SA
 from lscollapse.core.files import first_line, read_text, refuse_no_file
 from lscollapse.core.outside import parse_json, refuse_half_characters, shown, unwritten
 
+T = TypeVar("T")
 DUMP = "20231101"  # the dump of wikimedia/wikipedia that is streamed
 DUMP_LICENCE = "CC BY-SA 3.0, GFDL"  # as the data set's card states it
 WINDOW = 1000  # rows of a stream that are put into the order of the seed at a time
@@ -123,14 +124,9 @@ def _in_parquet(path: Path, seed: int) -> Iterator[Text]:
     if not file.metadata.num_rows:
         raise CorpusError(f"{path} holds no rows: give a file with texts")
     columns = [name for name in ("text", "id", *FACTS) if name in there]
-    before = 0
-    for batch in file.iter_batches(WINDOW, columns=columns):
-        window = {str(number): row for number, row in enumerate(batch.to_pylist())}
-        for number in sampling_order(window, seed):
-            row = window[number]
-            name = "" if row.get("id") is None else str(row["id"])
-            yield text_of(row, f"{path}, row {before + int(number) + 1}", name)
-        before += len(window)
+    rows = (row for batch in file.iter_batches(WINDOW, columns=columns) for row in batch.to_pylist())
+    for number, row in _in_windows(enumerate(rows, 1), seed):
+        yield text_of(row, f"{path}, row {number}", "" if row.get("id") is None else str(row["id"]))
 
 
 def read_titles(path: Path) -> list[str]:
@@ -183,7 +179,7 @@ def parquet_stream(path: Path | None, seed: int, language: str = "en") -> Iterat
         raise CorpusError(f"{name} cannot be read: {first_line(error)}") from error
 
 
-def _in_windows(rows: Iterator[dict[str, Any]], seed: int) -> Iterator[dict[str, Any]]:
+def _in_windows(rows: Iterator[T], seed: int) -> Iterator[T]:
     while window := {str(number): row for number, row in enumerate(islice(rows, WINDOW))}:
         yield from (window[number] for number in sampling_order(window, seed))
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from lscollapse.core import assets, hub, registry
 from lscollapse.core.files import expanded, first_line, is_gguf, read_mapping, refuse_pipes
-from lscollapse.core.outside import shown
+from lscollapse.core.outside import plain, shown
 from lscollapse.data.smiles import tokens
 from lscollapse.data.texts import CorpusError
 
@@ -72,7 +72,7 @@ def _loaded(spec: str, cache_dir: Path | None, offline: bool) -> Tokenizer:
         name = f"{spec.partition('@')[0]}@{place.name}"
         if local:  # a path says nothing on another machine, its vocabulary does
             vocabulary = json.dumps(sorted(inner.get_vocab().items()))
-            name = f"{place.resolve().name}:{hashlib.sha256(vocabulary.encode()).hexdigest()[:12]}"
+            name = f"{plain(place.resolve().name)}:{hashlib.sha256(vocabulary.encode()).hexdigest()[:12]}"
         size, mask, unknown = len(inner), inner.mask_token_id, inner.unk_token_id
     options = {"add_special_tokens": False, "truncation": False, "padding": False, "verbose": False}
 

@@ -21,6 +21,7 @@ from lscollapse.models.nets.s4d import S4D, S4DConfig
 
 # transformers is imported where it is needed: a Mamba-2 and an S4D are measured without it, in half the time of a small run.
 
+MOST_PER_BYTE = 8  # parameters of a weights file: a quantised one has up to 4
 # model_type -> what leaves out the pooler of its base model.
 CLASSES: dict[str, dict[str, Any]] = {
     "mamba2": {},
@@ -176,6 +177,21 @@ def count_parameters(config: Any) -> int:
         return sum(math.prod(shape) for shape in tensor_shapes(config).values())
     named = on_meta(config).named_parameters()
     return sum(parameter.numel() for name, parameter in named if not name.startswith("pooler."))
+
+
+def check_count(files: Located, config: Any) -> None:
+    """Raise a CheckpointError unless the base model has as many parameters as were published, and can be in the files."""
+    n_parameters, published = count_parameters(config), files.entry.n_parameters
+    if published not in (None, n_parameters):
+        raise CheckpointError(
+            f"{files.where} has {n_parameters:,} parameters, {files.entry.name} should have {published:,}"
+        )
+    held = sum(file.stat().st_size for file in files.weights)
+    if n_parameters > MOST_PER_BYTE * held:
+        raise CheckpointError(
+            f"{files.described} describes {n_parameters:,} parameters, {4 * n_parameters / 2**30:,.1f} GiB in float32, and the"
+            f" weights are {held:,} bytes: they do not belong together"
+        )
 
 
 @contextmanager

@@ -35,7 +35,11 @@ def refusal(text: str | bytes, folder: Path, schema: type[Experiment | Table1] =
     [
         ("lambdas: " + "[" * 20_000, "values inside values without end"),
         ("source: " + "{a: " * 20_000, "values inside values without end"),
-        ("\n".join(["l0: &l0 [x, x]", *LEVELS, "models: *l8"]), "unknown setting 'l0'"),
+        (
+            "\n".join(["l0: &l0 [x, x]", *LEVELS, "models: *l8"]),
+            "values, its aliases written out; at most 100,000 are read",
+        ),
+        ("\n".join(["l0: &l0 [x, x]", *LEVELS[:3], "models: *l3"]), "unknown setting 'l0'"),
         ("retrain: {epochs: &a [*a]}", "values inside values without end"),
         (
             "models: [" + "x, " * 50_000 + "{a: 1}]",
