@@ -121,7 +121,7 @@ class Compute(Section):
     @classmethod
     def _a_device(cls, name: str) -> str:
         if not DEVICE.fullmatch(name):
-            raise ValueError(f"{shown(name)!r} is not known: use auto, cpu, cuda or cuda:N")
+            raise ValueError(f"'{shown(name)}' is not known: use auto, cpu, cuda or cuda:N")
         return name
 
 
@@ -256,7 +256,7 @@ def configure(
     for setting in settings or []:
         key, separator, text = setting.partition("=")
         if not separator:
-            raise ConfigError(f"--set takes key=value, got {shown(setting)!r}")
+            raise ConfigError(f"--set takes key=value, got '{shown(setting)}'")
         _put(values, key.strip(), parse_yaml(text, f"--set {shown(setting)}", ConfigError))
     return checked(schema, values, ConfigError)
 
@@ -283,7 +283,7 @@ def parse_lambdas(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise ConfigError(
-            f"--lambdas takes numbers separated by commas, such as -2,0,0.5,1; got {shown(text)!r}"
+            f"--lambdas takes numbers separated by commas, such as -2,0,0.5,1; got '{shown(text)}'"
         ) from None
 
 

@@ -23,7 +23,8 @@ Checked = TypeVar("Checked", bound=BaseModel)
 
 def shown(value: object, limit: int = 80) -> str:
     """A value as a message repeats it: on one line, of `limit` characters at most, control characters and lone surrogates escaped."""
-    text = value if isinstance(value, str) else repr(_cut(value))
+    cut = value if isinstance(value, str) else _cut(value)
+    text = cut if isinstance(cut, str) else repr(cut)
     return _shortened("".join(map(_plain, text[: 2 * limit])), limit)
 
 

@@ -107,7 +107,7 @@ class FrozenLine(BaseModel):
     model_config = ConfigDict(coerce_numbers_to_str=True)
 
     title: str
-    ids: tuple[TokenId, ...] = Field(min_length=1)
+    ids: list[TokenId] = Field(min_length=1)
     text_sha256: str
     tokenizer: str = Field(min_length=1)
     source: str = Field(min_length=1)
@@ -122,8 +122,8 @@ class FrozenLine(BaseModel):
 
     @property
     def excerpt(self) -> Excerpt:
-        own = self.model_dump(exclude={"n_tokens", "unknown_id", "mask_id"}, exclude_none=True)
-        return Excerpt(**own)
+        own = self.model_dump(exclude={"ids", "n_tokens", "unknown_id", "mask_id"}, exclude_none=True)
+        return Excerpt(ids=tuple(self.ids), **own)
 
 
 def frozen_line(row: dict[str, object], where: str) -> FrozenLine:
@@ -247,9 +247,9 @@ def _file(source: str) -> Path:
     path = Path(source)
     if path.suffix not in SUFFIXES:
         allowed = f"{', '.join(SOURCES)}, or a file ending in {', '.join(SUFFIXES)}"
-        raise CorpusError(f"unknown source {shown(source)!r}: give one of {allowed}")
+        raise CorpusError(f"unknown source '{shown(source)}': give one of {allowed}")
     if not os.path.lexists(path):
-        raise CorpusError(f"the source file {shown(source, 200)!r} does not exist")
+        raise CorpusError(f"the source file '{shown(source, 200)}' does not exist")
     refuse_no_file(path, CorpusError)
     return path
 
@@ -275,7 +275,7 @@ def _thaw(path: Path, n_excerpts: int, n_tokens: int, tokenizer: Tokenizer | Non
         raise CorpusError(f"{path} mixes the tokenizers {shown(names, 200)}: freeze a corpus with one of them")
     if tokenizer and tokenizer.name != names[0]:
         raise CorpusError(
-            f"{path} was frozen with the tokenizer {shown(names[0])!r}, {tokenizer.name!r} was asked:"
+            f"{path} was frozen with the tokenizer '{shown(names[0])}', {tokenizer.name!r} was asked:"
             " leave the tokenizer out, or freeze the texts again"
         )
     shortest = min(len(excerpt.ids) for excerpt in held)

@@ -86,7 +86,7 @@ def read_images(source: str, split: str) -> Images:
     path = expanded(source)
     if not os.path.isdir(path):
         raise CorpusError(
-            f"no images {shown(source, 200)!r}: give digits, cifar10, or a folder of Parquet files or pictures"
+            f"no images '{shown(source, 200)}': give digits, cifar10, or a folder of Parquet files or pictures"
         )
     if any(path.rglob("*.parquet")):
         return _from_rows(_parquet_rows(path, split), path.resolve().name)

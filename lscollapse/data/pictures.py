@@ -54,6 +54,6 @@ def _digits() -> Opened:
 
 def _folder(folder: Path) -> Opened:
     if not os.path.isdir(folder):
-        raise CorpusError(f"no pictures {shown(str(folder), 200)!r}: give digits, or a folder of pictures")
+        raise CorpusError(f"no pictures '{shown(str(folder), 200)}': give digits, or a folder of pictures")
     names = sorted(map(str, images.pictures_in(folder)))
     return folder.resolve().name, names, lambda i: images.open_picture(folder / names[i])

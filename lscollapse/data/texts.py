@@ -199,7 +199,7 @@ def text_of(row: dict[str, Any], where: str, title: str) -> Text:
     """
     text = row.get("text")
     if not isinstance(text, str):
-        what = f"it is {'null' if text is None else type(text).__name__}" if "text" in row else (
+        what = f"it is {'null' if text is None else shown(text)}" if "text" in row else (
             f"its keys are {shown(sorted(row), 200)}"
         )  # fmt: skip
         raise CorpusError(f'{where}: no "text" (a string) in it; {what}')

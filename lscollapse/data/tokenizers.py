@@ -64,7 +64,7 @@ def named(spec: str, native: str | None = None, *, cache_dir: Path | None = None
 def _loaded(spec: str, cache_dir: Path | None, offline: bool) -> Tokenizer:
     path = expanded(spec)
     local = os.path.exists(path)
-    with _explained(f"tokenizer {shown(spec)!r} cannot be loaded"):
+    with _explained(f"tokenizer '{shown(spec)}' cannot be loaded"):
         if not local and "@" not in spec:
             registry.hub_id(spec)
         place = path if local else _files(spec, cache_dir, offline)
@@ -77,7 +77,7 @@ def _loaded(spec: str, cache_dir: Path | None, offline: bool) -> Tokenizer:
     options = {"add_special_tokens": False, "truncation": False, "padding": False, "verbose": False}
 
     def encode(batch: list[str]) -> list[list[int]]:
-        with _explained(f"tokenizer {shown(spec)!r} cannot cut this text"):
+        with _explained(f"tokenizer '{shown(spec)}' cannot cut this text"):
             ids: list[list[int]] = inner(batch, **options)["input_ids"]
             return ids
 

@@ -99,7 +99,7 @@ def _transformers_config(raw: Mapping[str, Any], files: Located) -> Any:
 
     known, model_type = _mapping(), str(raw.get("model_type", ""))
     if model_type not in known or known[model_type] not in MODEL_MAPPING:
-        came = f"model_type {shown(model_type)!r}" if model_type else "neither model_type nor d_model and n_layer"
+        came = f"model_type '{shown(model_type)}'" if model_type else "neither model_type nor d_model and n_layer"
         code = "; it needs code from its repository, which is never run" if "auto_map" in raw else ""
         raise CheckpointError(
             f"{files.described} has {came}: readable are the architectures of the installed transformers and"

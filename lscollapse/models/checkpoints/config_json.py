@@ -55,7 +55,7 @@ def refuse_said(raw: Mapping[str, Any], described: str, place: str = "") -> None
         if key == "model_type" and not isinstance(value, str):
             raise CheckpointError(f"{where} must be the name of an architecture, got {shown(value)}")
         if key in ("dtype", "torch_dtype") and value is not None and str(value).removeprefix("torch.") not in DTYPES:
-            raise CheckpointError(f"{where} must be one of {', '.join(DTYPES)}, got {shown(value)!r}")
+            raise CheckpointError(f"{where} must be one of {', '.join(DTYPES)}, got '{shown(value)}'")
         if isinstance(value, dict) and key.endswith("_config") and key != "quantization_config":
             refuse_said(value, described, f"{place}{shown(key)}.")
 
@@ -102,5 +102,5 @@ def refuse_activations(raw: Mapping[str, Any], described: str) -> None:
     for key in ACTIVATIONS:
         if isinstance(name := raw.get(key), str) and name not in ACT2FN:
             raise CheckpointError(
-                f"{described} is not valid: {key} is {shown(name)!r}, known are {', '.join(sorted(ACT2FN))}"
+                f"{described} is not valid: {key} is '{shown(name)}', known are {', '.join(sorted(ACT2FN))}"
             )

@@ -126,7 +126,7 @@ def read_index(file: Path) -> list[str]:
     for name in names:
         if Path(name).name != name or "\\" in name or unwritten(name) or not name.endswith(".safetensors"):
             raise CheckpointError(
-                f"{file}: weight_map names {shown(name)!r}: only .safetensors files that lie beside it are read"
+                f"{file}: weight_map names '{shown(name)}': only .safetensors files that lie beside it are read"
             )
     return names
 

@@ -260,7 +260,7 @@ def test_another_tokenizer_is_refused(tmp_path: Path, drawn: Corpus) -> None:
     ("change", "line"),
     [
         ({"ids": [1, -2]}, "line 2: ids.1: input should be greater than or equal to 0, got -2"),
-        ({"ids": "12"}, "line 2: ids: input should be a valid tuple, got '12'"),
+        ({"ids": "12"}, "line 2: ids: input should be a valid list, got '12'"),
         ({"tokenizer": "other"}, "mixes the tokenizers"),
         ({"text_sha256": None}, "line 2: text_sha256: field required"),
     ],

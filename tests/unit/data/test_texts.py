@@ -42,7 +42,7 @@ def jsonl(folder: Path, *rows: Any, name: str = "a.jsonl") -> Path:
         ({"text": "broken \ud83d text"}, r"line 2: \ud83d is half of a character"),
         ({**GOOD, "title": "a \udc00"}, r"line 2: \udc00 is half of a character"),
         ({"text": None}, 'line 2: no "text" (a string) in it; it is null'),
-        ({"text": 3}, 'line 2: no "text" (a string) in it; it is int'),
+        ({"text": 3}, 'line 2: no "text" (a string) in it; it is 3'),
         ({"\x1b[31m": 1}, r"its keys are ['\x1b[31m']"),
         ({**GOOD, "title": "\x1b[31mred"}, r'line 2: "title" holds \x1b'),
         ({**GOOD, "url": ["a"]}, 'line 2: "url" is a list: text is expected'),
@@ -58,7 +58,7 @@ def test_a_line_of_json(tmp_path: Path, row: Any, says: str | None) -> None:
     if says is None:
         assert len(corpus.draw_excerpts(str(file), 2, 2, tokenizer=WORDS).excerpts) == 2
     else:
-        assert says.replace("\\\\", "\\") in refused(file)
+        assert says in refused(file)
 
 
 @pytest.mark.parametrize(
@@ -97,11 +97,9 @@ def test_rows_of_parquet(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match=r'row 1501: no "text" \(a string\) in it; it is null'):
         list(parquet_file(file, 0))
     assert "holds no rows" in refused(parquet(tmp_path, text=pyarrow.array([], pyarrow.string())))
-    assert 'row 1: no "text" (a string) in it; it is bytes' in refused(parquet(tmp_path, text=[b"a"]))
+    assert "(a string) in it; it is b'a'" in refused(parquet(tmp_path, text=[b"a"]))
     assert 'row 1: "title" is a list' in refused(parquet(tmp_path, text=["a"], title=[["b"]]))
-    assert r'no column "text" of strings; its columns are [\'\x1b[31m\']'.replace("\\'", "'") in refused(
-        parquet(tmp_path, **{"\x1b[31m": ["a"]})
-    )
+    assert r"its columns are ['\x1b[31m']" in refused(parquet(tmp_path, **{"\x1b[31m": ["a"]}))
     whole = parquet(tmp_path, text=many, id=[None] * 1500).read_bytes()
     (tmp_path / "a.parquet").write_bytes(whole[: len(whole) // 2])
     assert "cannot be read as Parquet" in refused(tmp_path / "a.parquet")

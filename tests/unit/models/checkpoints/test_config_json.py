@@ -75,14 +75,14 @@ def test_what_is_right_is_read(whole: dict[str, Any]) -> None:
         (HF_CONFIG, {"torch_dtype": ["float32"]}, "torch_dtype must be one of"),
         (BERT, {"hidden_act": "__class__"}, "hidden_act is '__class__', known are gelu"),
         (HF_CONFIG, {"hidden_act": "__class__"}, "hidden_act is '__class__', known are gelu"),
-        (GPT2, {"activation_function": "no\x1b[31m"}, r"activation_function is 'no\\x1b[31m', known are gelu"),
+        (GPT2, {"activation_function": "no\x1b[31m"}, r"activation_function is 'no\x1b[31m', known are gelu"),
         (BERT, {"to_dict": 5}, "to_dict is no setting but code of BertConfig"),
         (HF_CONFIG, {"from_dict": {}}, "from_dict is no setting but code of Mamba2Config"),
         (BERT, {"__class__": "x"}, "__class__ is no setting but code"),
         (BERT, {"use_return_dict": False}, "config.json of net is not valid: AttributeError property 'use_return_dict'"),
         (HF_CONFIG, {"use_return_dict": False}, "config.json of net is not valid: AttributeError property 'use_return_dict'"),
         (BERT, {"model_type": ["bert"]}, "model_type must be the name of an architecture"),
-        (BERT, {"model_type": "b\x1b[31m"}, r"model_type 'b\\x1b[31m'"),
+        (BERT, {"model_type": "b\x1b[31m"}, r"model_type 'b\x1b[31m'"),
         (BERT, {"text_config": {"hidden_size": 10**9}}, "text_config.hidden_size must be a whole number"),
         (BERT, {"id2label": ["a"]}, "config.json of net is not valid"),
         (ORIGINAL_CONFIG, {"ssm_cfg": ["Mamba2"]}, "config.json of net is not valid: ssm_cfg: "),
@@ -91,12 +91,12 @@ def test_what_is_right_is_read(whole: dict[str, Any]) -> None:
         (ORIGINAL_CONFIG, {"ssm_cfg": {"layer": "Mamba2", "dt_limit": [1]}}, "ssm_cfg.dt_limit"),
         (ORIGINAL_CONFIG, {"pad_vocab_size_multiple": 0}, "pad_vocab_size_multiple: input should be greater"),
         (ORIGINAL_CONFIG, {"d_model": None}, "d_model"),
-        (ORIGINAL_CONFIG, {"attn_layer_idx": ["\x1b[31m"]}, r"attn_layer_idx=['\\x1b[31m']"),
+        (ORIGINAL_CONFIG, {"attn_layer_idx": ["\x1b[31m"]}, r"attn_layer_idx=['\x1b[31m']"),
     ],
     ids=lambda value: "" if isinstance(value, str) or len(value) > 4 else str(value)[:50],
 )  # fmt: skip
 def test_a_config_that_no_model_has(whole: dict[str, Any], changes: dict[str, Any], says: str) -> None:
-    assert says.replace("\\\\", "\\") in refused(whole | changes)
+    assert says in refused(whole | changes)
 
 
 def test_nothing_is_logged_of_a_config_that_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
