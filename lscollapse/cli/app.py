@@ -49,14 +49,25 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _global(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
 ) -> None:
-    global show_traceback
-    show_traceback = debug
+    global show_traceback, verb
+    show_traceback, verb = debug, context.invoked_subcommand
 
 
 show_traceback = False
+verb: str | None = None  # that runs
+CONTINUED = (
+    "sweep-lambda",
+    "ablate-gating",
+    "ablate-s4d",
+    "measure",
+    "table1",
+    "train",
+    "fetch",
+)  # where they were stopped
 
 
 def program() -> None:
@@ -88,9 +99,10 @@ def main() -> None:
 
     allocation.keep_freed_memory()
     try:
+        _refuse_unwritten(sys.argv[1:])
         app()
     except KeyboardInterrupt:
-        _say("stopped; the same command continues the run")
+        _say("stopped" + ("; the same command goes on from there" if verb in CONTINUED else ""))
         sys.exit(130)
     except Exception as error:
         if show_traceback:
@@ -99,7 +111,8 @@ def main() -> None:
             _say(str(error))
         elif isinstance(error, OSError):
             what = f"{error.strerror or error}: {error.filename}" if error.filename else error.strerror or str(error)
-            _say(f"{what}; what was written so far is kept, the same command continues")
+            kept = "; what was written so far is kept, the same command continues"
+            _say(what + (kept if verb in CONTINUED else ""))
         else:
             kind, (file, line) = type(error).__name__, _place(error)
             said = str(error).strip().partition("\n")[0][:120]
@@ -115,6 +128,18 @@ def _say(message: str) -> None:
     from lscollapse.core.outside import one_line
 
     typer.echo(one_line(f"lscollapse: {message}"), err=True)
+
+
+def _refuse_unwritten(arguments: list[str]) -> None:
+    """Raise for bytes that are no UTF-8 and for control characters: they could be written neither here nor in a run folder."""
+    from lscollapse.core.outside import shown, unwritten
+
+    for argument in arguments:
+        if found := unwritten(argument.replace("\n", "")):
+            raise ValueError(
+                f"an argument holds {shown(found)}, which is no character that can be printed: rename what it names"
+                f" ({shown(argument)})"
+            )
 
 
 def _is_ours(error: ValueError) -> bool:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from lscollapse.core.config import Experiment, Section, WikipediaSection, configure, parse_lambdas, shipped
+from lscollapse.core.config import ConfigError, Experiment, Section, WikipediaSection, configure, parse_lambdas, shipped
 
 Model = Annotated[str, typer.Argument(help="Short name, folder, GGUF file or hub id.")]
 Models = Annotated[list[str] | None, typer.Option("--model", help=Experiment.model_fields["models"].description)]
@@ -21,7 +21,7 @@ Shown = Annotated[
     Literal["relative_mu", "angular_mu"],
     typer.Option(help="What Figures 1 and 3 show: relative_mu is the paper's; angular_mu, which no long row decides, has files of its own."),
 ]  # fmt: skip
-Yscale = Annotated[str, typer.Option(help="linear or log vertical axis.")]
+Yscale = Annotated[Literal["linear", "log"], typer.Option(help="linear or log vertical axis.")]
 FILE = "YAML file as in configs, of `table1` and `train` as in configs/table1; flags override it.  \\[default: the embedded one]"
 SHARED: dict[str, Any] = {
     "model": Model,
@@ -33,6 +33,17 @@ SHARED: dict[str, Any] = {
     ],
 }
 EXPERIMENT = f"{Experiment.__module__}:{Experiment.__name__}"
+
+
+def within(least: float, most: float) -> Callable[[typer.CallbackParam, Any], Any]:
+    """What refuses a number outside [least, most] of an option that is no setting: its `callback`."""
+
+    def refuse(option: typer.CallbackParam, value: Any) -> Any:
+        if value is not None and not least <= value <= most:
+            raise ConfigError(f"{option.opts[0]} {value}: give a number from {least:,} to {most:,}")
+        return value
+
+    return refuse
 
 
 def takes(
@@ -97,6 +108,7 @@ def _configuration(schema: str, file: str | None, given: dict[str, Any]) -> Sect
             flags[f"{name}s"] = value if isinstance(value, list) else [value]
     if flags.get("lambdas") is not None:
         flags["lambdas"] = parse_lambdas(flags["lambdas"])
-    titles = [] if given.get("titles") is None else [f"wikipedia.titles={given['titles']}"]
+    if given.get("titles") is not None:
+        flags["wikipedia.titles"] = given["titles"]
     path = given.get("config") or (shipped(file) if file else None)
-    return configure(described, path, flags, [*(given.get("settings") or []), *titles])
+    return configure(described, path, flags, given.get("settings"))

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from lscollapse.cli.options import takes
+from lscollapse.cli.options import takes, within
 from lscollapse.core.config import Experiment
 
 
@@ -29,7 +29,10 @@ def claims(
 def compare(
     run_a: Annotated[Path, typer.Argument(help="Folder of a finished run, or of figures.")],
     run_b: Annotated[Path, typer.Argument(help="Folder of another.")],
-    lines: Annotated[int, typer.Option(min=0, help="How many of the largest differences between runs to show.")] = 12,
+    lines: Annotated[
+        int,
+        typer.Option(help="How many of the largest differences between runs to show.", callback=within(0, 10**6)),
+    ] = 12,
 ) -> None:
     """What differs between two runs: configuration, versions, numbers; exit 1 where it is more than the spread over excerpts.
 

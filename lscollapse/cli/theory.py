@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lscollapse.cli.options import takes
+from lscollapse.cli.options import takes, within
 from lscollapse.core.config import Experiment
 
 theory = typer.Typer(
@@ -37,8 +37,10 @@ def _csv(rows: list[dict[str, Any]]) -> str:
 
 @theory.command()
 def verify(
-    instances: Annotated[int, typer.Option(help="Random instances of every statement.")] = 1500,
-    seed: Annotated[int, typer.Option(help="Of the instances.")] = 0,
+    instances: Annotated[
+        int, typer.Option(help="Random instances of every statement.", callback=within(1, 10**6))
+    ] = 1500,
+    seed: Annotated[int, typer.Option(help="Of the instances.", callback=within(0, 2**63 - 1))] = 0,
     out: Annotated[Path | None, typer.Option(help="Where to put verify.json and verify.md.")] = None,
 ) -> None:
     """Put every statement of the paper, and what replaces it, to the test; exit 1 when a corrected one is violated."""

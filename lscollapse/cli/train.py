@@ -34,9 +34,13 @@ def train(
 ) -> None:
     """Train one net of Table 1 and read the test set once; killed and started again it continues to the same numbers."""
     from lscollapse.cli.terminal.bar import Bar
+    from lscollapse.core.config import ConfigError
+    from lscollapse.core.outside import checked
     from lscollapse.experiments.table1.grid import one_cell, train_one
+    from lscollapse.experiments.table1.schema import Override
 
-    cell = one_cell(grid, task, lr, steps, out)
+    own = checked(Override, {"lr": lr, "steps": steps}, ConfigError)
+    cell = one_cell(grid, task, own.lr, own.steps, out)
     with Bar("training") as bar:
         bar.note(f"{cell.words}, in {cell.folder}")
         rows = train_one(cell, bar)

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from lscollapse.core.files import read_text
-from lscollapse.core.outside import checked, one_line, refuse_odd, shown
+from lscollapse.core.outside import checked, shown, unwritten
 from lscollapse.core.table import DEFAULT_MEASURES, RESOLVE, chosen_measures
+from lscollapse.core.yaml_text import LARGEST_YAML, parse_yaml
 
 EMBEDDED_MODELS = ["mamba2-tiny", "minilm-l6", "albert-smiles"]
 DEFAULT_LAMBDAS = [-8.0, -4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0]
 CC_BY_SA = "CC BY-SA 4.0"
+LARGEST_FLOAT32 = 3.4028234e38
+DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Count = Annotated[int, Field(ge=1, le=10**9)]  # of steps, epochs, examples: more than can be done
+Layers = Annotated[int, Field(ge=1, le=1000)]
+Width = Annotated[int, Field(ge=1, le=2**17)]  # a square matrix of it takes 64 GiB in float32
+Lambda32 = Annotated[float, Field(ge=-LARGEST_FLOAT32, le=LARGEST_FLOAT32)]  # of a net that is trained, in float32
 
 
 class ConfigError(ValueError):
@@ -27,9 +34,9 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    """Part of a configuration; it refuses keys that it does not know and names the nearest."""
+    """Part of a configuration; it refuses keys that it does not know and names the nearest. Every number in it is finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -42,6 +49,14 @@ class Section(BaseModel):
             hint = f", did you mean {near[0]!r}?" if near else f": known are {', '.join(known)}"
             raise PydanticCustomError("unknown_key", "{key}", {"key": unknown[0], "hint": hint})
         return values
+
+    @field_validator("*")
+    @classmethod
+    def _written_out(cls, value: Any) -> Any:
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str | Path) and (found := unwritten(str(text))):
+                raise ValueError(f"{shown(found)} is no character that can be printed: leave it out")
+        return value
 
 
 Schema = TypeVar("Schema", bound=Section)
@@ -62,8 +77,8 @@ class WikipediaSection(Section):
     endpoint: str | None = None
     titles: Path | None = Field(default=None, description="File with one Wikipedia title a line (source wikipedia).")
     cache_dir: Path | None = None
-    max_retries: int = Field(default=5, ge=0)
-    retry_wait: float = Field(default=1.0, ge=0)
+    max_retries: int = Field(default=5, ge=0, le=100)
+    retry_wait: float = Field(default=1.0, ge=0, le=3600)
     licence: str = CC_BY_SA
 
 
@@ -71,15 +86,15 @@ class S4DTraining(Section):
     """How an S4D is trained; the defaults make s4d-digits. `model` has fields of S4DConfig that do not follow from the data."""
 
     data: str = "digits"
-    epochs: int = Field(default=16, ge=1)
-    batch: int = Field(default=24, ge=1)
+    epochs: Count = 16
+    batch: Count = 24
     lr: float = Field(default=2e-3, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     warmup: float = Field(default=0.1, ge=0, le=1)
-    seed: int = Field(default=0, ge=0)
-    save_every: int = Field(default=30, ge=1)
+    seed: Seed = 0
+    save_every: Count = 30
     crops: bool = False  # random crops and flips, for square images
-    model: dict[str, Any] = Field(default={})
+    model: dict[str, bool | int | float | str] = Field(default={})
 
 
 class Compute(Section):
@@ -92,12 +107,22 @@ class Compute(Section):
     address: str | None = Field(
         default=None, description="Of a Ray cluster: auto or HOST:PORT; by default one is started here."
     )
-    gpus_per_item: float | None = Field(default=None, gt=0, description="GPUs of a Ray cluster that a work item takes.")
+    gpus_per_item: float | None = Field(
+        default=None, gt=0, le=1024, description="GPUs of a Ray cluster that a work item takes."
+    )
     workers: int | None = Field(
         default=None,
         ge=1,
+        le=1024,
         description="Processes on this machine; by default one for each GPU, else one; of `table1` one for each core, or one on a GPU.",
     )
+
+    @field_validator("device")
+    @classmethod
+    def _a_device(cls, name: str) -> str:
+        if not DEVICE.fullmatch(name):
+            raise ValueError(f"'{shown(name)}' is not known: use auto, cpu, cuda or cuda:N")
+        return name
 
 
 class Experiment(Compute):
@@ -110,13 +135,13 @@ class Experiment(Compute):
     )
     revision: str | None = Field(default=None, description="Branch, tag or commit of a model of the hub.")
     lambdas: list[float] = Field(
-        default=DEFAULT_LAMBDAS, min_length=1, description='Comma-separated, such as "-2,0,0.5,1".'
+        default=DEFAULT_LAMBDAS, min_length=1, max_length=10_000, description='Comma-separated, such as "-2,0,0.5,1".'
     )
     lambdas_file: Path | None = Field(
         default=None, description="CSV layer,lam: one lambda per layer, measured beside the others."
     )
-    excerpts: int = Field(default=32, ge=1, description="How many excerpts, or held-out images.")
-    tokens: int = Field(default=128, ge=2, description="Tokens of each excerpt.")
+    excerpts: int = Field(default=32, ge=1, le=10**6, description="How many excerpts, or held-out images.")
+    tokens: int = Field(default=128, ge=2, le=10**6, description="Tokens of each excerpt.")
     source: str = Field(
         default="packaged",
         description="packaged, wikipedia, datasets, smiles, or a .txt, .jsonl or .parquet file; for models that read images "
@@ -159,7 +184,7 @@ class Experiment(Compute):
         default="split",
         description="float32 products of the triton kernels: split, on tensor cores, or ieee; others are always ieee.",
     )
-    seed: int = Field(default=0, ge=0, description="Which excerpts are drawn, and random initial weights.")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Which excerpts are drawn, and random initial weights.")
     random_init: bool = Field(default=False, description="Measure freshly initialised weights too.")
     certified_exit: bool = Field(default=True, description="Skip layers that provably change nothing.")
     quality: bool = Field(default=False, description="Language-model loss of every variant on the same excerpts too.")
@@ -175,9 +200,7 @@ class Experiment(Compute):
 
     @field_validator("lambdas")
     @classmethod
-    def _finite_and_distinct(cls, values: list[float]) -> list[float]:
-        if not all(math.isfinite(v) for v in values):
-            raise ValueError("lambdas must be finite numbers")
+    def _distinct(cls, values: list[float]) -> list[float]:
         if len(set(values)) != len(values):
             raise ValueError("a lambda is given twice")
         return sorted(v + 0.0 for v in values)  # -0 becomes 0
@@ -206,7 +229,7 @@ class Experiment(Compute):
 
 def parse_memory(text: str) -> int:
     """ "2GiB", "1.5G", "800M" or a number of bytes, as bytes; units are binary. 0 for what is no size."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", text, re.IGNORECASE)
+    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([kmgt]?)(?:i?b)?\s*", text, re.IGNORECASE)
     return int(float(found[1]) * 2 ** (10 * "_kmgt".find(found[2].lower() or "_"))) if found else 0
 
 
@@ -218,28 +241,34 @@ def configure(
 ) -> Schema:
     """What a YAML file says of `schema`, overridden by flags (None = not given), then by `key=value` settings.
 
+    Args:
+        flags: by key, `section.key` where it is one of a section.
+
     Raises:
         ConfigError: one line: what came, what is allowed.
     """
     values: dict[str, Any] = {}
     if file is not None:
         values = _read_yaml(file)
-    values |= {key: value for key, value in (flags or {}).items() if value is not None}
+    for key, value in (flags or {}).items():
+        if value is not None:
+            _put(values, key, value)
     for setting in settings or []:
         key, separator, text = setting.partition("=")
         if not separator:
-            raise ConfigError(f"--set takes key=value, got {shown(setting)!r}")
-        target = values
-        *parents, leaf = key.strip().split(".")
-        for parent in parents:
-            target = target.setdefault(parent, {})
-            if not isinstance(target, dict):
-                raise ConfigError(f"--set {key}: {parent} is not a section")
-        try:
-            target[leaf] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ConfigError(f"--set {key}: {shown(text)!r} is not a YAML value") from None
+            raise ConfigError(f"--set takes key=value, got '{shown(setting)}'")
+        _put(values, key.strip(), parse_yaml(text, f"--set {shown(setting)}", ConfigError))
     return checked(schema, values, ConfigError)
+
+
+def _put(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set `section.key`, with the sections that are not there yet."""
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"--set {shown(key)}: {shown(parent)} is not a section")
+    values[leaf] = value
 
 
 def shipped(name: str) -> Path:
@@ -253,19 +282,15 @@ def parse_lambdas(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise ConfigError(f"--lambdas takes numbers separated by commas, such as -2,0,0.5,1; got {text!r}") from None
+        raise ConfigError(
+            f"--lambdas takes numbers separated by commas, such as -2,0,0.5,1; got '{shown(text)}'"
+        ) from None
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise ConfigError(f"no configuration file {file}")
-    try:
-        values = yaml.safe_load(read_text(file, ConfigError))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file} is not YAML: {one_line(str(error))}") from None
-    except RecursionError:
-        raise ConfigError(f"{file} is not a configuration: values inside values without end") from None
+    if not file.exists():
+        raise ConfigError(f"no configuration file {shown(str(file), 200)}")
+    values = parse_yaml(read_text(file, ConfigError, LARGEST_YAML), str(file), ConfigError)
     if not isinstance(values, dict):
         raise ConfigError(f"{file} must hold `key: value` lines")
-    refuse_odd(values, str(file), ConfigError)
     return values

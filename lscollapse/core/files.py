@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lscollapse.core.outside import LARGEST, parse_json, shown
 
 if TYPE_CHECKING:  # every verb loads this file for its --help, which needs no pandas
     import pandas as pd
@@ -63,15 +65,17 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_text(path: Path, error: type[ValueError]) -> str:
+def read_text(path: Path, error: type[ValueError], largest: int = LARGEST) -> str:
     """The text of a file that a person gave: UTF-8, with or without a byte order mark, lines ended in any way.
 
     Args:
         error: what is raised where it cannot be read, with the file's name in its one line.
+        largest: bytes that are read at most.
     """
-    if not path.is_file():
-        raise error(f"{path} cannot be read: {'it is no file' if path.exists() else 'there is no such file'}")
+    refuse_no_file(path, error)
     try:
+        if (size := path.stat().st_size) > largest:
+            raise error(f"{path} is {size:,} bytes, at most {largest:,} are read: give a smaller file")
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as cause:
         raise error(f"{path} is not UTF-8 text (byte {cause.start}): convert it first") from cause
@@ -79,9 +83,41 @@ def read_text(path: Path, error: type[ValueError]) -> str:
         raise error(f"{path} cannot be read: {cause.strerror}") from cause
 
 
+def refuse_no_file(path: Path, error: type[ValueError]) -> None:
+    """Raise `error` where there is no file of that name, or a folder, a pipe or a device, which may never end."""
+    if not os.path.isfile(path):
+        what = "it is no file" if os.path.lexists(path) else "there is no such file"
+        raise error(f"{shown(str(path), 200)} cannot be read: {what}")
+
+
+def read_mapping(
+    path: Path,
+    error: type[ValueError],
+    largest: int = LARGEST,
+    object_hook: Callable[[dict[str, Any]], Any] | None = None,
+) -> dict[str, Any]:
+    """The object in a JSON file; `error` where there is none or something else."""
+    content = parse_json(read_text(path, error, largest), str(path), error, object_hook)
+    if not isinstance(content, dict):
+        raise error(f"{path} holds no JSON object ({{...}}) but {shown(content)}: fetch it again")
+    return content
+
+
+def refuse_pipes(folder: Path, error: type[ValueError]) -> None:
+    """Raise `error` where something in a folder is neither file nor folder: opening a pipe may never end."""
+    for entry in sorted(folder.iterdir()):
+        if os.path.exists(entry) and not (os.path.isfile(entry) or os.path.isdir(entry)):
+            raise error(f"{entry} is a pipe or a device: a folder of a model or a tokenizer holds files")
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with the home folder for a ~ at its start, where that is known."""
+    return Path(os.path.expanduser(path))
+
+
 def is_gguf(path: Path) -> bool:
     """Whether there is a GGUF file of that name."""
-    return path.suffix.lower() == GGUF and path.is_file()
+    return path.suffix.lower() == GGUF and os.path.isfile(path)
 
 
 def sha256_file(path: Path) -> str:
@@ -98,8 +134,18 @@ def sha256_file(path: Path) -> str:
 
 
 def cache_folder(cache_dir: str | Path | None) -> Path:
-    """Where the package keeps what it made: `cache_dir`, else LSCOLLAPSE_CACHE, else ~/.cache/lscollapse."""
-    return Path(cache_dir or os.environ.get("LSCOLLAPSE_CACHE") or Path.home() / ".cache" / "lscollapse").expanduser()
+    """Where the package keeps what it made: `cache_dir`, else LSCOLLAPSE_CACHE, else ~/.cache/lscollapse.
+
+    Raises:
+        ValueError: none is named and there is no home folder.
+    """
+    folder = expanded(cache_dir or os.environ.get("LSCOLLAPSE_CACHE") or "~/.cache/lscollapse")
+    if str(folder).startswith("~"):
+        raise ValueError(
+            f"no home folder is known for {shown(str(folder))} (is HOME set?): name a folder to keep things in, by"
+            " LSCOLLAPSE_CACHE or --set cache_dir=FOLDER"
+        )
+    return folder
 
 
 def changes(old: Any, new: Any, where: str = "") -> list[str]:

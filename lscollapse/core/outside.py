@@ -7,6 +7,7 @@ where in it, what came, what is allowed, how to mend it.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -15,13 +16,15 @@ from pydantic import BaseModel, ValidationError
 LONGEST = 400  # characters of a message
 LARGEST = 2**26  # bytes of a file of JSON, YAML or text that describes something; a tokenizer has up to 2^25
 DEEPEST = 64  # values inside values
+_UNWRITTEN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters and halves of characters
 
 Checked = TypeVar("Checked", bound=BaseModel)
 
 
 def shown(value: object, limit: int = 80) -> str:
     """A value as a message repeats it: on one line, of `limit` characters at most, control characters and lone surrogates escaped."""
-    text = value if isinstance(value, str) else repr(_cut(value))
+    cut = value if isinstance(value, str) else _cut(value)
+    text = cut if isinstance(cut, str) else repr(cut)
     return _shortened("".join(map(_plain, text[: 2 * limit])), limit)
 
 
@@ -29,6 +32,17 @@ def one_line(message: str) -> str:
     """A message as it may be printed: one line of LONGEST characters at most, without a character that a terminal obeys."""
     text = " ".join(message[: 8 * LONGEST].split())
     return _shortened("".join(map(_plain, text)), LONGEST)
+
+
+def plain(text: str) -> str:
+    """A text whole, without a character that a terminal obeys."""
+    return "".join(map(_plain, text))
+
+
+def unwritten(text: str) -> str:
+    """The first control character or lone surrogate of a text, which belongs into no name; "" where it has none."""
+    found = _UNWRITTEN.search(text)
+    return found[0] if found else ""
 
 
 def _cut(value: object) -> object:
@@ -85,7 +99,7 @@ def refuse_odd(value: Any, where: str, error: type[ValueError]) -> None:
             if isinstance(one, dict):
                 below.update((id(v), v) for v in [*one.keys(), *one.values()])
             elif isinstance(one, list):
-                below.update((id(v), v) for v in one)
+                below.update((id(v), v) for v in one if isinstance(v, dict | list | str))
             elif isinstance(one, str):
                 refuse_half_characters(one, where, error)
         level = list(below.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lscollapse.core import assets
-from lscollapse.core.files import GGUF, is_gguf
+from lscollapse.core.files import GGUF, expanded, is_gguf
+from lscollapse.core.outside import plain, shown
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
 class ModelNameError(ValueError):
@@ -105,25 +107,25 @@ def resolve(name_or_path: str | Path) -> Entry:
     name = ALIASES.get(str(name_or_path), str(name_or_path))
     if name in ENTRIES:
         return ENTRIES[name]
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return Entry(name=path.resolve().name, architecture="", source="folder", location=str(path))
+    path, said = expanded(name), shown(name, 200)
+    if os.path.isdir(path):
+        return Entry(name=plain(path.resolve().name), architecture="", source="folder", location=str(path))
     if is_gguf(path):
-        return Entry(name=path.stem, architecture="", source="file", location=str(path))
-    if path.is_file():
+        return Entry(name=plain(path.stem), architecture="", source="file", location=str(path))
+    if os.path.exists(path):
         raise ModelNameError(
-            f"{name} is a file: give the folder that holds config.json and the weights, or a {GGUF} file"
+            f"{said} is {'a file' if path.is_file() else 'a pipe or a device'}: give the folder that holds config.json and the weights, or a {GGUF} file"
         )
     if path.suffix == GGUF:
-        raise ModelNameError(f"there is no file {name}")
+        raise ModelNameError(f"there is no file {said}")
     if isinstance(name_or_path, str) and "/" in name:
         return Entry(name=name, architecture="", source="hub", location=hub_id(name), revision="main")
     if "/" in name or "\\" in name:
-        raise ModelNameError(f"no folder {name}, and it is not a hub id of the form owner/name")
-    near = difflib.get_close_matches(name, ENTRIES, n=1)
+        raise ModelNameError(f"no folder {said}, and it is not a hub id of the form owner/name")
+    near = difflib.get_close_matches(name[:80], ENTRIES, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     raise ModelNameError(
-        f"unknown model {name!r}{hint}: known are {', '.join(ENTRIES)}; or a folder, a {GGUF} file, or a hub id owner/name"
+        f"unknown model {said!r}{hint}: known are {', '.join(ENTRIES)}; or a folder, a {GGUF} file, or a hub id owner/name"
     )
 
 
@@ -136,7 +138,7 @@ def hub_id(name: str) -> str:
     """
     parent, _, last = name.rpartition("/")
     if not _HUB_ID.fullmatch(name):
-        raise ModelNameError(f"no folder {name}, and it is not a hub id of the form owner/name")
+        raise ModelNameError(f"no folder {shown(name, 200)}, and it is not a hub id of the form owner/name")
     if Path(parent).is_dir():
         near = difflib.get_close_matches(last, [path.name for path in Path(parent).iterdir() if path.is_dir()], n=1)
         hint = f" (did you mean {parent}/{near[0]}?)" if near else ""

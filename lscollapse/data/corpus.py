@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from lscollapse.core.config import WikipediaSection
-from lscollapse.core.files import write_text
+from lscollapse.core.files import refuse_no_file, write_text
+from lscollapse.core.outside import checked, shown
 from lscollapse.data import smiles, texts, tokenizers, wikipedia
 from lscollapse.data.texts import CorpusError, Text
 from lscollapse.data.tokenizers import Tokenizer
@@ -20,6 +24,7 @@ SMILES_SOURCE = "generated reaction SMILES"
 SOURCES = ("packaged", "wikipedia", "datasets", "smiles")
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 UNKNOWN_REFUSED, UNKNOWN_SAID = 0.20, 0.02  # shares of unknown ids over which excerpts are refused, or it is said
+TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 REACTIONS_PER_EXCERPT = 20  # how many reactions are generated at most for each excerpt asked for
 
 
@@ -96,6 +101,46 @@ class Corpus:
         return said
 
 
+class FrozenLine(BaseModel):
+    """One line of a frozen file: an excerpt, and what the tokenizer's special ids are."""
+
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+
+    title: str
+    ids: list[TokenId] = Field(min_length=1)
+    text_sha256: str
+    tokenizer: str = Field(min_length=1)
+    source: str = Field(min_length=1)
+    url: str | None = None
+    revision: str | None = None
+    licence: str | None = None
+    retrieved: str | None = None
+    page_id: str | None = None
+    n_tokens: int | None = None
+    unknown_id: TokenId | None = None
+    mask_id: TokenId | None = None
+
+    @property
+    def excerpt(self) -> Excerpt:
+        own = self.model_dump(exclude={"ids", "n_tokens", "unknown_id", "mask_id"}, exclude_none=True)
+        return Excerpt(ids=tuple(self.ids), **own)
+
+
+def frozen_line(row: dict[str, object], where: str) -> FrozenLine:
+    """One line of a frozen file.
+
+    Raises:
+        CorpusError: an entry is missing, of another type, or no token number; `where` names the line.
+    """
+    line = checked(FrozenLine, row, CorpusError, where)
+    if line.n_tokens not in (None, len(line.ids)):
+        raise CorpusError(f"{where}: n_tokens is {line.n_tokens}, and there are {len(line.ids)} ids: freeze it again")
+    for name, text in line.model_dump(exclude={"ids"}).items():
+        if isinstance(text, str):
+            texts.refuse_unwritten(name, text, where)
+    return line
+
+
 def draw_excerpts(
     source: str = "packaged",
     n_excerpts: int = 32,
@@ -133,7 +178,7 @@ def draw_excerpts(
             corpus = _take(articles, n_excerpts, n_tokens, tokenizer, articles.source, articles.counts)
         return replace(corpus, titles=tuple(articles.titles))
     if path is not None:
-        reader = {".txt": texts.plain_file, ".jsonl": texts.jsonl_file, ".parquet": texts.parquet_stream}[path.suffix]
+        reader = {".txt": texts.plain_file, ".jsonl": texts.jsonl_file, ".parquet": texts.parquet_file}[path.suffix]
         stream, name = reader(path, seed), path.name
     elif source == "packaged":
         stream, name = texts.packaged(seed), PACKAGED_SOURCE
@@ -202,9 +247,10 @@ def _file(source: str) -> Path:
     path = Path(source)
     if path.suffix not in SUFFIXES:
         allowed = f"{', '.join(SOURCES)}, or a file ending in {', '.join(SUFFIXES)}"
-        raise CorpusError(f"unknown source {source!r}: give one of {allowed}")
-    if not path.is_file():
-        raise CorpusError(f"the source file {source!r} does not exist")
+        raise CorpusError(f"unknown source '{shown(source)}': give one of {allowed}")
+    if not os.path.lexists(path):
+        raise CorpusError(f"the source file '{shown(source, 200)}' does not exist")
+    refuse_no_file(path, CorpusError)
     return path
 
 
@@ -215,21 +261,21 @@ def is_frozen(source: str) -> bool:
         CorpusError: a .jsonl file that cannot be read.
     """
     path = Path(source)
-    if source in SOURCES or path.suffix != ".jsonl" or not path.is_file():
+    if source in SOURCES or path.suffix != ".jsonl" or not os.path.isfile(path):
         return False
     return "ids" in next((row for _, row in texts.json_lines(path)), {})
 
 
 def _thaw(path: Path, n_excerpts: int, n_tokens: int, tokenizer: Tokenizer | None) -> Corpus:
     """The first excerpts of a frozen file, cut to `n_tokens`."""
-    rows = list(texts.json_lines(path))
-    held = [_excerpt(row, f"{path}, line {number}") for number, row in rows]
+    rows = [frozen_line(row, f"{path}, line {number}") for number, row in texts.json_lines(path)]
+    held = [row.excerpt for row in rows]
     names = sorted({excerpt.tokenizer for excerpt in held})
     if len(names) > 1:
-        raise CorpusError(f"{path} mixes the tokenizers {names}: freeze a corpus with one of them")
+        raise CorpusError(f"{path} mixes the tokenizers {shown(names, 200)}: freeze a corpus with one of them")
     if tokenizer and tokenizer.name != names[0]:
         raise CorpusError(
-            f"{path} was frozen with the tokenizer {names[0]!r}, {tokenizer.name!r} was asked:"
+            f"{path} was frozen with the tokenizer '{shown(names[0])}', {tokenizer.name!r} was asked:"
             " leave the tokenizer out, or freeze the texts again"
         )
     shortest = min(len(excerpt.ids) for excerpt in held)
@@ -241,25 +287,14 @@ def _thaw(path: Path, n_excerpts: int, n_tokens: int, tokenizer: Tokenizer | Non
     if tokenizer is None and names[0] in packaged:
         tokenizer = packaged[names[0]]()
     at_hand = (tokenizer.unknown, tokenizer.mask) if tokenizer else (None, None)
-    said = (_special(rows, path, name) for name in ("unknown_id", "mask_id"))
+    said = (_said(rows, path, name) for name in ("unknown_id", "mask_id"))
     unknown, mask = (there if there is not None else own for there, own in zip(said, at_hand, strict=True))
     return Corpus(cut, 0, cut[0].source, unknown=unknown, mask=mask)
 
 
-def _special(rows: list[tuple[int, dict[str, Any]]], path: Path, name: str) -> int | None:
+def _said(rows: list[FrozenLine], path: Path, name: str) -> int | None:
     """The id that every line of a frozen file says under `name`; None where none does."""
-    said = {row[name] for _, row in rows if row.get(name) is not None}
-    if len(said) > 1 or not all(type(number) is int and number >= 0 for number in said):
+    said = {number for row in rows if (number := getattr(row, name)) is not None}
+    if len(said) > 1:
         raise CorpusError(f'{path}: "{name}" must be one token number, the same in every line')
     return said.pop() if said else None
-
-
-def _excerpt(row: dict[str, Any], where: str) -> Excerpt:
-    """One line of a frozen file."""
-    ids = row.get("ids")
-    if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
-        raise CorpusError(f'{where}: "ids" must be a list of token numbers')
-    known = {item.name: str(row[item.name]) for item in fields(Excerpt) if row.get(item.name) is not None}
-    if missing := [name for name in ("title", "text_sha256", "tokenizer", "source") if name not in known]:
-        raise CorpusError(f"{where}: a frozen excerpt needs {missing[0]!r}")
-    return Excerpt(**{**known, "ids": tuple(ids)})  # type: ignore[arg-type]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +20,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lscollapse.core.files import first_line
+from lscollapse.core.files import expanded, first_line, refuse_no_file
+from lscollapse.core.outside import shown
 from lscollapse.core.table import PIXELS
 from lscollapse.data.corpus import Corpus, Excerpt
 from lscollapse.data.examples import Split
@@ -33,6 +36,8 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 COLOUR = {"levels": 256, "channels": 3}
 # Of CIFAR-10's training and test images: what the paper's counts leave room for.
 TAKEN = {50_000: 40_000, 10_000: 7_850}
+LABELS = 2**16  # classes at most
+PIXELS_READ = 2**20  # of a picture of a data set: each is an id, and a model reads them all
 VALIDATION = 0.12  # of the training images taken: 4,800 of 40,000
 
 
@@ -78,9 +83,11 @@ def read_images(source: str, split: str) -> Images:
         return digits(split)
     if source == "cifar10":
         return _from_rows(_hub_rows(split), f"CIFAR-10 ({CIFAR10})")
-    path = Path(source).expanduser()
-    if not path.is_dir():
-        raise CorpusError(f"no images {source!r}: give digits, cifar10, or a folder of Parquet files or pictures")
+    path = expanded(source)
+    if not os.path.isdir(path):
+        raise CorpusError(
+            f"no images '{shown(source, 200)}': give digits, cifar10, or a folder of Parquet files or pictures"
+        )
     if any(path.rglob("*.parquet")):
         return _from_rows(_parquet_rows(path, split), path.resolve().name)
     return _from_rows(_pictures(path, split), path.resolve().name)
@@ -110,9 +117,7 @@ def part_in_grey(images: Images, split: Split, seed: int = 0) -> Images:
     order = np.random.default_rng(0 if test else seed).permutation(n_images)[: TAKEN.get(n_images, n_images)]
     held = round(VALIDATION * len(order))
     if not held and not test:
-        raise CorpusError(
-            f"{images.source} has {n_images} training images: too few to hold out {VALIDATION:.0%} of them"
-        )
+        raise CorpusError(f"{images.source} has {n_images} training images: too few to hold out {VALIDATION:.0%} of")
     chosen = np.sort({"train": order[held:], "validation": order[:held], "test": order}[split])
     ids = np.stack([luma(images.ids[i]) if images.channels == 3 else images.ids[i] for i in chosen]).astype(np.uint8)
     names = tuple(images.names[i] for i in chosen)
@@ -226,11 +231,15 @@ def _parquet_rows(folder: Path, split: str) -> Iterator[tuple[np.ndarray, int, s
     files = sorted(map(str, folder.rglob(f"{split}*.parquet")))
     if not files:
         raise CorpusError(f"no {split}*.parquet in {folder}")
+    for file in files:
+        refuse_no_file(Path(file), CorpusError)
     try:
         rows = datasets.load_dataset("parquet", data_files={split: files}, split=split, streaming=True)
         yield from _decoded(rows, split)
-    except (OSError, ValueError) as error:
-        raise error if isinstance(error, CorpusError) else CorpusError(f"{folder}: {first_line(error)}") from error
+    except CorpusError:
+        raise
+    except Exception as error:  # whatever a damaged file makes the readers of Parquet and of pictures raise
+        raise CorpusError(f"{folder} cannot be read: {shown(first_line(error), 200)}") from error
 
 
 def _decoded(rows: Any, split: str) -> Iterator[tuple[np.ndarray, int, str]]:
@@ -239,9 +248,17 @@ def _decoded(rows: Any, split: str) -> Iterator[tuple[np.ndarray, int, str]]:
     columns = rows.column_names or []
     image = next((name for name in ("img", "image") if name in columns), None)
     if image is None or "label" not in columns:
-        raise CorpusError(f"the Parquet files have the columns {columns}: needed are img (or image) and label")
+        raise CorpusError(
+            f"the Parquet files have the columns {shown(columns, 200)}: needed are img (or image) and label"
+        )
     for number, row in enumerate(rows.cast_column(image, datasets.Image())):
-        yield pixel_ids(row[image]), int(row["label"]), f"{split} {number}"
+        label, picture = row["label"], row[image]
+        if type(label) is not int or not 0 <= label < LABELS:
+            raise CorpusError(f"row {number + 1} of {split} has the label {shown(label)}: 0 to {LABELS - 1:,} are read")
+        if picture is None or picture.width * picture.height > PIXELS_READ:
+            size = "no picture" if picture is None else f"a picture of {picture.width} x {picture.height} pixels"
+            raise CorpusError(f"row {number + 1} of {split} has {size}: up to {PIXELS_READ:,} pixels are read")
+        yield pixel_ids(picture), label, f"{split} {number}"
 
 
 def _pictures(folder: Path, split: str) -> Iterator[tuple[np.ndarray, int, str]]:
@@ -270,8 +287,13 @@ def open_picture(file: Path) -> Image.Image:
     Raises:
         CorpusError: it cannot be read.
     """
+    refuse_no_file(file, CorpusError)
     try:
-        with Image.open(file) as picture:
-            return picture.convert("RGB")
-    except OSError as error:
-        raise CorpusError(f"{file} is not a readable picture: {first_line(error)}") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "error", Image.DecompressionBombWarning
+            )  # a small file of more pixels than memory holds
+            with Image.open(file) as picture:
+                return picture.convert("RGB")
+    except Exception as error:  # whatever a damaged file makes one of the many readers raise
+        raise CorpusError(f"{file} is not a readable picture: {shown(first_line(error), 200)}") from error

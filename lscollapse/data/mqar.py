@@ -29,9 +29,9 @@ class MqarConfig(Section):
             may then equal a key.
     """
 
-    seq_len: int = 512
+    seq_len: int = Field(default=512, le=2**20)
     pairs: int = 64
-    vocab_size: int = 8192
+    vocab_size: int = Field(default=8192, le=2**24)
     power_a: float = Field(default=0.01, gt=0, le=1)
     random_fillers: bool = False
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from lscollapse.core.files import expanded
+from lscollapse.core.outside import shown
 from lscollapse.data import images
 from lscollapse.data.corpus import SOURCES, Corpus
 from lscollapse.data.texts import CorpusError
@@ -28,7 +31,7 @@ def picture_excerpts(source: str, size: tuple[int, int], n_pictures: int, seed: 
     if source == "digits" or source in SOURCES:
         name, names, open_picture = _digits()
     else:
-        name, names, open_picture = _folder(Path(source).expanduser())
+        name, names, open_picture = _folder(expanded(source))
     if n_pictures > len(names):
         raise CorpusError(f"{name} has {len(names)} pictures, {n_pictures} were asked: lower --excerpts")
 
@@ -50,7 +53,7 @@ def _digits() -> Opened:
 
 
 def _folder(folder: Path) -> Opened:
-    if not folder.is_dir():
-        raise CorpusError(f"no pictures {str(folder)!r}: give digits, or a folder of pictures")
+    if not os.path.isdir(folder):
+        raise CorpusError(f"no pictures '{shown(str(folder), 200)}': give digits, or a folder of pictures")
     names = sorted(map(str, images.pictures_in(folder)))
     return folder.resolve().name, names, lambda i: images.open_picture(folder / names[i])

@@ -9,17 +9,24 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
 from lscollapse.core import assets
 from lscollapse.core.config import CC_BY_SA
-from lscollapse.core.files import first_line, read_text
+from lscollapse.core.files import first_line, read_text, refuse_no_file
+from lscollapse.core.outside import parse_json, refuse_half_characters, shown, unwritten
 
+T = TypeVar("T")
 DUMP = "20231101"  # the dump of wikimedia/wikipedia that is streamed
 DUMP_LICENCE = "CC BY-SA 3.0, GFDL"  # as the data set's card states it
 WINDOW = 1000  # rows of a stream that are put into the order of the seed at a time
+LARGEST_TEXTS = 2**28  # bytes of a file of texts, which is read whole
+LONGEST_TEXT = 2**23  # characters of one text, of which a few hundred are measured: more than any novel has
+LONGEST_TITLE = 255  # bytes of a MediaWiki title
+SPACES = str.maketrans("\n\r\t", "   ")
+FACTS = ("title", "url", "revision", "licence", "retrieved", "page_id")  # what may be said of a text
 
 
 class CorpusError(ValueError):
@@ -62,8 +69,11 @@ def packaged(seed: int) -> Iterator[Text]:
 
 def plain_file(path: Path, seed: int) -> Iterator[Text]:
     """Texts of a .txt file, separated by blank lines, drawn by `seed`; titled by file name and place in the file."""
-    blocks = [block.strip() for block in re.split(r"\n\s*\n", read_text(path, CorpusError)) if block.strip()]
+    text = read_text(path, CorpusError, LARGEST_TEXTS)
+    blocks = [block.strip() for block in re.split(r"\n\s*\n", text) if block.strip()]
     titles = {f"{path.stem} {number}": block for number, block in enumerate(blocks, 1)}
+    for number, block in enumerate(blocks, 1):
+        _refuse_long(block, f"{path}, text {number}")
     return (Text(title, titles[title]) for title in sampling_order(titles, seed))
 
 
@@ -73,26 +83,69 @@ def jsonl_file(path: Path, seed: int) -> Iterator[Text]:
     Raises:
         CorpusError: a line that is no JSON object or has no "text".
     """
-    texts = {}
-    for number, row in json_lines(path):
-        if not isinstance(row.get("text"), str):
-            raise CorpusError(f'{path}, line {number}: no "text" (a string) in it; its keys are {sorted(row)}')
-        texts[f"{number}"] = _from_row(row, title=f"{path.stem} {number}")
+    texts = {f"{number}": text_of(row, f"{path}, line {number}", f"{path.stem} {number}")
+             for number, row in json_lines(path)}  # fmt: skip
     return (texts[number] for number in sampling_order(texts, seed))
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number from 1, object) of every line of a .jsonl file that is not blank, each looked at when it is asked for."""
-    for number, line in enumerate(read_text(path, CorpusError).split("\n"), 1):
+    for number, line in enumerate(read_text(path, CorpusError, LARGEST_TEXTS).split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise CorpusError(f"{path}, line {number}: not JSON ({error})") from error
+        row = parse_json(line, f"{path}, line {number}", CorpusError)
         if not isinstance(row, dict):
             raise CorpusError(f"{path}, line {number}: one JSON object a line is expected, not {type(row).__name__}")
         yield number, row
+
+
+def parquet_file(path: Path, seed: int) -> Iterator[Text]:
+    """Texts of a .parquet file with a column text, optionally id, url, title, ...; drawn by `seed` within each `WINDOW` rows.
+
+    Raises:
+        CorpusError: it cannot be read, has no rows or no texts.
+    """
+    refuse_no_file(path, CorpusError)
+    try:
+        yield from _in_parquet(path, seed)
+    except CorpusError:
+        raise
+    except Exception as error:  # whatever a damaged file makes the reader raise
+        raise CorpusError(f"{path} cannot be read as Parquet: {shown(first_line(error), 200)}") from error
+
+
+def _in_parquet(path: Path, seed: int) -> Iterator[Text]:
+    from pyarrow import parquet  # not above: a run of other texts does without it
+
+    file: Any = parquet.ParquetFile(path)
+    there = list(file.schema_arrow.names)
+    if "text" not in there:
+        raise CorpusError(f'{path}: no column "text" of strings; its columns are {shown(there, 200)}')
+    if not file.metadata.num_rows:
+        raise CorpusError(f"{path} holds no rows: give a file with texts")
+    columns = [name for name in ("text", "id", *FACTS) if name in there]
+    rows = (row for batch in file.iter_batches(WINDOW, columns=columns) for row in batch.to_pylist())
+    for number, row in _in_windows(enumerate(rows, 1), seed):
+        yield text_of(row, f"{path}, row {number}", "" if row.get("id") is None else str(row["id"]))
+
+
+def read_titles(path: Path) -> list[str]:
+    """Titles of articles, one a line; blank lines are passed over.
+
+    Raises:
+        CorpusError: the file cannot be read, names nothing, or has a line that is no title.
+    """
+    titles = []
+    for number, line in enumerate(read_text(path, CorpusError).split("\n"), 1):
+        title = line.strip()
+        if unwritten(title) or len(title.encode()) > LONGEST_TITLE:
+            raise CorpusError(
+                f"{path}, line {number}: {shown(title)} is no title: up to {LONGEST_TITLE} bytes of printable characters"
+            )
+        titles += [title] if title else []
+    if not titles:
+        raise CorpusError(f"{path} names no article: give one title a line")
+    return titles
 
 
 def parquet_stream(path: Path | None, seed: int, language: str = "en") -> Iterator[Text]:
@@ -126,14 +179,49 @@ def parquet_stream(path: Path | None, seed: int, language: str = "en") -> Iterat
         raise CorpusError(f"{name} cannot be read: {first_line(error)}") from error
 
 
-def _in_windows(rows: Iterator[dict[str, Any]], seed: int) -> Iterator[dict[str, Any]]:
+def _in_windows(rows: Iterator[T], seed: int) -> Iterator[T]:
     while window := {str(number): row for number, row in enumerate(islice(rows, WINDOW))}:
         yield from (window[number] for number in sampling_order(window, seed))
 
 
 def _from_row(row: dict[str, Any], **defaults: str) -> Text:
     """A row of a file as a Text; null counts as absent."""
-    names = ("title", "url", "revision", "licence", "retrieved", "page_id")
-    page = {"page_id": row.get("id", "")}
-    known = {**defaults, **{name: row[name] for name in names if row.get(name) is not None}}
+    page = {"page_id": "" if row.get("id") is None else row["id"]}
+    known = {**defaults, **{name: row[name] for name in FACTS if row.get(name) is not None}}
     return Text(text=row["text"], **{name: str(value) for name, value in {**page, **known}.items()})
+
+
+def text_of(row: dict[str, Any], where: str, title: str) -> Text:
+    """A row of a file as a Text, titled `title` where it says nothing of it.
+
+    Raises:
+        CorpusError: its text is none, or what it says of it is neither text nor number; `where` names the row.
+    """
+    text = row.get("text")
+    if not isinstance(text, str):
+        what = f"it is {'null' if text is None else shown(text)}" if "text" in row else (
+            f"its keys are {shown(sorted(row), 200)}"
+        )  # fmt: skip
+        raise CorpusError(f'{where}: no "text" (a string) in it; {what}')
+    _refuse_long(text, where)
+    refuse_half_characters(text, where, CorpusError)
+    for name in ("id", *FACTS):
+        fact = row.get(name)
+        if isinstance(fact, str):
+            refuse_unwritten(name, fact, where)
+        if isinstance(fact, list | dict | bytes):
+            raise CorpusError(f'{where}: "{name}" is a {type(fact).__name__}: text is expected')
+    return _from_row(row, title=title)
+
+
+def refuse_unwritten(name: str, fact: str, where: str) -> None:
+    """Raise a CorpusError where what is said of a text, and goes into tables and pages, holds more control than a new line."""
+    if found := unwritten(fact.translate(SPACES)):
+        raise CorpusError(f'{where}: "{name}" holds {shown(found)}, which is no character that can be printed')
+
+
+def _refuse_long(text: str, where: str) -> None:
+    if len(text) > LONGEST_TEXT:
+        raise CorpusError(
+            f"{where}: a text of {len(text):,} characters, at most {LONGEST_TEXT:,} are read: cut it into several"
+        )

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lscollapse.core import assets, hub, registry
-from lscollapse.core.files import first_line, is_gguf
+from lscollapse.core.files import expanded, first_line, is_gguf, read_mapping, refuse_pipes
+from lscollapse.core.outside import plain, shown
 from lscollapse.data.smiles import tokens
 from lscollapse.data.texts import CorpusError
 
 BERT_NAME, SMILES_NAME = "bert-base-uncased", "rxnmapper-smiles"  # of the packaged tokenizers
 ANOTHER = "name another with --tokenizer"
+LARGEST = 2**26  # bytes of a file of a tokenizer
+# What is said of a tokenizer beside its entries, and a model's config, in which transformers looks for the kind.
+DESCRIBING = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
 
 
 @dataclass(frozen=True)
@@ -56,21 +62,37 @@ def named(spec: str, native: str | None = None, *, cache_dir: Path | None = None
 
 
 def _loaded(spec: str, cache_dir: Path | None, offline: bool) -> Tokenizer:
-    local = Path(spec).exists()
-    try:
+    path = expanded(spec)
+    local = os.path.exists(path)
+    with _explained(f"tokenizer '{shown(spec)}' cannot be loaded"):
         if not local and "@" not in spec:
             registry.hub_id(spec)
-        place = Path(spec) if local else _files(spec, cache_dir, offline)
+        place = path if local else _files(spec, cache_dir, offline)
         inner = _read(place)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise CorpusError(f"tokenizer {spec!r} cannot be loaded: {first_line(error)}") from error
-    name = f"{spec.partition('@')[0]}@{place.name}"
-    if local:  # a path says nothing on another machine, its vocabulary does
-        vocabulary = json.dumps(sorted(inner.get_vocab().items()))
-        name = f"{place.resolve().name}:{hashlib.sha256(vocabulary.encode()).hexdigest()[:12]}"
+        name = f"{spec.partition('@')[0]}@{place.name}"
+        if local:  # a path says nothing on another machine, its vocabulary does
+            vocabulary = json.dumps(sorted(inner.get_vocab().items()))
+            name = f"{plain(place.resolve().name)}:{hashlib.sha256(vocabulary.encode()).hexdigest()[:12]}"
+        size, mask, unknown = len(inner), inner.mask_token_id, inner.unk_token_id
     options = {"add_special_tokens": False, "truncation": False, "padding": False, "verbose": False}
-    encode = lambda batch: inner(batch, **options)["input_ids"]  # noqa: E731
-    return Tokenizer(name, len(inner), encode, inner.mask_token_id, inner.unk_token_id)
+
+    def encode(batch: list[str]) -> list[list[int]]:
+        with _explained(f"tokenizer '{shown(spec)}' cannot cut this text"):
+            ids: list[list[int]] = inner(batch, **options)["input_ids"]
+            return ids
+
+    return Tokenizer(name, size, encode, mask, unknown)
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Where a tokenizer fails in the block, a CorpusError that says `what` happened, and why."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:  # whatever a damaged file makes the library raise, which has a kind beside Exception
+        raise CorpusError(f"{what}: {shown(first_line(error), 320)}") from error
 
 
 def _read(place: Path) -> Any:
@@ -86,8 +108,15 @@ def _read(place: Path) -> Any:
             return PreTrainedTokenizerFast.from_pretrained(place.parent, gguf_file=place.name, local_files_only=True)
         except Exception as error:  # of tokenizers too, which raises no other kind
             raise ValueError(f"the file has none that can be read ({first_line(error)}); {ANOTHER}") from error
-    if not any((place / name).is_file() for name in hub.TOKENIZER_FILES):
+    if not any(os.path.isfile(place / name) for name in hub.TOKENIZER_FILES):
         raise ValueError(f"it has no files of one; {ANOTHER}")
+    refuse_pipes(place, CorpusError)
+    for name in hub.TOKENIZER_FILES:
+        if os.path.isfile(place / name) and (size := (place / name).stat().st_size) > LARGEST:
+            raise ValueError(f"{name} is {size:,} bytes, at most {LARGEST:,} are read; {ANOTHER}")
+    for name in DESCRIBING:
+        if os.path.lexists(place / name):
+            read_mapping(place / name, CorpusError)
     return AutoTokenizer.from_pretrained(place, trust_remote_code=False, local_files_only=True)
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 from io import StringIO
 from pathlib import Path
 
 import pandas as pd
+from pydantic import BaseModel, Field, FiniteFloat
 
 from lscollapse.core import registry
 from lscollapse.core.config import ConfigError, Experiment
 from lscollapse.core.files import read_text
+from lscollapse.core.outside import checked
 from lscollapse.core.progress import SILENT, Progress
+from lscollapse.core.yaml_text import LARGEST_YAML
 from lscollapse.instrument.identity import LayerDifference, differences
 from lscollapse.instrument.surgery import Variant, without_gate
 from lscollapse.models.adapters.adapter import Adapter
@@ -107,15 +111,35 @@ def _needs_gate(adapter: Adapter) -> None:
         raise ConfigError(f"{without_gate(adapter)}: choose a Mamba-2 or Mamba model with --model")
 
 
+class LayerLambda(BaseModel):
+    """A line of a file of lambdas."""
+
+    layer: int = Field(ge=1, le=1000)
+    lam: FiniteFloat
+
+
 def read_lambdas(file: Path, n_layers: int) -> tuple[float, ...]:
-    """Per-layer lambdas from a CSV with columns layer,lam and one line for each layer 1..K."""
+    """Per-layer lambdas from a CSV with columns layer,lam and one line for each layer 1..K.
+
+    Raises:
+        ConfigError: one line, with the number of the line that is wrong.
+    """
     try:
-        table = pd.read_csv(StringIO(read_text(file, ConfigError))).sort_values("layer")
-        layers, lams = table["layer"].tolist(), table["lam"].astype(float).tolist()
-    except ConfigError:
-        raise
-    except (KeyError, ValueError) as error:
-        raise ConfigError(f"{file} is not a CSV with the columns layer,lam ({' '.join(str(error).split())})") from None
+        lines = csv.DictReader(StringIO(read_text(file, ConfigError, LARGEST_YAML)), strict=True)
+        if missing := {"layer", "lam"}.difference(lines.fieldnames or ()):
+            raise ConfigError(
+                f"{file} is not a CSV with the columns layer,lam: it has no {' and no '.join(sorted(missing))}"
+            )
+        found = [checked(LayerLambda, row, ConfigError, f"{file}, line {lines.line_num}") for row in lines]
+    except csv.Error as error:
+        raise ConfigError(f"{file} is not a CSV with the columns layer,lam ({error})") from None
+    found.sort(key=lambda line: line.layer)
+    layers = [line.layer for line in found]
     if layers != list(range(1, n_layers + 1)):
-        raise ConfigError(f"{file} gives layers {layers[:3]}..., expected one line for each of 1..{n_layers}")
-    return tuple(lams)
+        odd = sorted(set(range(1, n_layers + 1)).symmetric_difference(layers)) or [
+            n for n in layers if layers.count(n) > 1
+        ]
+        raise ConfigError(
+            f"{file} gives {len(layers)} lambdas, expected one line for each layer of 1..{n_layers}: see layer {odd[0]}"
+        )
+    return tuple(line.lam for line in found)

@@ -5,6 +5,7 @@ Tokens, contacts, and of an address more than its host are never shown.
 
 from __future__ import annotations
 
+import os
 import resource
 from collections.abc import Iterator
 from importlib import util
@@ -14,7 +15,7 @@ import torch
 
 from lscollapse.core import allocation, assets, files, registry, run_folder
 from lscollapse.core.config import ConfigError, Experiment, WikipediaSection
-from lscollapse.data import corpus, wikipedia
+from lscollapse.data import corpus, texts, wikipedia
 from lscollapse.data.texts import CorpusError
 from lscollapse.models.kernels.backends import KernelError, Kernels, resolve_kernels
 from lscollapse.models.kernels.native_build import cpu_flags
@@ -147,12 +148,16 @@ def _source(config: Experiment) -> Iterator[Diagnosis]:
 
 def _file(name: str, file: Path) -> Diagnosis:
     """A file that a person gave; text is read, pictures and Parquet are left to their readers."""
-    if not file.exists():
+    if not os.path.lexists(file):
         instead = f", or a source of {', '.join(corpus.SOURCES)}" if name == "source" else ""
         return Diagnosis(name, f"no {file}", f"give a file{instead}")
     try:
-        if file.is_file() and file.suffix != ".parquet":
-            files.read_text(file, CorpusError)
+        if name == "titles":
+            texts.read_titles(file)
+        elif not (name == "source" and (os.path.isdir(file) or file.suffix == ".parquet")):
+            files.read_text(file, CorpusError, texts.LARGEST_TEXTS)
+        elif not os.path.isdir(file):
+            files.refuse_no_file(file, CorpusError)
     except CorpusError as error:
         return Diagnosis(name, "cannot be read", str(error))
     return Diagnosis(name, f"{file} is there")

@@ -7,13 +7,13 @@ from typing import Any
 
 from lscollapse.core import registry
 from lscollapse.core.config import Experiment
-from lscollapse.core.files import cache_folder, is_gguf, read_text
+from lscollapse.core.files import cache_folder, is_gguf
 from lscollapse.core.progress import Progress
 from lscollapse.data import tokenizers
 from lscollapse.data.corpus import SOURCES, Corpus, draw_excerpts, is_frozen
 from lscollapse.data.images import image_excerpts
 from lscollapse.data.pictures import picture_excerpts
-from lscollapse.data.texts import CorpusError
+from lscollapse.data.texts import CorpusError, read_titles
 from lscollapse.data.tokenizers import Tokenizer
 from lscollapse.models.adapters.adapter import Adapter
 from lscollapse.models.adapters.vit import VitAdapter
@@ -42,7 +42,7 @@ def excerpts_for(info: ModelInfo, adapter: Adapter, config: Experiment, progress
         CheckpointError: the model's embedding has rows of zeros for some of them.
     """
     corpus = _drawn(info, adapter, config, progress)
-    _check_ids(info, adapter, corpus)
+    _check_ids(info, adapter, corpus, config)
     for remark in corpus.remarks:
         progress.note(f"{info.name}: {remark}")
     return corpus
@@ -95,7 +95,7 @@ def _check_entries(info: ModelInfo, tokenizer: Tokenizer, vocabulary: int) -> st
     return f"{said}: is it the right one?" if tokenizer.vocab_size < ENTRIES_SAID * vocabulary else ""
 
 
-def _check_ids(info: ModelInfo, adapter: Adapter, corpus: Corpus) -> None:
+def _check_ids(info: ModelInfo, adapter: Adapter, corpus: Corpus, config: Experiment) -> None:
     """Raise where the model has no row, or a row of zeros, for an id of the excerpts.
 
     A row of zeros is a token that was never trained, or lost: it has no direction, and two of them are one and the same. The
@@ -107,9 +107,14 @@ def _check_ids(info: ModelInfo, adapter: Adapter, corpus: Corpus) -> None:
     ids = set().union(*(excerpt.ids for excerpt in corpus.excerpts))
     name = corpus.excerpts[0].tokenizer
     if max(ids) >= adapter.vocabulary:
+        mend = "tokenise with a tokenizer whose ids it has (--tokenizer)"
+        if config.tokenizer == "native":
+            mend = "these files of a tokenizer do not belong to these weights; name another with --tokenizer"
+        elif is_frozen(config.source):
+            mend = "freeze the texts again, with a tokenizer whose ids it has"
         raise CorpusError(
             f"the excerpts of {corpus.source} hold token id {max(ids)} of the tokenizer {name!r}, {info.name} has ids 0 to"
-            f" {adapter.vocabulary - 1}: tokenise with a tokenizer whose ids it has (--tokenizer)"
+            f" {adapter.vocabulary - 1}: {mend}"
         )
     if adapter.embedding is None:
         return
@@ -126,7 +131,7 @@ def _check_ids(info: ModelInfo, adapter: Adapter, corpus: Corpus) -> None:
 def load_corpus(config: Experiment, tokenizer: Tokenizer | None) -> Corpus:
     """The excerpts that `config` draws from its source."""
     wiki = config.wikipedia
-    titles = read_text(wiki.titles, CorpusError).split("\n") if wiki.titles else None
+    titles = read_titles(wiki.titles) if wiki.titles else None
     kept = wiki.cache_dir or cache_folder(config.cache_dir) / "wikipedia"
     settings = wiki.model_copy(update={"cache_dir": kept})
     return draw_excerpts(config.source, config.excerpts, config.tokens, config.seed, tokenizer, titles, settings)

@@ -56,7 +56,7 @@ def model_findings(config: Experiment) -> Iterator[Diagnosis]:
             where, mend = _stored(entry, config, fault, needs)
             fits = "" if mend and not entry.n_parameters else _fits(name, entry, config, offline, where in HERE)
             yield Diagnosis(name, "; ".join(filter(None, (where, fits))), mend)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             yield Diagnosis(name, "cannot be used", str(error).replace(constants.ENDPOINT, host))
     yield from _disk(needs)
 
@@ -65,7 +65,7 @@ def asked(url: str, query: dict[str, str], headers: dict[str, str]) -> str:
     """Nothing where an HTTP server answers without complaint, else what happened."""
     try:
         answer = httpx.get(url, params=query, headers=headers, timeout=TIMEOUT, follow_redirects=True)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         return f"does not answer ({type(error).__name__})"
     return f"answers HTTP {answer.status_code}" if answer.status_code >= 500 else ""
 

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -22,13 +22,14 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from lscollapse.core.config import Section
+from lscollapse.core.config import Count, Section, Seed
 from lscollapse.core.files import atomic, changes, write_json, write_text
 from lscollapse.core.progress import SILENT, Progress
 from lscollapse.data.examples import Data, Examples
 
 STATE, LOG, RECORD = "state.pt", "log.csv", "diverged.json"
 EVALUATED_AT_ONCE = 256  # examples
+Beta = Annotated[float, Field(ge=0, lt=1)]
 HEADER = "step,seconds,train_loss,held_out_loss,held_out_accuracy"
 
 
@@ -54,16 +55,16 @@ class Optimisation(Section):
         save_every, save_seconds: the state is written after so many steps, or seconds, and at the end.
     """
 
-    batch: int = Field(default=64, ge=1)
-    weight_decay: float = 0.1
-    warmup: float = 0.1
+    batch: Count = 64
+    weight_decay: float = Field(default=0.1, ge=0)
+    warmup: float = Field(default=0.1, ge=0, le=1)
     schedule: Literal["cosine", "constant"] = "cosine"
-    clip: float = 1.0
-    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float = Field(default=1.0, gt=0)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     loss: Literal["cross_entropy", "paper_code"] = "cross_entropy"
-    evaluate_every: int | None = Field(default=None, ge=1)
-    save_every: int = Field(default=1000, ge=1)
-    save_seconds: float = 60.0
+    evaluate_every: Count | None = None
+    save_every: Count = 1000
+    save_seconds: float = Field(default=60.0, ge=0)
 
 
 class Settings(Optimisation):
@@ -74,9 +75,9 @@ class Settings(Optimisation):
         lr: the highest learning rate; parameter groups may set a lower one (`highest_lr`).
     """
 
-    steps: int
-    lr: float = 1e-3
-    seed: int = 0
+    steps: Count
+    lr: float = Field(default=1e-3, gt=0)
+    seed: Seed = 0
 
 
 @dataclass

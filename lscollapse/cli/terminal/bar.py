@@ -7,6 +7,8 @@ import sys
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from lscollapse.core.outside import plain
+
 
 class Bar:
     """A core.progress.Progress on the terminal; off a terminal it prints notes only. `what` is done meanwhile."""
@@ -26,7 +28,7 @@ class Bar:
         self.progress.stop()
 
     def note(self, message: str) -> None:
-        self.console.print(message, markup=False, highlight=False)
+        self.console.print(plain(message), markup=False, highlight=False)
 
     def start(self, total: float) -> None:
         self.task = self.progress.add_task("", total=total)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from lscollapse.cli.terminal.printing import plain_console, plain_table
+from lscollapse.core.outside import plain
 from lscollapse.reports.claims.sentences import footnotes
 from lscollapse.reports.verdict import VERDICTS
 
@@ -114,10 +115,10 @@ def show_checks(checks: Sequence[Diagnosis]) -> None:
     width = max(len(check.name) for check in checks)
     for check in checks:
         state = "no" if check.mend else "ok" if check.good else "--"
-        line = f"{state}  {check.name.ljust(width)}  {check.found}"
+        line = plain(f"{state}  {check.name.ljust(width)}  {check.found}")
         console.print(line, style="bold" if check.mend else "", markup=False)
         if check.mend:
-            console.print(f"    {'':{width}}  mend: {check.mend}", markup=False)
+            console.print(plain(f"    {'':{width}}  mend: {check.mend}"), markup=False)
     bad = sum(bool(check.mend) for check in checks)
     verdict = f"this configuration cannot run: {bad} to mend" if bad else "this configuration can run"
     console.print(verdict, style="bold")

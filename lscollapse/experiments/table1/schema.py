@@ -2,35 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from lscollapse.core.config import Compute, Section
+from lscollapse.core.config import Compute, Count, Lambda32, Section, Seed
 from lscollapse.core.table import MARGIN
 from lscollapse.data import images, mqar
 from lscollapse.data.examples import Examples, Split
 from lscollapse.models.nets.lambda_net import Mixer, NetSection
 from lscollapse.runs.training import Optimisation
 
-LamMode = float | Literal["learnable"]
+LamMode = Lambda32 | Literal["learnable"]
+Rate = Annotated[float, Field(gt=0)]  # at 0 nothing is learnt
+Examined = Annotated[int, Field(ge=1, le=10**7)]  # sequences of a split, which are drawn into memory
 RECIPE = ("net", "training", "lrs")  # what `per_mixer` can change
 
 
 class TrainingSection(Optimisation):
     """How the nets of a task are trained: for `steps` where they are given, else for `epochs`."""
 
-    epochs: float = Field(default=64.0, gt=0)
-    steps: int | None = None
+    epochs: float = Field(default=64.0, gt=0, le=10**6)
+    steps: Count | None = None
+
+
+class Override(Section):
+    """What the verb `train` says of its one cell in place of the configuration."""
+
+    lr: Rate | None = None
+    steps: Count | None = None
 
 
 class MqarData(mqar.MqarConfig):
     """The task, how many sequences each split has, and the seed that they are drawn from."""
 
-    train: int = Field(default=100_000, ge=1)
-    validation: int = Field(default=3000, ge=1)
-    test: int = Field(default=3000, ge=1)
-    seed: int = Field(default=0, ge=0)
+    train: Examined = 100_000
+    validation: Examined = 3000
+    test: Examined = 3000
+    seed: Seed = 0
 
     def examples(self, split: Split) -> Examples:
         """The examples of a split."""
@@ -47,7 +56,7 @@ class ImageData(Section):
     """`source` is digits, cifar10 or a folder, as `data.images.grey` takes it."""
 
     source: str = "digits"
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
 
     def examples(self, split: Split) -> Examples:
         """The examples of a split."""
@@ -69,13 +78,13 @@ class Recipe(Section):
 
     net: NetSection = NetSection()
     training: TrainingSection = TrainingSection()
-    lrs: list[float] = Field(min_length=1)
+    lrs: list[Rate] = Field(min_length=1, max_length=1000)
 
     @field_validator("lrs")
     @classmethod
     def _distinct(cls, values: list[float]) -> list[float]:
-        if min(values) <= 0 or len(set(values)) != len(values):
-            raise ValueError("learning rates must be positive, each given once")
+        if len(set(values)) != len(values):
+            raise ValueError("a learning rate is given twice")
         return sorted(values)
 
 
@@ -116,13 +125,13 @@ class Table1(Compute):
     """
 
     mixers: list[Mixer] = Field(default=list(get_args(Mixer)), min_length=1)
-    lams: list[LamMode] = Field(default=[1.0, "learnable"], min_length=1)
-    lam_inits: list[float] = Field(default=[-1.0], min_length=1)
-    seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
+    lams: list[LamMode] = Field(default=[1.0, "learnable"], min_length=1, max_length=1000)
+    lam_inits: list[Lambda32] = Field(default=[-1.0], min_length=1, max_length=1000)
+    seeds: list[Seed] = Field(default=[0, 1, 2], min_length=1, max_length=1000)
     mqar: MqarSection | None = None
     image: ImageSection | None = None
-    measured: int = Field(default=8, ge=1)
-    margin: float = Field(default=MARGIN, gt=0)
+    measured: Count = 8
+    margin: float = Field(default=MARGIN, gt=0, le=1)
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description=Compute.model_fields["device"].description
     )

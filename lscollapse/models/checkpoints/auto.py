@@ -6,15 +6,17 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, Field, FiniteFloat
 from transformers import AutoModel
 from transformers.utils import logging
 
 from lscollapse.core.allocation import is_out_of_memory
 from lscollapse.core.files import first_line, is_gguf
 from lscollapse.core.hub import PICTURES
+from lscollapse.core.outside import checked, shown
 from lscollapse.models.checkpoints import gguf_file
 from lscollapse.models.checkpoints.architectures import on_meta, whole_on_meta
 from lscollapse.models.checkpoints.refusals import other_shapes, refuse_kinds, refuse_misfits, refuse_values
@@ -72,7 +74,7 @@ def _read(kind: Any, config: Any, files: Sequence[Path], where: str, dtype: torc
         except Exception as error:  # whatever a damaged file makes the readers raise
             if is_out_of_memory(error):
                 raise
-            raise CheckpointError(f"the weights of {where} cannot be read: {first_line(error)}") from error
+            raise CheckpointError(f"the weights of {where} cannot be read: {shown(first_line(error), 200)}") from error
 
 
 def inspect_headers(config: Any, files: Sequence[Path], where: str) -> None:
@@ -124,13 +126,19 @@ def _in_a_block(name: str, model: Any) -> bool:
     return inside and not is_old_buffer(name)
 
 
+class Pixels(BaseModel):
+    """What is read of preprocessor_config.json: how the values of a colour, in [0, 1], are normalised."""
+
+    image_mean: list[FiniteFloat] | None = Field(default=None, min_length=1, max_length=4)
+    image_std: list[Annotated[FiniteFloat, Field(gt=0)]] | None = Field(default=None, min_length=1, max_length=4)
+
+
 def _note_pixels(config: Any, file: Path) -> None:
     """How pictures are normalised, noted in the config, where adapters/vit.py looks for it."""
     if file.is_file():
-        settings = read_json(file)
-        for name in ("image_mean", "image_std"):
-            if name in settings:
-                setattr(config, name, settings[name])
+        for name, value in checked(Pixels, read_json(file), CheckpointError, str(file)).model_dump().items():
+            if value is not None:
+                setattr(config, name, value)
 
 
 @contextmanager

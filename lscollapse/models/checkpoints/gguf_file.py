@@ -25,6 +25,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lscollapse.core.allocation import is_out_of_memory
 from lscollapse.core.files import first_line
+from lscollapse.core.outside import shown
 from lscollapse.models.checkpoints.refusals import other_shapes, refuse_misfits
 from lscollapse.models.checkpoints.tensors import CheckpointError, size_hint
 
@@ -96,15 +97,15 @@ def _refuse(said: Mapping[str, Any], file: Path) -> None:
     architecture = said.get("general.architecture")
     if not isinstance(architecture, str):
         raise CheckpointError(f"{file} names no architecture (general.architecture): {ORIGINAL}")
-    if said.get("split.count", 1) > 1:
+    if (parts := said.get("split.count", 1)) != 1:
         raise CheckpointError(
-            f"{file} is a part of {said['split.count']}: join them with `llama-gguf-split --merge` and give the whole"
+            f"{file} is a part of {shown(parts)}: join them with `llama-gguf-split --merge` and give the whole"
         )
     for key, plain in _PLAIN_ROPE.items():
         value = said.get(f"{architecture}.{key}", plain)
         if value != plain:
             raise CheckpointError(
-                f"{file} scales its rotary positions ({key} {value}), which transformers does not read from GGUF: {ORIGINAL}"
+                f"{file} scales its rotary positions ({key} {shown(value)}), which transformers does not read from GGUF: {ORIGINAL}"
             )
 
 
@@ -169,7 +170,7 @@ def read_tensors(file: Path, model: Any, where: str, dtype: torch.dtype) -> dict
     processor, known = inspect(file, model, where)
     read: dict[str, Tensor] = {}
     for tensor in read_header(file).tensors:
-        with _explained(f"{tensor.name} of {where} cannot be read as {tensor.tensor_type.name}"):
+        with _explained(f"{shown(tensor.name)} of {where} cannot be read as {tensor.tensor_type.name}"):
             numbers = dequantize(tensor.data, tensor.tensor_type)
             so_far = {"tensors": read}  # where experts are put together
             done = processor.process(
@@ -192,4 +193,4 @@ def _explained(what: str) -> Iterator[None]:
     except Exception as error:  # whatever a damaged file makes the readers raise
         if is_out_of_memory(error):
             raise
-        raise CheckpointError(f"{what}: {first_line(error)}") from error
+        raise CheckpointError(f"{what}: {shown(first_line(error), 200)}") from error

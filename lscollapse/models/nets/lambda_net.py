@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, FiniteFloat, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from lscollapse.core.config import Section
+from lscollapse.core.config import Lambda32, Layers, Section, Width
 from lscollapse.core.outside import checked
 from lscollapse.models.nets.attention import Attention
 from lscollapse.models.nets.mamba import Mamba
@@ -61,19 +61,19 @@ class NetSection(Section):
             keys; `paper`: the published architectures.
     """
 
-    hidden_size: int = Field(default=128, ge=1)
-    num_hidden_layers: int = Field(default=2, ge=1)
-    state_size: int = Field(default=64, ge=1)
-    heads: int = Field(default=1, ge=1)
-    head_dim: int = Field(default=64, ge=1)
-    expand: int = Field(default=2, ge=1)
+    hidden_size: Width = 128
+    num_hidden_layers: Layers = 2
+    state_size: Width = 64
+    heads: Width = 1
+    head_dim: Width = 64
+    expand: int = Field(default=2, ge=1, le=1024)
     causal: bool = True
     positions: bool | None = None
     norm: Literal["pre", "post"] = "pre"
     mlp: bool = True
-    mlp_ratio: float = Field(default=4.0, gt=0)
+    mlp_ratio: float = Field(default=4.0, gt=0, le=1024)
     tied: bool = False
-    embedding_std: float = 1.0
+    embedding_std: float = Field(default=1.0, ge=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     shape: Literal["paper", "author_code"] = "paper"
 
@@ -94,13 +94,13 @@ class NetConfig(NetSection):
 
     model_type: Literal["lambda_net"] = "lambda_net"
     mixer: Mixer = "attention"
-    vocab_size: int = Field(default=8192, ge=2)
-    n_labels: int = Field(default=8192, ge=1)
+    vocab_size: int = Field(default=8192, ge=2, le=2**24)
+    n_labels: int = Field(default=8192, ge=1, le=2**24)
     reads: Literal["tokens", "pixels"] = "tokens"
     output: Literal["each", "pooled"] = "each"
-    max_positions: int = Field(default=1024, ge=1)
-    lam: FiniteFloat | Literal["learnable"] = 1.0
-    lam_init: FiniteFloat = -1.0
+    max_positions: int = Field(default=1024, ge=1, le=2**24)
+    lam: Lambda32 | Literal["learnable"] = 1.0
+    lam_init: Lambda32 = -1.0
 
     @model_validator(mode="after")
     def _fits(self) -> NetConfig:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from lscollapse.core.config import ConfigError, Section
+from lscollapse.core.config import ConfigError, Lambda32, Layers, Section, Width
 from lscollapse.core.outside import checked
 
 STEP_RANGE = (1e-3, 1e-1)  # dt is drawn log-uniformly from it
@@ -40,15 +40,15 @@ class S4DConfig(Section):
     """
 
     model_type: Literal["s4d"] = "s4d"
-    hidden_size: int = Field(default=128, ge=1)
-    state_size: int = Field(default=64, ge=2, multiple_of=2)
-    num_hidden_layers: int = Field(default=32, ge=1)
-    channels: int = Field(default=3, ge=1)
-    levels: int = Field(default=256, ge=2)
-    num_labels: int = Field(default=10, ge=1)
-    dropout: float = 0.1
+    hidden_size: Width = 128
+    state_size: int = Field(default=64, ge=2, le=2**14, multiple_of=2)
+    num_hidden_layers: Layers = 32
+    channels: int = Field(default=3, ge=1, le=3)
+    levels: int = Field(default=256, ge=2, le=2**16)
+    num_labels: int = Field(default=10, ge=1, le=2**20)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
     data: str = "cifar10"
-    lam: float = 1.0
+    lam: Lambda32 = 1.0
     layernorm: bool = True
 
     @property

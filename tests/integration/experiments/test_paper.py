@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import BambaConfig, BambaForCausalLM
 
-from lscollapse.core.config import ConfigError, Experiment
+from lscollapse.core.config import Experiment
 from lscollapse.core.run_folder import RunFolderError
 from lscollapse.core.table import COLUMNS, DEFAULT_MEASURES
 from lscollapse.experiments import own_model, paper
@@ -213,19 +213,6 @@ def test_bad_files_of_lambdas(config: Experiment, tmp_path: Path, lines: list[st
         paper.sweep_lambda(config.model_copy(update={"lambdas_file": file}), tmp_path / "run")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
-
-
-def test_lambdas_file_in_any_order(tmp_path: Path) -> None:
-    file = tmp_path / "lams.csv"
-    file.write_text("layer,lam\n3,0.5\n1,-1\n2,2e0\n", encoding="utf-8")
-    assert paper.read_lambdas(file, 3) == (-1.0, 2.0, 0.5)
-    with pytest.raises(ConfigError, match=r"1\.\.4"):
-        paper.read_lambdas(file, 4)
-    with pytest.raises(ConfigError, match=r"nothing\.csv cannot be read: there is no such file"):
-        paper.read_lambdas(tmp_path / "nothing.csv", 3)
-    file.write_text("layer;lam\n1;2\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match="not a CSV"):
-        paper.read_lambdas(file, 1)
 
 
 def test_random_weights_beside_the_trained_ones(config: Experiment, tmp_path: Path) -> None:

@@ -113,9 +113,12 @@ def test_a_frozen_file_says_what_is_unknown() -> None:
     with pytest.raises(CorpusError, match="38% of the ids"):
         corpus.draw_excerpts("mine.jsonl", 2, 20)  # of the ids that are read
     rows = [json.loads(line) for line in Path("mine.jsonl").read_text().splitlines()]
-    for wrong in ([{**rows[0], "unknown_id": 2}, rows[1]], [{**row, "unknown_id": "1"} for row in rows]):
+    for wrong, says in (
+        ([{**rows[0], "unknown_id": 2}, rows[1]], '"unknown_id" must be one token number'),
+        ([{**row, "unknown_id": "1"} for row in rows], "line 1: unknown_id: input should be a valid integer, got '1'"),
+    ):
         Path("wrong.jsonl").write_text("".join(json.dumps(row) + "\n" for row in wrong))
-        with pytest.raises(CorpusError, match='"unknown_id" must be one token number'):
+        with pytest.raises(CorpusError, match=says):
             corpus.draw_excerpts("wrong.jsonl", 2, 20)
 
 
@@ -202,9 +205,11 @@ def test_berts_ids_go_to_the_vocabulary_of_gpt_neox() -> None:
 
 def test_ids_that_the_model_does_not_have() -> None:
     write_hf(Path("net"))
-    line = {"title": "T", "text_sha256": "0" * 64, "tokenizer": "elsewhere", "source": "s", "ids": [*range(7), 2**70]}
+    line = {"title": "T", "text_sha256": "0" * 64, "tokenizer": "elsewhere", "source": "s", "ids": [*range(7), 2**62]}
     Path("frozen.jsonl").write_text(json.dumps(line) + "\n")
-    with pytest.raises(CorpusError, match=f"hold token id {2**70} of the tokenizer 'elsewhere', net has ids 0 to 47"):
+    with pytest.raises(
+        CorpusError, match=f"hold token id {2**62} of the tokenizer 'elsewhere', net has ids 0 to 47: freeze"
+    ):
         drawn("net", source="frozen.jsonl", excerpts=1)
 
 

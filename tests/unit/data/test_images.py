@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -202,3 +205,44 @@ def test_crops_are_those_of_a_padded_image_moved_and_mirrored() -> None:
     assert 4 <= mirrored <= 16
     again = images.cropped(torch.from_numpy(pictures.reshape(20, -1)), [0, 7]).numpy().reshape(20, side, side)
     np.testing.assert_array_equal(found, again)
+
+
+# --- pictures and rows that are none ---
+
+
+def test_pictures_that_cannot_be_opened(tmp_path: Path) -> None:
+    """A pipe, whose opening would wait; a small file of 400 million pixels; and one that is cut off."""
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(CorpusError, match="it is no file"):
+        images.open_picture(tmp_path / "pipe.png")
+    whole = png(COLOURS[0], tmp_path / "a.png")
+    for n in (7, 20, 30, len(whole) - 20):
+        (tmp_path / "cut.png").write_bytes(whole[:n])
+        with pytest.raises(CorpusError, match=r"cut\.png is not a readable picture"):
+            images.open_picture(tmp_path / "cut.png")
+    header = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    bomb = whole[:8] + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + whole[33:]
+    (tmp_path / "bomb.png").write_bytes(bomb)
+    with pytest.raises(CorpusError, match=r"bomb\.png is not a readable picture: Image size \(400000000 pixels\)"):
+        images.open_picture(tmp_path / "bomb.png")
+
+
+@pytest.mark.parametrize(
+    ("label", "broken", "says"),
+    [
+        (-1, False, "row 2 of train has the label -1: 0 to 65,535 are read"),
+        (2**40, False, "row 2 of train has the label 1099511627776"),
+        (None, False, "row 2 of train has the label None"),
+        (1, None, "row 2 of train has no picture"),
+        (1, True, "cannot be read"),
+    ],
+)
+def test_rows_that_are_no_labelled_picture(tmp_path: Path, label: int | None, broken: bool | None, says: str) -> None:
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    good = {"bytes": png(COLOURS[0], tmp_path / "a.png"), "path": None}
+    other = None if broken is None else {"bytes": b"no picture", "path": None} if broken else good
+    table = pa.table({"img": pa.array([good, other], kind), "label": pa.array([0, label], pa.int64())})
+    pq.write_table(table, tmp_path / "train-0.parquet")
+    with pytest.raises(CorpusError, match=says) as caught:
+        images.read_images(str(tmp_path), "train")
+    assert "\n" not in str(caught.value)
