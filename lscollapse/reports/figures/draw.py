@@ -58,12 +58,12 @@ READINGS_VERDICTS = "readings-verdicts.csv"  # beside the figure of readings, an
 
 
 def draw(
-    experiment: str, rows: pd.DataFrame, folder: str | Path, yscale: str = "linear", measure: str = PAPERS
+    experiment: str, rows: pd.DataFrame, folder: str | Path, yscale: str = "linear", measure: str = PAPERS, aside: str = ""
 ) -> list[Path]:
     """Save the figures of one experiment, those of DRAWINGS; of another measure than the paper's those that show it.
 
     Of a figure for each model, the first model with a gate (else the first) gives figure1, another one figure1-NAME; of
-    angular mu figure1-angular and figure1-angular-NAME. Raises FigureError for an experiment without figures.
+    angular mu figure1-angular and figure1-angular-NAME. `aside` ends every caption. Raises FigureError for an experiment without figures.
     """
     offered = [drawing for drawing in DRAWINGS if measure == PAPERS or "measure" in drawing.takes]
     drawings = [drawing for drawing in offered if experiment in drawing.experiments]
@@ -75,17 +75,21 @@ def draw(
     models = list(dict.fromkeys([*rows["model"][rows["gating"].notna()], *rows["model"]]))
     stems = {model: "" if model == models[0] else "-" + re.sub(r"[^\w.-]+", "_", model) for model in models}
     written = []
+
+    def note(shown: list[str]) -> str:
+        return " ".join(filter(None, (embedded_note(shown), aside)))
+
     for drawing in drawings:
         options = {name: {"yscale": yscale, "measure": measure}[name] for name in drawing.takes}
         stem = drawing.stem + ("" if measure == PAPERS else f"-{measure.removesuffix('_mu')}")
         shown = drawing.wanted(rows, models)
         if drawing.each:
             made = {
-                stem + stems[model]: drawing.draw(rows, model=model, note=embedded_note([model]), **options)
+                stem + stems[model]: drawing.draw(rows, model=model, note=note([model]), **options)
                 for model in shown
             }
         else:
-            made = {stem: drawing.draw(rows, note=embedded_note(shown), **options)} if shown else {}
+            made = {stem: drawing.draw(rows, note=note(shown), **options)} if shown else {}
         written += [path for name, (figure, data) in made.items() for path in style.save(figure, data, folder, name)]
     return written
 
