@@ -33,7 +33,14 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = "work"  # the folder in which a command runs, and which is compared
-WATCHED = {"os.rename": 2, "os.remove": 1, "os.mkdir": 1, "os.rmdir": 1, "os.symlink": 2, "os.truncate": 1}  # audited: paths
+WATCHED = {
+    "os.rename": 2,
+    "os.remove": 1,
+    "os.mkdir": 1,
+    "os.rmdir": 1,
+    "os.symlink": 2,
+    "os.truncate": 1,
+}  # audited: paths
 TIMES = ("wall_seconds", "peak_rss_bytes")  # of a manifest, which differ from run to run
 INSTANTS = 200  # at random, in all cases together
 LONGEST = 300.0  # seconds that a run may take
@@ -235,7 +242,9 @@ def killed_and_continued(case: Case, folder: Path, tally: Tally, last: int | Non
     problems = outlived + more + ([f"the second time it ends with {again}: {_said(folder)}"] if again else [])
     problems += [f"{name} is left" for name in sorted(set(found) - set(case.files))]
     problems += [f"{name} is missing" for name in sorted(set(case.files) - set(found))]
-    problems += [f"{name} is another" for name in sorted(set(found) & set(case.files)) if found[name] != case.files[name]]
+    problems += [
+        f"{name} is another" for name in sorted(set(found) & set(case.files)) if found[name] != case.files[name]
+    ]
     if problems:
         tally.wrong.append(f"{at}: {'; '.join(problems[:5])}")
 
@@ -375,7 +384,10 @@ def main() -> int:
             for case in chosen:
                 with scratch(base) as folder:
                     left_alone(case, folder)
-                print(f"{case.name}: {case.operations} operations, {case.seconds:.1f} s, {len(case.files)} files", flush=True)
+                print(
+                    f"{case.name}: {case.operations} operations, {case.seconds:.1f} s, {len(case.files)} files",
+                    flush=True,
+                )
             tally = kill_all(chosen, base, asked.seed, asked.each, until)
     return told(chosen, tally)
 

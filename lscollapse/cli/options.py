@@ -22,7 +22,8 @@ Shown = Annotated[
     typer.Option(help="What Figures 1 and 3 show: relative_mu is the paper's; angular_mu, which no long row decides, has files of its own."),
 ]  # fmt: skip
 Edited = Annotated[
-    bool, typer.Option("--no-verify", help="Read tables that were edited after their run too; what is made of them says so.")
+    bool,
+    typer.Option("--no-verify", help="Read tables that were edited after their run too; what is made of them says so."),
 ]
 Yscale = Annotated[str, typer.Option(help="linear or log vertical axis.")]
 FILE = "YAML file as in configs, of `table1` and `train` as in configs/table1; flags override it.  \\[default: the embedded one]"

@@ -53,7 +53,13 @@ def clear_partials(folder: Path, name: str = "") -> None:
         return
     for file in os.listdir(folder):
         own, _, pid = file.removesuffix(PARTIAL).rpartition(".")
-        if file.endswith(PARTIAL) and pid.isdigit() and own.startswith(".") and name in ("", own[1:]) and _gone(int(pid)):
+        if (
+            file.endswith(PARTIAL)
+            and pid.isdigit()
+            and own.startswith(".")
+            and name in ("", own[1:])
+            and _gone(int(pid))
+        ):
             (folder / file).unlink(missing_ok=True)
 
 

@@ -73,7 +73,9 @@ class Parts:
         held = facts if isinstance(facts, dict) else {}
         wrong = [name for name, value in expected.items() if held.get(name) != value]
         if wrong:
-            raise DamagedPart(f"its {' and '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} not what it was written with")
+            raise DamagedPart(
+                f"its {' and '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} not what it was written with"
+            )
         return rows, held
 
     def set_aside(self, item: str) -> Path:

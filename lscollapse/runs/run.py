@@ -9,8 +9,8 @@ from typing import Any
 import pandas as pd
 
 from lscollapse.core.config import Experiment
-from lscollapse.core.progress import Progress
 from lscollapse.core.manifest import RunFolderError, read_manifest
+from lscollapse.core.progress import Progress
 from lscollapse.core.run_folder import RunFolder
 from lscollapse.runs import cluster, processes
 from lscollapse.runs.devices import device, worker_devices

@@ -7,7 +7,6 @@ it ends with the same bits.
 from __future__ import annotations
 
 import json
-import math
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path

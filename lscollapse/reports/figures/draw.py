@@ -58,7 +58,12 @@ READINGS_VERDICTS = "readings-verdicts.csv"  # beside the figure of readings, an
 
 
 def draw(
-    experiment: str, rows: pd.DataFrame, folder: str | Path, yscale: str = "linear", measure: str = PAPERS, aside: str = ""
+    experiment: str,
+    rows: pd.DataFrame,
+    folder: str | Path,
+    yscale: str = "linear",
+    measure: str = PAPERS,
+    aside: str = "",
 ) -> list[Path]:
     """Save the figures of one experiment, those of DRAWINGS; of another measure than the paper's those that show it.
 
@@ -85,8 +90,7 @@ def draw(
         shown = drawing.wanted(rows, models)
         if drawing.each:
             made = {
-                stem + stems[model]: drawing.draw(rows, model=model, note=note([model]), **options)
-                for model in shown
+                stem + stems[model]: drawing.draw(rows, model=model, note=note([model]), **options) for model in shown
             }
         else:
             made = {stem: drawing.draw(rows, note=note(shown), **options)} if shown else {}

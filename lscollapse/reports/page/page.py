@@ -49,7 +49,10 @@ def page(folders: Sequence[Path], verified: bool = True) -> str:
     """The page as text; arguments and errors as `write`."""
     names = named(folders)
     finished = {path: name for path, name in names.items() if (path / "manifest.json").exists()}
-    runs = {path: Run(name, read_rows(path, verified), read_manifest(path), edited_words(path)) for path, name in finished.items()}
+    runs = {
+        path: Run(name, read_rows(path, verified), read_manifest(path), edited_words(path))
+        for path, name in finished.items()
+    }
     bounds = [read_bounds(path, name) for path, name in names.items() if (path / "bounds.csv").exists()]
     pack = plots.Pack()
     shown = [run for run in runs.values() if plots.drawable(run.rows)]

@@ -31,7 +31,9 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-def verb(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> tuple[int, str, str]:
+def verb(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str | Path
+) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "argv", ["lscollapse", *map(str, words)])
     capsys.readouterr()
     try:

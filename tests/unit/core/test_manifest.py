@@ -12,7 +12,13 @@ from lscollapse.core.manifest import SCHEMA, RunFolderError, read_manifest
 from tests import ROOT
 
 IDENTITY = {"experiment": "sweep-lambda", "config": {"seed": 0}, "subjects": [{"model": "a", "init": "trained"}]}
-OLD = {"complete": True, "identity": IDENTITY, "versions": {"torch": "2.6", "gguf": None}, "wall_seconds": 12, "odd": [1]}
+OLD = {
+    "complete": True,
+    "identity": IDENTITY,
+    "versions": {"torch": "2.6", "gguf": None},
+    "wall_seconds": 12,
+    "odd": [1],
+}
 
 
 def read(folder: Path, content: Any) -> dict[str, Any]:

@@ -20,7 +20,10 @@ def test_a_link_stays_and_what_it_points_to_is_written(tmp_path: Path) -> None:
     write_text(tmp_path / "second", "new")
     write_text(tmp_path / "to nothing", "new")
     assert all((tmp_path / name).is_symlink() for name in ("link", "second", "to nothing"))
-    assert {file.name: file.read_text() for file in (tmp_path / "far").iterdir()} == {"file.txt": "new", "new.txt": "new"}
+    assert {file.name: file.read_text() for file in (tmp_path / "far").iterdir()} == {
+        "file.txt": "new",
+        "new.txt": "new",
+    }
     assert {file.name for file in tmp_path.iterdir()} == {"far", "link", "second", "to nothing"}
 
 

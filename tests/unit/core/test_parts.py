@@ -66,7 +66,9 @@ def test_a_damaged_part_is_named_set_aside_and_measured_again(tmp_path: Path, da
     with RunFolder(tmp_path / "run", IDENTITY, notes) as folder:
         assert [folder.has(item) for item in ITEMS] == [True, False, True]
         (said,) = notes.said
-        assert said.startswith(f"{file} is damaged (") and said.endswith(f"set aside as {file.name}.damaged, measured again")
+        assert said.startswith(f"{file} is damaged (") and said.endswith(
+            f"set aside as {file.name}.damaged, measured again"
+        )
         assert file.with_name(f"{file.name}.damaged").read_bytes() == bytes_of_it
         folder.add(ITEMS[1], part(1))
         pd.testing.assert_frame_equal(folder.finish(ITEMS, {}), expected_rows())
@@ -94,7 +96,9 @@ def test_a_part_that_is_damaged_while_the_run_goes_on_ends_it(tmp_path: Path) ->
         for number, item in enumerate(ITEMS):
             folder.add(item, part(number))
         flipped(tmp_path / "run" / "parts" / f"{ITEMS[2]}.parquet")
-        with pytest.raises(RunFolderError, match=f"{ITEMS[2]}.parquet is damaged .* the same command measures it again"):
+        with pytest.raises(
+            RunFolderError, match=f"{ITEMS[2]}.parquet is damaged .* the same command measures it again"
+        ):
             folder.finish(ITEMS, {})
         assert not folder.has(ITEMS[2]) and not folder.complete
 

@@ -87,7 +87,11 @@ def odd(value: Any, others: Any, dtype: Any = object) -> pd.Series:
         ("model", odd(None, "a"), "row 5, column model: nothing, where text is allowed"),
         ("model", 3, "row 1, column model: 3, where text"),
         ("arm", odd("\x1b[2J", "a").str.encode("ascii"), "column arm: b'a', where text"),
-        ("status", odd("okay", "ok"), "row 5, column status: okay, where one of ok, certified, below_floor, unresolved,"),
+        (
+            "status",
+            odd("okay", "ok"),
+            "row 5, column status: okay, where one of ok, certified, below_floor, unresolved,",
+        ),
         ("status", odd("\x1b[2J", "ok"), r"row 5, column status: \x1b[2J, where one of"),
         ("init", odd("warm", "trained"), "row 5, column init: warm, where one of trained, random"),
         ("measure", odd("nu", "mu"), "row 5, column measure: nu, where one of mu, relative_mu"),
@@ -106,7 +110,12 @@ def test_a_column_that_holds_what_it_may_not(run: Path, name: str, value: Any, m
 
 def test_what_may_be_missing_may(run: Path) -> None:
     """Values, flags and provenance; numbers out of range; words as categoricals; layers of rows that have none."""
-    changed = {"value": np.resize([math.nan, math.inf, -1.0], 72), "gating": pd.NA, "revision": None, "layer": odd(math.nan, 1, float)}
+    changed = {
+        "value": np.resize([math.nan, math.inf, -1.0], 72),
+        "gating": pd.NA,
+        "revision": None,
+        "layer": odd(math.nan, 1, float),
+    }
     words = {"status": pd.Categorical(["ok"] * 72), "text": odd(None, "t"), "log10": None}
     assert len(read_rows(of(run, **changed, **words), verified=False)) == 72
 

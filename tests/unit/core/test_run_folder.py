@@ -238,6 +238,8 @@ def test_reading_what_is_no_run(tmp_path: Path) -> None:
         read_rows(tmp_path)
     with pytest.raises(RunFolderError, match=r"manifest\.json is missing or unreadable"):
         read_manifest(tmp_path)
+
+
 def test_differences() -> None:
     assert changes({"a": 1, "b": {"c": [1]}}, {"a": 1, "b": {"c": [1]}}) == []
     assert changes({"a": 1, "b": {"c": [1]}}, {"a": 2, "b": {"c": [2]}}) == ["a: 1, now 2", "b.c: [1], now [2]"]

@@ -276,7 +276,9 @@ def altered(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("damage", ["altered", "cut", "empty", "another"])
-def test_a_damaged_state_is_named_set_aside_and_the_training_ends_with_the_same_bits(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_state_is_named_set_aside_and_the_training_ends_with_the_same_bits(
+    tmp_path: Path, damage: str
+) -> None:
     whole, again, told = dropped(), dropped(), []
     fit(whole, data(), PARTS, tmp_path, tensorboard=False)
     state = tmp_path / "state.pt"
