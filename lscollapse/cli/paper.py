@@ -97,11 +97,14 @@ def figures(
     edited: Edited = False,
 ) -> None:
     """Draw the figures of finished runs again, without computing."""
+    from lscollapse.cli.terminal.bar import Bar
     from lscollapse.cli.terminal.results import tell_edited
     from lscollapse.reports.painter import draw_run
 
     for run in runs:
-        _tell(draw_run(run, to or run, yscale, measure, not edited))
+        with Bar("drawing") as bar:
+            written = draw_run(run, to or run, yscale, measure, not edited, bar)
+        _tell(written)
     tell_edited(runs)
 
 

@@ -12,10 +12,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lscollapse.core.progress import SILENT, Progress
+
 
 def draw_run(
-    run: Path, to: Path, yscale: str = "linear", measure: str = "relative_mu", verified: bool = True
-) -> list[Path]:
+    run: Path, to: Path, yscale: str = "linear", measure: str = "relative_mu", verified: bool = True,
+    progress: Progress = SILENT,
+) -> list[Path]:  # fmt: skip
     """Draw all figures of the finished run folder `run` into the folder `to`; returns the files.
 
     Where `verified` is false, a table that was edited since is drawn too, and the captions say so.
@@ -32,7 +35,7 @@ def draw_run(
     from lscollapse.reports.figures import draw
 
     rows, experiment = read_rows(run, verified), read_manifest(run)["identity"].get("experiment", "")
-    written = draw.draw(experiment, rows, to, yscale, measure, edited_words(run))
+    written = draw.draw(experiment, rows, to, yscale, measure, edited_words(run), progress)
     if experiment == "all-readings":
         written.append(to / draw.READINGS_VERDICTS)
         write_text(written[-1], judge_readings(rows).to_csv(index=False))
