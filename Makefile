@@ -6,7 +6,7 @@ COMPARE = $(if $(filter embedded,$(PRESET)),$(BIN)/lscollapse compare results/re
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup drawn figures figures-check test test-slow test-kernels fuzz lint bench clean
+.PHONY: help setup drawn figures figures-check test test-slow test-kernels kill-test fuzz lint bench clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -43,6 +43,9 @@ test: setup  ## the tiers unit and integration
 
 test-slow: setup  ## the tier slow
 	$(BIN)/python -m pytest tests/slow
+
+kill-test: setup  ## kill the verbs before each operation on files and at random instants, and compare (20 minutes at most)
+	$(BIN)/python scripts/kill_test.py
 
 .venv-kernels/stamp: configs/kernels-packages.txt .venv/embedded.stamp
 	rm -rf .venv-kernels

@@ -21,6 +21,10 @@ Shown = Annotated[
     Literal["relative_mu", "angular_mu"],
     typer.Option(help="What Figures 1 and 3 show: relative_mu is the paper's; angular_mu, which no long row decides, has files of its own."),
 ]  # fmt: skip
+Edited = Annotated[
+    bool,
+    typer.Option("--no-verify", help="Read tables that were edited after their run too; what is made of them says so."),
+]
 Yscale = Annotated[Literal["linear", "log"], typer.Option(help="linear or log vertical axis.")]
 FILE = "YAML file as in configs, of `table1` and `train` as in configs/table1; flags override it.  \\[default: the embedded one]"
 SHARED: dict[str, Any] = {

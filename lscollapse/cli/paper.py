@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lscollapse.cli.options import Models, Out, Shown, Yscale, takes
+from lscollapse.cli.options import Edited, Models, Out, Shown, Yscale, takes
 from lscollapse.core.config import Experiment
 
 MEASURED = ("dtype", "device", "kernels", "products", "seed", "random_init", "offline", "certified_exit", "stream",
@@ -94,12 +94,18 @@ def figures(
     to: Annotated[Path | None, typer.Option(help="Where to put the figures.  \\[default: each run's folder]")] = None,
     measure: Shown = "relative_mu",
     yscale: Yscale = "linear",
+    edited: Edited = False,
 ) -> None:
     """Draw the figures of finished runs again, without computing."""
+    from lscollapse.cli.terminal.bar import Bar
+    from lscollapse.cli.terminal.results import tell_edited
     from lscollapse.reports.painter import draw_run
 
     for run in runs:
-        _tell(draw_run(run, to or run, yscale, measure))
+        with Bar("drawing") as bar:
+            written = draw_run(run, to or run, yscale, measure, not edited, bar)
+        _tell(written)
+    tell_edited(runs)
 
 
 def _tell(written: list[Path]) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from lscollapse.cli.options import takes, within
+from lscollapse.cli.options import Edited, takes, within
 from lscollapse.core.config import Experiment
 
 
@@ -15,13 +15,15 @@ def claims(
     runs: Annotated[list[Path] | None, typer.Argument(help="Folders of finished runs, `theory verify` or `theory bound`.")] = None,
     theory: Annotated[bool, typer.Option("--theory", help="Put the theory's statements to the test now (20 s).")] = False,
     form: Annotated[Literal["text", "markdown", "csv", "json"], typer.Option("--format", help="How to print it.")] = "text",
+    edited: Edited = False,
 ) -> None:  # fmt: skip
     """The paper's sentences one by one: agrees, disagrees or not measured, with the numbers. Without a run: the list of them."""
-    from lscollapse.cli.terminal.results import show_claims, show_sentences
+    from lscollapse.cli.terminal.results import show_claims, show_sentences, tell_edited
     from lscollapse.reports.claims.sentences import judged, sentences
 
     if runs or theory:
-        show_claims(judged(runs or [], theory), form)
+        show_claims(judged(runs or [], theory, not edited), form)
+        tell_edited(runs or [])
     else:
         show_sentences(sentences(), form)
 
@@ -33,6 +35,7 @@ def compare(
         int,
         typer.Option(help="How many of the largest differences between runs to show.", callback=within(0, 10**6)),
     ] = 12,
+    edited: Edited = False,
 ) -> None:
     """What differs between two runs: configuration, versions, numbers; exit 1 where it is more than the spread over excerpts.
 
@@ -46,7 +49,7 @@ def compare(
         show_figures(figures)
         alike = figures.alike
     else:
-        comparison = compare.compare(run_a, run_b)
+        comparison = compare.compare(run_a, run_b, not edited)
         show_comparison(comparison, lines)
         alike = comparison.alike
     if not alike:
@@ -68,8 +71,11 @@ def doctor(experiment: Experiment) -> None:
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs, `theory verify` or `theory bound`.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
+    edited: Edited = False,
 ) -> None:
     """One self-contained page of these runs: interactive figures, the paper's sentences judged, provenance, bounds, warnings."""
+    from lscollapse.cli.terminal.results import tell_edited
     from lscollapse.reports.page.page import write
 
-    typer.echo(f"wrote {write(runs, out)}")
+    typer.echo(f"wrote {write(runs, out, not edited)}")
+    tell_edited(runs)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lscollapse.cli.options import takes, within
 from lscollapse.core.config import Experiment
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 theory = typer.Typer(
     help="What the theorems promise, checked; and what they promise a real model.", no_args_is_help=True
@@ -27,6 +30,14 @@ def _write(folder: Path, texts: dict[str, str]) -> None:
     for name, text in texts.items():
         write_text(folder / name, text)
         typer.echo(f"wrote {folder / name}")
+
+
+def _save(figure: Figure, file: Path) -> None:
+    from lscollapse.core.files import atomic
+
+    with atomic(file) as temporary:
+        figure.savefig(temporary, format="png", dpi=200)
+    typer.echo(f"wrote {file}")
 
 
 def _csv(rows: list[dict[str, Any]]) -> str:
@@ -82,8 +93,7 @@ def bound(
     parts = "channels" if "channel" in report.heads[0] else "heads"
     tables = {"bounds": lines, "layers": report.layers, parts: report.heads, "curve": report.found.rows()}
     _write(folder, {f"{name}.csv": _csv(rows) for name, rows in tables.items()})
-    bounds_figure(report).savefig(folder / "bounds.png", dpi=200)
-    typer.echo(f"wrote {folder / 'bounds.png'}")
+    _save(bounds_figure(report), folder / "bounds.png")
 
 
 @theory.command()
@@ -95,8 +105,7 @@ def examples(out: Out = None) -> None:
     folder = out or Path("runs/theory-examples")
     tables = [table("sys1"), table("sys2")]
     _write(folder, {"examples.csv": _csv([row for each in tables for row in each.rows() if row["layer"] % 10 == 0])})
-    theory_examples_figure(*tables).savefig(folder / "examples.png", dpi=200)
-    typer.echo(f"wrote {folder / 'examples.png'}")
+    _save(theory_examples_figure(*tables), folder / "examples.png")
 
 
 @takes("model", "target", "tol", "estimate_only", *MODEL, excerpts=8, gating=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+import stat
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,17 +22,68 @@ PARTIAL = ".partial"  # how the name of a file ends that is not whole yet
 _digests: dict[tuple[int, int, int, int], str] = {}  # by what changes when a file does
 
 
+class OutputError(ValueError):
+    """What is to be written to is no file: one line."""
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; at the end of the block the file is on the disk under `path`, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    """A name beside `path` to write to; at the end of the block the file is on the disk under `path`, whole or not at all.
+
+    A link is followed: what it points to is replaced. What a kill left half-written under that name is taken away.
+
+    Raises:
+        OutputError: `path` is a folder, a pipe or a device.
+    """
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if kind := odd_kind(target):
+        raise OutputError(f"{path} cannot be written: it is {kind}, give the name of a file")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}{PARTIAL}")
+    clear_partials(target.parent, target.name)
     try:
         yield temporary
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
-        temporary.replace(path)
+        temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def clear_partials(folder: Path, name: str = "") -> None:
+    """Take away what processes that are no more left half-written in a folder, under one name or under any."""
+    if not folder.is_dir():
+        return
+    for file in os.listdir(folder):
+        own, _, pid = file.removesuffix(PARTIAL).rpartition(".")
+        if (
+            file.endswith(PARTIAL)
+            and pid.isdigit()
+            and own.startswith(".")
+            and name in ("", own[1:])
+            and _gone(int(pid))
+        ):
+            (folder / file).unlink(missing_ok=True)
+
+
+def _gone(pid: int) -> bool:
+    """Whether no other process of this machine has that number."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except OSError:  # it is another user's
+        return False
+    return pid == os.getpid()
+
+
+def odd_kind(path: Path) -> str:
+    """What stands under a name where it is neither a file nor nothing, in words: reading a pipe or a device may never end."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # nothing, or out of reach, which whoever opens it says
+        return ""
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFREG: ""}
+    return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -40,16 +92,26 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_parquet(path: Path, rows: pd.DataFrame) -> None:
-    """Write a table as Parquet, whole or not at all. Categoricals are written as what they stand for, and read so."""
-    from pyarrow import Table, parquet, types
+def write_parquet(path: Path, rows: pd.DataFrame, facts: Mapping[str, str] | None = None) -> None:
+    """Write a table as Parquet, whole or not at all, with `facts` in the metadata of its schema."""
+    from pyarrow import parquet
+
+    table = arrow_table(rows)
+    if facts:
+        table = table.replace_schema_metadata({**(table.schema.metadata or {}), **facts})
+    with atomic(path) as temporary:
+        parquet.write_table(table, temporary, compression="zstd")
+
+
+def arrow_table(rows: pd.DataFrame) -> Any:
+    """A table as it is written. Categoricals are written as what they stand for, and read so."""
+    from pyarrow import Table, types
 
     table: Any = Table.from_pandas(rows, preserve_index=False)
     for number, column in enumerate(table.schema):
         if types.is_dictionary(column.type):
             table = table.set_column(number, column.name, table[number].cast(column.type.value_type))
-    with atomic(path) as temporary:
-        parquet.write_table(table, temporary, compression="zstd")
+    return table
 
 
 def write_csv(path: Path, rows: pd.DataFrame) -> None:
@@ -86,8 +148,10 @@ def read_text(path: Path, error: type[ValueError], largest: int = LARGEST) -> st
 def refuse_no_file(path: Path, error: type[ValueError]) -> None:
     """Raise `error` where there is no file of that name, or a folder, a pipe or a device, which may never end."""
     if not os.path.isfile(path):
-        what = "it is no file" if os.path.lexists(path) else "there is no such file"
-        raise error(f"{shown(str(path), 200)} cannot be read: {what}")
+        kind = odd_kind(path)
+        raise error(
+            f"{shown(str(path), 200)} cannot be read: {f'it is {kind}, no file' if kind else 'there is no such file'}"
+        )
 
 
 def read_mapping(

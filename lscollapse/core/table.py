@@ -25,6 +25,12 @@ MEASURES = (
     "mu", "relative_mu", "rank1_residual", "stable_rank", "mean_cosine", "dong_residual", "angular_mu",
     "angular_rank1_residual", "row_norm_ratio", "longest_row", "effective_rank",
 )  # fmt: skip
+OTHER_MEASURES = ("lm_loss", "grad_norm")  # that a run is asked for by a flag of their own
+TRAINING_MEASURES = (
+    "relative_mu", "rank1_residual", "lambda", "validation_accuracy", "validation_loss", "train_loss", "steps", "parameters",
+    "test_accuracy",
+)  # fmt: skip  # of Table 1
+INITS = ("trained", "random")  # weights
 DEFAULT_MEASURES = tuple(name for name in MEASURES if name not in ("angular_rank1_residual", "effective_rank"))
 # Whatever is asked for: the rounding of others follows from the first two, and there is no verdict without the rest.
 ALWAYS = ("relative_mu", "rank1_residual", "angular_mu", "row_norm_ratio", "longest_row")

@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from lscollapse.core.config import Experiment, S4DTraining
-from lscollapse.core.files import write_json, write_text
+from lscollapse.core.files import atomic, clear_partials, read_text, write_json, write_text
+from lscollapse.core.lock import locked
+from lscollapse.core.outside import parse_json
 from lscollapse.core.progress import SILENT, Progress
 from lscollapse.data import images
 from lscollapse.data.examples import Data, Examples
@@ -23,8 +25,10 @@ from lscollapse.models.nets.s4d import S4D, S4DConfig
 from lscollapse.runs import processes
 from lscollapse.runs.devices import device, training_workers
 from lscollapse.runs.run import run
-from lscollapse.runs.training import LOG, STATE, Diverged, Outcome, Settings, evaluate, fit
+from lscollapse.runs.training import Outcome, Settings, evaluate, fit
+from lscollapse.runs.training_state import LOG, STATE, Diverged, TrainingError
 
+WEIGHTS, TRAINED = "model.safetensors", "training.json"  # the second is written last
 ARMS = tuple(itertools.product((1.0, 0.0), (True, False)))  # lam, layernorm
 KEPT_WHOLE = ("log_dt", "A_imag")  # float32 in a checkpoint: in half precision their product, a phase, would be off
 
@@ -46,9 +50,12 @@ def ablate_retrained(config: Experiment, out: Path, progress: Progress = SILENT)
         progress.advance(1)
 
     progress.start(len(arms))
-    processes.map_items(train_arm, arms, on_result=keep, workers=training_workers(config))
-    lines = [found[_arm_name(lam, norm)] for lam, norm in ARMS]
-    write_text(nets / "arms.csv", pd.DataFrame(lines).to_csv(index=False))
+    with locked(nets):
+        for folder in (nets, *(part for arm in arms for part in (arm.folder, arm.folder.parent))):
+            clear_partials(folder)
+        processes.map_items(train_arm, arms, on_result=keep, workers=training_workers(config))
+        lines = [found[_arm_name(lam, norm)] for lam, norm in ARMS]
+        write_text(nets / "arms.csv", pd.DataFrame(lines).to_csv(index=False))
     trained = [str(arm.folder) for arm, line in zip(arms, lines, strict=True) if line["test_accuracy"] is not None]
     if not trained:
         raise Diverged(f"no arm could be trained: lower retrain.lr ({training.lr:g})")
@@ -79,7 +86,7 @@ def train_arm(arm: ArmToTrain) -> dict[str, Any]:
         outcome = train_net(arm.training, state, device=arm.device, lam=arm.lam, layernorm=arm.layernorm)
     except Diverged as error:
         return {**line, "test_accuracy": None, "steps": None, "note": str(error)}
-    if not (arm.folder / "training.json").exists():
+    if not _is_exported(arm.folder):
         export(state, arm.folder)
     note = f"test accuracy {100 * outcome.accuracy:.1f} % after {outcome.steps} steps, {outcome.seconds:.0f} s"
     return {**line, "test_accuracy": outcome.accuracy, "steps": outcome.steps, "note": note}
@@ -130,7 +137,8 @@ def export(state_folder: Path, folder: Path) -> dict[str, Any]:
     }
     net.load_state_dict(tensors)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with atomic(folder / WEIGHTS) as temporary:
+        save_file(tensors, temporary, {"format": "pt"})
     write_json(folder / "config.json", net.config.to_dict())
     write_text(folder / "loss.csv", (state_folder / LOG).read_text(encoding="utf-8"))
     record = {
@@ -142,10 +150,19 @@ def export(state_folder: Path, folder: Path) -> dict[str, Any]:
         "seconds": round(state["seconds"]),
         "test_accuracy": {"trained": evaluate(net, examples, "cpu")[0], "untrained": before},
         **{name: settings[name] for name in ("batch", "lr", "weight_decay", "warmup", "seed")},
-        "sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
+        "sha256": hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest(),
     }
-    write_json(folder / "training.json", record)
+    write_json(folder / TRAINED, record)
     return record
+
+
+def _is_exported(folder: Path) -> bool:
+    """Whether a checkpoint is there and is the one of which its training record tells."""
+    try:
+        record = parse_json(read_text(folder / TRAINED, TrainingError), TRAINED, TrainingError)
+        return bool(record["sha256"] == hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest())
+    except (OSError, TrainingError, KeyError, TypeError):
+        return False
 
 
 def _arm_name(lam: float, layernorm: bool) -> str:

@@ -14,23 +14,33 @@ does not.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from lscollapse.core.files import cache_folder, write_text
+from lscollapse.core.files import OutputError, cache_folder, read_text, write_text
 from lscollapse.instrument.surgery import Variant
 from lscollapse.models.adapters.adapter import Adapter
 
-GAINS = TypeAdapter(list[float])
 SQUARINGS = 2  # of W W^T: the Schatten-16 norm, at most n^(1/16) above the spectral norm
 MARGIN = {torch.float64: 1.0001, torch.float32: 1.001, torch.bfloat16: 1.05}  # for rounding in the products
+
+
+class Stored(BaseModel):
+    """Gains in the cache, and the sha256 of their numbers: one that was altered would leave the net where it should not."""
+
+    model_config = ConfigDict(strict=True)
+
+    gains: list[Annotated[float, Field(ge=0)]]
+    sha256: str
 
 
 def gains(adapter: Adapter, sha256: str, cache_dir: Path | None = None) -> list[float] | None:
@@ -48,20 +58,25 @@ def gains(adapter: Adapter, sha256: str, cache_dir: Path | None = None) -> list[
     if stored is not None and len(stored) == adapter.n_layers:
         return stored
     values = [adapter.mixer_bound(layer, spectral_bound) for layer in range(adapter.n_layers)]
-    if not cached:
+    if not cached or not all(map(math.isfinite, values)):  # infinity is no JSON
         return values
-    with suppress(OSError):  # a cache that cannot be written costs time, not correctness
+    with suppress(OSError, OutputError):  # a cache that cannot be written costs time, not correctness
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(values) + "\n")
+        write_text(file, Stored(gains=values, sha256=_digest(values)).model_dump_json() + "\n")
     return values
 
 
 def _stored(file: Path) -> list[float] | None:
-    """What the cache holds, or None where there is nothing or it is damaged."""
+    """What the cache holds, or None where there is nothing, or it is not what was written."""
     try:
-        return GAINS.validate_json(file.read_bytes(), strict=True)
-    except (OSError, ValueError):
+        stored = Stored.model_validate_json(read_text(file, ValueError))
+    except ValueError:
         return None
+    return stored.gains if stored.sha256 == _digest(stored.gains) else None
+
+
+def _digest(values: Sequence[float]) -> str:
+    return hashlib.sha256(json.dumps(list(values)).encode()).hexdigest()
 
 
 def spectral_bound(W: Tensor) -> float:

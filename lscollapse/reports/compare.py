@@ -9,6 +9,7 @@ which are right where the value overflows. What rounding leaves unresolved in a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ import numpy as np
 import pandas as pd
 
 from lscollapse.core.files import changes
-from lscollapse.core.run_folder import RunFolderError, read_manifest, read_rows
+from lscollapse.core.manifest import RunFolderError, read_manifest
+from lscollapse.core.rows import edited_words, read_rows
 from lscollapse.core.table import KNOWN, LOGARITHMIC, LOST, POSITION, UNRESOLVED, lambda_word
 
 ARM = ["model", "init", "arm", "lam"]
@@ -53,18 +55,18 @@ class Comparison:
     alike: bool
 
 
-def compare(run_a: Path, run_b: Path) -> Comparison:
+def compare(run_a: Path, run_b: Path, verified: bool = True) -> Comparison:
     """Compare two run folders with rows of measurements.
 
     Models are matched by name; a single one that only A has is matched with a single one that only B has. Nets of
-    different depth are compared at their last layers.
+    different depth are compared at their last layers. Where `verified` is false, a table that was edited is compared too.
 
     Raises:
         RunFolderError: not the folder of a finished run, or one without measurements of layers.
     """
-    a, b = _rows(run_a), _rows(run_b)
+    a, b = _rows(run_a, verified), _rows(run_b, verified)
     manifests = read_manifest(run_a), read_manifest(run_b)
-    notes: list[str] = []
+    notes = [words for run in (run_a, run_b) if (words := edited_words(run))]
     b, renamed = _matched(a, b, notes)
     a, b = (_named(rows) for rows in _one_depth(a, b, notes))
     common = set(a["name"]) & set(b["name"])
@@ -78,17 +80,22 @@ def compare(run_a: Path, run_b: Path) -> Comparison:
     return Comparison(_configuration(*manifests, renamed), only_a, only_b, lost, table, notes, sentence, alike)
 
 
-def _rows(run: Path) -> pd.DataFrame:
+def _rows(run: Path, verified: bool) -> pd.DataFrame:
     """The rows of a run with `lam` in words and `number`, what is compared: NaN where it is not known."""
-    rows = read_rows(run)
+    rows = read_rows(run, verified)
     if "mixer" in rows.columns:
+        _refuse_without(run, rows, ("task", "lam", "lr", "seed", "measure", "value", "status"))
         return _of_table1(rows)
-    missing = {*ARM, "measure", "layer", "excerpt", "value", "log10", "status", "bound", "floor"} - set(rows.columns)
-    if missing:
-        raise RunFolderError(f"{run} has no column {min(missing)!r}: give runs of measurements or of table1")
+    _refuse_without(run, rows, (*ARM, "measure", "layer", "excerpt", "value", "log10", "status", "bound", "floor"))
     rows = rows[rows["measure"] != POSITION]
     number = rows["value"].where(~rows["measure"].isin(LOGARITHMIC), rows["log10"])
     return rows.assign(number=number.where(rows["status"].isin(KNOWN)), lam=rows["lam"].map(lambda_word))
+
+
+def _refuse_without(run: Path, rows: pd.DataFrame, needed: Sequence[str]) -> None:
+    missing = set(needed) - set(rows.columns)
+    if missing:
+        raise RunFolderError(f"{run} has no column {min(missing)!r}: give runs of measurements or of table1")
 
 
 def _of_table1(rows: pd.DataFrame) -> pd.DataFrame:
@@ -102,12 +109,12 @@ def _of_table1(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _configuration(a: dict[str, Any], b: dict[str, Any], renamed: dict[str, str]) -> list[str]:
     """What differs between the manifests; of the models only those that are compared."""
-    theirs = {(s["model"], s["init"]): s for s in _loaded(b)}
+    theirs = {(s["model"], _init_of(s)): s for s in _loaded(b)}
     old, new = ({**m["identity"], "subjects": {}, **{key: m.get(key) for key in RECORDED}} for m in (a, b))
     for ours in _loaded(a):
-        partner = theirs.get((renamed.get(ours["model"], ours["model"]), ours["init"]))
+        partner = theirs.get((renamed.get(ours["model"], ours["model"]), _init_of(ours)))
         if partner:
-            name = ours["model"] + _init(ours["init"])
+            name = ours["model"] + _init(_init_of(ours))
             old["subjects"][name], new["subjects"][name] = ours, partner
     return changes(old, new)
 
@@ -116,6 +123,10 @@ def _loaded(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     """What a manifest says of every model that was loaded; "subjects" is what run folders have always called them."""
     loaded: list[dict[str, Any]] = manifest["identity"].get("subjects", [])
     return loaded
+
+
+def _init_of(loaded: dict[str, Any]) -> str:
+    return str(loaded.get("init", "trained"))
 
 
 def _init(init: str) -> str:

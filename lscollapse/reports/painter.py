@@ -12,9 +12,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lscollapse.core.progress import SILENT, Progress
 
-def draw_run(run: Path, to: Path, yscale: str = "linear", measure: str = "relative_mu") -> list[Path]:
+
+def draw_run(
+    run: Path, to: Path, yscale: str = "linear", measure: str = "relative_mu", verified: bool = True,
+    progress: Progress = SILENT,
+) -> list[Path]:  # fmt: skip
     """Draw all figures of the finished run folder `run` into the folder `to`; returns the files.
+
+    Where `verified` is false, a table that was edited since is drawn too, and the captions say so.
 
     Raises:
         FigureError: none is drawn of this experiment, or its table lacks what they show.
@@ -22,12 +29,13 @@ def draw_run(run: Path, to: Path, yscale: str = "linear", measure: str = "relati
         OSError: `to` cannot be written.
     """
     from lscollapse.core.files import write_text
-    from lscollapse.core.run_folder import read_manifest, read_rows
+    from lscollapse.core.manifest import read_manifest
+    from lscollapse.core.rows import edited_words, read_rows
     from lscollapse.reports.claims.sentences import judge_readings
     from lscollapse.reports.figures import draw
 
-    rows, experiment = read_rows(run), read_manifest(run)["identity"].get("experiment")
-    written = draw.draw(experiment, rows, to, yscale, measure)
+    rows, experiment = read_rows(run, verified), read_manifest(run)["identity"].get("experiment", "")
+    written = draw.draw(experiment, rows, to, yscale, measure, edited_words(run), progress)
     if experiment == "all-readings":
         written.append(to / draw.READINGS_VERDICTS)
         write_text(written[-1], judge_readings(rows).to_csv(index=False))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from lscollapse.core import allocation, assets, files, registry, run_folder
+from lscollapse.core import allocation, assets, files, manifest, registry
 from lscollapse.core.config import ConfigError, Experiment, WikipediaSection
 from lscollapse.data import corpus, texts, wikipedia
 from lscollapse.data.texts import CorpusError
@@ -43,7 +43,7 @@ def examine(config: Experiment) -> list[Diagnosis]:
 
 
 def _versions() -> str:
-    found = run_folder.environment()
+    found = manifest.environment()
     known = {"Python": found["python"], **found["versions"]}
     return (
         ", ".join(f"{name} {version or 'not installed'}" for name, version in known.items()) + f"; {found['machine']}"

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from lscollapse.core.config import Experiment
+from lscollapse.core.manifest import RunFolderError, read_manifest
 from lscollapse.core.progress import Progress
-from lscollapse.core.run_folder import RunFolder, RunFolderError, read_manifest, read_rows
+from lscollapse.core.run_folder import RunFolder
 from lscollapse.runs import cluster, processes
 from lscollapse.runs.devices import device, worker_devices
 from lscollapse.runs.excerpts import provenance
-from lscollapse.runs.loading import Task, Variants, load_tasks
+from lscollapse.runs.loading import LoadedTask, Task, Variants, load_tasks
 from lscollapse.runs.memory import release
 from lscollapse.runs.schedule import Schedule
 from lscollapse.runs.work import Item, measure_item
@@ -40,21 +42,28 @@ def run(name: str, config: Experiment, out: Path, variants: Variants, progress: 
 
 
 def _run(name: str, config: Experiment, out: Path, variants: Variants, progress: Progress) -> pd.DataFrame:
-    on_ray = config.engine == "ray"  # then the nodes have devices and kernels, and this process only plans
-    here = config.model_copy(update={"device": "cpu", "kernels": "auto"}) if on_ray else config
-    devices = worker_devices(here)
+    here = _here(config)
     loaded = list(load_tasks(here, variants, progress))
     tasks = _as_begun(out, [task.alone for task in loaded])
     decisive = config.model_dump(mode="json", exclude=UNDECISIVE)
     identity = {"experiment": name, "config": decisive, "subjects": [task.identity for task in tasks]}
-    folder = RunFolder(out, identity)
-    if folder.complete:
-        progress.note(f"{out} is complete: nothing to compute")
-        return read_rows(out)
-    schedule = Schedule(tasks, folder, progress)
+    with RunFolder(out, identity, progress) as folder:
+        if folder.complete:
+            progress.note(f"{out} is complete: nothing to compute")
+            return folder.rows()
+        facts = {"excerpts": {task.info.name: provenance(task.corpus) for task in tasks}, "device": device(here)}
+        stored = {task.info.name: task.info.stored for task in tasks if task.info.stored}
+        facts |= {"weights": stored} if stored else {}
+        return _measured(config, folder, Schedule(tasks, folder, progress), loaded, facts, progress)
+
+
+def _measured(
+    config: Experiment, folder: RunFolder, schedule: Schedule, loaded: list[LoadedTask], facts: dict[str, Any],
+    progress: Progress,
+) -> pd.DataFrame:  # fmt: skip
+    """Measure what is missing in the folder, and finish it with `facts`. `loaded` is emptied where others measure."""
+    on_ray, devices = config.engine == "ray", worker_devices(_here(config))
     missing = schedule.first()
-    facts = {"excerpts": {task.info.name: provenance(task.corpus) for task in tasks}, "device": device(here)}
-    facts |= {"weights": stored} if (stored := {t.info.name: t.info.stored for t in tasks if t.info.stored}) else {}
 
     def keep(item: Item, rows: pd.DataFrame) -> list[Item]:
         folder.add(item.key, rows)
@@ -78,6 +87,11 @@ def _run(name: str, config: Experiment, out: Path, variants: Variants, progress:
     else:
         processes.map_items(measured, missing, on_result=keep, workers=1)
     return folder.finish(schedule.keys, facts | {"rounding": schedule.found})
+
+
+def _here(config: Experiment) -> Experiment:
+    """As this process computes: on Ray the nodes have devices and kernels, and it only plans."""
+    return config.model_copy(update={"device": "cpu", "kernels": "auto"}) if config.engine == "ray" else config
 
 
 def _as_begun(out: Path, tasks: list[Task]) -> list[Task]:

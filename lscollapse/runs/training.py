@@ -7,11 +7,10 @@ killed and continued ends with the same bits on a CPU.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,22 +22,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lscollapse.core.config import Count, Section, Seed
-from lscollapse.core.files import atomic, changes, write_json, write_text
+from lscollapse.core.files import write_json, write_text
 from lscollapse.core.progress import SILENT, Progress
 from lscollapse.data.examples import Data, Examples
+from lscollapse.runs import training_state
+from lscollapse.runs.training_state import LOG, RECORD, Diverged, DivergedRecord, State
 
-STATE, LOG, RECORD = "state.pt", "log.csv", "diverged.json"
 EVALUATED_AT_ONCE = 256  # examples
 Beta = Annotated[float, Field(ge=0, lt=1)]
-HEADER = "step,seconds,train_loss,held_out_loss,held_out_accuracy"
-
-
-class TrainingError(ValueError):
-    """A folder cannot continue this training."""
-
-
-class Diverged(TrainingError):
-    """The loss or its gradient was no finite number; the folder's diverged.json has the record."""
 
 
 class Optimisation(Section):
@@ -89,14 +80,6 @@ class Outcome:
     accuracy: float
     loss: float
     train_loss: float
-
-
-@dataclass
-class _State:
-    step: int = 0
-    seconds: float = 0.0
-    losses: list[float] = field(default_factory=list)  # since the last line of the log
-    log: list[str] = field(default_factory=lambda: [HEADER])
 
 
 def rate(step: int, settings: Settings) -> float:
@@ -165,13 +148,13 @@ def fit(
         TrainingError: the folder holds a training with other settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / RECORD).exists():
-        raise Diverged(_diverged(json.loads((folder / RECORD).read_text(encoding="utf-8")), folder))
+    if record := training_state.diverged(folder):
+        raise Diverged(_diverged(record, folder))
     net.to(device).train()
     groups = net.parameter_groups(settings.weight_decay)  # type: ignore[operator]
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
     identity = {"settings": settings.model_dump(), "data": data.source, "net": net.config.to_dict()}  # type: ignore[union-attr, operator]
-    state = _continued(net, optimizer, folder, identity, device)
+    state = training_state.continued(net, optimizer, folder, identity, device, progress)
     if state.step:
         progress.note(f"{folder} is continued at step {state.step} of {settings.steps}")
     progress.start(settings.steps - state.step)
@@ -185,7 +168,7 @@ def fit(
 
 def _train(
     net: Any, optimizer: torch.optim.Optimizer, data: Data, settings: Settings, folder: Path, identity: dict[str, Any],
-    state: _State, progress: Progress, device: str, writer: Any,
+    state: State, progress: Progress, device: str, writer: Any,
 ) -> Outcome:  # fmt: skip
     n_examples = len(data.train.ids)
     every = settings.evaluate_every or max(1, n_examples // settings.batch)
@@ -197,8 +180,8 @@ def _train(
             ids = data.augment(ids, [settings.seed, state.step])
         loss, norm = _step(net, optimizer, (ids, labels, at), settings, state.step, device)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            record = {"step": state.step + 1, "loss": str(loss), "gradient_norm": str(norm), "lr": settings.lr}
-            write_json(folder / RECORD, record)
+            record = DivergedRecord(step=state.step + 1, loss=str(loss), gradient_norm=str(norm), lr=settings.lr)
+            write_json(folder / RECORD, record.model_dump())
             raise Diverged(_diverged(record, folder))
         state.step += 1
         state.losses.append(loss)
@@ -211,8 +194,7 @@ def _train(
             state.seconds = time.monotonic() - began
             write_text(folder / LOG, "\n".join(state.log) + "\n")
             parts = {"identity": identity, "net": net.state_dict(), "optimizer": optimizer.state_dict()}
-            with atomic(folder / STATE) as temporary:
-                torch.save({**parts, **asdict(state)}, temporary)
+            training_state.save(folder, {**parts, **asdict(state)})
             saved = time.monotonic()
     *_, train_loss, loss, accuracy = map(float, state.log[-1].split(","))
     return Outcome(state.step, state.seconds, accuracy, loss, train_loss)
@@ -238,7 +220,7 @@ def _step(
 
 
 def _report(
-    net: Any, data: Data, settings: Settings, state: _State, progress: Progress, device: str, writer: Any
+    net: Any, data: Data, settings: Settings, state: State, progress: Progress, device: str, writer: Any
 ) -> None:
     accuracy, held_out = evaluate(net, data.held_out, device, settings.loss)
     train = sum(state.losses) / len(state.losses)
@@ -268,24 +250,8 @@ def _writer(folder: Path, step: int) -> Any:
     return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
 
-def _continued(
-    net: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, identity: dict[str, Any], device: str
-) -> _State:
-    file = folder / STATE
-    if not file.exists():
-        return _State()
-    held = torch.load(file, map_location=device, weights_only=True)
-    plain = json.loads(json.dumps(identity))
-    different = changes(json.loads(json.dumps(held.pop("identity"))), plain)
-    if different:
-        raise TrainingError(f"{folder} was trained otherwise ({'; '.join(different[:4])}): give a new folder")
-    net.load_state_dict(held.pop("net"))
-    optimizer.load_state_dict(held.pop("optimizer"))
-    return _State(**held)
-
-
-def _diverged(record: dict[str, Any], folder: Path) -> str:
+def _diverged(record: DivergedRecord, folder: Path) -> str:
     return (
-        f"loss {record['loss']}, gradient {record['gradient_norm']} at step {record['step']}: training stopped, lower the"
-        f" learning rate ({record['lr']:g}); {folder / RECORD} has the record"
+        f"loss {record.loss}, gradient {record.gradient_norm} at step {record.step}: training stopped, lower the"
+        f" learning rate ({record.lr:g}); {folder / RECORD} has the record"
     )

@@ -34,8 +34,14 @@ def main() -> int:
         while tried < args.examples:
             search(name, BATCH, tally, seed=tried // BATCH + 1)
             tried, new = tried + BATCH, new + BATCH
-            file.write_text(json.dumps({"tried": tried, "codes": tally.codes, "wrong": tally.wrong, "faults": tally.faults}, indent=1))
-            left = (args.examples - tried + args.examples * (len(names) - number - 1)) * (time.monotonic() - start) / new
+            file.write_text(
+                json.dumps(
+                    {"tried": tried, "codes": tally.codes, "wrong": tally.wrong, "faults": tally.faults}, indent=1
+                )
+            )
+            left = (
+                (args.examples - tried + args.examples * (len(names) - number - 1)) * (time.monotonic() - start) / new
+            )
             print(f"\r{name}: {tried:,} of {args.examples:,}, about {left / 60:.0f} min left   ", end="", flush=True)
         wrong += tally.wrong
         print(f"\r{name}: {tried:,} tried, {tally}" + " " * 20)

@@ -98,10 +98,25 @@ def _drawn(root: Path, data: bytes) -> Arguments:
 
 
 def _wikipedia(root: Path, titles: Path | None = None) -> Arguments:
-    wiki = {"endpoint": f"{given.answers().url}/api.php", "max_retries": 0, "retry_wait": 0, "cache_dir": root / "cache"}
+    wiki = {
+        "endpoint": f"{given.answers().url}/api.php",
+        "max_retries": 0,
+        "retry_wait": 0,
+        "cache_dir": root / "cache",
+    }
     settings = [part for name, value in wiki.items() for part in ("--set", f"wikipedia.{name}={value}")]
     chosen = ["--titles", titles] if titles else []
-    return ["excerpts", root / "out", *FEW, "--source", "wikipedia", "--tokenizer", folder() / "model", *chosen, *settings]
+    return [
+        "excerpts",
+        root / "out",
+        *FEW,
+        "--source",
+        "wikipedia",
+        "--tokenizer",
+        folder() / "model",
+        *chosen,
+        *settings,
+    ]
 
 
 def _article() -> dict[str, Any]:
@@ -115,7 +130,11 @@ def _article() -> dict[str, Any]:
 
 def _random() -> dict[str, Any]:
     found = [{"id": n, "ns": 0, "title": title} for n, title in enumerate(("Bees", "Ants"), 1)]
-    return {"batchcomplete": "", "continue": {"rncontinue": "0.1|0.2|3|0", "continue": "-||"}, "query": {"random": found}}
+    return {
+        "batchcomplete": "",
+        "continue": {"rncontinue": "0.1|0.2|3|0", "continue": "-||"},
+        "query": {"random": found},
+    }
 
 
 def _json_of(*parts: str) -> Callable[[], Any]:

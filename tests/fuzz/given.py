@@ -21,7 +21,15 @@ from tests.equivalence import tiny
 from tests.fuzz.mutations import as_json
 from tests.fuzz.shell import run
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"{a}{b}" for a in "bdfghklm" for b in "aeiou"), *"abcdefghijklmnop"]
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    *(f"{a}{b}" for a in "bdfghklm" for b in "aeiou"),
+    *"abcdefghijklmnop",
+]
 TEXT = "\n\n".join(" ".join(WORDS[5 + (7 * i + k) % 40] for k in range(24)) for i in range(3))
 FEW = ("--excerpts", "2", "--tokens", "8")
 
@@ -36,7 +44,9 @@ def folder() -> Path:
         (place / "config.json").write_text(json.dumps(net.config.to_diff_dict()))
         save_file({key: tensor.contiguous() for key, tensor in net.state_dict().items()}, place / "model.safetensors")
         (place / "vocab.txt").write_text("\n".join(WORDS))
-        (place / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True}))
+        (place / "tokenizer_config.json").write_text(
+            json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True})
+        )
     shutil.copytree(root / "model", root / "sharded")
     (root / "sharded" / "model.safetensors").rename(root / "sharded" / "model-00001-of-00001.safetensors")
     names = tiny.bert(n_layers=2).state_dict()
@@ -44,7 +54,17 @@ def folder() -> Path:
     (root / "sharded" / "model.safetensors.index.json").write_text(json.dumps(index))
     (root / "text.txt").write_text(TEXT)
     must("excerpts", root / "frozen.jsonl", *FEW, "--source", root / "text.txt", "--tokenizer", root / "model")
-    must("measure", root / "model", *FEW, "--source", root / "frozen.jsonl", "--lambdas", "0,1", "--out", root / "finished")
+    must(
+        "measure",
+        root / "model",
+        *FEW,
+        "--source",
+        root / "frozen.jsonl",
+        "--lambdas",
+        "0,1",
+        "--out",
+        root / "finished",
+    )
     return root
 
 
@@ -80,7 +100,9 @@ def as_parquet(value: Any) -> bytes:
     """Columns of a table, mutated; what is no column as text, shorter ones to the length of the shortest."""
     if not isinstance(value, dict) or not value:
         return as_json(value)
-    held = {str(name).encode("utf-8", "replace").decode(): v if isinstance(v, list) else [v] for name, v in value.items()}
+    held = {
+        str(name).encode("utf-8", "replace").decode(): v if isinstance(v, list) else [v] for name, v in value.items()
+    }
     shortest = min(map(len, held.values()))
     table = pa.table({name: _array(values[:shortest]) for name, values in held.items()})
     out = io.BytesIO()

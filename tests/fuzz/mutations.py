@@ -19,7 +19,17 @@ ODD: list[Any] = [
     {"__float__": "Infinity"}, {"a": [{"b": [{}]}]},
 ]  # fmt: skip
 KEYS = ["", "x", "__class__", "dtype", "use_return_dict", "layers", ESCAPES, "\ud800", "k" * 2000, "../x"]
-BYTES = [b"", b"\x00", b"\xef\xbb\xbf", b"\xff\xfe", b"\x1b[2J", b"\xed\xa0\x80", b"[" * 20_000, b'{"a":' * 20_000, b"1" * 5000]
+BYTES = [
+    b"",
+    b"\x00",
+    b"\xef\xbb\xbf",
+    b"\xff\xfe",
+    b"\x1b[2J",
+    b"\xed\xa0\x80",
+    b"[" * 20_000,
+    b'{"a":' * 20_000,
+    b"1" * 5000,
+]
 
 
 def places(value: Any, above: Path | None = None) -> Iterator[Path]:
@@ -48,7 +58,10 @@ def mutated(draw: st.DrawFn, document: Any) -> Any:
 
 
 def _change(draw: st.DrawFn, holder: Any, key: Any) -> None:
-    kind, odd = draw(st.sampled_from(("replace", "replace", "drop", "rename", "add", "wrap", "swap", "scale"))), st.sampled_from(ODD)
+    kind, odd = (
+        draw(st.sampled_from(("replace", "replace", "drop", "rename", "add", "wrap", "swap", "scale"))),
+        st.sampled_from(ODD),
+    )
     if kind == "drop":
         del holder[key]
     elif kind == "rename" and isinstance(holder, dict):

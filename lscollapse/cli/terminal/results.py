@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from lscollapse.cli.terminal.printing import plain_console, plain_table
+from lscollapse.core.manifest import MANIFEST
 from lscollapse.core.outside import plain
+from lscollapse.core.rows import edited_words
 from lscollapse.reports.claims.sentences import footnotes
 from lscollapse.reports.verdict import VERDICTS
 
@@ -47,6 +50,13 @@ def show_claims(rows: pd.DataFrame, form: str) -> None:
         table.add_row(str(model), *(str((own == verdict).sum()) for verdict in VERDICTS))
     if table.row_count:
         console.print(table)
+
+
+def tell_edited(runs: Sequence[Path]) -> None:
+    """Say on stderr which of these tables were edited after their run."""
+    for run in runs:
+        if (run / MANIFEST).exists() and (words := edited_words(run)):
+            print(words, file=sys.stderr)
 
 
 def show_sentences(rows: pd.DataFrame, form: str) -> None:

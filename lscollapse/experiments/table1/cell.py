@@ -21,7 +21,8 @@ from lscollapse.experiments.table1.schema import Table1, TaskData, TrainingSecti
 from lscollapse.models.nets.lambda_net import LEARNABLE, Net, NetConfig
 from lscollapse.one_by_one import shared_of
 from lscollapse.runs.devices import device
-from lscollapse.runs.training import Diverged, Settings, evaluate, fit
+from lscollapse.runs.training import Settings, evaluate, fit
+from lscollapse.runs.training_state import Diverged
 
 MEASURED = ("relative_mu", "rank1_residual")
 BEFORE, AFTER = "before", "after"

@@ -6,6 +6,7 @@ lambda mode, the learning rate with the best mean validation accuracy is chosen;
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,16 +16,17 @@ from typing import Any, Protocol, TypeVar
 import pandas as pd
 
 from lscollapse.core.config import Compute, ConfigError
-from lscollapse.core.files import atomic, write_csv, write_json
+from lscollapse.core.files import atomic, clear_partials, write_csv, write_json
+from lscollapse.core.lock import locked
 from lscollapse.core.progress import SILENT, Progress
-from lscollapse.core.run_folder import RunFolder, read_rows
+from lscollapse.core.run_folder import RunFolder
 from lscollapse.data import images
 from lscollapse.data.examples import SPLITS
 from lscollapse.experiments.table1.cell import Cell, cells, test_cell, train_cell
 from lscollapse.experiments.table1.schema import Table1
 from lscollapse.runs import cluster, processes
 from lscollapse.runs.devices import training_workers
-from lscollapse.runs.training import STATE, Diverged
+from lscollapse.runs.training_state import STATE, Diverged
 
 COLUMNS = (
     "task", "data", "mixer", "lam", "lr", "seed", "dtype", "when", "layer", "excerpt", "measure", "value", "status",
@@ -56,14 +58,22 @@ def run(config: Table1, out: Path, progress: Progress = SILENT) -> pd.DataFrame:
     state of a training is on the node that trains (or on a shared disk); everything else is written here.
     """
     map_items = map_items_of(config)
-    folder = Table1Folder(out, {"experiment": "table1", "config": config.model_dump(mode="json", exclude=UNDECISIVE)})
-    if folder.complete:
-        progress.note(f"{out} is complete: nothing to compute")
-        return read_rows(out)
-    every = list(cells(config, out / "cells"))
+    identity = {"experiment": "table1", "config": config.model_dump(mode="json", exclude=UNDECISIVE)}
+    with Table1Folder(out, identity, progress) as folder:
+        if folder.complete:
+            progress.note(f"{out} is complete: nothing to compute")
+            return folder.rows()
+        return _trained(config, folder, map_items, progress)
+
+
+def _trained(config: Table1, folder: RunFolder, map_items: MapItems, progress: Progress) -> pd.DataFrame:
+    """Train and test what is missing in the folder, and finish it."""
+    every = list(cells(config, folder.path / "cells"))
+    for cell in every:
+        _clean(folder, cell)
     missing = [cell for cell in every if not folder.has(cell.key)]
     if len(missing) < len(every):
-        progress.note(f"{out} is continued: {len(every) - len(missing)} of {len(every)} cells are there")
+        progress.note(f"{folder.path} is continued: {len(every) - len(missing)} of {len(every)} cells are there")
     progress.start(len(missing))
     done = len(every) - len(missing)
 
@@ -79,11 +89,23 @@ def run(config: Table1, out: Path, progress: Progress = SILENT) -> pd.DataFrame:
     read = [cell for cell in chosen if not folder.has(f"{cell.key}-test")]
     map_items(
         test_cell,
-        [(cell, (out / "cells" / cell.key / WEIGHTS).read_bytes()) for cell in read],
+        [(cell, (cell.folder / WEIGHTS).read_bytes()) for cell in read],
         on_result=lambda trained, result: folder.add(f"{trained[0].key}-test", frame(result["rows"])),
     )
     keys = [*(cell.key for cell in every), *(f"{cell.key}-test" for cell in chosen)]
     return folder.finish(keys, {"engine": config.engine, "images": _images_record(config)})
+
+
+def _clean(folder: RunFolder, cell: Cell) -> None:
+    """Take away what a kill left of a cell; one whose net is not the one that was trained is trained again."""
+    clear_partials(cell.folder)
+    if not folder.has(cell.key):
+        return
+    trained, file = folder.facts(cell.key).get("net"), cell.folder / WEIGHTS
+    if trained and (not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != trained):
+        folder.set_aside(cell.key, f"{file} is not the net that it was measured on")
+    else:
+        (cell.folder / STATE).unlink(missing_ok=True)
 
 
 def one_cell(config: Table1, task: str, lr: float | None, steps: int | None, out: Path | None) -> Cell:
@@ -105,21 +127,25 @@ def train_one(cell: Cell, progress: Progress = SILENT) -> pd.DataFrame:
 
     Raises:
         Diverged: the loss or its gradient was not finite.
+        LockError: another process trains there.
     """
-    result = train_cell(cell, progress)
-    if not result["weights"]:
-        raise Diverged(result["note"])
-    write_net(cell.folder, result)
-    rows = frame([*result["rows"], *test_cell((cell, result["weights"]))["rows"]])
-    write_csv(cell.folder / "rows.csv", rows)
+    with locked(cell.folder):
+        clear_partials(cell.folder)
+        result = train_cell(cell, progress)
+        if not result["weights"]:
+            raise Diverged(result["note"])
+        write_net(cell.folder, result)
+        rows = frame([*result["rows"], *test_cell((cell, result["weights"]))["rows"]])
+        write_csv(cell.folder / "rows.csv", rows)
     return rows
 
 
 def store(folder: RunFolder, cell: Cell, result: dict[str, Any]) -> None:
     """The trained net, then the rows: with them the cell counts as done, and its training state can go."""
-    if result["weights"]:
+    net = result["weights"]
+    if net:
         write_net(cell.folder, result)
-    folder.add(cell.key, frame(result["rows"]))
+    folder.add(cell.key, frame(result["rows"]), net=hashlib.sha256(net).hexdigest() if net else "")
     (cell.folder / STATE).unlink(missing_ok=True)
 
 
@@ -137,7 +163,7 @@ def choose(folder: RunFolder, every: list[Cell]) -> list[Cell]:
     A rate at which a net of some seed diverged is not chosen; an arm without any other has no test accuracy. Of equal
     rates the lowest is chosen.
     """
-    rows = pd.concat([pd.read_parquet(folder.parts / f"{cell.key}.parquet") for cell in every])
+    rows = pd.concat([folder.part(cell.key) for cell in every])
     accuracy = rows[rows["measure"] == "validation_accuracy"]
     means = accuracy.groupby([*ARM, "lr"])["value"].apply(lambda values: values.mean(skipna=False)).dropna()
     best = set(means.groupby(ARM).idxmax())  # (task, mixer, lam, lr)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from lscollapse.core.run_folder import RunFolderError, read_manifest, read_rows
+from lscollapse.core.manifest import RunFolderError, read_manifest
+from lscollapse.core.rows import read_rows
 from lscollapse.reports.claims import table1 as on_table1
 from lscollapse.reports.claims import theory as on_theory
 from lscollapse.reports.claims.curves import Curves, NotMeasured
@@ -64,7 +65,7 @@ def judge_readings(rows: pd.DataFrame) -> pd.DataFrame:
     return noted(pd.DataFrame(found))
 
 
-def judged(runs: Sequence[Path], theory: bool = False) -> pd.DataFrame:
+def judged(runs: Sequence[Path], theory: bool = False, verified: bool = True) -> pd.DataFrame:
     """One row for each sentence and model: columns COLUMNS, without `note` where there is none, in the order of the paper.
 
     A sentence that one run measures is not listed as not measured for another run of the same model; one that no run is
@@ -74,11 +75,12 @@ def judged(runs: Sequence[Path], theory: bool = False) -> pd.DataFrame:
         runs: folders that the verbs wrote: sweeps, ablations, readings, measurements, Table 1, `theory verify`, `theory
             bound`.
         theory: put the theory's statements to the test now.
+        verified: refuse a table that was edited since.
 
     Raises:
         RunFolderError: a folder that holds none of these.
     """
-    found = [(str(run), reading, finding) for run in runs for reading, finding in findings(run)]
+    found = [(str(run), reading, finding) for run in runs for reading, finding in findings(run, verified)]
     found += [("", "", finding) for finding in (on_theory.statements_now() if theory else ())]
     spoken, order = {finding.claim for _, _, finding in found}, catalogue()
     found += [("", "", Finding(name, sentence, "", NOT_MEASURED, ""))
@@ -116,10 +118,10 @@ def sentences() -> pd.DataFrame:
     return pd.DataFrame(lines, columns=["claim", "sentence", "threshold"])
 
 
-def findings(run: Path) -> Iterator[tuple[str, Finding]]:
+def findings(run: Path, verified: bool = True) -> Iterator[tuple[str, Finding]]:
     """(reading, finding) of one folder."""
     if (run / "manifest.json").exists():
-        experiment, rows = read_manifest(run)["identity"].get("experiment"), read_rows(run)
+        experiment, rows = read_manifest(run)["identity"].get("experiment"), read_rows(run, verified)
         if experiment == "all-readings":
             yield from _of_readings(rows)
             return

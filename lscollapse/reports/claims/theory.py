@@ -7,7 +7,6 @@ compute (undefined or non-constructive constants) is not measured. Statements th
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from lscollapse.core.run_folder import RunFolderError
+from lscollapse.core.files import read_text
+from lscollapse.core.manifest import RunFolderError
+from lscollapse.core.outside import parse_json
 from lscollapse.reports.claims.figures import CLAIMS, MUCH
 from lscollapse.reports.verdict import AGREE, DISAGREE, NOT_MEASURED, Finding
 from lscollapse.theory import verify
@@ -53,8 +54,10 @@ def verified(folder: Path) -> Iterator[Finding]:
     """
     file = folder / VERIFY
     try:
-        yield from statements(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        yield from statements(parse_json(read_text(file, RunFolderError), str(file), RunFolderError))
+    except RunFolderError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
         raise RunFolderError(
             f"{file} cannot be read ({type(error).__name__}): run `lscollapse theory verify --out {folder}` again"
         ) from None

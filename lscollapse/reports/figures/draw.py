@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
 from matplotlib.figure import Figure
 
+from lscollapse.core.progress import SILENT, Progress
 from lscollapse.reports.figures import style
 from lscollapse.reports.figures.paper import figure1, figure2, figure3, figure4, figure_readings
 from lscollapse.reports.figures.points import FigureError, with_columns
@@ -58,12 +60,18 @@ READINGS_VERDICTS = "readings-verdicts.csv"  # beside the figure of readings, an
 
 
 def draw(
-    experiment: str, rows: pd.DataFrame, folder: str | Path, yscale: str = "linear", measure: str = PAPERS
+    experiment: str,
+    rows: pd.DataFrame,
+    folder: str | Path,
+    yscale: str = "linear",
+    measure: str = PAPERS,
+    aside: str = "",
+    progress: Progress = SILENT,
 ) -> list[Path]:
     """Save the figures of one experiment, those of DRAWINGS; of another measure than the paper's those that show it.
 
     Of a figure for each model, the first model with a gate (else the first) gives figure1, another one figure1-NAME; of
-    angular mu figure1-angular and figure1-angular-NAME. Raises FigureError for an experiment without figures.
+    angular mu figure1-angular and figure1-angular-NAME. `aside` ends every caption. Raises FigureError for an experiment without figures.
     """
     offered = [drawing for drawing in DRAWINGS if measure == PAPERS or "measure" in drawing.takes]
     drawings = [drawing for drawing in offered if experiment in drawing.experiments]
@@ -74,19 +82,26 @@ def draw(
     rows = with_columns(rows)
     models = list(dict.fromkeys([*rows["model"][rows["gating"].notna()], *rows["model"]]))
     stems = {model: "" if model == models[0] else "-" + re.sub(r"[^\w.-]+", "_", model) for model in models}
-    written = []
+
+    def note(shown: list[str]) -> str:
+        return " ".join(filter(None, (embedded_note(shown), aside)))
+
+    plans: list[tuple[str, Callable[[], tuple[Figure, pd.DataFrame]]]] = []
     for drawing in drawings:
         options = {name: {"yscale": yscale, "measure": measure}[name] for name in drawing.takes}
         stem = drawing.stem + ("" if measure == PAPERS else f"-{measure.removesuffix('_mu')}")
         shown = drawing.wanted(rows, models)
         if drawing.each:
-            made = {
-                stem + stems[model]: drawing.draw(rows, model=model, note=embedded_note([model]), **options)
-                for model in shown
-            }
-        else:
-            made = {stem: drawing.draw(rows, note=embedded_note(shown), **options)} if shown else {}
-        written += [path for name, (figure, data) in made.items() for path in style.save(figure, data, folder, name)]
+            for model in shown:
+                made = partial(drawing.draw, rows, model=model, note=note([model]), **options)
+                plans.append((stem + stems[model], made))
+        elif shown:
+            plans.append((stem, partial(drawing.draw, rows, note=note(shown), **options)))
+    progress.start(len(plans))
+    written = []
+    for name, figure_of in plans:
+        written += style.save(*figure_of(), folder, name)
+        progress.advance(1)
     return written
 
 

@@ -27,13 +27,13 @@ def models(runs: Iterable[Run]) -> list[str]:
     return list(dict.fromkeys(model for run in runs for model in run.rows["model"]))
 
 
-def verdicts(folders: Mapping[Path, str]) -> list[dict[str, Any]]:
+def verdicts(folders: Mapping[Path, str], verified: bool = True) -> list[dict[str, Any]]:
     """Every claim with what these folders (and their names) say of it: {claim, sentence, threshold, verdicts: [{who, verdict, numbers}]}.
 
     `who` is a model; where a claim stands for several sentences, as the theory's statements do, it is the sentence.
     """
     found = []
-    table, names = judged(list(folders)), {str(path): name for path, name in folders.items()}
+    table, names = judged(list(folders), verified=verified), {str(path): name for path, name in folders.items()}
     for claim, (sentence, threshold) in catalogue().items():
         part = table[table["claim"] == claim]
         several = part["sentence"].nunique() > 1
@@ -57,7 +57,8 @@ def tally(found: Iterable[dict[str, Any]]) -> dict[str, int]:
 def warnings(measured: Sequence[Run], others: Sequence[Run], found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """What a reader has to know before the figures, as {text, runs}, the gravest first."""
     runs = [*measured, *others]
-    said = [("", wording.embedded_note(models(measured)))]
+    said = [(run.name, run.edited) for run in runs]
+    said.append(("", wording.embedded_note(models(measured))))
     wrong = "; ".join(filter(None, map(_disproved, found)))
     said.append(("", f"The paper's statements that do not hold here: {wrong}." if wrong else ""))
     said += [(run.name, text) for run in measured for text in _of_rows(run)]

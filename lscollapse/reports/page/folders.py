@@ -11,6 +11,8 @@ from typing import Any
 import pandas as pd
 
 from lscollapse.core.files import first_line
+from lscollapse.core.outside import shown
+from lscollapse.core.table import ANGULAR
 
 
 class ReportError(ValueError):
@@ -19,11 +21,12 @@ class ReportError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A finished run folder."""
+    """A finished run folder; `edited` says so where its table is not the one that the run wrote."""
 
     name: str
     rows: pd.DataFrame
     manifest: dict[str, Any]
+    edited: str = ""
 
     @property
     def experiment(self) -> str:
@@ -50,10 +53,23 @@ def named(folders: Sequence[Path]) -> dict[Path, str]:
 
 
 def read_bounds(path: Path, name: str) -> Bounds:
+    """The tables of `theory bound --out`. Raises ReportError where one is missing, damaged or of another shape."""
     try:
         bounds, curve = pd.read_csv(path / "bounds.csv", keep_default_na=False), pd.read_csv(path / "curve.csv")
     except (OSError, ValueError) as error:
         raise ReportError(f"{path} has no readable bounds.csv and curve.csv: {first_line(error)}") from None
     if "to" not in bounds:  # a file of before there were intervals with an end
         bounds["to"] = math.inf
+    for file, table, needed, numbers in (
+        (path / "bounds.csv", bounds, ("bound", "sign", "reads", "note"), ("lam", "to")),
+        (path / "curve.csv", curve, (), ("lam", *ANGULAR)),
+    ):
+        missing = {*needed, "lam"} - set(table)
+        if missing:
+            raise ReportError(f"{file} has no column {min(missing)!r}: run `lscollapse theory bound` again")
+        for column in set(numbers) & set(table):
+            try:
+                table[column] = pd.to_numeric(table[column].replace("", math.nan))
+            except (ValueError, TypeError) as error:
+                raise ReportError(f"{file}, column {column}: {shown(first_line(error))}, give numbers") from None
     return Bounds(name.removeprefix("bound-"), bounds, curve)

@@ -15,20 +15,22 @@ from pathlib import Path
 import jinja2
 
 from lscollapse.core.files import write_text
-from lscollapse.core.run_folder import read_manifest, read_rows
+from lscollapse.core.manifest import read_manifest
+from lscollapse.core.rows import edited_words, read_rows
 from lscollapse.reports.page import facts, plots
 from lscollapse.reports.page.folders import ReportError, Run, named, read_bounds
 
 SCRIPTS = ("scales.js", "plot.js", "page.js")
 
 
-def write(runs: Sequence[Path], out: Path) -> Path:
+def write(runs: Sequence[Path], out: Path, verified: bool = True) -> Path:
     """Write the page of `runs` to `out`, whole or not at all, and return `out`.
 
     Args:
         runs: folders that the verbs wrote (runs, `theory bound --out`, `theory verify --out`), in the order in which they
             are shown.
         out: the HTML file; its folder is made if absent.
+        verified: refuse a table that was edited since; else the page says which was.
 
     Raises:
         ReportError, RunFolderError: a folder is none of these, damaged, or its run is not finished.
@@ -37,23 +39,26 @@ def write(runs: Sequence[Path], out: Path) -> Path:
     """
     if not runs:
         raise ReportError("a report needs the folder of at least one run")
-    text = page(runs)
+    text = page(runs, verified)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, text)
     return out
 
 
-def page(folders: Sequence[Path]) -> str:
+def page(folders: Sequence[Path], verified: bool = True) -> str:
     """The page as text; arguments and errors as `write`."""
     names = named(folders)
     finished = {path: name for path, name in names.items() if (path / "manifest.json").exists()}
-    runs = {path: Run(name, read_rows(path), read_manifest(path)) for path, name in finished.items()}
+    runs = {
+        path: Run(name, read_rows(path, verified), read_manifest(path), edited_words(path))
+        for path, name in finished.items()
+    }
     bounds = [read_bounds(path, name) for path, name in names.items() if (path / "bounds.csv").exists()]
     pack = plots.Pack()
     shown = [run for run in runs.values() if plots.drawable(run.rows)]
     others = [run for run in runs.values() if run not in shown]
     strange = {path for path, run in runs.items() if run in others and run.experiment != "table1"}
-    verdicts = facts.verdicts({path: name for path, name in names.items() if path not in strange})
+    verdicts = facts.verdicts({path: name for path, name in names.items() if path not in strange}, verified)
     figures = [figure for run in shown for figure in plots.figures(run, pack)]
     theory = plots.theory_figure(bounds) if bounds else None
     payload = {

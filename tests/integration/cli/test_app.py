@@ -16,7 +16,7 @@ import pytest
 
 from lscollapse.cli import app
 from lscollapse.core import assets, config, registry
-from lscollapse.core.run_folder import read_rows
+from lscollapse.core.rows import read_rows
 from lscollapse.core.table import DEFAULT_MEASURES
 from lscollapse.experiments import paper
 from tests import ROOT

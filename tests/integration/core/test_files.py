@@ -75,7 +75,7 @@ def test_another_encoding_is_one_line_with_the_file(
 def test_what_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(OverflowError, match="gone cannot be read: there is no such file"):
         read_text(tmp_path / "gone", OverflowError)  # type: ignore[arg-type]
-    with pytest.raises(CorpusError, match="cannot be read: it is no file"):
+    with pytest.raises(CorpusError, match="cannot be read: it is a folder, no file"):
         read_text(tmp_path, CorpusError)
 
 

@@ -26,7 +26,8 @@ from lscollapse.cli.model import measure
 from lscollapse.cli.terminal import model as terminal
 from lscollapse.cli.terminal import paper
 from lscollapse.core.config import Experiment
-from lscollapse.core.run_folder import read_manifest, read_rows
+from lscollapse.core.manifest import read_manifest
+from lscollapse.core.rows import read_rows
 from lscollapse.data import pictures
 from lscollapse.data.images import pixel_ids
 from lscollapse.experiments import own_model

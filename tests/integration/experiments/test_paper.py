@@ -15,7 +15,7 @@ import torch
 from transformers import BambaConfig, BambaForCausalLM
 
 from lscollapse.core.config import Experiment
-from lscollapse.core.run_folder import RunFolderError
+from lscollapse.core.manifest import RunFolderError
 from lscollapse.core.table import COLUMNS, DEFAULT_MEASURES
 from lscollapse.experiments import own_model, paper
 from lscollapse.experiments.bounds import find_lambda

@@ -29,7 +29,7 @@ from lscollapse.models.nets.s4d import S4D, S4DConfig, S4DMixer, causal_convolut
 from lscollapse.reports.claims import sentences
 from lscollapse.reports.figures.paper import figure2, figure4
 from lscollapse.reports.verdict import AGREE, DISAGREE, NOT_MEASURED
-from lscollapse.runs.training import TrainingError
+from lscollapse.runs.training_state import TrainingError
 from tests import ROOT
 from tests.equivalence.compare import assert_rows_match
 

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 from lscollapse.cli import train
 from lscollapse.core.config import ConfigError, configure
-from lscollapse.core.run_folder import RunFolderError
+from lscollapse.core.lock import LockError, locked
+from lscollapse.core.manifest import RunFolderError
 from lscollapse.data import images, mqar
 from lscollapse.data.examples import SPLITS, Examples
 from lscollapse.experiments.table1.cell import cells, drawn_task, make_net, modes
@@ -27,8 +28,10 @@ from lscollapse.experiments.table1.schema import Table1
 from lscollapse.models.nets.lambda_net import Net, NetConfig
 from lscollapse.reports import table1
 from lscollapse.reports.figures.table1 import draw, lambda_figure, mu_figure
-from lscollapse.runs.training import Diverged
+from lscollapse.runs.training_state import Diverged
 from tests import ROOT
+from tests.unit.core.test_parts import Notes
+from tests.unit.core.test_run_folder import GONE
 
 CONFIGS = ROOT / "configs" / "table1"
 SMALL_NET = ["hidden_size=8", "state_size=4", "head_dim=8"]
@@ -221,6 +224,32 @@ def test_a_killed_grid_continues_and_processes_change_nothing(
     pd.testing.assert_frame_equal(run(config, whole), rows)  # complete: nothing is computed
     with pytest.raises(RunFolderError, match="seeds"):
         run(config.model_copy(update={"seeds": [7]}), whole)
+
+
+def test_what_a_kill_or_a_bad_disk_did_to_a_grid_is_mended(
+    grid: tuple[Table1, Path, pd.DataFrame], tmp_path: Path
+) -> None:
+    """A net that is not the one that was measured is trained again; states and half-written files of finished cells go."""
+    config, whole, rows = grid
+    with pytest.raises(Stop):
+        run(config, tmp_path / "run", Stopper(4))
+    nets = sorted((tmp_path / "run" / "cells").glob("*/model.safetensors"))
+    good = nets[0].read_bytes()
+    nets[0].write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    for name in ("state.pt", f".model.safetensors.{GONE}.partial"):
+        (nets[1].parent / name).write_bytes(b"left")
+    told = Notes()
+    pd.testing.assert_frame_equal(run(config, tmp_path / "run", told), rows)
+    assert [f"{nets[0]} is not the net that it was measured on" in note for note in told.said].count(True) == 1
+    assert nets[0].read_bytes() == good
+    names = [sorted(str(path.relative_to(root)) for path in root.rglob("*")) for root in (whole, tmp_path / "run")]
+    assert names[0] == names[1]
+
+
+def test_a_folder_in_which_another_process_trains(tmp_path: Path) -> None:
+    cell = next(cells(tiny("seeds=[0]"), tmp_path))
+    with locked(cell.folder), pytest.raises(LockError, match="is being written by process"):
+        train_one(cell)
 
 
 def test_a_rate_that_diverged_is_not_chosen(tmp_path: Path) -> None:

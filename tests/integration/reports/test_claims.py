@@ -20,7 +20,7 @@ from lscollapse.cli.paper import figures
 from lscollapse.cli.terminal.paper import claims_table
 from lscollapse.cli.terminal.results import show_claims
 from lscollapse.core.config import Experiment
-from lscollapse.core.run_folder import RunFolderError
+from lscollapse.core.manifest import RunFolderError
 from lscollapse.experiments import paper
 from lscollapse.reports.claims import sentences, table1, theory
 from lscollapse.reports.claims.figures import CLAIMS

@@ -15,7 +15,7 @@ import typer
 
 from lscollapse.cli import results
 from lscollapse.core.config import Experiment
-from lscollapse.core.run_folder import RunFolderError
+from lscollapse.core.manifest import RunFolderError
 from lscollapse.core.table import DEFAULT_MEASURES
 from lscollapse.experiments import paper
 from lscollapse.reports import compare
@@ -161,7 +161,7 @@ def test_one_excerpt_has_no_spread(runs: dict[str, Path]) -> None:
 
 def test_layers_that_one_run_lost(runs: dict[str, Path], tmp_path: Path) -> None:
     rows = pd.read_parquet(runs["ablation"] / "rows.parquet")
-    (tmp_path / "manifest.json").write_bytes((runs["ablation"] / "manifest.json").read_bytes())
+    copy_manifest(runs["ablation"], tmp_path)
     gone = (rows["arm"] == "gate, no LN") & (rows["layer"] >= 2) & (rows["excerpt"] == 3)
     rows.loc[gone, ["value", "log10", "status"]] = [np.nan, np.nan, "overflow"]
     rows.to_parquet(tmp_path / "rows.parquet")
@@ -170,10 +170,16 @@ def test_layers_that_one_run_lost(runs: dict[str, Path], tmp_path: Path) -> None
     assert not found.alike and found.sentence.endswith("other layers lost or unresolved in 1 of 4 arms")
 
 
+def copy_manifest(run: Path, out: Path) -> None:
+    """Without the digests of the rows, which are to be others."""
+    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    (out / "manifest.json").write_text(json.dumps({**manifest, "files": {}}), encoding="utf-8")
+
+
 def changed(run: Path, out: Path, change: Callable[[pd.DataFrame], None]) -> Path:
     """A copy of a run with other rows."""
     out.mkdir()
-    (out / "manifest.json").write_bytes((run / "manifest.json").read_bytes())
+    copy_manifest(run, out)
     rows = pd.read_parquet(run / "rows.parquet")
     change(rows)
     rows.to_parquet(out / "rows.parquet")

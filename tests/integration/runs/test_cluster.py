@@ -23,8 +23,8 @@ import pytest
 
 from lscollapse.core import config
 from lscollapse.core.config import ConfigError, Experiment
+from lscollapse.core.manifest import read_manifest
 from lscollapse.core.progress import SILENT
-from lscollapse.core.run_folder import read_manifest
 from lscollapse.experiments import paper
 from lscollapse.experiments.table1 import grid, schema
 from lscollapse.runs import cluster, work

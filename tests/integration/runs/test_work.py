@@ -17,8 +17,8 @@ from torch import Tensor
 
 from lscollapse.core import allocation
 from lscollapse.core.config import ConfigError, Experiment
+from lscollapse.core.manifest import RunFolderError, read_manifest
 from lscollapse.core.progress import SILENT
-from lscollapse.core.run_folder import RunFolderError, read_manifest
 from lscollapse.core.table import ORDER
 from lscollapse.experiments import paper
 from lscollapse.instrument import forward, rounding

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -333,9 +334,11 @@ def test_gains_are_cached_by_sha256(tmp_path: Path) -> None:
     model, digest = tiny.mamba2(n_layers=2), "ab" * 32
     gains = early_exit.gains(adapt(model), digest, tmp_path)
     (file,) = (tmp_path / "gains").iterdir()
-    file.write_text(json.dumps([1.0, 2.0]))
+    kept = {"gains": [1.0, 2.0], "sha256": hashlib.sha256(b"[1.0, 2.0]").hexdigest()}
+    file.write_text(json.dumps(kept))
     assert early_exit.gains(adapt(model), digest, tmp_path) == [1.0, 2.0]
-    for damaged in ("[1.0, 2.", "{}", "[1.0]", '["a", "b"]', ""):
+    altered = (kept | {"gains": [1.0, 2.5]}, kept | {"gains": [1.0]}, {"gains": [1.0, 2.0]}, {}, [1.0, 2.0])
+    for damaged in (*map(json.dumps, altered), "[1.0, 2.", ""):
         file.write_text(damaged)
         assert early_exit.gains(adapt(model), digest, tmp_path) == gains
 

@@ -19,17 +19,9 @@ from torch import Tensor, nn
 from lscollapse.data import mqar
 from lscollapse.data.examples import Data, Examples
 from lscollapse.models.nets.lambda_net import LEARNABLE, Net, NetConfig
-from lscollapse.runs import training
-from lscollapse.runs.training import (
-    Diverged,
-    Settings,
-    TrainingError,
-    evaluate,
-    fit,
-    loss_of,
-    rate,
-    rows_of,
-)
+from lscollapse.runs import training_state
+from lscollapse.runs.training import Settings, evaluate, fit, loss_of, rate, rows_of
+from lscollapse.runs.training_state import Diverged, TrainingError
 from tests import ROOT
 
 TASK = mqar.MqarConfig(seq_len=16, pairs=3, vocab_size=20)
@@ -278,7 +270,37 @@ def test_a_loss_that_is_no_number_stops_the_run_with_a_record(tmp_path: Path) ->
         fit(little(), data(), Settings(steps=3, lr=0.01), tmp_path, tensorboard=False)
 
 
+def altered(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 8]) + data[middle + 1 :]
+
+
+@pytest.mark.parametrize("damage", ["altered", "cut", "empty", "another"])
+def test_a_damaged_state_is_named_set_aside_and_the_training_ends_with_the_same_bits(
+    tmp_path: Path, damage: str
+) -> None:
+    whole, again, told = dropped(), dropped(), []
+    fit(whole, data(), PARTS, tmp_path, tensorboard=False)
+    state = tmp_path / "state.pt"
+    held = state.read_bytes()
+    if damage == "another":
+        torch.save({"step": 3}, state)
+    else:
+        state.write_bytes({"altered": altered(held), "cut": held[:-200], "empty": b""}[damage])
+    fit(again, data(), PARTS, tmp_path, Teller(told), tensorboard=False)  # type: ignore[arg-type]
+    assert told[0].startswith(f"{state} is damaged (") and "set aside as state.pt.damaged" in told[0]
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in whole.state_dict().items())
+
+
+@pytest.mark.parametrize("record", ["[1]", "{", '{"step": "one", "loss": "nan", "gradient_norm": "nan", "lr": 1}'])
+def test_a_damaged_record_is_one_line(tmp_path: Path, record: str) -> None:
+    (tmp_path / "diverged.json").write_text(record)
+    with pytest.raises(TrainingError) as caught:
+        fit(little(), data(), PARTS, tmp_path, tensorboard=False)
+    assert str(caught.value).startswith(f"{tmp_path / 'diverged.json'}: ") and not isinstance(caught.value, Diverged)
+
+
 def test_it_does_not_need_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as an import that fails
     fit(little(), data(), Settings(steps=1, batch=8), tmp_path)
-    assert not list(tmp_path.glob("events*")) and training.HEADER in (tmp_path / "log.csv").read_text()
+    assert not list(tmp_path.glob("events*")) and training_state.HEADER in (tmp_path / "log.csv").read_text()

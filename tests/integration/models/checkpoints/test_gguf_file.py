@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from lscollapse.cli import app
 from lscollapse.core import assets
 from lscollapse.core.config import Experiment
-from lscollapse.core.run_folder import read_manifest
+from lscollapse.core.manifest import read_manifest
 from lscollapse.experiments import own_model
 from lscollapse.models.adapters.adapter import UnsupportedModel
 from lscollapse.models.checkpoints.tensors import CheckpointError

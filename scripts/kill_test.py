@@ -1,0 +1,411 @@
+"""Kill the program wherever it may be killed, start it again, and compare with a run that was left alone.
+
+    make kill-test
+    .venv/bin/python scripts/kill_test.py --minutes 20 --only sweep,train --seed 0
+
+Every case is a verb on tiny inputs. It is killed (SIGKILL) before each operation on a file in its folder (opening for writing,
+fsync, rename, remove, making or removing a folder), as many as time allows, evenly over all of them, and at random instants.
+Then the same command runs again: it has to end well, its files have to be those of a run that nobody killed, byte for byte
+but for times, and no other file may be there, nor a process. Exit 1 where it is not so; the last lines are the counts.
+
+Each run is a copy of this process, which has imported what the verbs need: a fork takes milliseconds, an import seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib.util
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+WORK = "work"  # the folder in which a command runs, and which is compared
+WATCHED = {
+    "os.rename": 2,
+    "os.remove": 1,
+    "os.mkdir": 1,
+    "os.rmdir": 1,
+    "os.symlink": 2,
+    "os.truncate": 1,
+}  # audited: paths
+TIMES = ("wall_seconds", "peak_rss_bytes")  # of a manifest, which differ from run to run
+INSTANTS = 200  # at random, in all cases together
+LONGEST = 300.0  # seconds that a run may take
+NO_STATE = ("state.pt",)  # it holds seconds too; that it is there is compared
+YAML = """mixers: [attention, mamba2]
+lams: [1]
+seeds: [0]
+measured: 2
+tensorboard: false
+workers: {workers}
+mqar:
+  data: {{seq_len: 12, pairs: 2, vocab_size: 16, train: 24, validation: 10, test: 12}}
+  net: {{hidden_size: 8, num_hidden_layers: 1, state_size: 4, heads: 2, head_dim: 8, mlp_ratio: 2}}
+  training: {{steps: 4, batch: 8, save_every: 2, evaluate_every: 2}}
+  lrs: [1.0e-2]
+"""
+
+
+@dataclass
+class Case:
+    """A command, and how it is killed.
+
+    Attributes:
+        words: of the command, run in a folder beside `inputs`.
+        slow: it starts interpreters of its own: killed at few places.
+        prepare: what the copy of this process does first.
+        operations: how many there are, known from a run that was left alone, as `seconds` and `files` are.
+    """
+
+    name: str
+    words: list[str]
+    slow: bool = False
+    prepare: Callable[[], None] = lambda: None
+    operations: int = 0
+    seconds: float = 0.0
+    files: dict[str, bytes] = field(default_factory=dict)
+
+
+@dataclass
+class Tally:
+    """What came of the kills: how many there were before an operation and at an instant, and what was wrong after which."""
+
+    killed: Counter[tuple[str, str]] = field(default_factory=Counter)
+    survived: int = 0  # an instant after the end
+    wrong: list[str] = field(default_factory=list)
+
+
+class Killed:
+    """Counts operations on files under a folder, and kills this process before the `last`-th."""
+
+    def __init__(self, folder: Path, last: int | None) -> None:
+        self.root, self.last, self.count = str(folder), last, 0
+        self._fsync = os.fsync
+
+    def install(self) -> None:
+        sys.addaudithook(self._event)
+        os.fsync = self._sync  # which is not audited
+
+    def _sync(self, handle: Any) -> None:
+        self._one()
+        self._fsync(handle)
+
+    def _event(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            path, _, flags = arguments
+            if isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+                self._watched(path)
+        elif event in WATCHED and any(map(self._is_inside, arguments[: WATCHED[event]])):
+            self._one()
+
+    def _watched(self, path: Any) -> None:
+        if self._is_inside(path):
+            self._one()
+
+    def _is_inside(self, path: Any) -> bool:
+        if not isinstance(path, str | bytes | os.PathLike):
+            return False  # a file that is open already
+        name = os.fsdecode(path)
+        return not os.path.isabs(name) or name.startswith(self.root)
+
+    def _one(self) -> None:
+        self.count += 1
+        if self.count == self.last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def start(case: Case, folder: Path, last: int | None = None) -> int:
+    """Begin the command in a process of its own, in `folder`/WORK, and return its number; see Killed for `last`."""
+    work = folder / WORK
+    work.mkdir(exist_ok=True)
+    process = os.fork()
+    if process:
+        return process
+    code = 70
+    try:
+        os.setpgid(0, 0)
+        os.chdir(work)
+        with (folder / "said").open("wb") as said:
+            os.dup2(said.fileno(), 1)
+            os.dup2(said.fileno(), 2)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+        case.prepare()
+        watch = Killed(work, last)
+        watch.install()
+        code = _main(case.words)
+        (folder / "count").write_text(str(watch.count))
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        with suppress(Exception):
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def _main(words: list[str]) -> int:
+    from lscollapse.cli import app
+
+    sys.argv = ["lscollapse", *words]
+    try:
+        app.main()
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return 0
+
+
+def ended(process: int, within: float = LONGEST) -> tuple[int, list[str]]:
+    """How a process ended (its exit code, negative of a signal), and what of its group outlived it by ten seconds."""
+    until, code = time.monotonic() + within, None
+    while code is None:
+        number, status = os.waitpid(process, os.WNOHANG)
+        if number:
+            code = os.waitstatus_to_exitcode(status)
+        elif time.monotonic() > until:
+            os.kill(process, signal.SIGKILL)
+        else:
+            time.sleep(0.002)
+    until, left = time.monotonic() + 10.0, []
+    while True:  # its orphans are children of this process, where Linux is asked for it
+        try:
+            if os.waitpid(-process, os.WNOHANG)[0] == 0:
+                if time.monotonic() > until:
+                    os.killpg(process, signal.SIGKILL)
+                    left = [f"processes of the group {process} outlived it"]
+                time.sleep(0.01)
+        except ChildProcessError:
+            return code, left
+
+
+def tree(work: Path) -> dict[str, bytes]:
+    """Every file of a folder, without what differs from run to run."""
+    found: dict[str, bytes] = {}
+    for path in sorted(work.rglob("*")):
+        name = str(path.relative_to(work))
+        if path.is_symlink():
+            found[name] = os.fsencode(os.readlink(path))
+        elif path.is_dir():
+            found[f"{name}/"] = b""
+        elif path.name == "manifest.json":
+            manifest = json.loads(path.read_bytes())
+            found[name] = json.dumps({key: value for key, value in manifest.items() if key not in TIMES}).encode()
+        elif path.name == "log.csv":
+            lines = (line.split(",") for line in path.read_text().split())
+            found[name] = "\n".join(",".join([line[0], *line[2:]]) for line in lines).encode()
+        else:
+            found[name] = b"" if path.name in NO_STATE else path.read_bytes()
+    return found
+
+
+def left_alone(case: Case, folder: Path) -> None:
+    """Run the command once to its end, for what it makes, how long it takes, and how many operations it is."""
+    began = time.monotonic()
+    code, _ = ended(start(case, folder))
+    if code:
+        raise SystemExit(f"{case.name} does not even run ({code}): {(folder / 'said').read_text()[-2000:]}")
+    case.seconds, case.operations = time.monotonic() - began, int((folder / "count").read_text())
+    case.files = tree(folder / WORK)
+
+
+def killed_and_continued(case: Case, folder: Path, tally: Tally, last: int | None, instant: float = 0.0) -> None:
+    """One kill, before an operation or after some seconds, then the command again, then the comparison."""
+    process, how = start(case, folder, last), "operation" if last else "instant"
+    if last is None:
+        time.sleep(instant)
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    code, outlived = ended(process)
+    at = f"{case.name}, killed {f'before operation {last}' if last else f'after {instant:.3f} s'}"
+    if code == -signal.SIGKILL:
+        tally.killed[case.name, how] += 1
+    elif code == 0:
+        tally.survived += 1
+    else:
+        tally.wrong.append(f"{at}: it ended with {code} before that: {_said(folder)}")
+        return
+    again, more = ended(start(case, folder))
+    found = tree(folder / WORK)
+    problems = outlived + more + ([f"the second time it ends with {again}: {_said(folder)}"] if again else [])
+    problems += [f"{name} is left" for name in sorted(set(found) - set(case.files))]
+    problems += [f"{name} is missing" for name in sorted(set(case.files) - set(found))]
+    problems += [
+        f"{name} is another" for name in sorted(set(found) & set(case.files)) if found[name] != case.files[name]
+    ]
+    if problems:
+        tally.wrong.append(f"{at}: {'; '.join(problems[:5])}")
+
+
+def _said(folder: Path) -> str:
+    return (folder / "said").read_text(errors="replace").strip()[-300:]
+
+
+@contextmanager
+def scratch(base: Path) -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(dir=base))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# --- what is killed ---
+
+
+def load() -> None:
+    """Import what the verbs need, so that copies of this process need not."""
+    from lscollapse.cli.terminal import bar, paper, prepare, results  # noqa: F401
+    from lscollapse.core import hub  # noqa: F401
+    from lscollapse.data import corpus  # noqa: F401
+    from lscollapse.experiments import paper as experiments  # noqa: F401
+    from lscollapse.experiments.table1 import grid  # noqa: F401
+    from lscollapse.reports import painter
+    from lscollapse.reports.figures import table1  # noqa: F401
+    from lscollapse.reports.page import page  # noqa: F401
+
+    painter._load()
+
+
+def inputs(folder: Path) -> None:
+    """A tiny Mamba-2, frozen excerpts, texts, and configurations of Table 1."""
+    from tests.equivalence import tiny
+
+    tiny.mamba2(1, 2).save_pretrained(folder / "net")
+    with (folder / "frozen.jsonl").open("w", encoding="utf-8") as lines:
+        for number, ids in enumerate(tiny.ids(9, 6).tolist()):
+            head = {"title": f"T{number}", "text_sha256": "0" * 64, "tokenizer": "t", "source": "s"}
+            lines.write(json.dumps(head | {"ids": ids}) + "\n")
+    words = "The lamp in the harbour is lit before the boats come in, and nobody knows who lights it."
+    (folder / "texts.txt").write_text("\n\n".join(f"{number}. {words}" for number in range(4)), encoding="utf-8")
+    for workers in (1, 2):
+        (folder / f"table1-{workers}.yaml").write_text(YAML.format(workers=workers), encoding="utf-8")
+
+
+def cases(folder: Path, hub_url: str, ray: bool) -> list[Case]:
+    measured = ["--source", str(folder / "frozen.jsonl"), "--excerpts", "9", "--tokens", "6", "--offline"]
+    sweep = ["sweep-lambda", "--model", str(folder / "net"), "--lambdas=-2,1", *measured]
+    texts = ["--source", str(folder / "texts.txt"), "--excerpts", "3", "--tokens", "8"]
+    found = [
+        Case("sweep", [*sweep, "--out", "run"]),
+        Case("ablate", ["ablate-gating", str(folder / "net"), *measured, "--out", "run"]),
+        Case("table1", ["table1", "--config", str(folder / "table1-1.yaml"), "--out", "run"]),
+        Case("train", ["train", "--config", str(folder / "table1-1.yaml"), "--lr", "0.01", "--out", "run"]),
+        Case("excerpts", ["excerpts", "frozen.jsonl", *texts]),
+        Case("report", ["report", str(folder / "finished" / WORK / "run"), "-o", "report.html"]),
+        Case("fetch", ["fetch", "tiny/net"], prepare=lambda: _use_hub(hub_url)),
+        Case("table1, 2 workers", ["table1", "--config", str(folder / "table1-2.yaml"), "--out", "run"], slow=True),
+    ]
+    on_ray = Case("sweep on Ray", [*sweep, "--engine", "ray", "--out", "run"], slow=True)
+    return [*found, *([on_ray] if ray else [])]
+
+
+def _use_hub(url: str) -> None:
+    from huggingface_hub import constants
+
+    constants.ENDPOINT, constants.HF_HUB_OFFLINE = url, False
+    constants.HUGGINGFACE_CO_URL_TEMPLATE = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    constants.HF_HUB_CACHE = str(Path.cwd() / "hub")
+    os.environ["HF_HUB_CACHE"] = constants.HF_HUB_CACHE
+
+
+def _adopt_orphans() -> None:
+    """Processes whose parent was killed become children of this one, so that their end can be waited for."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+
+
+def spread(total: int, wanted: int) -> list[int]:
+    """`wanted` of the numbers 1..total, evenly."""
+    return sorted({1 + round(i * (total - 1) / max(1, wanted - 1)) for i in range(min(wanted, total))})
+
+
+def plan(chosen: list[Case], seed: int, each: int) -> list[tuple[Case, int | None, float]]:
+    """(case, operation or None, seconds) of every kill, in an order that does justice to all cases wherever time ends it."""
+    draw, kills = random.Random(seed), []
+    for case in chosen:
+        wanted = min(each, 6) if case.slow else each
+        kills += [(case, last, 0.0) for last in spread(case.operations, wanted)]
+    quick = [case for case in chosen if not case.slow]
+    for number in range(INSTANTS if each > 6 else 2 * len(chosen)):
+        case = draw.choice(quick) if quick and number % 20 else draw.choice(chosen)
+        kills.append((case, None, draw.random() * case.seconds))
+    draw.shuffle(kills)
+    return kills
+
+
+def kill_all(chosen: list[Case], base: Path, seed: int, each: int, until: float) -> Tally:
+    tally = Tally()
+    for number, (case, last, instant) in enumerate(kills := plan(chosen, seed, each)):
+        if time.monotonic() > until:
+            print(f"time is over: {len(kills) - number} of {len(kills)} kills were not tried")
+            break
+        with scratch(base) as folder:
+            killed_and_continued(case, folder, tally, last, instant)
+        if number % 50 == 49:
+            print(f"{number + 1} of {len(kills)}, {len(tally.wrong)} wrong", flush=True)
+    return tally
+
+
+def main() -> int:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--minutes", type=float, default=20.0, help="when it ends, whatever is left")
+    arguments.add_argument("--only", default="", help="names of cases, comma-separated")
+    arguments.add_argument("--each", type=int, default=10**6, help="operations of each case before which it is killed")
+    arguments.add_argument("--seed", type=int, default=0, help="of the random instants and the order")
+    asked = arguments.parse_args()
+    until = time.monotonic() + 60 * asked.minutes
+    sys.path.insert(0, str(ROOT))
+    from tests.servers.hub import HubServer
+
+    _adopt_orphans()
+    load()
+    with tempfile.TemporaryDirectory(prefix="kill-test-") as name:
+        base = Path(name)
+        os.environ["LSCOLLAPSE_CACHE"] = str(base / "cache")
+        inputs(base)
+        with HubServer({"tiny/net": {file.name: file.read_bytes() for file in (base / "net").iterdir()}}) as server:
+            every = cases(base, server.url, importlib.util.find_spec("ray") is not None)
+            chosen = [case for case in every if not asked.only or case.name in asked.only.split(",")]
+            (base / "finished").mkdir()
+            left_alone(every[0], base / "finished")
+            for case in chosen:
+                with scratch(base) as folder:
+                    left_alone(case, folder)
+                print(
+                    f"{case.name}: {case.operations} operations, {case.seconds:.1f} s, {len(case.files)} files",
+                    flush=True,
+                )
+            tally = kill_all(chosen, base, asked.seed, asked.each, until)
+    return told(chosen, tally)
+
+
+def told(chosen: list[Case], tally: Tally) -> int:
+    for case in chosen:
+        before, at = (tally.killed[case.name, how] for how in ("operation", "instant"))
+        print(f"{case.name}: killed before {before} of {case.operations} operations and at {at} instants")
+    kills = sum(tally.killed.values())
+    print(f"{kills} kills ({tally.survived} came after the end): {len(tally.wrong)} wrong")
+    for line in tally.wrong:
+        print(f"  {line}")
+    return int(bool(tally.wrong) or not kills)
+
+
+if __name__ == "__main__":
+    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
+        os.environ[variable] = "1"  # a copy of a process has none of its threads
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    sys.exit(main())
