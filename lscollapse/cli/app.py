@@ -54,9 +54,18 @@ def _global(
 ) -> None:
     global show_traceback
     show_traceback = debug
+    if not debug:  # what the hub's client and `datasets` print beside our one line; read when they are imported
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
 
 
 show_traceback = False
+QUIET = {
+    "HF_HUB_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "DATASETS_VERBOSITY": "error",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+}
 
 
 def program() -> None:
