@@ -55,9 +55,18 @@ def _global(
 ) -> None:
     global show_traceback, running
     show_traceback, running = debug, context.invoked_subcommand
+    if not debug:  # what the hub's client and `datasets` print beside our one line; read when they are imported
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
 
 
 show_traceback = False
+QUIET = {
+    "HF_HUB_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "DATASETS_VERBOSITY": "error",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+}
 running: str | None = None  # the verb that runs
 # Verbs that go on from where they were stopped.
 CONTINUED = ("sweep-lambda", "ablate-gating", "ablate-s4d", "measure", "table1", "train", "fetch")

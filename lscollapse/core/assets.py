@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lscollapse.core.files import sha256_file
+from lscollapse.core.outside import shown
+
+PIP_TIMEOUT = "10"  # seconds without a byte, of each of the six tries that pip makes
 
 
 class AssetError(ValueError):
@@ -94,9 +97,10 @@ def install(requirements: Path) -> None:
     if importlib.util.find_spec("pip") is None:
         other = shlex.join(["uv", "pip", *pinned, "--python", sys.executable])
         raise AssetError(f"{sys.executable} has no pip: run `{other}`")
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", *pinned]
+    quick = ["--disable-pip-version-check", "--no-input", "--timeout", PIP_TIMEOUT]
+    command = [sys.executable, "-m", "pip", *quick, *pinned]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode:
         said = (ended.stderr.strip() or ended.stdout.strip() or "no reason given").splitlines()[-1]
-        raise AssetError(f"pip could not install it ({said}): mend that, then run `{shlex.join(command)}`")
+        raise AssetError(f"pip could not install it ({shown(said, 160)}): mend that, then run `{shlex.join(command)}`")
     importlib.invalidate_caches()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,9 @@ if TYPE_CHECKING:  # every verb loads this file for its --help, which needs no p
 PIECE = 2**22  # bytes that are hashed at a time: large, so that a thread that hashes seldom waits for others
 GGUF = ".gguf"  # how the name of a file ends that llama.cpp reads
 PARTIAL = ".partial"  # how the name of a file ends that is not whole yet
-_digests: dict[tuple[int, int, int, int], str] = {}  # by what changes when a file does
+REMEMBERED = 2**24  # bytes of a file from which on its digest is kept for other processes too
+REMEMBERED_FILES = 1000
+_digests: dict[tuple[int, ...], str] = {}  # by what changes when a file does
 
 
 class OutputError(ValueError):
@@ -185,16 +188,44 @@ def is_gguf(path: Path) -> bool:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file; computed once per process as long as the file does not change."""
+    """Hex sha256 of a file; computed once as long as the file does not change, of a large file once for all processes."""
     stat = path.stat()
-    key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-    if key not in _digests:
+    key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    if key in _digests:
+        return _digests[key]
+    name, known = ":".join(map(str, key)), _remembered() if stat.st_size >= REMEMBERED else {}
+    if name not in known:
         digest, piece = hashlib.sha256(), memoryview(bytearray(PIECE))
         with path.open("rb", buffering=0) as handle:
             while size := handle.readinto(piece):
                 digest.update(piece[:size])
-        _digests[key] = digest.hexdigest()
-    return _digests[key]
+        known = {**known, name: digest.hexdigest()}
+        if stat.st_size >= REMEMBERED:
+            _remember(known)
+    _digests[key] = known[name]
+    return known[name]
+
+
+def _remembered() -> dict[str, str]:
+    """The digests that processes before this one computed; a memory that cannot be read is empty."""
+    try:
+        kept = json.loads(_memory().read_text(encoding="utf-8"))
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: there is no home folder, or values without end
+        return {}
+    right = isinstance(kept, dict) and all(
+        isinstance(d, str) and re.fullmatch("[0-9a-f]{64}", d) for d in kept.values()
+    )
+    return kept if right else {}
+
+
+def _remember(digests: dict[str, str]) -> None:
+    with suppress(OSError, RuntimeError):  # it saves time, no more
+        _memory().parent.mkdir(parents=True, exist_ok=True)
+        write_json(_memory(), dict(list(digests.items())[-REMEMBERED_FILES:]))
+
+
+def _memory() -> Path:
+    return cache_folder(None) / "digests.json"
 
 
 def cache_folder(cache_dir: str | Path | None) -> Path:

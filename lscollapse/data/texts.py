@@ -11,8 +11,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-import httpx
-
 from lscollapse.core import assets
 from lscollapse.core.config import CC_BY_SA
 from lscollapse.core.files import first_line, read_text, refuse_no_file
@@ -160,22 +158,26 @@ def parquet_stream(path: Path | None, seed: int, language: str = "en") -> Iterat
         CorpusError: the hub or the file cannot be read, or a column is missing.
     """
     import datasets
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of httpx or its successor
+
+    from lscollapse.core.hub_client import watched
 
     name = str(path) if path else f"wikimedia/wikipedia {DUMP}.{language}"
     revision, licence = ("", "") if path else (f"{DUMP}.{language}", DUMP_LICENCE)
     try:
-        if path:
-            rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-        else:
-            rows = datasets.load_dataset("wikimedia/wikipedia", f"{DUMP}.{language}", split="train", streaming=True)
-        shard = sampling_order(map(str, range(rows.num_shards)), seed)[0]
-        for row in _in_windows(iter(rows.shard(rows.num_shards, int(shard))), seed):
-            if not isinstance(row.get("text"), str):
-                raise CorpusError(f'{name}: no column "text" of strings; its columns are {sorted(row)}')
-            yield _from_row(row, title=str(row.get("id", "")), revision=revision, licence=licence)
+        with watched() as watch:
+            if path:
+                rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+            else:
+                rows = datasets.load_dataset("wikimedia/wikipedia", f"{DUMP}.{language}", split="train", streaming=True)
+            shard = sampling_order(map(str, range(rows.num_shards)), seed)[0]
+            for row in _in_windows(watch.each(rows.shard(rows.num_shards, int(shard))), seed):
+                if not isinstance(row.get("text"), str):
+                    raise CorpusError(f'{name}: no column "text" of strings; its columns are {sorted(row)}')
+                yield _from_row(row, title=str(row.get("id", "")), revision=revision, licence=licence)
     except CorpusError:
         raise
-    except (OSError, ValueError, httpx.HTTPError) as error:
+    except (OSError, ValueError, HTTPError) as error:
         raise CorpusError(f"{name} cannot be read: {first_line(error)}") from error
 
 

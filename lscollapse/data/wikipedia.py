@@ -9,13 +9,17 @@ from importlib import metadata
 from typing import Any
 from urllib.parse import urlsplit
 
+from pydantic import StrictStr, TypeAdapter
+
 from lscollapse.core.config import WikipediaSection
+from lscollapse.core.outside import shown
 from lscollapse.data.mediawiki import Cache, Transport
 from lscollapse.data.texts import CorpusError, Text
 
 DRAWN_PER_EXCERPT = 200  # random articles looked at, at most, for each excerpt asked for
 BATCH = 20  # random titles a request
 FRUITLESS_BATCHES = 5  # a wiki that gives no new title so often in a row has no more
+TITLES = TypeAdapter(list[StrictStr])  # a batch in the cache
 
 # One request an article: its text, revision, URL and whether it is a disambiguation page. See the API's help on maxlag.
 QUERY = {
@@ -82,7 +86,7 @@ class Articles:
     def _article(self, title: str) -> Text | None:
         """The text of one article; None, counted, if there is none."""
         if "|" in title:
-            raise CorpusError(f"{title!r} is no title: give one article a line, without '|'")
+            raise CorpusError(f"{shown(title)!r} is no title: give one article a line, without '|'")
         page = self.client.page(title)
         revision = self._ask(lambda: page.lastrevid)  # the first attribute that is read makes the request
         if revision is None or page.pageid < 0:
@@ -113,7 +117,7 @@ class Articles:
         fruitless = batch = 0
         while len(seen) < self.limit and fruitless < FRUITLESS_BATCHES:
             key = f"random {self.settings.endpoint or self.settings.language} {self.seed} {batch}"
-            titles = self.cache.get(key)
+            titles = self.cache.get(key, TITLES.validate_python)
             if titles is None:
                 titles = list(self._ask(lambda: self.client.random(limit=BATCH)))
                 self.cache.put(key, titles)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,7 +17,7 @@ from urllib.parse import urlsplit
 import httpx
 from huggingface_hub import constants
 
-from lscollapse.core import hub, registry
+from lscollapse.core import hub, registry, web
 from lscollapse.core.allocation import available_memory
 from lscollapse.core.config import Experiment
 from lscollapse.core.registry import Entry
@@ -64,7 +65,8 @@ def model_findings(config: Experiment) -> Iterator[Diagnosis]:
 def asked(url: str, query: dict[str, str], headers: dict[str, str]) -> str:
     """Nothing where an HTTP server answers without complaint, else what happened."""
     try:
-        answer = httpx.get(url, params=query, headers=headers, timeout=TIMEOUT, follow_redirects=True)
+        get = partial(httpx.get, url, params=query, headers=headers, timeout=TIMEOUT, follow_redirects=True)
+        answer = web.within(TIMEOUT, get)
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         return f"does not answer ({type(error).__name__})"
     return f"answers HTTP {answer.status_code}" if answer.status_code >= 500 else ""
@@ -77,7 +79,7 @@ def _stored(entry: Entry, config: Experiment, fault: str, needs: dict[Path, int]
         fault: why the hub cannot be asked.
 
     Raises:
-        HubError: the hub has no such model, or does not give it.
+        HubError: the hub has no such model, or does not give it; DamagedError: the one in the cache was altered.
     """
     if entry.source != "hub":
         return LOCAL[entry.source], ""
@@ -86,6 +88,8 @@ def _stored(entry: Entry, config: Experiment, fault: str, needs: dict[Path, int]
     try:
         hub.fetch(entry.location, revision=revision, cache_dir=cache, offline=True)
         return CACHED, ""
+    except hub.DamagedError:
+        raise
     except hub.HubError:
         files = {} if fault else hub.sizes(entry.location, revision=revision, timeout=TIMEOUT)
     size = sum(files.values()) or 4 * (entry.n_parameters or 0)

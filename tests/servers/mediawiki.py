@@ -35,14 +35,16 @@ class MediaWikiServer:
     """`with MediaWikiServer(pages) as wiki:` serves `wiki.endpoint`; page n has id n and revision 1000 + n.
 
     `random` holds the batches of titles that list=random gives, one after the other and round again. `faults` holds
-    what goes wrong with the next requests, one each: maxlag, denied, 429, 503, 404, html, truncated, cut.
+    what goes wrong with the next requests, one each: maxlag, denied, 429, 503, 404, html, truncated, cut, stall, portal
+    (a redirect to a page of another host), or the JSON value that is answered.
     """
 
     def __init__(self, pages: dict[str, Page], random: list[list[str]] | None = None) -> None:
         self.pages = pages
         self.ids = {title: number for number, title in enumerate(pages, 1)}
         self.random = random or [list(pages)]
-        self.faults: list[str] = []
+        self.faults: list[Any] = []
+        self.over = threading.Event()
         self.retry_after: str | None = "0"
         self.calls: list[Call] = []
         self.at_once = self.most_at_once = self.batches = 0
@@ -56,6 +58,7 @@ class MediaWikiServer:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.over.set()
         self.server.shutdown()
         self.server.server_close()
 
@@ -105,6 +108,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         wiki, parts = self.wiki, urlsplit(self.path)
+        if parts.path == "/portal":
+            return self.send(200, b"<html>Sign in</html>", "text/html")
         query = {name: values[-1] for name, values in parse_qs(parts.query, keep_blank_values=True).items()}
         with wiki.lock:
             wiki.calls.append(Call(query, self.headers["User-Agent"], parts.path))
@@ -117,8 +122,15 @@ class _Handler(BaseHTTPRequestHandler):
             with wiki.lock:
                 wiki.at_once -= 1
 
-    def respond(self, fault: str, good: bytes) -> None:
-        if fault == "maxlag":
+    def respond(self, fault: Any, good: bytes) -> None:
+        if not isinstance(fault, str):
+            self.send(200, json.dumps(fault).encode())
+        elif fault == "stall":
+            self.send(200, good[: len(good) // 2], length=len(good))
+            self.wiki.over.wait()
+        elif fault == "portal":
+            self.send(302, b"", location=f"http://localhost:{self.wiki.server.server_port}/portal")
+        elif fault == "maxlag":
             error = {"code": "maxlag", "info": "Waiting for db1: 7 seconds lagged.", "lag": 7, "type": "db"}
             self.send(200, json.dumps({"error": error, "servedby": "mw1"}).encode())
         elif fault == "denied":
@@ -136,8 +148,12 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self.send(200, good)
 
-    def send(self, status: int, body: bytes, kind: str = "application/json", length: int | None = None) -> None:
+    def send(
+        self, status: int, body: bytes, kind: str = "application/json", length: int | None = None, location: str = ""
+    ) -> None:
         self.send_response(status)
+        if location:
+            self.send_header("Location", location)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body) if length is None else length))
         if self.wiki.retry_after is not None and (status != 200 or b'"error"' in body):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from lscollapse.core import hub
+from lscollapse.core import hub, web
 from lscollapse.core.hub import HubError
 from lscollapse.models.checkpoints import checkpoint
 from tests import ROOT
@@ -43,7 +43,7 @@ def server(repos, monkeypatch):
         monkeypatch.setattr(constants, "ENDPOINT", running.url)  # what HF_ENDPOINT sets when the client is imported
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", running.url + _RESOLVE)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1024)  # what is written at once; a cut loses the last one
+        monkeypatch.setattr(web, "WAITS", (0.0, 0.0, 0.0, 0.0))
         monkeypatch.setenv("HF_TOKEN", "a-token")
         yield running
 
@@ -76,12 +76,28 @@ def test_a_second_fetch_downloads_nothing(server, tmp_path):
     assert [call.path for call in server.calls] == [f"/api/models/{ORIGINAL}/revision/main"]
 
 
+def tree(folder):
+    """Files and links under a folder, by their paths in it; without locks and other tools' notes."""
+    return {
+        str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else path.read_bytes()
+        for path in folder.rglob("*")
+        if (path.is_file() or path.is_symlink())
+        and not {".locks", "CACHEDIR.TAG"} & set(path.relative_to(folder).parts)
+    }
+
+
 def test_the_cache_is_that_of_the_stock_client(server, repos, tmp_path):
     from huggingface_hub import hf_hub_download
 
-    hub.fetch(HF, cache_dir=tmp_path)
-    path = hf_hub_download(HF, "model.safetensors", cache_dir=tmp_path, local_files_only=True)
-    assert Path(path).read_bytes() == repos[HF]["model.safetensors"]
+    hub.fetch(HF, cache_dir=tmp_path / "own")
+    for name in ("config.json", "model.safetensors"):
+        path = hf_hub_download(HF, name, cache_dir=tmp_path / "own", local_files_only=True)
+        assert Path(path).read_bytes() == repos[HF][name]
+        hf_hub_download(HF, name, cache_dir=tmp_path / "stock")
+    assert tree(tmp_path / "own") == tree(tmp_path / "stock")
+    server.calls.clear()
+    hub.fetch(HF, cache_dir=tmp_path / "stock")
+    assert server.downloads() == server.small_downloads() == []
 
 
 def test_named_files_and_revision(server, repos, tmp_path):
@@ -102,7 +118,7 @@ def test_a_cut_download_goes_on_where_it_broke(server, repos, tmp_path):
     folder = hub.fetch(ORIGINAL, cache_dir=tmp_path)
     assert contents(folder) == repos[ORIGINAL]
     size = len(repos[ORIGINAL]["pytorch_model.bin"])
-    kept = size // 2 // 1024 * 1024
+    kept = size // 2
     assert [call.range for call in server.downloads()] == [None, f"bytes={kept}-"]
     assert server.downloads()[1].sent == size - kept
 
@@ -113,7 +129,7 @@ def test_a_later_run_goes_on_where_an_earlier_one_stopped(server, repos, tmp_pat
     assert "try again later" in fails(ORIGINAL, tmp_path)
     (partial,) = partials(tmp_path)
     size = len(repos[ORIGINAL]["pytorch_model.bin"])
-    kept = size // 2 // 1024 * 1024
+    kept = size // 2
     assert partial.stat().st_size == kept
     server.calls.clear()
     assert contents(hub.fetch(ORIGINAL, cache_dir=tmp_path)) == repos[ORIGINAL]
@@ -157,12 +173,13 @@ def test_busy_cdn_is_asked_again(server, repos, tmp_path):
 def test_a_hub_that_stays_busy(server, tmp_path, status, says):
     server.faults.info = [status] * 20
     assert says in fails(ORIGINAL, tmp_path)
-    assert len(server.faults.info) == 20 - len(hub.WAITS) - 1
+    assert len(server.faults.info) == 20 - len(web.WAITS) - 1
 
 
 def test_retry_after_is_obeyed(server, tmp_path, monkeypatch):
     waits = []
-    monkeypatch.setattr(hub.time, "sleep", waits.append)
+    monkeypatch.setattr(web, "WAITS", (1.0, 2.0))
+    monkeypatch.setattr(web.time, "sleep", waits.append)
     server.faults.retry_after = "7"
     server.faults.info = [429]
     hub.fetch(ORIGINAL, cache_dir=tmp_path)
@@ -185,7 +202,7 @@ def test_refusals_say_what_helps(server, tmp_path):
 
 
 def test_no_connection(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "WAITS", ())
+    monkeypatch.setattr(web, "WAITS", ())
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert "no connection to http://127.0.0.1:9" in fails(ORIGINAL, tmp_path)
 

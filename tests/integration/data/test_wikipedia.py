@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lscollapse.core import config
+from lscollapse.core import config, outside, web
 from lscollapse.core.config import ConfigError, WikipediaSection
 from lscollapse.data import corpus, tokenizers
 from lscollapse.data.corpus import CorpusError
@@ -140,9 +140,10 @@ def test_a_random_draw_is_retried(wiki: MediaWikiServer, fault: str) -> None:
         ("maxlag", "the API's error 'maxlag' (Waiting for db1: 7 seconds lagged.), also after 2 retries"),
         ("429", "HTTP 429 Too Many Requests, also after 2 retries"),
         ("503", "HTTP 503 Service Unavailable, also after 2 retries"),
-        ("html", "an answer that is not JSON (text/html, 41 bytes), also after 2 retries"),
-        ("truncated", "an answer that is not JSON (application/json"),
+        ("html", "a web page where JSON is due (text/html, 41 bytes): sign in to the network"),
+        ("truncated", "bytes): not JSON ("),
         ("cut", "no answer (RemoteProtocolError"),
+        ("portal", "a web page where JSON is due (text/html, 20 bytes from localhost:"),
     ],
 )
 def test_a_lasting_fault_is_one_line(wiki: MediaWikiServer, fault: str, line: str) -> None:
@@ -161,6 +162,90 @@ def test_what_does_not_pass_is_not_retried(wiki: MediaWikiServer, fault: str, li
     with pytest.raises(CorpusError, match=line):
         load(wiki, ["Lighthouse"], 1)
     assert len(wiki.calls) == 1
+
+
+def article(**more: object) -> dict[str, object]:
+    """The answer for a page, with other values in its entry."""
+    entry = {"pageid": 1, "ns": 0, "title": "Lighthouse", "lastrevid": 1001, "extract": ENGLISH, **more}
+    return {"query": {"pages": {"1": entry}}}
+
+
+DEEP = json.loads("[" * 90 + "]" * 90)
+SHAPE = "127.0.0.1/mirror/api.php answered in another shape than api.php: "
+
+
+@pytest.mark.parametrize(
+    ("answer", "place"),
+    [
+        ([], SHAPE),
+        (7, SHAPE),
+        ({"error": "broken"}, f"{SHAPE}error: "),
+        ({"error": ["broken"]}, f"{SHAPE}error: "),
+        ({"error": {"code": ["x"]}}, f"{SHAPE}error.code: "),
+        ({"error": {"code": "x\x1b[2J" * 999, "info": "y\n" * 999}}, "answered with the API's error"),
+        ({}, "answered without a query"),
+        ({"query": "none"}, f"{SHAPE}query: "),
+        ({"query": ["none"]}, f"{SHAPE}query: "),
+        ({"query": {"pages": "none"}}, f"{SHAPE}query.pages: "),
+        ({"query": {"pages": [article()]}}, f"{SHAPE}query.pages: "),
+        ({"query": {"pages": None}}, f"{SHAPE}query.pages: "),
+        ({"query": {"pages": {"1": "none"}}}, f"{SHAPE}query.pages.1: "),
+        ({"query": {"pages": {"1": {"title": "Lighthouse"}}}}, "has no pageid"),
+        ({"query": {"title": [], "pages": {"-1": {"title": "x", "missing": ""}}}}, f"{SHAPE}query.title: "),
+        (article(title=None), f"{SHAPE}query.pages.1.title: "),
+        (article(pageid="1"), f"{SHAPE}query.pages.1.pageid: "),
+        (article(lastrevid=[1]), f"{SHAPE}query.pages.1.lastrevid: "),
+        (article(extract={"*": ENGLISH}), f"{SHAPE}query.pages.1.extract: "),
+        (article(pageprops="disambiguation"), f"{SHAPE}query.pages.1.pageprops: "),
+        ({**article(), "continue": "more"}, f"{SHAPE}continue: "),
+        ({**article(), "continue": {"excontinue": [1]}}, f"{SHAPE}continue.excontinue"),
+    ],
+)
+def test_an_answer_of_another_shape_is_one_line(wiki: MediaWikiServer, answer: object, place: str) -> None:
+    """It names the wiki, and is not asked for again."""
+    wiki.faults = [answer] * 9
+    with pytest.raises(CorpusError) as caught:
+        load(wiki, ["Lighthouse"], 1)
+    assert place in str(caught.value) and outside.one_line(str(caught.value)) == str(caught.value)
+    assert len(wiki.calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "place"),
+    [(article(extract="\ud800" + ENGLISH), "half of a character"), ({**article(), "warnings": DEEP}, "64 levels")],
+)
+def test_an_answer_that_cannot_be_kept(wiki: MediaWikiServer, answer: object, place: str) -> None:
+    wiki.faults = [answer] * 9
+    with pytest.raises(CorpusError, match=place) as caught:
+        load(wiki, ["Lighthouse"], 1, max_retries=0)
+    assert "127.0.0.1" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("drawn", "place"), [("none", "random"), ([{"id": 1}], "random.0.title"), (["Lighthouse"], "random.0")]
+)
+def test_a_draw_of_another_shape(wiki: MediaWikiServer, drawn: object, place: str) -> None:
+    wiki.faults = [{"query": {"random": drawn}}]
+    with pytest.raises(CorpusError, match=rf"another shape than api\.php: query\.{place}: "):
+        load(wiki, None, 1)
+
+
+def test_an_entry_that_says_less_than_was_asked_for(wiki: MediaWikiServer) -> None:
+    """A page without its URL is a page; one without a revision is none."""
+    wiki.faults = [article(), article(lastrevid=None)]
+    found = load(wiki, ["Lighthouse"], 1)
+    assert found.excerpts[0].url == "" and found.excerpts[0].revision == "1001"
+    with pytest.raises(CorpusError, match="1 missing"):
+        load(wiki, ["Lighthouse"], 1)
+
+
+def test_a_wiki_that_stalls(wiki: MediaWikiServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One deadline, not one for every retry."""
+    monkeypatch.setattr(web, "API_DEADLINE", 0.2)
+    wiki.faults = ["stall"] * 9
+    with pytest.raises(CorpusError, match=r"api\.php gave no whole answer within 0\.2 s: try later") as caught:
+        load(wiki, ["Lighthouse"], 1)
+    assert "127.0.0.1" in str(caught.value) and len(wiki.calls) == 1
 
 
 @pytest.mark.parametrize("when", ["0", "Sun, 06 Nov 1994 08:49:37 GMT"])
@@ -219,13 +304,38 @@ def test_the_cache_answers_for_the_wiki(wiki: MediaWikiServer, tmp_path: Path) -
     assert load(wiki, None, 1, cache_dir=tmp_path / "cache", seed=1).titles == ("灯台",)
 
 
-def test_a_spoilt_cache_file_is_fetched_again(wiki: MediaWikiServer, tmp_path: Path) -> None:
+KEPT = {"retrieved": "2026-01-01T00:00:00+00:00", "answer": article()}
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        b'{"retr',
+        b"\xff",
+        b"[]",
+        b"[" * 100_000,
+        json.dumps({**KEPT, "retrieved": 1}).encode(),
+        json.dumps({**KEPT, "answer": []}).encode(),
+        json.dumps({**KEPT, "answer": {}}).encode(),
+        json.dumps({**KEPT, "answer": article(title=1)}).encode(),
+        json.dumps({**KEPT, "answer": article(extract="\ud800")}).encode(),
+    ],
+)
+def test_a_spoilt_cache_file_is_fetched_again(wiki: MediaWikiServer, tmp_path: Path, spoilt: bytes) -> None:
     load(wiki, ["Lighthouse"], 1, cache_dir=tmp_path)
     for path in tmp_path.iterdir():
-        path.write_text('{"retr')
-    assert load(wiki, ["Lighthouse"], 1, cache_dir=tmp_path).excerpts
+        path.write_bytes(spoilt)
+    assert load(wiki, ["Lighthouse"], 1, cache_dir=tmp_path).excerpts[0].revision == "1001"
     assert len(wiki.calls) == 2
     assert all(json.loads(path.read_text()) for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("spoilt", ["{}", "[1]", '"Lighthouse"', "[null]"])
+def test_a_spoilt_draw_is_made_again(wiki: MediaWikiServer, tmp_path: Path, spoilt: str) -> None:
+    load(wiki, None, 1, cache_dir=tmp_path)
+    for path in tmp_path.iterdir():
+        path.write_text(spoilt)
+    assert load(wiki, None, 1, cache_dir=tmp_path).excerpts[0].title == "Lighthouse"
 
 
 def test_faults_are_not_cached(wiki: MediaWikiServer, tmp_path: Path) -> None:
