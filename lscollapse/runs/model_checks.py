@@ -67,7 +67,7 @@ def asked(url: str, query: dict[str, str], headers: dict[str, str]) -> str:
     try:
         get = partial(httpx.get, url, params=query, headers=headers, timeout=TIMEOUT, follow_redirects=True)
         answer = web.within(TIMEOUT, get)
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, web.Late, ValueError) as error:
         return f"does not answer ({type(error).__name__})"
     return f"answers HTTP {answer.status_code}" if answer.status_code >= 500 else ""
 
