@@ -53,12 +53,12 @@ def _global(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
 ) -> None:
-    global show_traceback, verb
-    show_traceback, verb = debug, context.invoked_subcommand
+    global show_traceback, running
+    show_traceback, running = debug, context.invoked_subcommand
 
 
 show_traceback = False
-verb: str | None = None  # that runs
+running: str | None = None  # the verb that was called
 CONTINUED = (
     "sweep-lambda",
     "ablate-gating",
@@ -102,7 +102,7 @@ def main() -> None:
         _refuse_unwritten(sys.argv[1:])
         app()
     except KeyboardInterrupt:
-        _say("stopped" + ("; the same command goes on from there" if verb in CONTINUED else ""))
+        _say("stopped" + ("; the same command goes on from there" if running in CONTINUED else ""))
         sys.exit(130)
     except Exception as error:
         if show_traceback:
@@ -112,7 +112,7 @@ def main() -> None:
         elif isinstance(error, OSError):
             what = f"{error.strerror or error}: {error.filename}" if error.filename else error.strerror or str(error)
             kept = "; what was written so far is kept, the same command goes on from there"
-            _say(what + (kept if verb in CONTINUED else ""))
+            _say(what + (kept if running in CONTINUED else ""))
         else:
             kind, (file, line) = type(error).__name__, _place(error)
             said = str(error).strip().partition("\n")[0][:120]

@@ -30,9 +30,9 @@ KINDS = (
     Kind(re.compile(r"n_blocks|depths?|(\w+_)?num_(\w+_)?(layers|blocks)|(encoder|decoder)_layers"), 0, 1000, "layers"),
     Kind(re.compile(r"(\w+_)?vocab_size|n_vocab"), 0, 2**24, "ids"),
     Kind(re.compile(r"num_labels"), 0, 2**20),
-    Kind(re.compile(r"(\w+_)?(num|n)_(\w+_)?experts(_\w+)?"), 0, 4096),
+    Kind(re.compile(r"(\w+_)?(num|n)_(\w+_)?experts(_\w+)?"), 0, 2**16),
     Kind(re.compile(r"(\w+_)?(num|n)_(\w+_)?heads?"), 0, 2**14),
-    Kind(re.compile(r"max_position_embeddings|n_positions|n_ctx|(num|n)_\w+"), 0, 2**27),
+    Kind(re.compile(r"max_position_embeddings|n_positions|n_ctx|(num|n)_\w+"), -1, 2**27),
     Kind(re.compile(r"n_embd|n_inner|d_model|d_ff|d_inner|d_intermediate|d_kv|dim|(\w+_)?(hidden|intermediate|embedding|"
                     r"state|head|ffn|conv|proj|projection)_(size|dim)|expand|conv_kernel"), 0, 2**18, "width"),
 )  # fmt: skip
@@ -70,7 +70,8 @@ def _refuse_size(key: str, value: Any, width: int | None, where: str) -> None:
     if kind is None or value is None or isinstance(value, dict):
         return
     for number in _numbers(value):
-        if type(number) is int and kind.least <= number <= kind.most:
+        whole = type(number) is int or (isinstance(number, float) and number.is_integer())
+        if whole and kind.least <= number <= kind.most:
             continue
         needs = ""
         if type(number) is int and number > kind.most:
