@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -288,7 +289,7 @@ def parse_lambdas(text: str) -> list[float]:
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
-    if not file.exists():
+    if not os.path.lexists(file):
         raise ConfigError(f"no configuration file {shown(str(file), 200)}")
     values = parse_yaml(read_text(file, ConfigError, LARGEST_YAML), str(file), ConfigError)
     if not isinstance(values, dict):

@@ -69,22 +69,32 @@ def _shortened(text: str, limit: int) -> str:
 
 
 def parse_json(
-    text: str, where: str, error: type[ValueError], object_hook: Callable[[dict[str, Any]], Any] | None = None
+    text: str,
+    where: str,
+    error: type[ValueError],
+    object_hook: Callable[[dict[str, Any]], Any] | None = None,
+    *,
+    standard: bool = False,
 ) -> Any:
     """The value that a JSON text is, no deeper than DEEPEST and of whole characters.
 
     Args:
         where: the file or server, and the place in it, for the message.
         error: what is raised where it is no such value.
+        standard: refuse NaN and Infinity, which Python writes and reads, and JSON does not know.
     """
     try:
-        value = json.loads(text, object_hook=object_hook)
+        value = json.loads(text, object_hook=object_hook, parse_constant=_refuse_constant if standard else None)
     except RecursionError:
         raise error(f"{where}: values inside values without end, where {DEEPEST} levels are read") from None
     except (ValueError, TypeError) as cause:
         raise error(f"{where}: not JSON ({cause})") from cause
     refuse_odd(value, where, error)
     return value
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def refuse_odd(value: Any, where: str, error: type[ValueError]) -> None:

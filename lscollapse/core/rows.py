@@ -75,11 +75,11 @@ def read_rows(path: Path, verified: bool = True) -> pd.DataFrame:
         verify(path)
     try:
         rows = pd.read_parquet(file)
-    except MemoryError:
+        check(rows, file, known=bool(manifest.get("schema")))
+    except (MemoryError, RunFolderError):
         raise
-    except Exception as error:  # whatever the library makes of bytes that are no Parquet
+    except Exception as error:  # whatever the library makes of bytes that are no Parquet, or no text when they are looked at
         raise RunFolderError(f"{file} is no table in Parquet ({shown(first_line(error))}): measure again") from error
-    check(rows, file, known=bool(manifest.get("schema")))
     if "floor" in rows and "rounding" not in rows:  # written before it was estimated
         rows["rounding"] = math.nan
     return rows

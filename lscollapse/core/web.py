@@ -161,7 +161,7 @@ def ask(client: httpx.Client, url: httpx.URL | str, headers: Mapping[str, str], 
     came = f"{shown(_kind(response))}, {len(body)} bytes{_elsewhere(response)}"
     if body.lstrip()[:1] == b"<":
         raise Foreign(f"a web page where JSON is due ({came}): {PORTAL}")
-    value = parse_json(body.decode(errors="replace"), f"an answer ({came})", Foreign)
+    value = parse_json(body.decode(errors="replace"), f"an answer ({came})", Foreign, standard=True)
     return Answer(value, retry_after(response))
 
 

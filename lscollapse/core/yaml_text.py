@@ -8,7 +8,7 @@ import yaml
 
 from lscollapse.core.outside import one_line, refuse_odd
 
-LARGEST_YAML = 2**18  # bytes of a configuration, which is read slowly
+LARGEST_YAML = 2**17  # bytes of a configuration, which is read slowly
 MOST_VALUES = 100_000  # in it
 
 

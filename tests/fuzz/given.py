@@ -112,7 +112,9 @@ def as_parquet(value: Any) -> bytes:
 
 def _array(values: list[Any]) -> pa.Array:
     try:
-        return pa.array(values)
+        array = pa.array(values)
+        parquet.write_table(pa.table({"values": array}), io.BytesIO())  # of some types there are arrays but no files
+        return array
     except (pa.ArrowException, TypeError, ValueError, OverflowError):
         return pa.array([repr(value)[:1000].encode("utf-8", "replace").decode() for value in values])
 

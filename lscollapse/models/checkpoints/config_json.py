@@ -30,9 +30,9 @@ KINDS = (
     Kind(re.compile(r"n_blocks|depths?|(\w+_)?num_(\w+_)?(layers|blocks)|(encoder|decoder)_layers"), 0, 1000, "layers"),
     Kind(re.compile(r"(\w+_)?vocab_size|n_vocab"), 0, 2**24, "ids"),
     Kind(re.compile(r"num_labels"), 0, 2**20),
-    Kind(re.compile(r"(\w+_)?(num|n)_(\w+_)?experts(_\w+)?"), 0, 4096),
+    Kind(re.compile(r"(\w+_)?(num|n)_(\w+_)?experts(_\w+)?"), 0, 2**16),
     Kind(re.compile(r"(\w+_)?(num|n)_(\w+_)?heads?"), 0, 2**14),
-    Kind(re.compile(r"max_position_embeddings|n_positions|n_ctx|(num|n)_\w+"), 0, 2**27),
+    Kind(re.compile(r"max_position_embeddings|n_positions|n_ctx|(num|n)_\w+"), -1, 2**27),
     Kind(re.compile(r"n_embd|n_inner|d_model|d_ff|d_inner|d_intermediate|d_kv|dim|(\w+_)?(hidden|intermediate|embedding|"
                     r"state|head|ffn|conv|proj|projection)_(size|dim)|expand|conv_kernel"), 0, 2**18, "width"),
 )  # fmt: skip
@@ -48,9 +48,11 @@ def refuse_said(raw: Mapping[str, Any], described: str, place: str = "") -> None
     width = next((raw[name] for name in ("hidden_size", "d_model", "n_embd") if type(raw.get(name)) is int), None)
     for key, value in raw.items():
         where = f"{described} is not valid: {place}{shown(key)}"
-        for number in _numbers(value):
+        for number in _leaves(value):
             if isinstance(number, int) and not -(2**63) <= number < 2**63:
                 raise CheckpointError(f"{where} holds {shown(number)}, which 64 bits do not")
+            if number != number:
+                raise CheckpointError(f"{where} holds NaN, which is no number")
         _refuse_size(key, value, width, where)
         if key == "model_type" and not isinstance(value, str):
             raise CheckpointError(f"{where} must be the name of an architecture, got {shown(value)}")
@@ -60,17 +62,22 @@ def refuse_said(raw: Mapping[str, Any], described: str, place: str = "") -> None
             refuse_said(value, described, f"{place}{shown(key)}.")
 
 
-def _numbers(value: Any) -> Iterator[Any]:
-    """A value, or those of a list."""
-    yield from value if isinstance(value, list) else (value,)
+def _leaves(value: Any) -> Iterator[Any]:
+    """What a value is made of in the end."""
+    if isinstance(value, list | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(part)
+    else:
+        yield value
 
 
 def _refuse_size(key: str, value: Any, width: int | None, where: str) -> None:
     kind = next((kind for kind in KINDS if kind.names.fullmatch(key)), None)
     if kind is None or value is None or isinstance(value, dict):
         return
-    for number in _numbers(value):
-        if type(number) is int and kind.least <= number <= kind.most:
+    for number in value if isinstance(value, list) else (value,):
+        whole = type(number) is int or (isinstance(number, float) and number.is_integer())
+        if whole and kind.least <= number <= kind.most:
             continue
         needs = ""
         if type(number) is int and number > kind.most:

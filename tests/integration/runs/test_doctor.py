@@ -262,7 +262,7 @@ def test_text_files_are_read(tmp_path: Path) -> None:
     assert "give a file" in found(offline(lambdas_file=tmp_path / "gone.csv"))["lambdas"].mend
 
 
-@pytest.mark.parametrize("contact", ["", "two\nlines", "ünï@example.org"])
+@pytest.mark.parametrize("contact", ["", "ünï@example.org"])
 def test_wikipedia_wants_a_contact(contact: str) -> None:
     config = offline(source="wikipedia", wikipedia={"contact": contact})
     check = found(config)["Wikipedia"]

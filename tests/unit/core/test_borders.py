@@ -33,7 +33,6 @@ def refusal(text: str | bytes, folder: Path, schema: type[Experiment | Table1] =
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("lambdas: " + "[" * 20_000, "values inside values without end"),
         ("source: " + "{a: " * 20_000, "values inside values without end"),
         (
             "\n".join(["l0: &l0 [x, x]", *LEVELS, "models: *l8"]),
@@ -42,8 +41,8 @@ def refusal(text: str | bytes, folder: Path, schema: type[Experiment | Table1] =
         ("\n".join(["l0: &l0 [x, x]", *LEVELS[:3], "models: *l3"]), "unknown setting 'l0'"),
         ("retrain: {epochs: &a [*a]}", "values inside values without end"),
         (
-            "models: [" + "x, " * 50_000 + "{a: 1}]",
-            "models.50000: input should be a valid string, got a mapping of 1 keys",
+            "models: [" + "x, " * 5_000 + "{a: 1}]",
+            "models.5000: input should be a valid string, got a mapping of 1 keys",
         ),
         ("\n".join(["m0: &m0 {a: 1, b: 2}", *MERGED]), "unknown setting 'm0'"),
         ("source: 2001-99-99", "holds a date, a number or a tag that means nothing: month must be in 1..12"),
@@ -55,9 +54,10 @@ def refusal(text: str | bytes, folder: Path, schema: type[Experiment | Table1] =
         ("a: !!binary é", "is not YAML"),
         ('source: "half \\ud83d"', r"is half of a character"),
         ('models: ["a\\x1b[31m"]', r"models: \x1b is no character that can be printed"),
+        ('wikipedia: {contact: "two\\nlines"}', r"wikipedia.contact: \n is no character that can be printed"),
         (b"\x00\x01\x02PAR1", "is not YAML"),
         (b"\xff\xfe", "is not UTF-8 text (byte 0)"),
-        ("#" * (LARGEST_YAML + 1), "is 262,145 bytes, at most 262,144 are read"),
+        ("#" * (LARGEST_YAML + 1), "is 131,073 bytes, at most 131,072 are read"),
         ("lambdas: [1e400]", "lambdas.0: input should be a finite number"),
         (f"lambdas: [1{'0' * 400}]", "lambdas.0: "),
         ("lambdas: [.inf]", "lambdas.0: input should be a finite number, got inf"),
@@ -96,7 +96,10 @@ def test_yaml_that_no_configuration_means(tmp_path: Path, text: str | bytes, say
         ("mqar: {lrs: [0.1], data: {train: 10000000000}}", "mqar.data.train: input should be less than or equal"),
         ("{mqar: {lrs: [0.1]}, seeds: [-1]}", "seeds.0: input should be greater than or equal to 0"),
         ("{mqar: {lrs: [0.1]}, lams: [1e39]}", "lams.0"),
-        ("{mqar: {lrs: [0.1]}, lam_inits: [-1.0e+39]}", "lam_inits.0: input should be greater than or equal to -3.4"),
+        (
+            "{mqar: {lrs: [0.1]}, lam_inits: [-1.0e+39]}",
+            "lam_inits.0: input should be greater than or equal to -34028234",
+        ),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -119,7 +122,7 @@ def test_anchors_are_read_where_they_stand_for_little(tmp_path: Path) -> None:
     assert load(file).models == ["a", "b"]
 
 
-@pytest.mark.parametrize("setting", ["tokens=" + "[" * 20_000, "source=2001-99-99", "lambdas=!!timestamp x"])
+@pytest.mark.parametrize("setting", ["tokens=" + "{a: " * 20_000, "source=2001-99-99", "lambdas=!!timestamp x"])
 def test_settings_are_refused_as_files_are(setting: str) -> None:
     with pytest.raises(ConfigError, match=r"^--set ") as caught:
         load(settings=[setting])

@@ -216,7 +216,7 @@ def test_pictures_that_cannot_be_opened(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match="it is no file"):
         images.open_picture(tmp_path / "pipe.png")
     whole = png(COLOURS[0], tmp_path / "a.png")
-    for n in (7, 20, 30, len(whole) - 20):
+    for n in (7, 20, 30, 45):
         (tmp_path / "cut.png").write_bytes(whole[:n])
         with pytest.raises(CorpusError, match=r"cut\.png is not a readable picture"):
             images.open_picture(tmp_path / "cut.png")

@@ -40,7 +40,7 @@ def test_lines_in_any_order_with_other_columns(tmp_path: Path) -> None:
         (["layer,lam", "99999999999999999999,1"], "line 2: layer: input should be less than or equal to 1000"),
         (["layer,lam", "a,b"], "line 2: layer: input should be a valid integer"),
         (["layer,lam", '1,"1'], "is not a CSV"),
-        (["layer,lam", "1,\x1b[31m"], r"got '\\x1b[31m'"),
+        (["layer,lam", "1,\x1b[31m"], r"got '\x1b[31m'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
