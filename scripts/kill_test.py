@@ -42,7 +42,7 @@ WATCHED = {
     "os.truncate": 1,
 }  # audited: paths
 TIMES = ("wall_seconds", "peak_rss_bytes")  # of a manifest, which differ from run to run
-INSTANTS = 200  # at random, in all cases together
+INSTANTS = 320  # at random, in all cases together
 LONGEST = 300.0  # seconds that a run may take
 NO_STATE = ("state.pt",)  # it holds seconds too; that it is there is compared
 YAML = """mixers: [attention, mamba2]
@@ -61,17 +61,17 @@ mqar:
 
 @dataclass
 class Case:
-    """A command, and how it is killed.
+    """What is killed.
 
     Attributes:
-        words: of the command, run in a folder beside `inputs`.
-        slow: it starts interpreters of its own: killed at few places.
+        run: the words of a command, or, where its figures would take most of the time, what the verb calls before it draws.
+        slow: it draws, or starts interpreters of its own: killed at few places.
         prepare: what the copy of this process does first.
         operations: how many there are, known from a run that was left alone, as `seconds` and `files` are.
     """
 
     name: str
-    words: list[str]
+    run: list[str] | Callable[[], object]
     slow: bool = False
     prepare: Callable[[], None] = lambda: None
     operations: int = 0
@@ -100,19 +100,18 @@ class Killed:
         os.fsync = self._sync  # which is not audited
 
     def _sync(self, handle: Any) -> None:
-        self._one()
+        link = Path(f"/proc/self/fd/{handle if isinstance(handle, int) else handle.fileno()}")
+        if not link.exists() or self._is_inside(os.readlink(link)):
+            self._one()
         self._fsync(handle)
 
     def _event(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
             path, _, flags = arguments
-            if isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-                self._watched(path)
+            writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            if writes and self._is_inside(path):
+                self._one()
         elif event in WATCHED and any(map(self._is_inside, arguments[: WATCHED[event]])):
-            self._one()
-
-    def _watched(self, path: Any) -> None:
-        if self._is_inside(path):
             self._one()
 
     def _is_inside(self, path: Any) -> bool:
@@ -145,7 +144,7 @@ def start(case: Case, folder: Path, last: int | None = None) -> int:
         case.prepare()
         watch = Killed(work, last)
         watch.install()
-        code = _main(case.words)
+        code = _main(case.run)
         (folder / "count").write_text(str(watch.count))
     except BaseException:
         import traceback
@@ -157,10 +156,13 @@ def start(case: Case, folder: Path, last: int | None = None) -> int:
         os._exit(code)
 
 
-def _main(words: list[str]) -> int:
+def _main(run: list[str] | Callable[[], object]) -> int:
     from lscollapse.cli import app
 
-    sys.argv = ["lscollapse", *words]
+    if callable(run):
+        run()
+        return 0
+    sys.argv = ["lscollapse", *run]
     try:
         app.main()
     except SystemExit as stop:
@@ -272,11 +274,7 @@ def load() -> None:
     from lscollapse.data import corpus  # noqa: F401
     from lscollapse.experiments import paper as experiments  # noqa: F401
     from lscollapse.experiments.table1 import grid  # noqa: F401
-    from lscollapse.reports import painter
-    from lscollapse.reports.figures import table1  # noqa: F401
     from lscollapse.reports.page import page  # noqa: F401
-
-    painter._load()
 
 
 def inputs(folder: Path) -> None:
@@ -295,21 +293,32 @@ def inputs(folder: Path) -> None:
 
 
 def cases(folder: Path, hub_url: str, ray: bool) -> list[Case]:
-    measured = ["--source", str(folder / "frozen.jsonl"), "--excerpts", "9", "--tokens", "6", "--offline"]
-    sweep = ["sweep-lambda", "--model", str(folder / "net"), "--lambdas=-2,1", *measured]
+    """The first makes `finished`, which others read."""
+    from lscollapse.core.config import Experiment, configure
+    from lscollapse.experiments import paper
+    from lscollapse.experiments.table1 import grid
+    from lscollapse.experiments.table1.schema import Table1
+
+    config = Experiment(models=[str(folder / "net")], lambdas=[-2.0, 1.0], source=str(folder / "frozen.jsonl"),
+                        excerpts=9, tokens=6, offline=True)  # fmt: skip
+    on_ray = config.model_copy(update={"engine": "ray"})
+    measured = ["--source", config.source, "--excerpts", "9", "--tokens", "6", "--offline", "--out", "run"]
     texts = ["--source", str(folder / "texts.txt"), "--excerpts", "3", "--tokens", "8"]
+    finished, out = folder / "finished" / WORK / "run", Path("run")
+    tables = [folder / f"table1-{workers}.yaml" for workers in (1, 2)]
     found = [
-        Case("sweep", [*sweep, "--out", "run"]),
-        Case("ablate", ["ablate-gating", str(folder / "net"), *measured, "--out", "run"]),
-        Case("table1", ["table1", "--config", str(folder / "table1-1.yaml"), "--out", "run"]),
-        Case("train", ["train", "--config", str(folder / "table1-1.yaml"), "--lr", "0.01", "--out", "run"]),
+        Case("sweep", lambda: paper.sweep_lambda(config, out)),
+        Case("ablate", lambda: paper.ablate_gating(config, out)),
+        Case("table1", lambda: grid.run(configure(Table1, tables[0]), out)),
+        Case("train", ["train", "--config", str(tables[0]), "--lr", "0.01", "--out", "run"]),
         Case("excerpts", ["excerpts", "frozen.jsonl", *texts]),
-        Case("report", ["report", str(folder / "finished" / WORK / "run"), "-o", "report.html"]),
+        Case("report", ["report", str(finished), "-o", "report.html"]),
         Case("fetch", ["fetch", "tiny/net"], prepare=lambda: _use_hub(hub_url)),
-        Case("table1, 2 workers", ["table1", "--config", str(folder / "table1-2.yaml"), "--out", "run"], slow=True),
+        Case("figures", ["figures", str(finished), "--to", "drawn"], slow=True),
+        Case("sweep-lambda", ["sweep-lambda", "--model", config.models[0], "--lambdas=-2,1", *measured], slow=True),
+        Case("table1 by 2 processes", lambda: grid.run(configure(Table1, tables[1]), out), slow=True),
     ]
-    on_ray = Case("sweep on Ray", [*sweep, "--engine", "ray", "--out", "run"], slow=True)
-    return [*found, *([on_ray] if ray else [])]
+    return [*found, *([Case("sweep on Ray", lambda: paper.sweep_lambda(on_ray, out), slow=True)] if ray else [])]
 
 
 def _use_hub(url: str) -> None:
@@ -370,8 +379,11 @@ def main() -> int:
     sys.path.insert(0, str(ROOT))
     from tests.servers.hub import HubServer
 
+    from lscollapse.reports import painter
+
     _adopt_orphans()
     load()
+    painter._load()
     with tempfile.TemporaryDirectory(prefix="kill-test-") as name:
         base = Path(name)
         os.environ["LSCOLLAPSE_CACHE"] = str(base / "cache")

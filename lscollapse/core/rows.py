@@ -118,6 +118,7 @@ def _refuse(file: Path, column: pd.Series, wrong: Any, allowed: str) -> None:
     places = np.flatnonzero(np.asarray(wrong, dtype=bool))
     if len(places):
         came = column.iloc[places[0]]
+        came = came.item() if isinstance(came, np.generic) else came
         what = "nothing" if came is None or came is pd.NA or came != came else shown(came)
         raise RunFolderError(f"{file}, row {places[0] + 1}, column {column.name}: {what}, where {allowed} is allowed")
 

@@ -66,7 +66,7 @@ def compare(run_a: Path, run_b: Path, verified: bool = True) -> Comparison:
     """
     a, b = _rows(run_a, verified), _rows(run_b, verified)
     manifests = read_manifest(run_a), read_manifest(run_b)
-    notes = [words for run in (run_a, run_b) if (words := edited_words(run))]
+    notes = list(dict.fromkeys(words for run in (run_a, run_b) if (words := edited_words(run))))
     b, renamed = _matched(a, b, notes)
     a, b = (_named(rows) for rows in _one_depth(a, b, notes))
     common = set(a["name"]) & set(b["name"])

@@ -16,7 +16,7 @@ import numpy as np
 
 from lscollapse.core.files import read_text
 from lscollapse.core.manifest import RunFolderError
-from lscollapse.core.outside import parse_json
+from lscollapse.core.outside import parse_json, shown
 from lscollapse.reports.claims.figures import CLAIMS, MUCH
 from lscollapse.reports.verdict import AGREE, DISAGREE, NOT_MEASURED, Finding
 from lscollapse.theory import verify
@@ -54,12 +54,11 @@ def verified(folder: Path) -> Iterator[Finding]:
     """
     file = folder / VERIFY
     try:
-        yield from statements(parse_json(read_text(file, RunFolderError), str(file), RunFolderError))
-    except RunFolderError:
-        raise
+        yield from statements(parse_json(read_text(file, RunFolderError), VERIFY, RunFolderError))
     except (ValueError, KeyError, TypeError) as error:
+        why = shown(str(error)) if isinstance(error, RunFolderError) else type(error).__name__
         raise RunFolderError(
-            f"{file} cannot be read ({type(error).__name__}): run `lscollapse theory verify --out {folder}` again"
+            f"{file} cannot be read ({why}): run `lscollapse theory verify --out {folder}` again"
         ) from None
 
 

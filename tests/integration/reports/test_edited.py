@@ -21,7 +21,7 @@ WORDS = "Edited after the run: rows.parquet of run."
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run as this version writes it, of which one value was changed since."""
-    folder = write_run(tmp_path / "run", "sweep-lambda", sweep(), schema=1)
+    folder = write_run(tmp_path / "run", "sweep-lambda", sweep().assign(log10=0.0, bound=0.0), schema=1)
     record = json.loads((folder / "manifest.json").read_text())
     record["files"] = {"rows.parquet": hashlib.sha256((folder / "rows.parquet").read_bytes()).hexdigest()}
     (folder / "manifest.json").write_text(json.dumps(record))
@@ -53,7 +53,7 @@ def text_of(pdf: Path) -> str:
             shown += re.findall(rb"\(((?:[^()\\]|\\.)*)\)", zlib.decompress(stream))
         except zlib.error:  # fonts and pictures
             continue
-    return b"".join(shown).decode("latin-1")
+    return b"".join(shown).decode("latin-1").replace("\0", "")
 
 
 def test_every_verb_refuses_it_in_one_line_and_takes_it_where_it_is_told(
