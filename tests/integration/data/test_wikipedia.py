@@ -155,7 +155,7 @@ def test_a_lasting_fault_is_one_line(wiki: MediaWikiServer, fault: str, line: st
 
 
 @pytest.mark.parametrize(
-    ("fault", "line"), [("denied", "'readapidenied'"), ("404", "HTTP 404: is it a wiki's api.php")]
+    ("fault", "line"), [("denied", "'readapidenied'"), ("404", "HTTP 404 Not Found: is it a wiki's api.php")]
 )
 def test_what_does_not_pass_is_not_retried(wiki: MediaWikiServer, fault: str, line: str) -> None:
     wiki.faults = [fault]
