@@ -14,6 +14,7 @@ from typing import Any
 from lscollapse.core import assets
 from lscollapse.core.config import CC_BY_SA
 from lscollapse.core.files import first_line, read_text
+from lscollapse.core.outside import shown
 
 DUMP = "20231101"  # the dump of wikimedia/wikipedia that is streamed
 DUMP_LICENCE = "CC BY-SA 3.0, GFDL"  # as the data set's card states it
@@ -125,7 +126,8 @@ def parquet_stream(path: Path | None, seed: int, language: str = "en") -> Iterat
     except CorpusError:
         raise
     except (OSError, ValueError, HTTPError) as error:
-        raise CorpusError(f"{name} cannot be read: {first_line(error)}") from error
+        mend = "" if path else "; try later, or use --source packaged or a frozen file"
+        raise CorpusError(f"{name} cannot be read: {shown(first_line(error), 200)}{mend}") from error
 
 
 def _in_windows(rows: Iterator[dict[str, Any]], seed: int) -> Iterator[dict[str, Any]]:
