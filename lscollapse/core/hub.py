@@ -100,7 +100,7 @@ def sizes(repo_id: str, *, revision: str | None = None, timeout: float = 10.0) -
 
 
 def _check_names(repo_id: str, revision: str) -> None:
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # made public untyped
 
     validate_repo_id(repo_id)
     try:

@@ -111,9 +111,10 @@ def explained(repo_id: str, revision: str, name: str = "") -> Iterator[None]:
         ) from foreign
     except web.Passing as failure:
         raise HubError(_failure(failure, what)) from failure
-    except (OSError, HFValidationError) as error:
-        named = isinstance(error, OSError) and error.filename
-        said = f"{error.strerror}: {error.filename}" if named else first_line(error)
+    except HFValidationError as error:
+        raise HubError(f"{what} could not be fetched: {shown(first_line(error), 200)}") from error
+    except OSError as error:
+        said = f"{error.strerror}: {error.filename}" if error.filename else first_line(error)
         raise HubError(f"{what} could not be fetched: {shown(said, 200)}") from error
 
 

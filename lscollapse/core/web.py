@@ -214,8 +214,8 @@ def _go_on(
         if _kind(response) == "text/html" and not request.url.path.endswith((".html", ".htm")):
             raise Foreign(f"a web page in place of the file{_elsewhere(response)}: {PORTAL}")
         begin, total = _part(response)
-        if begin not in (0, start) or (None not in (size, total) and total != size):
-            came = f"bytes from {begin} of {total}, where those from {start} of {size} are due"
+        if begin is None or begin not in (0, start) or (None not in (size, total) and total != size):
+            came = f"bytes from {_said(begin)} of {_said(total)}, where those from {start} of {_said(size)} are due"
             raise Foreign(f"{came}{_elsewhere(response)}")
         total, skip = size if total is None else total, start - begin  # a server that knows no ranges begins anew
         pieces = response.iter_raw()
@@ -234,13 +234,17 @@ def _go_on(
     return True
 
 
-def _part(response: httpx.Response) -> tuple[int, int | None]:
-    """The byte that an answer begins with, and how many there are of the file."""
+def _said(number: int | None) -> str:
+    return "?" if number is None else shown(str(number), 20)
+
+
+def _part(response: httpx.Response) -> tuple[int | None, int | None]:
+    """The byte that an answer begins with, and how many there are of the file; None where it does not say."""
     found = _PART.fullmatch(response.headers.get("Content-Range", "")) if response.status_code == 206 else None
     if found:
         return int(found[1]), int(found[2]) if found[2] != "*" else None
     length = response.headers.get("Content-Length", "")
-    return (-1 if response.status_code == 206 else 0), int(length) if length.isdecimal() else None
+    return (None if response.status_code == 206 else 0), int(length) if length.isdecimal() else None
 
 
 def _tried(call: Callable[[], T]) -> T:

@@ -108,7 +108,7 @@ class Transport:
         kept = self.cache.get(str(url), _kept) if keep else None
         if kept is not None:
             self.retrieved = kept.retrieved
-            return httpx.Response(200, json=kept.answer)
+            return _handed(kept.answer)
         try:
             answer = self._complete(url, request.headers["User-Agent"])
         except web.Late as late:
@@ -126,7 +126,7 @@ class Transport:
         self.retrieved = datetime.now(UTC).isoformat(timespec="seconds")
         if keep:
             self.cache.put(str(url), {"retrieved": self.retrieved, "answer": answer})
-        return httpx.Response(200, json=answer)
+        return _handed(answer)
 
     def _complete(self, url: httpx.URL, agent: str) -> dict[str, Any]:
         """The answer with its continuations merged in, page by page."""
@@ -196,6 +196,12 @@ def _kept(value: Any) -> Kept:
     if _content(kept.answer, "").query is None:
         raise CorpusError("an answer without a query")
     return kept
+
+
+def _handed(answer: dict[str, Any]) -> httpx.Response:
+    return httpx.Response(
+        200, content=json.dumps(answer)
+    )  # not json=, which refuses what Python reads as a number: NaN
 
 
 def _place(url: httpx.URL) -> str:

@@ -178,7 +178,8 @@ def parquet_stream(path: Path | None, seed: int, language: str = "en") -> Iterat
     except CorpusError:
         raise
     except (OSError, ValueError, HTTPError) as error:
-        raise CorpusError(f"{name} cannot be read: {first_line(error)}") from error
+        mend = "" if path else "; try later, or use --source packaged or a frozen file"
+        raise CorpusError(f"{name} cannot be read: {shown(first_line(error), 200)}{mend}") from error
 
 
 def _in_windows(rows: Iterator[T], seed: int) -> Iterator[T]:

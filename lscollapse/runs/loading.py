@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lscollapse.core import hub, registry
 from lscollapse.core.config import ConfigError, Experiment
 from lscollapse.core.progress import Progress
 from lscollapse.data.corpus import Corpus
@@ -151,6 +152,8 @@ def load_adapter(name: str, init: str, config: Experiment, progress: Progress) -
     if on.startswith("cuda:"):
         torch.cuda.set_device(on)  # kernels run on the current device, whatever that of their tensors
     architecture, n_parameters = checkpoint.outline(name, **where)
+    if init == "trained":
+        _announce(name, config, progress)
     if is_streamed(architecture, n_parameters, config) and init == "trained":
         if config.gradients:
             raise ConfigError(f"gradients need all of {name} in memory, and it is streamed: use --stream never")
@@ -172,6 +175,20 @@ def load_adapter(name: str, init: str, config: Experiment, progress: Progress) -
     _choose_kernels(adapter, config, progress)
     _attach_head(adapter, name, init, config)
     return adapter, loaded.info
+
+
+def _announce(name: str, config: Experiment, progress: Progress) -> None:
+    """Say that a model is fetched, which may take long, where it is not in the cache."""
+    from huggingface_hub import constants
+
+    entry = registry.resolve(name)
+    if entry.source != "hub" or config.offline or constants.HF_HUB_OFFLINE:
+        return
+    try:
+        revision, cache = config.revision or entry.revision or None, hub.storage(config.cache_dir)
+        hub.fetch(entry.location, revision=revision, cache_dir=cache, offline=True)
+    except hub.HubError:
+        progress.note(f"fetching {entry.location} from the hub")
 
 
 def _where(config: Experiment) -> Where:

@@ -114,6 +114,7 @@ def test_the_token_goes_to_the_hub_and_not_to_the_cdn(server, tmp_path):
 
 
 def test_a_cut_download_goes_on_where_it_broke(server, repos, tmp_path):
+    hub.fetch(ORIGINAL, files=["config.json"], cache_dir=tmp_path)
     server.faults.cuts = 1
     folder = hub.fetch(ORIGINAL, cache_dir=tmp_path)
     assert contents(folder) == repos[ORIGINAL]
@@ -124,6 +125,7 @@ def test_a_cut_download_goes_on_where_it_broke(server, repos, tmp_path):
 
 
 def test_a_later_run_goes_on_where_an_earlier_one_stopped(server, repos, tmp_path):
+    hub.fetch(ORIGINAL, files=["config.json"], cache_dir=tmp_path)
     server.faults.cuts = 1
     server.faults.cdn = [0, 404]
     assert "try again later" in fails(ORIGINAL, tmp_path)
@@ -137,6 +139,7 @@ def test_a_later_run_goes_on_where_an_earlier_one_stopped(server, repos, tmp_pat
 
 
 def test_wrong_bytes_are_deleted(server, repos, tmp_path):
+    hub.fetch(ORIGINAL, files=["config.json"], cache_dir=tmp_path)
     server.faults.wrong = True
     message = fails(ORIGINAL, tmp_path)
     data = repos[ORIGINAL]["pytorch_model.bin"]

@@ -106,6 +106,12 @@ def test_a_link_that_is_cut_again_and_again(server, tmp_path, name):
     assert sum(call.sent for call in downloads) == len(ALL[name])
 
 
+def test_an_endpoint_that_is_no_address(server, tmp_path, monkeypatch):
+    for address in ("http://127.0.0.1:x", "ftp://127.0.0.1", "127.0.0.1"):
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        assert "an address that leads nowhere" in fails(tmp_path)
+
+
 def test_a_server_that_cannot_begin_in_the_middle(server, tmp_path):
     server.faults.cuts, server.faults.ranges = 1, False
     assert fetched(tmp_path, files=["model.safetensors"]) == {"model.safetensors": WEIGHTS}

@@ -155,7 +155,7 @@ def test_a_lasting_fault_is_one_line(wiki: MediaWikiServer, fault: str, line: st
 
 
 @pytest.mark.parametrize(
-    ("fault", "line"), [("denied", "'readapidenied'"), ("404", "HTTP 404: is it a wiki's api.php")]
+    ("fault", "line"), [("denied", "'readapidenied'"), ("404", "HTTP 404 Not Found: is it a wiki's api.php")]
 )
 def test_what_does_not_pass_is_not_retried(wiki: MediaWikiServer, fault: str, line: str) -> None:
     wiki.faults = [fault]
@@ -232,7 +232,7 @@ def test_a_draw_of_another_shape(wiki: MediaWikiServer, drawn: object, place: st
 
 def test_an_entry_that_says_less_than_was_asked_for(wiki: MediaWikiServer) -> None:
     """A page without its URL is a page; one without a revision is none."""
-    wiki.faults = [article(), article(lastrevid=None)]
+    wiki.faults = [article(length=float("nan")), article(lastrevid=None)]
     found = load(wiki, ["Lighthouse"], 1)
     assert found.excerpts[0].url == "" and found.excerpts[0].revision == "1001"
     with pytest.raises(CorpusError, match="1 missing"):

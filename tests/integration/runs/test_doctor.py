@@ -246,6 +246,13 @@ def test_a_cache_whose_weights_are_gone(site: tuple[HubServer, MediaWikiServer])
     assert HF in mends(found(settings(wiki, HF, offline=True)))
 
 
+def test_weights_in_the_cache_that_were_altered(site: tuple[HubServer, MediaWikiServer]) -> None:
+    _, wiki = site
+    weights = (hub.fetch(HF) / "model.safetensors").resolve()
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\1\2\3")
+    assert f"{weights} was altered" in found(settings(wiki, HF))[HF].mend
+
+
 def test_text_files_are_read(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     (tmp_path / "good.txt").write_text("Lamp")
