@@ -377,9 +377,8 @@ def main() -> int:
     asked = arguments.parse_args()
     until = time.monotonic() + 60 * asked.minutes
     sys.path.insert(0, str(ROOT))
-    from tests.servers.hub import HubServer
-
     from lscollapse.reports import painter
+    from tests.servers.hub import HubServer
 
     _adopt_orphans()
     load()

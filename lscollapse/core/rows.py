@@ -78,7 +78,9 @@ def read_rows(path: Path, verified: bool = True) -> pd.DataFrame:
         check(rows, file, known=bool(manifest.get("schema")))
     except (MemoryError, RunFolderError):
         raise
-    except Exception as error:  # whatever the library makes of bytes that are no Parquet, or no text when they are looked at
+    except (
+        Exception
+    ) as error:  # whatever the library makes of bytes that are no Parquet, or no text when they are looked at
         raise RunFolderError(f"{file} is no table in Parquet ({shown(first_line(error))}): measure again") from error
     if "floor" in rows and "rounding" not in rows:  # written before it was estimated
         rows["rounding"] = math.nan

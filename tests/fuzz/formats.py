@@ -93,7 +93,7 @@ def _answer(root: Path, data: bytes) -> Arguments:
 
 
 def _drawn(root: Path, data: bytes) -> Arguments:
-    given.answers().answer = data
+    given.answers().random, given.answers().answer = data, as_json(_article())
     return _wikipedia(root)
 
 
@@ -106,17 +106,8 @@ def _wikipedia(root: Path, titles: Path | None = None) -> Arguments:
     }
     settings = [part for name, value in wiki.items() for part in ("--set", f"wikipedia.{name}={value}")]
     chosen = ["--titles", titles] if titles else []
-    return [
-        "excerpts",
-        root / "out",
-        *FEW,
-        "--source",
-        "wikipedia",
-        "--tokenizer",
-        folder() / "model",
-        *chosen,
-        *settings,
-    ]
+    one = ["--excerpts", "1", "--tokens", "8", "--tokenizer", folder() / "model"]
+    return ["excerpts", root / "out", *one, "--source", "wikipedia", *chosen, *settings]
 
 
 def _article() -> dict[str, Any]:

@@ -120,19 +120,20 @@ def _array(values: list[Any]) -> pa.Array:
 
 
 class Answers:
-    """A server on loopback that gives one answer to every request."""
+    """A server on loopback that gives one answer to every request, another one where random titles are asked for."""
 
     def __init__(self) -> None:
-        self.answer = b""
+        self.answer = self.random = b""
         answers = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                body = answers.random if "list=random" in self.path else answers.answer
                 self.send_response(200)
                 self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(answers.answer)))
+                self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
-                self.wfile.write(answers.answer)
+                self.wfile.write(body)
 
             do_HEAD = do_GET
 
