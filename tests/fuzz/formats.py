@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tests.fuzz import given
@@ -24,11 +26,13 @@ class Format:
         document: makes a valid one, as JSON values.
         dump: the bytes that such a value is in a file.
         given: (empty folder, bytes) -> the verb that reads them, with what it is given beside them written there.
+        around: what the verb runs in, for that folder.
     """
 
     document: Callable[[], Any]
     dump: Callable[[Any], bytes]
     given: Callable[[Path, bytes], Arguments]
+    around: Callable[[Path], AbstractContextManager[None]] = nullcontext
 
 
 def _file(name: str, *, of: str = "model") -> Callable[[Path, bytes], Arguments]:
@@ -110,6 +114,30 @@ def _wikipedia(root: Path, titles: Path | None = None) -> Arguments:
     return ["excerpts", root / "out", *one, "--source", "wikipedia", *chosen, *settings]
 
 
+def _listed(_root: Path, data: bytes) -> Arguments:
+    def answered(_info: Any) -> Any:
+        try:
+            return json.loads(data)
+        except (ValueError, RecursionError):
+            return data.decode(errors="replace")
+
+    given.hub().faults.edit = answered
+    return ["fetch", "tiny/bert"]
+
+
+def _listing() -> Any:
+    found: list[Any] = []
+
+    def kept(info: Any) -> Any:
+        found.append(info)
+        return info
+
+    with TemporaryDirectory() as root, given.on_the_hub(Path(root)):
+        given.hub().faults.edit = kept
+        given.must("fetch", "tiny/bert")
+    return found[0]
+
+
 def _article() -> dict[str, Any]:
     page = {
         "pageid": 7, "ns": 0, "title": "Bees", "extract": given.TEXT, "lastrevid": 12, "length": 5,
@@ -175,6 +203,7 @@ FORMATS: dict[str, Format] = {
     "titles": Format(lambda: ["Bees", "Ants"], as_text, _titles),
     "wiki's article": Format(_article, as_json, _answer),
     "wiki's draw": Format(_random, as_json, _drawn),
+    "hub's listing": Format(_listing, as_json, _listed, given.on_the_hub),
     "manifest, claims": Format(_json_of("finished", "manifest.json"), as_json, _run_file("manifest.json", "claims", "--format", "json")),
     "manifest, report": Format(_json_of("finished", "manifest.json"), as_json, _run_file("manifest.json", "report")),
     "rows, claims": Format(
@@ -182,8 +211,3 @@ FORMATS: dict[str, Format] = {
     ),
     "rows, compare": Format(_finished("rows.parquet"), as_parquet, _run_file("rows.parquet", "compare")),
 }  # fmt: skip
-
-
-def named(pattern: str) -> Iterator[str]:
-    """The names of formats that have `pattern` in them."""
-    return (name for name in FORMATS if pattern in name)

@@ -7,19 +7,25 @@ import json
 import shutil
 import struct
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
+from unittest.mock import patch
 
 import pyarrow as pa
+from huggingface_hub import constants
 from pyarrow import parquet
 from safetensors.torch import save_file
 
+from lscollapse.core import web
 from tests.equivalence import tiny
 from tests.fuzz.mutations import as_json
 from tests.fuzz.shell import run
+from tests.servers.hub import HubServer
 
 WORDS = [
     "[PAD]",
@@ -149,3 +155,22 @@ class Answers:
 @cache
 def answers() -> Answers:
     return Answers()
+
+
+@cache
+def hub() -> HubServer:
+    """A hub that has `model`."""
+    files = {file.name: file.read_bytes() for file in (folder() / "model").iterdir()}
+    return HubServer({"tiny/bert": files}).__enter__()
+
+
+@contextmanager
+def on_the_hub(root: Path) -> Iterator[None]:
+    """The client asks `hub()` and keeps what comes in `root`; it does not wait between its tries."""
+    url = hub().url
+    settings = {
+        "ENDPOINT": url, "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(root / "cache"),
+    }  # fmt: skip
+    with patch.multiple(constants, **settings), patch.object(web, "WAITS", (0.0, 0.0)):
+        yield

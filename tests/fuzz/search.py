@@ -42,7 +42,8 @@ def search(name: str, examples: int, tally: Tally, seed: int | None = None) -> N
     def holds(data: bytes) -> None:
         with TemporaryDirectory(prefix="malformed-") as given:
             root = Path(given)
-            tally.add(*taken(format.given(root, data), root, OUT), data)
+            with format.around(root):
+                tally.add(*taken(format.given(root, data), root, OUT), data)
 
     drawn = hypothesis.given(documents(format.document(), format.dump))(holds)
     checks = list(HealthCheck)

@@ -5,12 +5,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.fuzz.formats import FORMATS
 from tests.fuzz.search import Tally, search
+from tests.fuzz.shell import run
 
 EXAMPLES = 200
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_document_that_is_malformed_is_a_valid_one(name: str, tmp_path: Path) -> None:
+    format = FORMATS[name]
+    with format.around(tmp_path):
+        code, out, err = run(format.given(tmp_path, format.dump(format.document())))
+    assert code == 0, out + err
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -54,6 +54,11 @@ def lfs(name: str) -> bool:
     return name.endswith((".bin", ".safetensors"))
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, *_: Any) -> None:
+        """A client may hang up, which is no matter for the terminal."""
+
+
 class HubServer:
     """`with HubServer({"owner/name": {"config.json": b"..."}}) as server:` serves at `server.url`."""
 
@@ -62,8 +67,8 @@ class HubServer:
         self.faults = Faults()
         self.calls: list[Call] = []
         self.over = threading.Event()
-        self._hub = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self, _HubHandler))
-        self._cdn = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self, _CdnHandler))
+        self._hub = _Server(("127.0.0.1", 0), _handler(self, _HubHandler))
+        self._cdn = _Server(("127.0.0.1", 0), _handler(self, _CdnHandler))
         self.url = f"http://127.0.0.1:{self._hub.server_port}"
         self.cdn_url = f"http://127.0.0.1:{self._cdn.server_port}"
 
