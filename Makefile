@@ -6,7 +6,7 @@ COMPARE = $(if $(filter embedded,$(PRESET)),$(BIN)/lscollapse compare results/re
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup drawn figures figures-check test test-slow test-kernels lint bench clean
+.PHONY: help setup drawn figures figures-check test test-slow test-kernels fuzz lint bench clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -44,12 +44,18 @@ test: setup  ## the tiers unit and integration
 test-slow: setup  ## the tier slow
 	$(BIN)/python -m pytest tests/slow
 
-.venv-kernels/stamp: configs/kernels-packages.txt configs/constraints.txt
-	$(PYTHON) -m venv .venv-kernels
-	.venv-kernels/bin/python -m pip install -c configs/constraints.txt -e . pytest pytest-xdist setuptools wheel packaging
+.venv-kernels/stamp: configs/kernels-packages.txt .venv/embedded.stamp
+	rm -rf .venv-kernels
+	$(BIN)/python -m venv .venv-kernels
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > "$$(.venv-kernels/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth"
+	.venv-kernels/bin/python -m pip install setuptools wheel packaging
 	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE \
 	  .venv-kernels/bin/python -m pip install --no-build-isolation --no-deps -r configs/kernels-packages.txt
 	@touch $@
+
+fuzz: setup  ## 10,000 malformed documents of every format that is read from outside; hours, and goes on where it was stopped
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz
 
 test-kernels:  ## the Triton kernels without a GPU: interpreted, and compiled for sm_80, sm_90 and sm_100
 	@$(MAKE) .venv-kernels/stamp || { echo "test-kernels: SKIPPED, its packages cannot be installed here (above)" >&2; exit 0; }; \

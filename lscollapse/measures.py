@@ -149,10 +149,10 @@ def floor(dtype: torch.dtype) -> float:
     Equal rows stay different by their rounding, and what rounds most is a matrix product. Rounding to nearest has a relative
     error of 0.21 eps (root mean square over a binade, eps the spacing at 1). A sum of n terms of random sign rounds n partial
     sums, the k-th sqrt(k / n) of the last, so its relative error is 0.21 eps sqrt(n / 2). Libraries start another partial sum
-    after some 256 terms: 2.4 eps (measured on CPUs: 2.1 to 2.6 for 1,024 to 3,072 terms). From where attention makes the rows
-    equal to the block's output there are two products in a row, hence sqrt(2) of it: 3.4 eps, here 4. Narrower formats add up in
-    float32 and round a product once, 0.21 eps, so that eps covers a block's dozen roundings. A GPU's products may sum in another
-    order and lose more in wide models: there it is an estimate, not a cover.
+    after 256 to 384 terms: 2.4 to 2.9 eps (measured on CPUs for 1,024 to 3,072 terms: 2.1 to 2.6 on AMD's, 3.0 on an Intel with
+    AVX-512). From where attention makes the rows equal to the block's output there are two products in a row, hence sqrt(2) of it:
+    3.4 to 4.2 eps, here 4. Narrower formats add up in float32 and round a product once, 0.21 eps, so that eps covers a block's
+    dozen roundings. It is an estimate, not a cover: a GPU's products may sum in another order and lose more in wide models.
     """
     eps = torch.finfo(dtype).eps
     return 4 * eps if dtype in (torch.float32, torch.float64) else eps

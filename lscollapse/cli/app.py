@@ -108,7 +108,7 @@ def main() -> None:
             _say(str(error))
         elif isinstance(error, OSError):
             what = f"{error.strerror or error}: {error.filename}" if error.filename else error.strerror or str(error)
-            _say(f"{what}; what was written so far is kept, the same command goes on from there")
+            _say(f"{what}; what was written so far is kept, the same command continues")
         else:
             kind, (file, line) = type(error).__name__, _place(error)
             said = str(error).strip().partition("\n")[0][:120]
