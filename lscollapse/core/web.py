@@ -34,7 +34,7 @@ WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each new try
 LONGEST_WAIT = 120.0  # the most that a Retry-After is obeyed for
 PORTAL = "sign in to the network, if it asks for that, or mend the proxy"
 
-_PART = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")  # of Content-Range
+_PART = re.compile(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)")  # of Content-Range
 
 
 class Passing(ValueError):
@@ -244,7 +244,7 @@ def _part(response: httpx.Response) -> tuple[int | None, int | None]:
     if found:
         return int(found[1]), int(found[2]) if found[2] != "*" else None
     length = response.headers.get("Content-Length", "")
-    return (None if response.status_code == 206 else 0), int(length) if length.isdecimal() else None
+    return (None if response.status_code == 206 else 0), int(length) if re.fullmatch("[0-9]{1,18}", length) else None
 
 
 def _tried(call: Callable[[], T]) -> T:
