@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated
@@ -14,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, Field
 
 from lscollapse.core import web
 from lscollapse.core.files import first_line
-from lscollapse.core.outside import checked, shown
+from lscollapse.core.outside import checked, shown, unwritten
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -31,8 +30,12 @@ def inside(name: str) -> str:
         ValueError: it is absolute, or has "..", a backslash or a control character in it.
     """
     parts = name.split("/")
-    odd = "\\" in name or any(unicodedata.category(character) == "Cc" for character in name)
-    if odd or re.match(r"[A-Za-z]:", name) or any(part in ("", ".", "..") for part in parts):
+    if (
+        "\\" in name
+        or unwritten(name)
+        or re.match(r"[A-Za-z]:", name)
+        or any(part in ("", ".", "..") for part in parts)
+    ):
         raise ValueError("a name in the repository is due, as config.json or folder/model.safetensors")
     return name
 

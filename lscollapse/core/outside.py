@@ -148,4 +148,5 @@ def _first(error: ValidationError) -> str:
     if first["type"] == "value_error" and isinstance(first["input"], dict):  # of a whole section: too long to repeat
         return f"{where}: {message}".removeprefix(": ")
     came = first["input"]
-    return f"{where}: {message[0].lower()}{message[1:]}, got {shown(repr(came) if isinstance(came, str) else came)}"
+    got = shown(repr(came) if isinstance(came, str) else came)
+    return f"{where}: {message[0].lower()}{message[1:]}, got {got}".removeprefix(": ")

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lscollapse.core import hub_client
 from lscollapse.core.files import expanded, first_line, refuse_no_file
 from lscollapse.core.outside import shown
 from lscollapse.core.table import PIXELS
@@ -216,7 +217,8 @@ def _hub_rows(split: str) -> Iterator[tuple[np.ndarray, int, str]]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(CIFAR10, split=split)
+        with hub_client.watched():
+            rows = datasets.load_dataset(CIFAR10, split=split)
     except Exception as error:  # whatever the hub's client raises
         raise CorpusError(
             f"{CIFAR10} cannot be fetched from the hub ({first_line(error)}): fetch it elsewhere and give the folder"
