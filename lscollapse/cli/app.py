@@ -115,6 +115,8 @@ def main() -> None:
             what = f"{error.strerror or error}: {error.filename}" if error.filename else error.strerror or str(error)
             kept = "; what was written so far is kept, the same command continues"
             _say(what + (kept if running in CONTINUED else ""))
+        elif allocation.is_out_of_memory(error):
+            _say("there is not enough memory for this: use fewer --excerpts or --tokens, a smaller batch, net or model")
         else:
             kind, (file, line) = type(error).__name__, _place(error)
             said = str(error).strip().partition("\n")[0][:120]

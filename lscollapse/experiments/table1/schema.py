@@ -16,6 +16,7 @@ from lscollapse.runs.training import Optimisation
 LamMode = Lambda32 | Literal["learnable"]
 Rate = Annotated[float, Field(gt=0)]  # at 0 nothing is learnt
 Examined = Annotated[int, Field(ge=1, le=10**7)]  # sequences of a split, which are drawn into memory
+MOST_TOKENS = 2**32  # of a split
 RECIPE = ("net", "training", "lrs")  # what `per_mixer` can change
 
 
@@ -40,6 +41,16 @@ class MqarData(mqar.MqarConfig):
     validation: Examined = 3000
     test: Examined = 3000
     seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _in_memory(self) -> MqarData:
+        drawn = max(self.train, self.validation, self.test)
+        if drawn * self.seq_len > MOST_TOKENS:
+            raise ValueError(
+                f"{drawn:,} sequences of {self.seq_len:,} tokens are drawn into memory and need"
+                f" {2 * drawn * self.seq_len / 2**30:,.0f} GiB or more: at most {MOST_TOKENS:,} tokens are"
+            )
+        return self
 
     def examples(self, split: Split) -> Examples:
         """The examples of a split."""

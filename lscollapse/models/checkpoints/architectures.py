@@ -16,11 +16,12 @@ from lscollapse.models.checkpoints import mamba_ssm
 from lscollapse.models.checkpoints.config_json import refuse_activations, refuse_code, refuse_said
 from lscollapse.models.checkpoints.located import Located
 from lscollapse.models.checkpoints.mamba2_config import as_transformers, read_settings, tensor_shapes
-from lscollapse.models.checkpoints.tensors import CheckpointError
+from lscollapse.models.checkpoints.tensors import CheckpointError, read_tensors
 from lscollapse.models.nets.s4d import S4D, S4DConfig
 
 # transformers is imported where it is needed: a Mamba-2 and an S4D are measured without it, in half the time of a small run.
 
+DEEP = 64  # layers over which a config is not believed before the weights are looked at
 MOST_PER_BYTE = 8  # parameters of a weights file: a quantised one has up to 4
 # model_type -> what leaves out the pooler of its base model.
 CLASSES: dict[str, dict[str, Any]] = {
@@ -177,6 +178,18 @@ def count_parameters(config: Any) -> int:
         return sum(math.prod(shape) for shape in tensor_shapes(config).values())
     named = on_meta(config).named_parameters()
     return sum(parameter.numel() for name, parameter in named if not name.startswith("pooler."))
+
+
+def refuse_depth(files: Located, config: Any) -> None:
+    """Raise a CheckpointError where a deep model has more layers than its files have tensors: building it takes a while."""
+    n_layers = getattr(config, "num_hidden_layers", 0)
+    if files.stored or not isinstance(n_layers, int) or n_layers <= DEEP:
+        return
+    held = sum(len(read_tensors(file)) for file in files.weights)
+    if n_layers > held:
+        raise CheckpointError(
+            f"{files.described} describes {n_layers:,} layers, and the weights are {held:,} tensors: they do not belong together"
+        )
 
 
 def check_count(files: Located, config: Any) -> None:

@@ -96,7 +96,7 @@ def inspect_headers(config: Any, files: Sequence[Path], where: str) -> None:
     known = set(model.state_dict())
     absent_by_design = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
     missing = [n for n in expected if n not in read and not any(p.search(n) for p in absent_by_design)]
-    if not any(_in_a_block(name, model) for name in read if name not in known):
+    if not any(_is_numbered(name) for name in read if name not in known):
         refuse_misfits({"missing": missing}, where)
     refuse_kinds(_weights(read, model), where)
 
@@ -122,8 +122,12 @@ def _own_name(name: str, model: Any) -> str:
 def _in_a_block(name: str, model: Any) -> bool:
     """Whether a tensor of a file belongs to a numbered part of the base model, no head."""
     name = _own_name(name, model)
-    inside = re.search(r"\.\d+\.", name) is not None and hasattr(model, name.partition(".")[0])
-    return inside and not is_old_buffer(name)
+    return _is_numbered(name) and hasattr(model, name.partition(".")[0])
+
+
+def _is_numbered(name: str) -> bool:
+    """Whether a tensor of a file is of one of several parts that are alike."""
+    return re.search(r"\.\d+\.", name) is not None and not is_old_buffer(name)
 
 
 class Pixels(BaseModel):

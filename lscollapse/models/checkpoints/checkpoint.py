@@ -27,6 +27,7 @@ from lscollapse.models.checkpoints.architectures import (
     config_of,
     count_parameters,
     on_meta,
+    refuse_depth,
     seeded,
 )
 from lscollapse.models.checkpoints.held import HeldMamba2, with_modules
@@ -136,6 +137,7 @@ def load(
             fresh = built(config).to(device, dtype)
         info = _info(files, config, f"random-init-{random_init}")
         return Checkpoint(fresh.eval(), replace(info, stored=""))
+    refuse_depth(files, config)
     with hashing(files.weights) as digest:
         if config.model_type == "mamba2":
             model: Any = _mamba2(config, _matching(files, config), dtype, device, as_stored)
@@ -213,6 +215,7 @@ def inspect(name_or_path: str | Path, **where: Unpack[Where]) -> tuple[str, int]
     """
     files = locate_checkpoint(registry.resolve(name_or_path), **where)
     config = config_of(files)
+    refuse_depth(files, config)
     if config.model_type in CLASSES:
         _matching(files, config)
     else:

@@ -170,7 +170,8 @@ def read_tensors(file: Path, model: Any, where: str, dtype: torch.dtype) -> dict
     processor, known = inspect(file, model, where)
     read: dict[str, Tensor] = {}
     for tensor in read_header(file).tensors:
-        with _explained(f"{shown(tensor.name)} of {where} cannot be read as {tensor.tensor_type.name}"):
+        what = f"{shown(tensor.name)} of {where} cannot be read as {tensor.tensor_type.name}"
+        with _explained(what), np.errstate(all="ignore"):  # what is not finite then is refused later, by name
             numbers = dequantize(tensor.data, tensor.tensor_type)
             so_far = {"tensors": read}  # where experts are put together
             done = processor.process(

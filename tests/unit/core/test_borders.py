@@ -93,6 +93,10 @@ def test_yaml_that_no_configuration_means(tmp_path: Path, text: str | bytes, say
             "mqar.net.hidden_size: input should be less than or equal",
         ),
         ("mqar: {lrs: [0.1], net: {num_hidden_layers: 10000000}}", "mqar.net.num_hidden_layers: input should be less"),
+        (
+            "mqar: {lrs: [0.1], data: {train: 10000000, seq_len: 1048576}}",
+            "need 19,531 GiB or more: at most 4,294,967,296",
+        ),
         ("mqar: {lrs: [0.1], data: {train: 10000000000}}", "mqar.data.train: input should be less than or equal"),
         ("{mqar: {lrs: [0.1]}, seeds: [-1]}", "seeds.0: input should be greater than or equal to 0"),
         ("{mqar: {lrs: [0.1]}, lams: [1e39]}", "lams.0"),

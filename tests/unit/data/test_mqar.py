@@ -121,7 +121,7 @@ def test_more_sequences_only_add() -> None:
 )
 def test_impossible_sizes_are_one_line(values: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        checked(MqarConfig, values)
+        checked(MqarConfig, values, ConfigError)
     assert "\n" not in str(caught.value)
 
 

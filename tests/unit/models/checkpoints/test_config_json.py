@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 
 from lscollapse.core import registry
@@ -141,6 +142,32 @@ def test_a_pipe_in_a_folder_is_not_opened(tmp_path: Path, name: str) -> None:
         checkpoint.load(tmp_path)
     with pytest.raises(registry.ModelNameError, match="is a pipe or a device: give the folder"):
         registry.resolve(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("read", [checkpoint.load, checkpoint.inspect])
+def test_weights_that_cannot_be_those_of_the_config(tmp_path: Path, read: Any) -> None:
+    """Refused before a model of that size is made, which may take longer or more than there is."""
+    write_hf(tmp_path, num_hidden_layers=900)
+    with pytest.raises(CheckpointError, match="describes 900 layers, and the weights are 29 tensors"):
+        read(tmp_path)
+    gpt2 = tmp_path / "gpt2"
+    gpt2.mkdir()
+    (gpt2 / "config.json").write_text(json.dumps(GPT2 | {"n_positions": 2**20}))
+    save_file({"h.0.ln_1.weight": torch.ones(8)}, gpt2 / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        CheckpointError,
+        match=r"do not fit its config: tensors .*of another shape|do not fit its config: tensors .* missing",
+    ):
+        read(gpt2)
+
+
+def test_headers_of_which_transformers_changes_the_names_are_not_called_incomplete(tmp_path: Path) -> None:
+    """ViT's blocks have other names in its files than in the model."""
+    config = transformers.ViTConfig(
+        image_size=8, patch_size=4, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
+    )
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
+    assert checkpoint.inspect(tmp_path)[0] == "vit"
 
 
 # --- the index ---
