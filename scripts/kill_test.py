@@ -42,7 +42,12 @@ WATCHED = {
     "os.symlink": 2,
     "os.truncate": 1,
 }  # audited: paths
-TIMES = ("wall_seconds", "peak_rss_bytes")  # of a manifest, which differ from run to run
+VARYING = (
+    "wall_seconds",
+    "peak_rss_bytes",
+    "engine",
+    "items_of_node",
+)  # of a manifest: when, beside which changes, and on Ray where, it was measured
 INSTANTS = 280  # at random, in all cases together
 LONGEST = 300.0  # seconds that a run may take
 NO_STATE = ("state.pt",)  # it holds seconds too; that it is there is compared
@@ -67,6 +72,7 @@ class Case:
     Attributes:
         run: the words of a command, or, where its figures would take most of the time, what the verb calls before it draws.
         slow: it draws, or starts interpreters of its own: killed at few places.
+        patience: seconds after its end in which its processes have to end too.
         prepare: what the copy of this process does first.
         operations: how many there are, known from a run that was left alone, as `seconds` and `files` are.
     """
@@ -74,6 +80,7 @@ class Case:
     name: str
     run: list[str] | Callable[[], object]
     slow: bool = False
+    patience: float = 10.0
     prepare: Callable[[], None] = lambda: None
     operations: int = 0
     seconds: float = 0.0
@@ -172,9 +179,9 @@ def _main(run: list[str] | Callable[[], object]) -> int:
     return 0
 
 
-def ended(process: int, within: float = LONGEST) -> tuple[int, list[str]]:
-    """How a process ended (its exit code, negative of a signal), and what of its group outlived it by ten seconds."""
-    until, code = time.monotonic() + within, None
+def ended(process: int, patience: float) -> tuple[int, list[str]]:
+    """How a process ended (its exit code, negative of a signal), and whether others of its group outlived it by `patience` seconds."""
+    until, code = time.monotonic() + LONGEST, None
     while code is None:
         number, status = os.waitpid(process, os.WNOHANG)
         if number:
@@ -183,13 +190,13 @@ def ended(process: int, within: float = LONGEST) -> tuple[int, list[str]]:
             os.kill(process, signal.SIGKILL)
         else:
             time.sleep(0.002)
-    until, left = time.monotonic() + 10.0, []
+    until, left = time.monotonic() + patience, []
     while True:  # its orphans are children of this process, where Linux is asked for it
         try:
             if os.waitpid(-process, os.WNOHANG)[0] == 0:
                 if time.monotonic() > until:
                     os.killpg(process, signal.SIGKILL)
-                    left = [f"processes of the group {process} outlived it"]
+                    left = [f"processes that it started outlived it by {patience:g} s"]
                 time.sleep(0.01)
         except ChildProcessError:
             return code, left
@@ -206,7 +213,7 @@ def tree(work: Path) -> dict[str, bytes]:
             found[f"{name}/"] = b""
         elif path.name == "manifest.json":
             manifest = json.loads(path.read_bytes())
-            found[name] = json.dumps({key: value for key, value in manifest.items() if key not in TIMES}).encode()
+            found[name] = json.dumps({key: value for key, value in manifest.items() if key not in VARYING}).encode()
         elif path.name == "log.csv":
             lines = (line.split(",") for line in path.read_text().split())
             found[name] = "\n".join(",".join([line[0], *line[2:]]) for line in lines).encode()
@@ -218,7 +225,7 @@ def tree(work: Path) -> dict[str, bytes]:
 def left_alone(case: Case, folder: Path) -> None:
     """Run the command once to its end, for what it makes, how long it takes, and how many operations it is."""
     began = time.monotonic()
-    code, _ = ended(start(case, folder))
+    code, _ = ended(start(case, folder), case.patience)
     if code:
         raise SystemExit(f"{case.name} does not even run ({code}): {(folder / 'said').read_text()[-2000:]}")
     case.seconds, case.operations = time.monotonic() - began, int((folder / "count").read_text())
@@ -232,7 +239,7 @@ def killed_and_continued(case: Case, folder: Path, tally: Tally, last: int | Non
         time.sleep(instant)
         with suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
-    code, outlived = ended(process)
+    code, outlived = ended(process, case.patience)
     at = f"{case.name}, killed {f'before operation {last}' if last else f'after {instant:.3f} s'}"
     if code == -signal.SIGKILL:
         tally.killed[case.name, how] += 1
@@ -241,7 +248,7 @@ def killed_and_continued(case: Case, folder: Path, tally: Tally, last: int | Non
     else:
         tally.wrong.append(f"{at}: it ended with {code} before that: {_said(folder)}")
         return
-    again, more = ended(start(case, folder))
+    again, more = ended(start(case, folder), case.patience)
     found = tree(folder / WORK)
     problems = outlived + more + ([f"the second time it ends with {again}: {_said(folder)}"] if again else [])
     problems += [f"{name} is left" for name in sorted(set(found) - set(case.files))]
@@ -321,7 +328,10 @@ def cases(folder: Path, hub_url: str, ray: bool) -> list[Case]:
         Case("sweep-lambda", ["sweep-lambda", "--model", config.models[0], "--lambdas=-2,1", *measured], slow=True),
         Case("table1 by 2 processes", lambda: grid.run(configure(Table1, tables[1]), out), slow=True),
     ]
-    return [*found, *([Case("sweep on Ray", lambda: paper.sweep_lambda(on_ray, out), slow=True)] if ray else [])]
+    return [
+        *found,
+        *([Case("sweep on Ray", lambda: paper.sweep_lambda(on_ray, out), slow=True, patience=60.0)] if ray else []),
+    ]
 
 
 def _use_hub(url: str) -> None:
