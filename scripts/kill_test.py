@@ -17,6 +17,7 @@ import argparse
 import ctypes
 import importlib.util
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -41,8 +42,13 @@ WATCHED = {
     "os.symlink": 2,
     "os.truncate": 1,
 }  # audited: paths
-TIMES = ("wall_seconds", "peak_rss_bytes")  # of a manifest, which differ from run to run
-INSTANTS = 320  # at random, in all cases together
+VARYING = (
+    "wall_seconds",
+    "peak_rss_bytes",
+    "engine",
+    "items_of_node",
+)  # of a manifest: when, beside which changes, and on Ray where, it was measured
+INSTANTS = 280  # at random, in all cases together
 LONGEST = 300.0  # seconds that a run may take
 NO_STATE = ("state.pt",)  # it holds seconds too; that it is there is compared
 YAML = """mixers: [attention, mamba2]
@@ -66,6 +72,7 @@ class Case:
     Attributes:
         run: the words of a command, or, where its figures would take most of the time, what the verb calls before it draws.
         slow: it draws, or starts interpreters of its own: killed at few places.
+        patience: seconds after its end in which its processes have to end too.
         prepare: what the copy of this process does first.
         operations: how many there are, known from a run that was left alone, as `seconds` and `files` are.
     """
@@ -73,6 +80,7 @@ class Case:
     name: str
     run: list[str] | Callable[[], object]
     slow: bool = False
+    patience: float = 10.0
     prepare: Callable[[], None] = lambda: None
     operations: int = 0
     seconds: float = 0.0
@@ -85,6 +93,7 @@ class Tally:
 
     killed: Counter[tuple[str, str]] = field(default_factory=Counter)
     survived: int = 0  # an instant after the end
+    untried: int = 0  # when time was over
     wrong: list[str] = field(default_factory=list)
 
 
@@ -170,9 +179,9 @@ def _main(run: list[str] | Callable[[], object]) -> int:
     return 0
 
 
-def ended(process: int, within: float = LONGEST) -> tuple[int, list[str]]:
-    """How a process ended (its exit code, negative of a signal), and what of its group outlived it by ten seconds."""
-    until, code = time.monotonic() + within, None
+def ended(process: int, patience: float) -> tuple[int, list[str]]:
+    """How a process ended (its exit code, negative of a signal), and whether others of its group outlived it by `patience` seconds."""
+    until, code = time.monotonic() + LONGEST, None
     while code is None:
         number, status = os.waitpid(process, os.WNOHANG)
         if number:
@@ -181,13 +190,13 @@ def ended(process: int, within: float = LONGEST) -> tuple[int, list[str]]:
             os.kill(process, signal.SIGKILL)
         else:
             time.sleep(0.002)
-    until, left = time.monotonic() + 10.0, []
+    until, left = time.monotonic() + patience, []
     while True:  # its orphans are children of this process, where Linux is asked for it
         try:
             if os.waitpid(-process, os.WNOHANG)[0] == 0:
                 if time.monotonic() > until:
                     os.killpg(process, signal.SIGKILL)
-                    left = [f"processes of the group {process} outlived it"]
+                    left = [f"processes that it started outlived it by {patience:g} s"]
                 time.sleep(0.01)
         except ChildProcessError:
             return code, left
@@ -204,7 +213,7 @@ def tree(work: Path) -> dict[str, bytes]:
             found[f"{name}/"] = b""
         elif path.name == "manifest.json":
             manifest = json.loads(path.read_bytes())
-            found[name] = json.dumps({key: value for key, value in manifest.items() if key not in TIMES}).encode()
+            found[name] = json.dumps({key: value for key, value in manifest.items() if key not in VARYING}).encode()
         elif path.name == "log.csv":
             lines = (line.split(",") for line in path.read_text().split())
             found[name] = "\n".join(",".join([line[0], *line[2:]]) for line in lines).encode()
@@ -216,7 +225,7 @@ def tree(work: Path) -> dict[str, bytes]:
 def left_alone(case: Case, folder: Path) -> None:
     """Run the command once to its end, for what it makes, how long it takes, and how many operations it is."""
     began = time.monotonic()
-    code, _ = ended(start(case, folder))
+    code, _ = ended(start(case, folder), case.patience)
     if code:
         raise SystemExit(f"{case.name} does not even run ({code}): {(folder / 'said').read_text()[-2000:]}")
     case.seconds, case.operations = time.monotonic() - began, int((folder / "count").read_text())
@@ -230,7 +239,7 @@ def killed_and_continued(case: Case, folder: Path, tally: Tally, last: int | Non
         time.sleep(instant)
         with suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
-    code, outlived = ended(process)
+    code, outlived = ended(process, case.patience)
     at = f"{case.name}, killed {f'before operation {last}' if last else f'after {instant:.3f} s'}"
     if code == -signal.SIGKILL:
         tally.killed[case.name, how] += 1
@@ -239,7 +248,7 @@ def killed_and_continued(case: Case, folder: Path, tally: Tally, last: int | Non
     else:
         tally.wrong.append(f"{at}: it ended with {code} before that: {_said(folder)}")
         return
-    again, more = ended(start(case, folder))
+    again, more = ended(start(case, folder), case.patience)
     found = tree(folder / WORK)
     problems = outlived + more + ([f"the second time it ends with {again}: {_said(folder)}"] if again else [])
     problems += [f"{name} is left" for name in sorted(set(found) - set(case.files))]
@@ -249,6 +258,7 @@ def killed_and_continued(case: Case, folder: Path, tally: Tally, last: int | Non
     ]
     if problems:
         tally.wrong.append(f"{at}: {'; '.join(problems[:5])}")
+        print(tally.wrong[-1], flush=True)
 
 
 def _said(folder: Path) -> str:
@@ -318,7 +328,10 @@ def cases(folder: Path, hub_url: str, ray: bool) -> list[Case]:
         Case("sweep-lambda", ["sweep-lambda", "--model", config.models[0], "--lambdas=-2,1", *measured], slow=True),
         Case("table1 by 2 processes", lambda: grid.run(configure(Table1, tables[1]), out), slow=True),
     ]
-    return [*found, *([Case("sweep on Ray", lambda: paper.sweep_lambda(on_ray, out), slow=True)] if ray else [])]
+    return [
+        *found,
+        *([Case("sweep on Ray", lambda: paper.sweep_lambda(on_ray, out), slow=True, patience=60.0)] if ray else []),
+    ]
 
 
 def _use_hub(url: str) -> None:
@@ -337,35 +350,52 @@ def _adopt_orphans() -> None:
 
 
 def spread(total: int, wanted: int) -> list[int]:
-    """`wanted` of the numbers 1..total, evenly."""
-    return sorted({1 + round(i * (total - 1) / max(1, wanted - 1)) for i in range(min(wanted, total))})
+    """`wanted` of the numbers 1..total, evenly; all where there are no more."""
+    wanted = min(total, wanted)
+    return sorted({1 + round(i * (total - 1) / max(1, wanted - 1)) for i in range(wanted)})
 
 
 def plan(chosen: list[Case], seed: int, each: int) -> list[tuple[Case, int | None, float]]:
     """(case, operation or None, seconds) of every kill, in an order that does justice to all cases wherever time ends it."""
     draw, kills = random.Random(seed), []
     for case in chosen:
-        wanted = min(each, 6) if case.slow else each
+        wanted = min(each, 3) if case.slow else each
         kills += [(case, last, 0.0) for last in spread(case.operations, wanted)]
-    quick = [case for case in chosen if not case.slow]
-    for number in range(INSTANTS if each > 6 else 2 * len(chosen)):
-        case = draw.choice(quick) if quick and number % 20 else draw.choice(chosen)
-        kills.append((case, None, draw.random() * case.seconds))
+    quick = [case for case in chosen if not case.slow] or chosen
+    at_random = [case for case in chosen if case.slow] + draw.choices(quick, k=min(INSTANTS, 40 * each))
+    kills += [(case, None, draw.random() * case.seconds) for case in at_random]
     draw.shuffle(kills)
     return kills
 
 
-def kill_all(chosen: list[Case], base: Path, seed: int, each: int, until: float) -> Tally:
+def kill_all(chosen: list[Case], base: Path, seed: int, each: int, jobs: int, until: float) -> Tally:
+    """All kills of the plan, `jobs` at a time, each job a copy of this process."""
+    kills, context = plan(chosen, seed, each), multiprocessing.get_context("fork")
+    told = context.SimpleQueue()
+    for job in range(jobs):
+        context.Process(target=_job, args=(kills[job::jobs], base, until, told)).start()
+    whole = Tally()
+    for _ in range(jobs):
+        part = told.get()
+        whole.killed += part.killed
+        whole.survived += part.survived
+        whole.wrong += part.wrong
+        whole.untried += part.untried
+    return whole
+
+
+def _job(kills: list[tuple[Case, int | None, float]], base: Path, until: float, told: Any) -> None:
+    _adopt_orphans()
     tally = Tally()
-    for number, (case, last, instant) in enumerate(kills := plan(chosen, seed, each)):
+    for number, (case, last, instant) in enumerate(kills):
         if time.monotonic() > until:
-            print(f"time is over: {len(kills) - number} of {len(kills)} kills were not tried")
+            tally.untried = len(kills) - number
             break
         with scratch(base) as folder:
             killed_and_continued(case, folder, tally, last, instant)
         if number % 50 == 49:
             print(f"{number + 1} of {len(kills)}, {len(tally.wrong)} wrong", flush=True)
-    return tally
+    told.put(tally)
 
 
 def main() -> int:
@@ -373,6 +403,7 @@ def main() -> int:
     arguments.add_argument("--minutes", type=float, default=20.0, help="when it ends, whatever is left")
     arguments.add_argument("--only", default="", help="names of cases, comma-separated")
     arguments.add_argument("--each", type=int, default=10**6, help="operations of each case before which it is killed")
+    arguments.add_argument("--jobs", type=int, default=2, help="how many at a time")
     arguments.add_argument("--seed", type=int, default=0, help="of the random instants and the order")
     asked = arguments.parse_args()
     until = time.monotonic() + 60 * asked.minutes
@@ -388,6 +419,8 @@ def main() -> int:
         os.environ["LSCOLLAPSE_CACHE"] = str(base / "cache")
         inputs(base)
         with HubServer({"tiny/net": {file.name: file.read_bytes() for file in (base / "net").iterdir()}}) as server:
+            for each in (server._hub, server._cdn):
+                each.handle_error = lambda *_: None  # whoever asked was killed
             every = cases(base, server.url, importlib.util.find_spec("ray") is not None)
             chosen = [case for case in every if not asked.only or case.name in asked.only.split(",")]
             (base / "finished").mkdir()
@@ -399,7 +432,7 @@ def main() -> int:
                     f"{case.name}: {case.operations} operations, {case.seconds:.1f} s, {len(case.files)} files",
                     flush=True,
                 )
-            tally = kill_all(chosen, base, asked.seed, asked.each, until)
+            tally = kill_all(chosen, base, asked.seed, asked.each, asked.jobs, until)
     return told(chosen, tally)
 
 
@@ -408,7 +441,9 @@ def told(chosen: list[Case], tally: Tally) -> int:
         before, at = (tally.killed[case.name, how] for how in ("operation", "instant"))
         print(f"{case.name}: killed before {before} of {case.operations} operations and at {at} instants")
     kills = sum(tally.killed.values())
-    print(f"{kills} kills ({tally.survived} came after the end): {len(tally.wrong)} wrong")
+    print(
+        f"{kills} kills: {len(tally.wrong)} wrong ({tally.survived} came after the end, for {tally.untried} there was no time)"
+    )
     for line in tally.wrong:
         print(f"  {line}")
     return int(bool(tally.wrong) or not kills)

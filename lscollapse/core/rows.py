@@ -78,10 +78,10 @@ def read_rows(path: Path, verified: bool = True) -> pd.DataFrame:
         check(rows, file, known=bool(manifest.get("schema")))
     except (MemoryError, RunFolderError):
         raise
-    except (
-        Exception
-    ) as error:  # whatever the library makes of bytes that are no Parquet, or no text when they are looked at
+    except Exception as error:  # whatever the library makes of bytes that are no Parquet, or no text
         raise RunFolderError(f"{file} is no table in Parquet ({shown(first_line(error))}): measure again") from error
+    if "mixer" not in rows and "excerpt" in rows:
+        rows["excerpt"] = rows["excerpt"].astype("int64")  # it may have been written as 0.0, 1.0, ...
     if "floor" in rows and "rounding" not in rows:  # written before it was estimated
         rows["rounding"] = math.nan
     return rows
@@ -109,6 +109,10 @@ def check(rows: pd.DataFrame, file: Path, known: bool = True) -> None:
             _refuse(file, column, _no_numbers(column), "a number or nothing")
             if name in COUNTS:
                 _refuse(file, column, _no_counts(column), "a whole number from 0 on, or nothing")
+            if name == "lam":
+                _refuse(file, column, np.isinf(column.astype(float)), "a finite number, or nothing")
+            if name == "excerpt" and not table1:
+                _refuse(file, column, column.isna(), "a whole number from 0 on")
     measures = TRAINING_MEASURES if table1 else (*MEASURES, *OTHER_MEASURES)
     words = {"status": STATUSES, "init": INITS} | ({"measure": measures} if known else {})
     for name, allowed in words.items():

@@ -140,6 +140,7 @@ def killed(s: Setting) -> Found:
         said_so = str(error)
     else:
         raise AssertionError("a killed process was not noticed")
+    folder.close()
     done, continued = _alone(*schedule("two"), config)
     every, whole = _alone(*schedule("one"), config)
     difference = compared(_numbered(continued), _numbered(whole))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def bounded(folder: Path) -> Iterator[Finding]:
             yield _norms(_lines(folder / CHANNELS), model)
         else:
             yield _conservative(_lines(folder / BOUNDS), model)
-    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+    except (OSError, ValueError, KeyError, TypeError, StopIteration, csv.Error) as error:
         raise RunFolderError(
             f"the tables in {folder} cannot be read ({type(error).__name__}): run `lscollapse theory bound MODEL --out"
             f" {folder}` again"
@@ -99,8 +100,7 @@ def bounded(folder: Path) -> Iterator[Finding]:
 
 
 def _lines(file: Path) -> list[dict[str, str]]:
-    with file.open(encoding="utf-8", newline="") as handle:
-        return list(csv.DictReader(handle))
+    return list(csv.DictReader(StringIO(read_text(file, RunFolderError), newline="")))
 
 
 def _norms(channels: list[dict[str, str]], model: str) -> Finding:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from lscollapse.core.files import first_line
+from lscollapse.core.files import first_line, odd_kind
 from lscollapse.core.outside import shown
 from lscollapse.core.table import ANGULAR
 
@@ -54,6 +54,9 @@ def named(folders: Sequence[Path]) -> dict[Path, str]:
 
 def read_bounds(path: Path, name: str) -> Bounds:
     """The tables of `theory bound --out`. Raises ReportError where one is missing, damaged or of another shape."""
+    for file in (path / "bounds.csv", path / "curve.csv"):
+        if kind := odd_kind(file):
+            raise ReportError(f"{file} cannot be read: it is {kind}, no file")
     try:
         bounds, curve = pd.read_csv(path / "bounds.csv", keep_default_na=False), pd.read_csv(path / "curve.csv")
     except (OSError, ValueError) as error:

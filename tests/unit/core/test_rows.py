@@ -98,6 +98,8 @@ def odd(value: Any, others: Any, dtype: Any = object) -> pd.Series:
         ("layer", odd(-1, 2, int), "row 5, column layer: -1, where a whole number from 0 on, or nothing"),
         ("layer", odd(1.5, 2, float), "row 5, column layer: 1.5, where a whole number"),
         ("excerpt", odd(math.inf, 0, float), "row 5, column excerpt: inf, where a whole number"),
+        ("excerpt", odd(math.nan, 0, float), "row 5, column excerpt: nothing, where a whole number from 0 on is"),
+        ("lam", odd(-math.inf, 0, float), "row 5, column lam: -inf, where a finite number, or nothing is allowed"),
         ("layernorm", odd("x", "y"), "row 1, column layernorm: y, where true, false or nothing"),
         ("gating", 0.5, "row 1, column gating: 0.5, where true, false or nothing"),
     ],
