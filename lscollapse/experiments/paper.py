@@ -110,7 +110,7 @@ def _needs_gate(adapter: Adapter) -> None:
 def read_lambdas(file: Path, n_layers: int) -> tuple[float, ...]:
     """Per-layer lambdas from a CSV with columns layer,lam and one line for each layer 1..K."""
     try:
-        table = pd.read_csv(StringIO(read_text(file, ConfigError))).sort_values("layer")
+        table = pd.read_csv(StringIO(read_text(file, ConfigError)), float_precision="round_trip").sort_values("layer")
         layers, lams = table["layer"].tolist(), table["lam"].astype(float).tolist()
     except ConfigError:
         raise

@@ -51,7 +51,8 @@ def named(folders: Sequence[Path]) -> dict[Path, str]:
 
 def read_bounds(path: Path, name: str) -> Bounds:
     try:
-        bounds, curve = pd.read_csv(path / "bounds.csv", keep_default_na=False), pd.read_csv(path / "curve.csv")
+        bounds = pd.read_csv(path / "bounds.csv", keep_default_na=False, float_precision="round_trip")
+        curve = pd.read_csv(path / "curve.csv", float_precision="round_trip")
     except (OSError, ValueError) as error:
         raise ReportError(f"{path} has no readable bounds.csv and curve.csv: {first_line(error)}") from None
     if "to" not in bounds:  # a file of before there were intervals with an end
