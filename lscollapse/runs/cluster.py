@@ -7,36 +7,28 @@ driver that dies is started again: what it had collected is in the run folder.
 from __future__ import annotations
 
 import os
-import pickle
-import secrets
 import socket
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import pandas as pd
 
-from lscollapse import __version__
 from lscollapse.core.config import ConfigError, Experiment
-from lscollapse.core.files import first_line
 from lscollapse.core.progress import Progress
+from lscollapse.runs.ray_driver import START, ClusterError, Driver, result_of
 from lscollapse.runs.work import Item, worker_for
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-START = (
-    "start a cluster with `ray start --head`, set RAY_AUTH_MODE=token if it wants its token, or leave --address out to"
-    " start Ray on this machine for this run"
-)
 REACHABLE_WITHIN = 10.0  # seconds; Ray itself tries for minutes
-
-
-class ClusterError(ValueError):
-    """No Ray, no cluster at the address, no room for an item on it, or an item that was lost too often."""
+LOOKS_EVERY = 10.0  # seconds without an outcome until it is asked whether the nodes that are left have room
+_connected: Driver | None = None
 
 
 def map_on_nodes(
@@ -56,7 +48,8 @@ def map_on_nodes(
             whose process or node died. Relative paths mean what they mean here, where the nodes have this folder.
         on_result: what it returns are further items.
         address: of a running cluster, "auto" (the one that this machine is part of) or HOST:PORT; None starts Ray on this
-            machine for the time of the call. Where `ray.init` was called before, that connection is used and left open.
+            machine for the time of the call. Where this process has called `ray.init` before, it is that cluster. In a
+            `connection` its connection is used.
         num_cpus: what an item takes; a task has as many threads.
         num_gpus: what an item takes; a fraction shares a GPU among items.
         retries: how often an item whose process or node died is tried again.
@@ -67,59 +60,49 @@ def map_on_nodes(
     """
     if not items:
         return
-    with connection(address) as ray:
-        _check_room(ray, num_cpus, num_gpus)
-        task = ray.remote(_portable_call()).options(
-            num_cpus=num_cpus, num_gpus=num_gpus, max_retries=retries, scheduling_strategy="SPREAD"
-        )
-        where = __version__, os.getcwd()
+    room = {"num_cpus": num_cpus, "num_gpus": num_gpus, "max_retries": retries, "scheduling_strategy": "SPREAD"}
+    with connection(address) as driver:
+        _check_room(driver.nodes(), num_cpus, num_gpus)
+        pending: dict[int, T] = {}
 
-        def begun(items: Sequence[T]) -> dict[Any, T]:
-            return {task.remote(*where, pickle.dumps((function, item))): item for item in items}
+        def begin(items: Sequence[T]) -> None:
+            pending.update((driver.run(function, item, room), item) for item in items)
 
-        pending = begun(items)
         try:
+            begin(items)
             while pending:
-                for done in ray.wait(list(pending))[0]:
-                    pending |= begun(on_result(pending.pop(done), _result(ray, done)) or ())
+                ended = driver.outcome(within=LOOKS_EVERY)
+                if ended is None:
+                    _check_room(driver.nodes(), num_cpus, num_gpus)  # else Ray would wait for a new node, for ever
+                elif ended[0] in pending:  # and not of items that were cancelled
+                    begin(on_result(pending.pop(ended[0]), result_of(ended[1])) or ())
         finally:
-            for left in pending:  # not by force: that ends this process where a task finishes just then (Ray 2.60)
-                ray.cancel(left)
+            if pending:
+                driver.cancel()
 
 
 @contextmanager
-def connection(address: str | None) -> Iterator[Any]:
-    """The module ray, connected to `address` (see `map_on_nodes`) until the end of the block."""
-    if "ray" not in sys.modules:  # which reads these when it is imported
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of items that fail after the one that is reported
-        if address is None and os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
-            # Else Ray would leave a token in the home folder, and later clusters of this user would ask for it.
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    try:
-        import ray
-    except ImportError:
-        raise ClusterError('--engine ray needs Ray: pip install "lscollapse[cluster]"') from None
-    if ray.is_initialized():
-        yield ray
+def connection(address: str | None) -> Iterator[Driver]:
+    """Ray's driver, connected to `address` (see `map_on_nodes`) until the end of the block."""
+    global _connected
+    if _connected is not None:
+        yield _connected
         return
-    if address == "auto":
+    if find_spec("ray") is None:
+        raise ClusterError('--engine ray needs Ray: pip install "lscollapse[cluster]"')
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        address = ray.get_runtime_context().gcs_address
+    elif address == "auto":
         address = os.environ.get("RAY_ADDRESS", address)
     if address not in (None, "auto"):
         _check_reachable(address)
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    _connected = Driver(address)
     try:
-        if address is None:
-            ray.init("local", include_dashboard=False, **quiet)
-        else:
-            ray.init(address, **quiet)
-    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        where = "Ray does not start here" if address is None else f"no Ray cluster at --address {address}"
-        raise ClusterError(f"{where} ({first_line(error)}): {START}") from None
-    try:
-        yield ray
+        yield _connected
     finally:
-        ray.shutdown()
+        driver, _connected = _connected, None
+        driver.close()
 
 
 def measure_on_nodes(
@@ -143,13 +126,14 @@ def measure_on_nodes(
         measured[node] += 1
         return keep(item, rows)
 
-    with connection(config.address) as ray:
-        has = ray.cluster_resources()
-        gpus = _gpus_per_item(config, has.get("GPU", 0))
+    with connection(config.address) as driver:
+        nodes = driver.nodes()
+        cpus, has_gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
+        gpus = _gpus_per_item(config, has_gpus)
         on = config.model_copy(update={"device": "cuda" if gpus else "cpu"})
         progress.note(
-            f"the work items go to {sum(node['Alive'] for node in ray.nodes())} nodes with {has.get('CPU', 0):g} CPUs"
-            f" and {has.get('GPU', 0):g} GPUs in all; an item takes 1 CPU and {gpus:g} GPU"
+            f"the work items go to {len(nodes)} nodes with {cpus:g} CPUs and {has_gpus:g} GPUs in all;"
+            f" an item takes 1 CPU and {gpus:g} GPU"
         )
         map_on_nodes(partial(_measure, on), items, on_result=count, address=config.address, num_gpus=gpus)
     return {"device": on.device, "engine": "ray", "items_of_node": dict(sorted(measured.items()))}
@@ -183,49 +167,10 @@ def _check_reachable(address: str) -> None:
         raise ClusterError(f"nothing answers at --address {address} ({reason}): {START}") from None
 
 
-def _check_room(ray: Any, num_cpus: float, num_gpus: float) -> None:
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+def _check_room(nodes: Sequence[Mapping[str, float]], num_cpus: float, num_gpus: float) -> None:
     if not any(node.get("CPU", 0) >= num_cpus and node.get("GPU", 0) >= num_gpus for node in nodes):
         sizes = sorted({f"{node.get('CPU', 0):g} and {node.get('GPU', 0):g}" for node in nodes})
         raise ClusterError(
             f"an item takes {num_cpus:g} CPUs and {num_gpus:g} GPUs, and no node has as many (they have"
-            f" {', '.join(sizes)}): ask for less, or start nodes with `ray start --num-cpus=N --num-gpus=N`"
+            f" {', '.join(sizes) or 'ended'}): ask for less, or start nodes with `ray start --num-cpus=N --num-gpus=N`"
         )
-
-
-def _portable_call() -> Callable[[str, str, bytes], Any]:
-    """What a task runs. Ray sends a nested function as code, so that it can say that a node lacks the package."""
-
-    def call(version: str, folder: str, function_and_item: bytes) -> Any:
-        import os
-        import pickle
-        import socket
-
-        try:
-            import lscollapse
-
-            found = lscollapse.__version__
-        except ImportError:
-            found = "none"
-        if found != version:
-            raise ValueError(
-                f"node {socket.gethostname()} has lscollapse {found}, this machine has {version}: install the same everywhere"
-            )
-        if os.path.isdir(folder):
-            os.chdir(folder)
-        function, item = pickle.loads(function_and_item)
-        return function(item)
-
-    return call
-
-
-def _result(ray: Any, task: Any) -> Any:
-    try:
-        return ray.get(task)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from error
-    except ray.exceptions.RayError as error:
-        raise ClusterError(
-            f"a work item was lost again and again ({first_line(error)}): its process was killed (out of memory?);"
-            " what was finished is kept, the same command continues"
-        ) from None

@@ -27,11 +27,15 @@ from lscollapse.core.manifest import read_manifest
 from lscollapse.core.progress import SILENT
 from lscollapse.experiments import paper
 from lscollapse.experiments.table1 import grid, schema
-from lscollapse.runs import cluster, work
+from lscollapse.runs import cluster, ray_driver, work
 from lscollapse.runs.loading import load_tasks
+from lscollapse.runs.ray_driver import Driver
+from tests.integration.runs.family import alive, family
 
 os.environ["RAY_AUTH_MODE"] = "token"  # read when Ray is imported
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+GIVES_UP = "RAY_gcs_rpc_server_reconnect_timeout_s"  # a head that does not answer, by default after a minute
+os.environ[GIVES_UP] = "2"
 ray = pytest.importorskip("ray")
 
 EXCERPTS, TOKENS = 44, 6  # six tiles
@@ -175,11 +179,35 @@ def attempt(folder: Path, item: int) -> Any:
 # --- without a cluster ----------------------------------------------------------------------------
 
 
-def test_ray_is_started_here(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_TMPDIR", str(nodes.temp))
-    found: dict[int, int] = {}
-    cluster.map_on_nodes(abs, [-1, -2], on_result=found.__setitem__)
-    assert found == {-1: 1, -2: 2} and not ray.is_initialized()
+@pytest.fixture
+def files(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a Ray that is started for a run keeps its files."""
+    folder = nodes.temp / "r"  # short, as above
+    folder.mkdir()
+    monkeypatch.setenv("RAY_TMPDIR", str(folder))
+    return folder
+
+
+def test_ray_is_started_here_and_nothing_of_it_is_left(files: Path) -> None:
+    found: list[dict[str, Any]] = []
+    cluster.map_on_nodes(family, [-1, -2], on_result=lambda _, processes: found.extend(processes))
+    assert {"raylet", "gcs_server"} <= {process["name"] for process in found} and not ray.is_initialized()
+    assert not alive(found) and not any(files.iterdir())
+    files.rmdir()
+
+
+def test_of_ray_nothing_outlives_a_run_that_is_killed(files: Path) -> None:
+    program = (
+        "import json, os; from lscollapse.runs.ray_driver import Driver, result_of;"
+        "from tests.integration.runs.family import family;"
+        "driver = Driver(None); driver.run(family, 0, {});"
+        "print(json.dumps(result_of(driver.outcome(120)[1])), flush=True); os.kill(os.getpid(), 9)"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    found = json.loads(run.stdout)
+    assert len(found) > 4 and not alive(found, within=60)  # the keeper is one of them
+    assert not any(files.iterdir())
 
 
 def test_no_cluster_is_one_line(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,14 +252,14 @@ def test_other_weights_than_those_of_the_run_are_refused(settings: dict[str, Any
 
 
 @pytest.fixture(scope="module")
-def connected(address: str) -> Iterator[None]:
+def connected(address: str) -> Iterator[Driver]:
     """One connection for all that follows, and so the same processes on the nodes, which have torch loaded."""
-    with cluster.connection(address):
-        yield
+    with cluster.connection(address) as driver:
+        yield driver
 
 
 def test_the_table_is_that_of_one_process(
-    settings: dict[str, Any], address: str, connected: None, local: Path, tmp_path: Path
+    settings: dict[str, Any], address: str, connected: Driver, local: Path, tmp_path: Path
 ) -> None:
     told = Advances()
     paper.sweep_lambda(on_ray(settings, address), tmp_path, told)
@@ -245,7 +273,7 @@ def test_the_table_is_that_of_one_process(
 
 
 def test_a_driver_that_is_killed_is_continued(
-    settings: dict[str, Any], address: str, connected: None, local: Path, tmp_path: Path
+    settings: dict[str, Any], address: str, connected: Driver, local: Path, tmp_path: Path
 ) -> None:
     program = (
         "import json, os, sys; from pathlib import Path; from lscollapse.experiments import paper;"
@@ -263,7 +291,7 @@ def test_a_driver_that_is_killed_is_continued(
     assert_same_table(tmp_path / "run", local)
 
 
-def test_cells_of_table_1(address: str, connected: None, tmp_path: Path) -> None:
+def test_cells_of_table_1(address: str, connected: Driver, tmp_path: Path) -> None:
     sizes = ["hidden_size=8", "state_size=4", "head_dim=8"]
     data = ["seq_len=12", "pairs=2", "vocab_size=16", "train=24", "validation=10", "test=12"]
     small = [*(f"mqar.net.{size}" for size in sizes), *(f"mqar.data.{size}" for size in data)]
@@ -274,7 +302,7 @@ def test_cells_of_table_1(address: str, connected: None, tmp_path: Path) -> None
     assert_same_table(tmp_path / "ray", tmp_path / "one")
 
 
-def test_items_run_on_both_nodes_at_once(connected: None, tmp_path: Path) -> None:
+def test_items_run_on_both_nodes_at_once(connected: Driver, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     found: dict[int, Any] = {}
     cluster.map_on_nodes(partial(meet, tmp_path), [0, 1], on_result=found.__setitem__)
@@ -282,28 +310,28 @@ def test_items_run_on_both_nodes_at_once(connected: None, tmp_path: Path) -> Non
     assert {tuple(gpus) for _, gpus in found.values()} == {()}
 
 
-def test_items_share_a_gpu(connected: None, tmp_path: Path) -> None:
+def test_items_share_a_gpu(connected: Driver, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     found: dict[int, Any] = {}
     cluster.map_on_nodes(partial(meet, tmp_path), [0, 1], on_result=found.__setitem__, num_cpus=0.5, num_gpus=0.5)
     assert [gpus for _, gpus in found.values()] == [[0], [0]]
 
 
-def test_errors_are_those_of_the_function(connected: None, tmp_path: Path) -> None:
+def test_errors_are_those_of_the_function(connected: Driver, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         cluster.map_on_nodes(partial(attempt, tmp_path), [2], on_result=print)
     assert str(error.value) == "item 2 is of no use"
     assert (tmp_path / "2").read_text() == "x"  # which trying again does not mend
 
 
-def test_an_item_that_fits_nowhere(connected: None) -> None:
+def test_an_item_that_fits_nowhere(connected: Driver) -> None:
     for room in ({"num_cpus": 2}, {"num_gpus": 2}):
         with pytest.raises(cluster.ClusterError, match="no node has as many"):
             cluster.map_on_nodes(abs, [-1], on_result=print, **room)  # type: ignore[arg-type]
 
 
 @pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="the pretended GPU is a real one")
-def test_a_gpu_is_taken_where_there_is_one(settings: dict[str, Any], connected: None, tmp_path: Path) -> None:
+def test_a_gpu_is_taken_where_there_is_one(settings: dict[str, Any], connected: Driver, tmp_path: Path) -> None:
     """The pretended GPU is given to the item, and torch there says that there is none."""
     with pytest.raises(ConfigError, match="torch sees no GPU"):
         paper.sweep_lambda(Experiment(**settings, engine="ray"), tmp_path / "a")
@@ -312,23 +340,23 @@ def test_a_gpu_is_taken_where_there_is_one(settings: dict[str, Any], connected: 
 
 
 def test_a_node_that_dies_in_the_middle(
-    settings: dict[str, Any], nodes: Nodes, address: str, connected: None, local: Path, tmp_path: Path
+    settings: dict[str, Any], nodes: Nodes, address: str, connected: Driver, local: Path, tmp_path: Path
 ) -> None:
     paper.sweep_lambda(on_ray(settings, address), tmp_path, Advances(lambda: nodes.kill("second")))
     assert_same_table(tmp_path, local)
-    assert [node["Alive"] for node in ray.nodes()].count(False) == 1
+    assert len(connected.nodes()) == 1
 
 
 # --- one node is left -----------------------------------------------------------------------------
 
 
-def test_an_item_that_kills_its_process_is_tried_again_then_one_line(connected: None, tmp_path: Path) -> None:
+def test_an_item_that_kills_its_process_is_tried_again_then_one_line(connected: Driver, tmp_path: Path) -> None:
     with pytest.raises(cluster.ClusterError, match="the same command continues"):
         cluster.map_on_nodes(partial(attempt, tmp_path), [1], on_result=print, retries=1)
     assert (tmp_path / "1").read_text() == "xx"
 
 
-def test_stopping_cancels_the_rest(connected: None, tmp_path: Path) -> None:
+def test_stopping_cancels_the_rest(connected: Driver, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     found: list[str] = []
 
@@ -343,9 +371,33 @@ def test_stopping_cancels_the_rest(connected: None, tmp_path: Path) -> None:
     cluster.map_on_nodes(partial(meet, tmp_path), [0, 1], on_result=lambda *_: None, num_cpus=0.5)
 
 
-def test_a_node_without_the_package_is_one_line(nodes: Nodes, address: str, connected: None, tmp_path: Path) -> None:
+def test_a_node_without_the_package_is_one_line(nodes: Nodes, address: str, connected: Driver, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['lscollapse'] = None\n")  # cannot be imported
     nodes.start("bare", f"--address={address}", PYTHONPATH=str(tmp_path))
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match=r"node \S+ has lscollapse none, this machine has \d"):
         cluster.map_on_nodes(partial(meet, tmp_path), [0, 1], on_result=lambda *_: None)  # needs both
+    nodes.kill("bare")
+
+
+def test_a_node_that_dies_with_all_the_room_there_is(
+    nodes: Nodes, address: str, connected: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "LOOKS_EVERY", 0.5)
+    nodes.start("wide", f"--address={address}", "--num-gpus=4")
+    with pytest.raises(cluster.ClusterError, match=r"takes 0\.5 CPUs and 2 GPUs, and no node has as many"):
+        cluster.map_on_nodes(
+            partial(attempt, tmp_path), [4, 3], on_result=lambda *_: nodes.kill("wide"), num_cpus=0.5, num_gpus=2
+        )  # 3 has no end
+
+
+def test_a_head_that_dies_is_one_line(
+    nodes: Nodes, connected: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "LOOKS_EVERY", 1.0)
+    monkeypatch.setattr(ray_driver, "ANSWERS_WITHIN", 5.0)
+    with pytest.raises(
+        cluster.ClusterError, match=r"connection to Ray was lost: .* the same command continues"
+    ) as error:
+        cluster.map_on_nodes(partial(attempt, tmp_path), [4], on_result=lambda *_: nodes.kill("head") or [3])
+    assert len(str(error.value)) < 400
