@@ -45,6 +45,7 @@ WATCHED = {
 VARYING = (
     "wall_seconds",
     "peak_rss_bytes",
+    "git",
     "engine",
     "items_of_node",
 )  # of a manifest: when, beside which changes, and on Ray where, it was measured

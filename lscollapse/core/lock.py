@@ -44,7 +44,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 def _held(folder: Path, file: Path) -> IO[str]:
     while True:
-        if kind := odd_kind(file):
+        if kind := "a link" if file.is_symlink() else odd_kind(file):
             raise LockError(f"{file} is {kind}: remove it, it is the lock of {folder}")
         handle = file.open("a+", encoding="utf-8", errors="replace")
         try:

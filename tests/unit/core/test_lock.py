@@ -62,3 +62,9 @@ def test_a_name_that_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / LOCK)
     with pytest.raises(LockError, match="is a pipe: remove it"), locked(tmp_path):
         pass
+    (tmp_path / LOCK).unlink()
+    (tmp_path / "precious").write_text("all")
+    (tmp_path / LOCK).symlink_to("precious")
+    with pytest.raises(LockError, match="is a link: remove it"), locked(tmp_path):
+        pass
+    assert (tmp_path / "precious").read_text() == "all"
