@@ -79,7 +79,7 @@ class WikipediaSection(Section):
     titles: Path | None = Field(default=None, description="File with one Wikipedia title a line (source wikipedia).")
     cache_dir: Path | None = None
     max_retries: int = Field(default=5, ge=0, le=100)
-    retry_wait: float = Field(default=1.0, ge=0, le=3600)
+    retry_wait: float = Field(default=1.0, ge=0, le=86400)
     licence: str = CC_BY_SA
 
 

@@ -220,10 +220,8 @@ def _hub_rows(split: str) -> Iterator[tuple[np.ndarray, int, str]]:
         with hub_client.watched():
             rows = datasets.load_dataset(CIFAR10, split=split)
     except Exception as error:  # whatever the hub's client raises
-        raise CorpusError(
-            f"{CIFAR10} cannot be fetched from the hub ({first_line(error)}): fetch it elsewhere and give the folder"
-            " with its Parquet files"
-        ) from error
+        why = f"{CIFAR10} cannot be fetched from the hub ({first_line(error)})"
+        raise CorpusError(f"{why}: fetch it elsewhere and give the folder with its Parquet files") from error
     yield from _decoded(rows, split)
 
 

@@ -72,7 +72,7 @@ def _points(file: Path) -> pd.DataFrame:
     """KEYS, `mean` and `drawn` of every point of a figure; all text but lambda and mean."""
     text = read_text(file, FigureError)
     try:
-        data = pd.read_csv(io.StringIO(text), dtype=dict.fromkeys((*KEYS, "drawn"), str), float_precision="round_trip")
+        data = pd.read_csv(io.StringIO(text), dtype=dict.fromkeys((*KEYS, "drawn"), str))
         if "measure" not in data and {*POINT, *SIDE_BY_SIDE} <= set(data):
             data = data.melt([*POINT, "drawn"], list(SIDE_BY_SIDE), "measure", "mean").assign(layer="last")
             data["drawn"] = data["drawn"].replace({"True": "point", "False": "masked"})

@@ -179,10 +179,12 @@ def load_adapter(name: str, init: str, config: Experiment, progress: Progress) -
 
 def _announce(name: str, config: Experiment, progress: Progress) -> None:
     """Say that a model is fetched, which may take long, where it is not in the cache."""
-    from huggingface_hub import constants
-
     entry = registry.resolve(name)
-    if entry.source != "hub" or config.offline or constants.HF_HUB_OFFLINE:
+    if entry.source != "hub" or config.offline:
+        return
+    from huggingface_hub import constants  # not above: a run from local files does without it
+
+    if constants.HF_HUB_OFFLINE:
         return
     try:
         revision, cache = config.revision or entry.revision or None, hub.storage(config.cache_dir)

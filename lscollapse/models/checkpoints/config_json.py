@@ -54,6 +54,8 @@ def refuse_said(raw: Mapping[str, Any], described: str, place: str = "") -> None
             if number != number:
                 raise CheckpointError(f"{where} holds NaN, which is no number")
         _refuse_size(key, value, width, where)
+        if key == "time_step_limit" and value is not None and not _is_range(value):
+            raise CheckpointError(f"{where} must be two numbers, the least and the most, got {shown(value)}")
         if key == "model_type" and not isinstance(value, str):
             raise CheckpointError(f"{where} must be the name of an architecture, got {shown(value)}")
         if key in ("dtype", "torch_dtype") and value is not None and str(value).removeprefix("torch.") not in DTYPES:
@@ -69,6 +71,11 @@ def _leaves(value: Any) -> Iterator[Any]:
             yield from _leaves(part)
     else:
         yield value
+
+
+def _is_range(value: Any) -> bool:
+    ends = value if isinstance(value, list | tuple) else ()
+    return len(ends) == 2 and all(type(end) in (int, float) for end in ends) and 0 <= ends[0] <= ends[1]
 
 
 def _refuse_size(key: str, value: Any, width: int | None, where: str) -> None:

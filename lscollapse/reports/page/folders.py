@@ -58,8 +58,8 @@ def read_bounds(path: Path, name: str) -> Bounds:
         if kind := odd_kind(file):
             raise ReportError(f"{file} cannot be read: it is {kind}, no file")
     try:
-        bounds = pd.read_csv(path / "bounds.csv", keep_default_na=False, float_precision="round_trip")
-        curve = pd.read_csv(path / "curve.csv", float_precision="round_trip")
+        bounds = pd.read_csv(path / "bounds.csv", keep_default_na=False)
+        curve = pd.read_csv(path / "curve.csv")
     except (OSError, ValueError) as error:
         raise ReportError(f"{path} has no readable bounds.csv and curve.csv: {first_line(error)}") from None
     if "to" not in bounds:  # a file of before there were intervals with an end

@@ -232,7 +232,7 @@ def test_a_draw_of_another_shape(wiki: MediaWikiServer, drawn: object, place: st
 
 def test_an_entry_that_says_less_than_was_asked_for(wiki: MediaWikiServer) -> None:
     """A page without its URL is a page; one without a revision is none."""
-    wiki.faults = [article(length=float("nan")), article(lastrevid=None)]
+    wiki.faults = [article(length=None), article(lastrevid=None)]
     found = load(wiki, ["Lighthouse"], 1)
     assert found.excerpts[0].url == "" and found.excerpts[0].revision == "1001"
     with pytest.raises(CorpusError, match="1 missing"):
@@ -349,7 +349,7 @@ def test_faults_are_not_cached(wiki: MediaWikiServer, tmp_path: Path) -> None:
     ("options", "line"),
     [
         ({}, "asks every tool for a contact"),
-        ({"contact": "a\nb"}, "one line of ASCII"),
+        ({"contact": "\u00e9@b"}, "one line of ASCII"),
         ({"contact": "a@b", "language": "en.evil/"}, "no language code"),
         ({"contact": "a@b", "endpoint": "wiki.example/api.php"}, "must be the URL of an api.php"),
     ],

@@ -33,9 +33,17 @@ def begun(path: Path) -> Path:
 
 
 def flipped(file: Path) -> None:
-    data = bytearray(file.read_bytes())
-    data[len(data) // 3] ^= 4
-    file.write_bytes(data)
+    """Flip the first bit from a third of the file on that the reader of Parquet takes for something else."""
+    whole, rows = file.read_bytes(), pd.read_parquet(file)
+    for place in range(len(whole) // 3, len(whole)):
+        data = bytearray(whole)
+        data[place] ^= 4
+        file.write_bytes(data)
+        try:
+            if not pd.read_parquet(file).equals(rows):
+                return
+        except (ValueError, OSError):
+            return
 
 
 def rewritten(change: Callable[[pd.DataFrame], pd.DataFrame]) -> Callable[[Path], None]:

@@ -55,7 +55,7 @@ def test_rows_are_the_parts_in_the_order_of_the_table(tmp_path: Path) -> None:
     finished(tmp_path / "run")
     rows = read_rows(tmp_path / "run")
     pd.testing.assert_frame_equal(rows, expected_rows())
-    csv = pd.read_csv(tmp_path / "run" / "rows.csv", float_precision="round_trip")
+    csv = pd.read_csv(tmp_path / "run" / "rows.csv")
     np.testing.assert_array_equal(csv["value"], rows["value"])
     assert len(csv) == len(rows) and list(csv) == list(rows)
     assert sorted(file.name for file in (tmp_path / "run").iterdir()) == ["manifest.json", "rows.csv", "rows.parquet"]
@@ -77,7 +77,7 @@ def test_the_csv_says_the_same_to_pandas_as_the_parquet(tmp_path: Path) -> None:
     folder.finish(ITEMS[:1], {})
     binary, text = (
         read_rows(tmp_path / "run"),
-        pd.read_csv(tmp_path / "run" / "rows.csv", dtype={"gating": "boolean"}, float_precision="round_trip"),
+        pd.read_csv(tmp_path / "run" / "rows.csv", dtype={"gating": "boolean"}),
     )
     assert set(binary["value"].dropna()) == {number for number in SPECIAL if number == number}
     pd.testing.assert_frame_equal(text.drop(columns="revision"), binary.drop(columns="revision"), check_exact=True)

@@ -12,6 +12,7 @@ import pytest
 
 from lscollapse.core import assets, config
 from lscollapse.core.config import ConfigError
+from lscollapse.core.files import OutputError
 from lscollapse.data import corpus, tokenizers
 from lscollapse.data.corpus import Corpus, CorpusError
 from lscollapse.data.tokenizers import Tokenizer
@@ -278,7 +279,7 @@ def test_a_freeze_that_fails_leaves_the_old_file(tmp_path: Path, drawn: Corpus) 
     with pytest.raises(CorpusError, match="cannot be written"):
         corpus.freeze(drawn, tmp_path / "no such folder" / "frozen.jsonl")
     (tmp_path / "folder.jsonl").mkdir()
-    with pytest.raises(CorpusError, match="cannot be written"):
+    with pytest.raises(OutputError, match="cannot be written: it is a folder"):
         corpus.freeze(replace(drawn), tmp_path / "folder.jsonl")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.jsonl", "texts.jsonl"]
 

@@ -55,5 +55,5 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nothing\.csv cannot be read: there is no such file"):
         read_lambdas(tmp_path / "nothing.csv", 3)
     os.mkfifo(tmp_path / "pipe.csv")
-    with pytest.raises(ConfigError, match=r"pipe\.csv cannot be read: it is no file"):
+    with pytest.raises(ConfigError, match=r"pipe\.csv cannot be read: it is a "):
         read_lambdas(tmp_path / "pipe.csv", 3)
