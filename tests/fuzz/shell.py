@@ -7,10 +7,15 @@ import resource
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import cache
 from pathlib import Path
 from types import FrameType
+from unittest.mock import patch
+
+import httpx
+import typer.main
 
 from lscollapse.cli import app
 from lscollapse.core.outside import LONGEST
@@ -33,7 +38,7 @@ def run(arguments: Sequence[str | Path], seconds: int = 0) -> tuple[int, str, st
     ringing = signal.signal(signal.SIGALRM, _ring)
     signal.alarm(seconds)
     try:
-        with redirect_stdout(out), redirect_stderr(err), warnings.catch_warnings():
+        with redirect_stdout(out), redirect_stderr(err), warnings.catch_warnings(), _once_made():
             app.main()
     except SystemExit as stop:
         code = stop.code
@@ -42,6 +47,19 @@ def run(arguments: Sequence[str | Path], seconds: int = 0) -> tuple[int, str, st
         signal.signal(signal.SIGALRM, ringing)
         sys.argv = before
     return int(str(code or 0)), out.getvalue(), err.getvalue()
+
+
+@contextmanager
+def _once_made() -> Iterator[None]:
+    """What every process makes once, and takes longer than most refusals: the parser of the verbs, and the list of trusted certificates."""
+    with (
+        patch.object(typer.main, "get_command", _parser),
+        patch.object(httpx._transports.default, "create_ssl_context", _certificates),
+    ):
+        yield
+
+
+_parser, _certificates = cache(typer.main.get_command), cache(httpx._transports.default.create_ssl_context)
 
 
 def _ring(_signal: int, _frame: FrameType | None) -> None:
