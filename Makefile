@@ -41,7 +41,7 @@ figures-check: drawn  ## the same; fails where a figure differs from results/ref
 	$(COMPARE)
 
 test: setup  ## the tiers unit and integration
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/integration
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile tests/unit tests/integration
 
 test-slow: setup  ## the tier slow
 	$(BIN)/python -m pytest tests/slow
