@@ -6,6 +6,7 @@ import atexit
 import os
 import sys
 import traceback
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
@@ -58,6 +59,7 @@ def _global(
     if not debug:  # what the hub's client and `datasets` print beside our one line; read when they are imported
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
+        warnings.simplefilter("ignore")  # of libraries, to whoever calls them
 
 
 show_traceback = False

@@ -30,6 +30,7 @@ KINDS = (
     Kind(re.compile(r"n_blocks|depths?|(\w+_)?num_(\w+_)?(layers|blocks)|(encoder|decoder)_layers"), 0, 1000, "layers"),
     Kind(re.compile(r"(\w+_)?vocab_size|n_vocab"), 0, 2**24, "ids"),
     Kind(re.compile(r"num_labels"), 0, 2**20),
+    Kind(re.compile(r"(mamba_)?chunk_size"), 1, 2048),  # transformers' Mamba-2 pads a text to it, and squares it
     Kind(re.compile(r"(\w+_)?(num|n)_(\w+_)?experts(_\w+)?"), 0, 2**16),
     Kind(re.compile(r"(\w+_)?(num|n)_(\w+_)?heads?"), 0, 2**14),
     Kind(re.compile(r"max_position_embeddings|n_positions|n_ctx|(num|n)_\w+"), -1, 2**27),

@@ -68,6 +68,8 @@ def test_what_is_right_is_read(whole: dict[str, Any]) -> None:
         (BERT, {"vocab_size": 10**9}, "vocab_size must be a whole number from 0 to 16,777,216, got 1000000000: their embedding"),
         (BERT, {"num_labels": 10**9}, "num_labels must be a whole number"),
         (BERT, {"bos_token_id": 2**70}, "bos_token_id holds 1180591620717411303424, which 64 bits do not"),
+        (HF_CONFIG, {"chunk_size": -1}, "chunk_size must be a whole number from 1 to 2,048, got -1"),
+        (HF_CONFIG, {"chunk_size": 8000}, "chunk_size must be a whole number from 1 to 2,048, got 8000"),
         (HF_CONFIG, {"time_step_limit": [0.0, 1.0, 2.0]}, "time_step_limit must be two numbers, the least and the most, got [0.0, 1.0, 2.0]"),
         (BERT, {"hidden_dropout_prob": math.nan}, "hidden_dropout_prob holds NaN, which is no number"),
         (BERT, {"rope_parameters": {"a": [2**70]}}, "rope_parameters holds 1180591620717411303424"),
