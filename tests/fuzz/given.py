@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 from lscollapse.core import web
 from tests.equivalence import tiny
 from tests.fuzz.mutations import as_json
-from tests.fuzz.shell import run
 from tests.servers.hub import HubServer
+from tests.verbs import run
 
 WORDS = [
     "[PAD]",

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import resource
 import signal
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import FrameType
@@ -17,8 +15,8 @@ from unittest.mock import patch
 import httpx
 import typer.main
 
-from lscollapse.cli import app
 from lscollapse.core.outside import LONGEST
+from tests.verbs import run
 
 SECONDS = 10
 TELLING = ("compare", "check-identity")  # verbs whose exit code 1 says that there is a difference
@@ -30,23 +28,16 @@ class Hangs(BaseException):
     """A verb that did not come back; no Exception, which the verb might catch."""
 
 
-def run(arguments: Sequence[str | Path], seconds: int = 0) -> tuple[int, str, str]:
-    """Exit code, and what the verb wrote; `Hangs` after so many seconds, if there are any."""
-    out, err = io.StringIO(), io.StringIO()
-    code: object = 0
-    before, sys.argv = sys.argv, ["lscollapse", *map(str, arguments)]
+@contextmanager
+def _soon() -> Iterator[None]:
+    """Raises `Hangs` in the block after SECONDS."""
     ringing = signal.signal(signal.SIGALRM, _ring)
-    signal.alarm(seconds)
+    signal.alarm(SECONDS)
     try:
-        with redirect_stdout(out), redirect_stderr(err), warnings.catch_warnings(), _once_made():
-            app.main()
-    except SystemExit as stop:
-        code = stop.code
+        yield
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, ringing)
-        sys.argv = before
-    return int(str(code or 0)), out.getvalue(), err.getvalue()
 
 
 @contextmanager
@@ -76,7 +67,8 @@ def taken(arguments: Sequence[str | Path], root: Path, allowed: Sequence[str]) -
     peak = _peak[0] = _peak[0] or _memory()
     there = _files(root, allowed)
     try:
-        code, out, err = run(arguments, SECONDS)
+        with _soon(), _once_made():
+            code, out, err = run(arguments)
     except Hangs as hangs:
         return -1, str(hangs)
     except Exception as error:

@@ -11,7 +11,7 @@ import pytest
 
 from tests.fuzz.formats import FORMATS
 from tests.fuzz.search import Tally, search
-from tests.fuzz.shell import run
+from tests.verbs import run
 
 EXAMPLES = 200
 

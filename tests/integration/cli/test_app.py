@@ -14,7 +14,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lscollapse.cli import app
 from lscollapse.core import assets, config, registry
 from lscollapse.core.rows import read_rows
 from lscollapse.core.table import DEFAULT_MEASURES
@@ -22,6 +21,7 @@ from lscollapse.experiments import paper
 from tests import ROOT
 from tests.integration.reports.test_page import write_run
 from tests.unit.reports.figures.test_massive import SINK, table
+from tests.verbs import run
 
 HEAVY = ("torch", "pandas", "transformers", "matplotlib", "pyarrow", "scipy", "datasets", "tokenizers", "numpy")
 DEADLINE = 120.0
@@ -40,19 +40,8 @@ def minilm() -> str:
 class Shell:
     """`lscollapse ARGUMENTS` in this process: its exit code, and what it wrote."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self._monkeypatch, self._capsys = monkeypatch, capsys
-
     def __call__(self, *arguments: str | Path) -> tuple[int, str, str]:
-        self._monkeypatch.setattr(sys, "argv", ["lscollapse", *map(str, arguments)])
-        self._capsys.readouterr()
-        code: object = 0
-        try:
-            app.main()
-        except SystemExit as stop:
-            code = stop.code
-        out, err = self._capsys.readouterr()
-        return int(str(code or 0)), out, err
+        return run(arguments)
 
     def refused(self, *arguments: str | Path) -> str:
         """The one line of an error."""
@@ -64,8 +53,8 @@ class Shell:
 
 
 @pytest.fixture
-def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
-    return Shell(monkeypatch, capsys)
+def shell() -> Shell:
+    return Shell()
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:

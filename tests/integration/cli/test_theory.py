@@ -4,35 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from lscollapse.cli import app
 from lscollapse.experiments.bounds import find_lambda
 from lscollapse.reports.figures.theory import bounds_figure
 from lscollapse.theory import verify
 from lscollapse.theory.checking import Statement
 from lscollapse.theory.stretches import Found
+from tests import verbs
 from tests.integration.experiments.bounds.test_find_lambda import EXCERPTS, TOKENS, made, task_of
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setenv("COLUMNS", "240")
-        monkeypatch.setattr(sys, "argv", ["lscollapse", *map(str, arguments)])
-        code: object = 0
-        try:
-            app.main()
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capsys.readouterr()
-        return int(str(code or 0)), out, err
-
-    return call
+def run(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "240")
+    return lambda *arguments: verbs.run(arguments)
 
 
 @pytest.fixture

@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sys
 import zlib
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from lscollapse.cli import app
 from tests.integration.reports.test_page import Page, sweep, write_run
+from tests.verbs import run as run_verb
 
 WORDS = "Edited after the run: rows.parquet of run."
 
@@ -31,19 +30,6 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-def verb(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str | Path
-) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["lscollapse", *map(str, words)])
-    capsys.readouterr()
-    try:
-        app.main()
-    except SystemExit as stop:
-        said = capsys.readouterr()
-        return int(stop.code or 0), said.out, said.err
-    raise AssertionError("a verb ends the program")
-
-
 def text_of(pdf: Path) -> str:
     """What a PDF of matplotlib shows: the pieces of text of its streams, without what lies between them."""
     streams = re.findall(rb"stream\r?\n(.*?)\r?\nendstream", pdf.read_bytes(), re.DOTALL)
@@ -56,9 +42,7 @@ def text_of(pdf: Path) -> str:
     return b"".join(shown).decode("latin-1").replace("\0", "")
 
 
-def test_every_verb_refuses_it_in_one_line_and_takes_it_where_it_is_told(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_verb_refuses_it_in_one_line_and_takes_it_where_it_is_told(run: Path, tmp_path: Path) -> None:
     verbs = {
         "figures": ("figures", run, "--to", tmp_path / "drawn"),
         "report": ("report", run, "-o", tmp_path / "page.html"),
@@ -66,26 +50,24 @@ def test_every_verb_refuses_it_in_one_line_and_takes_it_where_it_is_told(
         "compare": ("compare", run, run),
     }
     for name, words in verbs.items():
-        code, out, err = verb(capsys, monkeypatch, *words)
+        code, out, err = run_verb(words)
         assert (code, out, err.count("\n")) == (2, "", 1), name
         assert f"{run / 'rows.parquet'} is not what the run wrote" in err and "--no-verify" in err, name
     assert {entry.name for entry in tmp_path.iterdir()} == {"run"}
     for name, words in verbs.items():
-        code, out, err = verb(capsys, monkeypatch, *words, "--no-verify")
+        code, out, err = run_verb([*words, "--no-verify"])
         assert (code, err) == (0, "" if name == "compare" else f"{WORDS}\n"), name
         assert name != "compare" or out.count(WORDS) == 1
     assert WORDS in Page(tmp_path / "page.html").text
     assert WORDS.replace(" ", "") in text_of(tmp_path / "drawn" / "figure1.pdf").replace(" ", "")
 
 
-def test_a_table_that_was_not_edited_is_said_to_be_none(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_table_that_was_not_edited_is_said_to_be_none(run: Path, tmp_path: Path) -> None:
     record = json.loads((run / "manifest.json").read_text())
     record["files"] = {"rows.parquet": hashlib.sha256((run / "rows.parquet").read_bytes()).hexdigest()}
     (run / "manifest.json").write_text(json.dumps(record))
     for more in ((), ("--no-verify",)):
-        code, out, err = verb(capsys, monkeypatch, "report", run, "-o", tmp_path / "page.html", *more)
+        code, out, err = run_verb(["report", run, "-o", tmp_path / "page.html", *more])
         assert (code, err) == (0, "") and out == f"wrote {tmp_path / 'page.html'}\n"
         assert "Edited" not in Page(tmp_path / "page.html").text
 
@@ -102,11 +84,11 @@ def test_a_table_that_was_not_edited_is_said_to_be_none(
     ],
 )
 def test_a_manifest_of_another_shape_is_one_line_for_every_verb(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    run: Path, tmp_path: Path,
     change: dict[str, object], message: str,
 ) -> None:  # fmt: skip
     record = json.loads((run / "manifest.json").read_text())
     (run / "manifest.json").write_text(json.dumps(record | change))
     for words in (("figures", run), ("report", run, "-o", tmp_path / "p.html"), ("claims", run), ("compare", run, run)):
-        code, out, err = verb(capsys, monkeypatch, *words, "--no-verify")
+        code, out, err = run_verb([*words, "--no-verify"])
         assert (code, out, err.count("\n")) == (2, "", 1) and message in err
