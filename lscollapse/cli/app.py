@@ -80,7 +80,7 @@ def program() -> None:
     Python would take down what is loaded piece by piece, which with torch takes a second. What was registered to be done at
     the end is done, for the first function that is registered is the last one called.
     """
-    code = 1  # of an error that nobody foresaw, whose traceback is printed before
+    code = 1  # with --debug, of an error whose traceback is printed before
 
     def leave() -> None:
         for stream in (sys.stdout, sys.stderr):

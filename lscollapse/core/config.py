@@ -185,7 +185,7 @@ class Experiment(Compute):
         default="split",
         description="float32 products of the triton kernels: split, on tensor cores, or ieee; others are always ieee.",
     )
-    seed: int = Field(default=0, ge=0, lt=2**63, description="Which excerpts are drawn, and random initial weights.")
+    seed: Seed = Field(default=0, description="Which excerpts are drawn, and random initial weights.")
     random_init: bool = Field(default=False, description="Measure freshly initialised weights too.")
     certified_exit: bool = Field(default=True, description="Skip layers that provably change nothing.")
     quality: bool = Field(default=False, description="Language-model loss of every variant on the same excerpts too.")

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lscollapse.core.outside import LARGEST, parse_json, shown
+from lscollapse.core.outside import LARGEST, SHA256, parse_json, shown
 
 if TYPE_CHECKING:  # every verb loads this file for its --help, which needs no pandas
     import pandas as pd
@@ -95,13 +94,15 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_parquet(path: Path, rows: pd.DataFrame, facts: Mapping[str, str] | None = None) -> None:
-    """Write a table as Parquet, whole or not at all, with `facts` in the metadata of its schema."""
+def write_parquet(path: Path, rows: pd.DataFrame) -> None:
+    """Write a table as Parquet, whole or not at all."""
+    write_arrow(path, arrow_table(rows))
+
+
+def write_arrow(path: Path, table: Any) -> None:
+    """The same of an Arrow table."""
     from pyarrow import parquet
 
-    table = arrow_table(rows)
-    if facts:
-        table = table.replace_schema_metadata({**(table.schema.metadata or {}), **facts})
     with atomic(path) as temporary:
         parquet.write_table(table, temporary, compression="zstd")
 
@@ -212,9 +213,7 @@ def _remembered() -> dict[str, str]:
         kept = json.loads(_memory().read_text(encoding="utf-8"))
     except (OSError, ValueError, RuntimeError):  # RuntimeError: there is no home folder, or values without end
         return {}
-    right = isinstance(kept, dict) and all(
-        isinstance(d, str) and re.fullmatch("[0-9a-f]{64}", d) for d in kept.values()
-    )
+    right = isinstance(kept, dict) and all(isinstance(d, str) and SHA256.fullmatch(d) for d in kept.values())
     return kept if right else {}
 
 

@@ -17,7 +17,8 @@ import httpx
 
 from lscollapse.core import web
 from lscollapse.core.files import PARTIAL, sha256_file
-from lscollapse.core.hub_listing import COMMIT, SHA256, File, HubError
+from lscollapse.core.hub_listing import File, HubError
+from lscollapse.core.outside import SHA1, SHA256
 from lscollapse.core.progress import Progress
 
 ABANDONED = 3600.0  # seconds since its last byte after which another tool's unfinished download counts as killed
@@ -55,7 +56,7 @@ class Repository:
         """The commit that a branch, a tag or a commit is, as far as the cache knows; "" where it does not."""
         ref = self.ref(revision)
         commit = ref.read_text(encoding="utf-8", errors="replace").strip() if ref.is_file() else revision
-        return commit if COMMIT.fullmatch(commit) else ""
+        return commit if SHA1.fullmatch(commit) else ""
 
 
 def is_there(repository: Repository, snapshot: Path, file: File) -> bool:
@@ -78,7 +79,7 @@ def check(path: Path, advice: str) -> None:
         DamagedError: it is another one; ends with what to do.
     """
     blob = path.resolve()
-    if COMMIT.fullmatch(blob.name) or SHA256.fullmatch(blob.name):
+    if SHA1.fullmatch(blob.name) or SHA256.fullmatch(blob.name):
         found = _digest(blob, like=blob.name)
         if found != blob.name:
             raise DamagedError(f"{blob} was altered, its digest is {found[:12]}... now: delete it, then {advice}")

@@ -13,10 +13,7 @@ from pydantic import AfterValidator, BaseModel, Field
 
 from lscollapse.core import web
 from lscollapse.core.files import first_line
-from lscollapse.core.outside import checked, shown, unwritten
-
-COMMIT = re.compile(r"[0-9a-f]{40}")
-SHA256 = re.compile(r"[0-9a-f]{64}")
+from lscollapse.core.outside import Sha1, Sha256, checked, shown, unwritten
 
 
 class HubError(ValueError):
@@ -43,7 +40,7 @@ def inside(name: str) -> str:
 class Large(BaseModel):
     """How a file is stored that git does not hold itself."""
 
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    sha256: Sha256
     size: int = Field(ge=0, lt=2**63)
 
 
@@ -52,7 +49,7 @@ class File(BaseModel):
 
     name: Annotated[str, AfterValidator(inside)] = Field(alias="rfilename")
     size: int | None = Field(default=None, ge=0, lt=2**63)
-    blob: str | None = Field(default=None, alias="blobId", pattern=r"^[0-9a-f]{40}$")
+    blob: Sha1 | None = Field(default=None, alias="blobId")
     lfs: Large | None = None
 
     @property
@@ -69,7 +66,7 @@ class File(BaseModel):
 class Listing(BaseModel):
     """A repository at a commit."""
 
-    commit: str = Field(alias="sha", pattern=r"^[0-9a-f]{40}$")
+    commit: Sha1 = Field(alias="sha")
     siblings: list[File] = []
 
     @property

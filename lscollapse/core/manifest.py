@@ -11,12 +11,12 @@ import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field
 
 from lscollapse.core.files import odd_kind
-from lscollapse.core.outside import LARGEST, checked, parse_json
+from lscollapse.core.outside import LARGEST, Sha256, checked, parse_json
 
 MANIFEST = "manifest.json"
 SCHEMA = 1  # 0: without `schema` and `files`
@@ -31,7 +31,6 @@ RECORDED_PACKAGES = (
     "mamba-ssm",
     "causal-conv1d",
 )
-Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
 class RunFolderError(ValueError):
@@ -85,7 +84,7 @@ class Manifest(_Record):
     version: int = Field(default=0, alias="schema", ge=0)
     complete: bool = False
     identity: Identity
-    files: dict[str, Digest] = {}
+    files: dict[str, Sha256] = {}
     versions: dict[str, str | None] = {}
     python: str | None = None
     machine: str | None = None

@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, StringConstraints, ValidationError
 
 LONGEST = 400  # characters of a message
 LARGEST = 2**26  # bytes of a file of JSON, YAML or text that describes something; a tokenizer has up to 2^25
 DEEPEST = 64  # values inside values
+SHA1, SHA256 = re.compile("[0-9a-f]{40}"), re.compile("[0-9a-f]{64}")  # as hexadecimal digits
+Sha1 = Annotated[str, StringConstraints(pattern=f"^{SHA1.pattern}$")]
+Sha256 = Annotated[str, StringConstraints(pattern=f"^{SHA256.pattern}$")]
 _UNWRITTEN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters and halves of characters
 
 Checked = TypeVar("Checked", bound=BaseModel)
@@ -25,13 +28,12 @@ def shown(value: object, limit: int = 80) -> str:
     """A value as a message repeats it: on one line, of `limit` characters at most, control characters and lone surrogates escaped."""
     cut = value if isinstance(value, str) else _cut(value)
     text = cut if isinstance(cut, str) else repr(cut)
-    return _shortened("".join(map(_plain, text[: 2 * limit])), limit)
+    return _shortened(plain(text[: 2 * limit]), limit)
 
 
 def one_line(message: str) -> str:
     """A message as it may be printed: one line of LONGEST characters at most, without a character that a terminal obeys."""
-    text = " ".join(message[: 8 * LONGEST].split())
-    return _shortened("".join(map(_plain, text)), LONGEST)
+    return _shortened(plain(" ".join(message[: 8 * LONGEST].split())), LONGEST)
 
 
 def plain(text: str) -> str:
@@ -50,11 +52,8 @@ def _cut(value: object) -> object:
     if isinstance(value, Mapping):
         return f"a mapping of {len(value)} keys"
     if isinstance(value, list | tuple | set):
-        return (
-            value
-            if len(value) <= 8 and not any(isinstance(v, list | tuple | dict) for v in value)
-            else f"{len(value)} values"
-        )
+        short = len(value) <= 8 and not any(isinstance(v, list | tuple | dict) for v in value)
+        return value if short else f"{len(value)} values"
     if isinstance(value, int) and abs(value) >= 10**24:
         return "an integer of more than 24 digits"
     return value

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from lscollapse.core.files import arrow_table, first_line, write_parquet
+from lscollapse.core.files import arrow_table, first_line, write_arrow
 from lscollapse.core.outside import shown
 
 FACTS = "lscollapse"  # the key of the metadata
@@ -47,7 +47,7 @@ class Parts:
         self.folder.mkdir(exist_ok=True)
         table = arrow_table(rows)
         facts = {"item": item, "rows": len(rows), "sha256": digest(table), "identity": self.identity, **more}
-        write_parquet(self.file(item), rows, {FACTS: json.dumps(facts)})
+        write_arrow(self.file(item), table.replace_schema_metadata({**table.schema.metadata, FACTS: json.dumps(facts)}))
 
     def read(self, item: str) -> tuple[pd.DataFrame, dict[str, Any]]:
         """A work item's rows, and what their part says of them.

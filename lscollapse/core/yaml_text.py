@@ -25,12 +25,8 @@ def parse_yaml(text: str, where: str, error: type[ValueError]) -> Any:
         raise error(f"{where} is not YAML: {one_line(str(cause))}") from None
     except RecursionError:
         raise error(f"{where} is not a configuration: values inside values without end") from None
-    except (
-        ValueError,
-        TypeError,
-        AttributeError,
-        LookupError,
-    ) as cause:  # of what a tag or its look makes a date or a number
+    except (ValueError, TypeError, AttributeError, LookupError) as cause:
+        # of what a tag or its look makes a date or a number
         why = one_line(str(cause)) if isinstance(cause, ValueError) else "see the YAML tags in it"
         raise error(f"{where} holds a date, a number or a tag that means nothing: {why}") from None
     refuse_odd(value, where, error)
@@ -44,7 +40,6 @@ def _written_out(value: Any, known: dict[int, int]) -> int:
     if not isinstance(value, dict | list):
         return 1
     if id(value) not in known:
-        known[id(value)] = 1 + sum(
-            _written_out(v, known) for v in (value.values() if isinstance(value, dict) else value)
-        )
+        inner = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_written_out(v, known) for v in inner)
     return known[id(value)]

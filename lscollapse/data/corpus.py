@@ -183,7 +183,7 @@ def draw_excerpts(
     elif source == "packaged":
         stream, name = texts.packaged(seed), PACKAGED_SOURCE
     else:
-        stream = texts.parquet_stream(None, seed, settings.language)
+        stream = texts.parquet_stream(seed, settings.language)
         name = f"wikimedia/wikipedia {texts.DUMP}.{settings.language}"
     return _take(stream, n_excerpts, n_tokens, tokenizer, name)
 

@@ -146,40 +146,34 @@ def read_titles(path: Path) -> list[str]:
     return titles
 
 
-def parquet_stream(path: Path | None, seed: int, language: str = "en") -> Iterator[Text]:
-    """Texts of Parquet rows with columns id, url, title, text, streamed by `datasets`.
+def parquet_stream(seed: int, language: str = "en") -> Iterator[Text]:
+    """Texts of `wikimedia/wikipedia` on the hub (the dump of November 2023 in `language`), streamed by `datasets`.
 
-    The seed draws the shard (of the many on the hub) and the order within each `WINDOW` rows: little is fetched.
-
-    Args:
-        path: a local file, or None for `wikimedia/wikipedia` on the hub (the dump of November 2023 in `language`).
+    The seed draws one of its many shards and the order within each `WINDOW` rows: little is fetched.
 
     Raises:
-        CorpusError: the hub or the file cannot be read, or a column is missing.
+        CorpusError: the hub cannot be read, or a column is missing.
     """
     import datasets
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of httpx or its successor
 
     from lscollapse.core.hub_client import watched
 
-    name = str(path) if path else f"wikimedia/wikipedia {DUMP}.{language}"
-    revision, licence = ("", "") if path else (f"{DUMP}.{language}", DUMP_LICENCE)
+    revision = f"{DUMP}.{language}"
+    name = f"wikimedia/wikipedia {revision}"
     try:
         with watched() as watch:
-            if path:
-                rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-            else:
-                rows = datasets.load_dataset("wikimedia/wikipedia", f"{DUMP}.{language}", split="train", streaming=True)
+            rows = datasets.load_dataset("wikimedia/wikipedia", revision, split="train", streaming=True)
             shard = sampling_order(map(str, range(rows.num_shards)), seed)[0]
             for row in _in_windows(watch.each(rows.shard(rows.num_shards, int(shard))), seed):
                 if not isinstance(row.get("text"), str):
                     raise CorpusError(f'{name}: no column "text" of strings; its columns are {sorted(row)}')
-                yield _from_row(row, title=str(row.get("id", "")), revision=revision, licence=licence)
+                yield _from_row(row, title=str(row.get("id", "")), revision=revision, licence=DUMP_LICENCE)
     except CorpusError:
         raise
     except (OSError, ValueError, HTTPError) as error:
-        mend = "" if path else "; try later, or use --source packaged or a frozen file"
-        raise CorpusError(f"{name} cannot be read: {shown(first_line(error), 200)}{mend}") from error
+        mend = "try later, or use --source packaged or a frozen file"
+        raise CorpusError(f"{name} cannot be read: {shown(first_line(error), 200)}; {mend}") from error
 
 
 def _in_windows(rows: Iterator[T], seed: int) -> Iterator[T]:
