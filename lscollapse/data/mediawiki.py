@@ -108,7 +108,7 @@ class Transport:
         kept = self.cache.get(str(url), _kept) if keep else None
         if kept is not None:
             self.retrieved = kept.retrieved
-            return _handed(kept.answer)
+            return httpx.Response(200, json=kept.answer)
         try:
             answer = self._complete(url, request.headers["User-Agent"])
         except web.Late as late:
@@ -126,7 +126,7 @@ class Transport:
         self.retrieved = datetime.now(UTC).isoformat(timespec="seconds")
         if keep:
             self.cache.put(str(url), {"retrieved": self.retrieved, "answer": answer})
-        return _handed(answer)
+        return httpx.Response(200, json=answer)
 
     def _complete(self, url: httpx.URL, agent: str) -> dict[str, Any]:
         """The answer with its continuations merged in, page by page."""
@@ -169,7 +169,7 @@ class Cache:
         try:
             if self.folder is None or not path.is_file() or path.stat().st_size > LARGEST:
                 return None
-            return read(parse_json(path.read_text(encoding="utf-8"), str(path), CorpusError))
+            return read(parse_json(path.read_text(encoding="utf-8"), str(path), CorpusError, standard=True))
         except (OSError, ValueError):
             return None
 
@@ -196,12 +196,6 @@ def _kept(value: Any) -> Kept:
     if _content(kept.answer, "").query is None:
         raise CorpusError("an answer without a query")
     return kept
-
-
-def _handed(answer: dict[str, Any]) -> httpx.Response:
-    return httpx.Response(
-        200, content=json.dumps(answer)
-    )  # not json=, which refuses what Python reads as a number: NaN
 
 
 def _place(url: httpx.URL) -> str:

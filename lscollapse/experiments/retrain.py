@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from lscollapse.core.config import Experiment, S4DTraining
-from lscollapse.core.files import atomic, clear_partials, read_text, write_json, write_text
+from lscollapse.core.files import atomic, clear_partials, read_text, sha256_file, write_json, write_text
 from lscollapse.core.lock import locked
 from lscollapse.core.outside import parse_json
 from lscollapse.core.progress import SILENT, Progress
@@ -150,7 +149,7 @@ def export(state_folder: Path, folder: Path) -> dict[str, Any]:
         "seconds": round(state["seconds"]),
         "test_accuracy": {"trained": evaluate(net, examples, "cpu")[0], "untrained": before},
         **{name: settings[name] for name in ("batch", "lr", "weight_decay", "warmup", "seed")},
-        "sha256": hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest(),
+        "sha256": sha256_file(folder / WEIGHTS),
     }
     write_json(folder / TRAINED, record)
     return record
@@ -160,7 +159,7 @@ def _is_exported(folder: Path) -> bool:
     """Whether a checkpoint is there and is the one of which its training record tells."""
     try:
         record = parse_json(read_text(folder / TRAINED, TrainingError), TRAINED, TrainingError)
-        return bool(record["sha256"] == hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest())
+        return bool(record["sha256"] == sha256_file(folder / WEIGHTS))
     except (OSError, TrainingError, KeyError, TypeError):
         return False
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 import pandas as pd
 
 from lscollapse.core.config import Compute, ConfigError
-from lscollapse.core.files import atomic, clear_partials, write_csv, write_json
+from lscollapse.core.files import atomic, clear_partials, sha256_file, write_csv, write_json
 from lscollapse.core.lock import locked
 from lscollapse.core.progress import SILENT, Progress
 from lscollapse.core.run_folder import RunFolder
@@ -102,7 +102,7 @@ def _clean(folder: RunFolder, cell: Cell) -> None:
     if not folder.has(cell.key):
         return
     trained, file = folder.facts(cell.key).get("net"), cell.folder / WEIGHTS
-    if trained and (not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != trained):
+    if trained and (not file.is_file() or sha256_file(file) != trained):
         folder.set_aside(cell.key, f"{file} is not the net that it was measured on")
     else:
         (cell.folder / STATE).unlink(missing_ok=True)
